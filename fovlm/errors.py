@@ -1,0 +1,19 @@
+"""What a person did wrong, said in one line: what is wrong, where, and what to do. And the statuses a run ends with."""
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_USER_ERROR = 2  # something to mend first; nothing was started, or nothing was lost
+EXIT_STOPPED = 75  # stopped by a signal after saving: the same command goes on from there (EX_TEMPFAIL of sysexits.h)
+
+
+class UserError(Exception):
+    """A mistake in a command, a file or the surroundings. Commands print it without a traceback and exit with 2."""
+
+
+def nearest(word: str, words: Iterable[object]) -> str:
+    """` (did you mean 'x'?)` with the closest of `words`, or an empty string when none is close."""
+    candidates = [str(w) for w in words]
+    lower = {w.lower(): w for w in candidates}
+    close = difflib.get_close_matches(str(word).lower(), list(lower), n=1, cutoff=0.5)
+    return f" (did you mean '{lower[close[0]]}'?)" if close else ""

@@ -1,0 +1,82 @@
+"""Frame by frame, as in deployment: one look, one token into the language model's cache, the next query.
+
+`autoregressive` scores a pack this way. Unlike the parallel passes of training, each query here comes from the FINE
+tokens of the frames before it.
+"""
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from fovlm.batch import Batch
+from fovlm.encoder import Cache
+from fovlm.model import FoveatedVLM
+
+
+class Stream:
+    """B conversations that grow in lockstep. `hidden` [B, E] is the language model's last state, None at the start."""
+
+    def __init__(self, model: FoveatedVLM):
+        self.model = model
+        self.memory = DynamicCache(config=model.llm.config)
+        self.hidden: Tensor | None = None
+
+    def words(self, tokens: Tensor) -> Tensor:
+        """Read text tokens i64 [B, s] -> the hidden states [B, s, E] behind each."""
+        return self._read(self.model.llm.get_input_embeddings()(tokens))
+
+    def look(self, cache: Cache) -> Tensor:
+        """Look at one frame of each conversation (a cache of B frames) and read what was seen -> hidden [B, E]."""
+        connector, frames = self.model.connector, len(cache.layers[0][0])
+        visual = self.model.config.visual
+        if visual == "coarse":
+            query = connector.q_static.expand(frames, -1)
+        elif self.hidden is None:
+            query = connector.q_first.expand(frames, -1)
+        else:
+            query = connector.to_query(self.hidden)
+        return self._read(connector.token(self.model.look(query, cache))[:, None])[:, -1]
+
+    def _read(self, x: Tensor) -> Tensor:
+        hidden = self.model.llm.base_model(inputs_embeds=x, past_key_values=self.memory, use_cache=True)
+        self.hidden = hidden.last_hidden_state[:, -1]
+        return hidden.last_hidden_state
+
+
+@torch.no_grad()
+def autoregressive(model: FoveatedVLM, batch: Batch) -> Tensor:
+    """The pack's nll f32 [S] with queries from fine tokens; same meaning as `model(batch)`.
+
+    Samples of one shape go together. Raises ValueError for `multi_token` models, which have no query.
+    """
+    if model.config.visual == "multi_token":
+        raise ValueError("a multi_token model has no query to run frame by frame")
+    device = batch.tokens.device
+    cache = model.encoder.encode_only(batch.frames)
+    frame_of_look = batch.frame_of_look
+    if frame_of_look is None:
+        frame_of_look = torch.arange(len(batch.frames), device=device)
+    nll = torch.zeros(len(batch.tokens), device=device)
+    for (looks, text, prompt), numbers in _same_shape(batch).items():
+        words = torch.stack([(batch.text_segment == i).nonzero()[:, 0] for i in numbers])  # [B, text]
+        tokens = batch.tokens[words]
+        seen = torch.stack([frame_of_look[batch.look_segment == i] for i in numbers])  # [B, looks]
+        stream = Stream(model)
+        hidden = [stream.words(tokens[:, :prompt])] if prompt else []
+        hidden += [stream.look(cache.frames(seen[:, k]))[:, None] for k in range(looks)]
+        hidden += [stream.words(tokens[:, prompt:])] if prompt < text else []
+        # Token i stands at i, or behind the looks when it is not part of the prompt; the state before it predicts it.
+        stand = torch.arange(text, device=device)
+        stand = stand + (stand >= prompt) * looks
+        states = torch.cat(hidden, dim=1)[:, (stand - 1).clamp(min=0)]
+        scores = model.score(states.flatten(0, 1), tokens.flatten()).view_as(tokens)
+        nll[words] = scores * (stand > 0)
+    return nll
+
+
+def _same_shape(batch: Batch) -> dict[tuple[int, int, int], list[int]]:
+    groups: dict[tuple[int, int, int], list[int]] = {}
+    for i, size in enumerate(batch.sizes):
+        if size.text:
+            groups.setdefault((size.looks, size.text, size.prompt), []).append(i)
+    return groups

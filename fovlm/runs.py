@@ -27,7 +27,7 @@ EXPERIMENTS = ROOT / "experiments"
 SECTIONS = ("note", "engine", "model", "data", "optim", "train", "journal")
 FORMS = ("base", "runs", "grid")
 WHOLE = {("data", "train"), ("model", "llm"), ("model", "dino")}  # a mix or a model is read in one place
-ONE_OF = {("train",): {"samples", "steps", "flops"}}
+ONE_OF: dict[tuple[str, ...], set[str]] = {("train",): {"samples", "steps", "flops"}}
 
 Key = tuple[str, ...]
 

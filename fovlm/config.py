@@ -58,22 +58,20 @@ class Source(Strict):
 
 
 class Hunt(Strict):
-    """The embedded task: marked objects move in a video, a question names one, the answer reads off its mark.
-
-    The generator writes the shards of the sources into `folder` before training starts.
-    """
+    """The embedded task (`hunt.py`): objects change places and marks from frame to frame, a question names one object,
+    the answer lists its marks. The generator writes the shards of the sources into `folder` before training starts."""
 
     folder: str = "hunt"  # below FOVLM_DATA
     train_clips: Count = 4000
     val_clips: Count = 256
-    frames: Count = 8  # of a clip
-    objects: Count = 3  # in a frame
-    marks: Count = 6  # different marks: chance is 1 / marks
-    colours: Count = 6
-    shapes: Count = 3
-    size: Count = 84  # pixels, height and width
-    text_fraction: Share = 0.1  # text-only samples, of the clips
-    image_fraction: Share = 0.1  # single pictures, of the clips
+    frames: Count = 4  # of a clip
+    objects: Annotated[list[Count], Field(min_length=1)] = [3]  # in a clip: one of these numbers
+    names: Count = 12  # different objects: colour and shape
+    marks: Annotated[int, Field(ge=2, le=10)] = 6  # different marks: chance is 1 / marks
+    grid: Count = 6  # places on a side of the picture
+    patch: Count = 14  # pixels on a side of a place
+    text_fraction: Share = 0.1  # text-only samples, of all
+    image_fraction: Share = 0.1  # single pictures, of all
     seed: Whole = 0
 
 
@@ -179,7 +177,7 @@ class Experiment(Strict):
 
     def dump(self) -> str:
         """The resolved experiment as YAML, which `Experiment.parse` reads back."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(), Dumper=runs.Dumper, sort_keys=False, allow_unicode=True)
 
     @classmethod
     def parse(cls, text: str) -> "Experiment":

@@ -188,7 +188,6 @@ class Loader(yaml.SafeLoader):
     """YAML 1.2's plain values: `1e-4` is a number, `no` and `1:30` are words, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        self.flatten_mapping(node)
         seen: dict[Hashable, Any] = {}
         for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
@@ -205,9 +204,15 @@ for _tag, _pattern, _first in [
     ("bool", r"true|false", "tf"),
     ("int", r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)", "-+0123456789"),
     ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?", "-+.0123456789"),
-    ("merge", r"<<", "<"),
 ]:
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), [*_first, ""])
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes what `Loader` reads back: quotes a word that it would take for a number."""
+
+
+Dumper.yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
 
 
 def read(file: Path) -> dict[str, Any]:

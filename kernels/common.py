@@ -1,0 +1,105 @@
+"""What the attention operations share: Triton if there is one, checks of inputs, looks grouped by frame."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+    INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+    LOG2E = tl.constexpr(1.4426950408889634)
+except ImportError:  # Triton exists for Linux only; elsewhere the references serve
+    triton = tl = LOG2E = INTERPRETED = None
+
+    def jit(function):
+        return function
+
+
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums over inputs of this type are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_looks(op: str, looks: Tensor, frames: Tensor, frame_of_look: Tensor | None) -> None:
+    """Refuse what does not fit: looks [K,...] and frames [F,...] of one type and device, frame_of_look [K] or None.
+
+    Raises ValueError. The entries of frame_of_look are checked on the CPU only: on a GPU that would wait for the
+    device at every layer; there a look at a frame that does not exist comes out as NaN.
+    """
+    if not looks.dtype.is_floating_point or looks.dtype != frames.dtype:
+        raise ValueError(f"{op}: expected one floating type for all inputs, got {looks.dtype} and {frames.dtype}")
+    if looks.device != frames.device:
+        raise ValueError(f"{op}: expected one device for all inputs, got {looks.device} and {frames.device}")
+    if frame_of_look is None:
+        if looks.shape[0] != frames.shape[0]:
+            raise ValueError(f"{op}: {looks.shape[0]} looks at {frames.shape[0]} frames need frame_of_look")
+        return
+    if frame_of_look.shape != looks.shape[:1] or frame_of_look.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{op}: expected frame_of_look int32 or int64 [{looks.shape[0]}], "
+            f"got {frame_of_look.dtype} {list(frame_of_look.shape)}"
+        )
+    if frame_of_look.device != looks.device:
+        raise ValueError(f"{op}: frame_of_look is on {frame_of_look.device}, the query on {looks.device}")
+    if frame_of_look.device.type == "cpu" and frame_of_look.numel() and not torch.compiler.is_compiling():
+        low, high = int(frame_of_look.min()), int(frame_of_look.max())
+        if low < 0 or high >= frames.shape[0]:
+            raise ValueError(f"{op}: frame_of_look reaches from {low} to {high}, there are {frames.shape[0]} frames")
+
+
+def group_looks(frame_of_look: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+    """Looks sorted by frame, in a fixed order -> (look [K], first [F+1]), both int32.
+
+    The looks of frame f are look[first[f] : first[f+1]]. Nothing waits for the device.
+    """
+    ordered, look = frame_of_look.sort(stable=True)
+    edges = torch.arange(frames + 1, device=frame_of_look.device, dtype=frame_of_look.dtype)
+    return look.int(), torch.searchsorted(ordered, edges, out_int32=True)
+
+
+def uses_triton(op: str, implementation: str, inputs: Tensor, fits: bool) -> bool:
+    """Whether Triton runs: on CUDA where a kernel `fits` the shape and the type is bf16, fp16 or fp32, or when told so.
+
+    Raises ValueError for an unknown implementation, and for "triton" where it cannot run.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{op}: implementation is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
+    fits = fits and triton is not None and inputs.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    if implementation == "triton":
+        if not fits:
+            raise ValueError(f"{op}: no Triton kernel for {inputs.dtype} {list(inputs.shape)}")
+        if inputs.device.type != "cuda" and not triton.knobs.runtime.interpret:
+            raise ValueError(f"{op}: Triton needs a GPU, or TRITON_INTERPRET=1 set before it is imported")
+        return True
+    return implementation == "auto" and fits and inputs.device.type == "cuda"
+
+
+@jit
+def dot(left, right):
+    """The matrix product, summed in fp32; fp32 inputs are not rounded to tf32."""
+    if INTERPRETED:  # the interpreter would multiply the bit patterns of bf16
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(left, right, input_precision="ieee")
+
+
+@jit
+def load_rows(base, row, stride, N, width: tl.constexpr, MASKED: tl.constexpr):
+    """Rows `row` of a [N,width] array; rows from N on are zeros, which cost no reading."""
+    at = base + row[:, None] * stride + tl.arange(0, width)[None, :]
+    if MASKED:
+        return tl.load(at, mask=row[:, None] < N, other=0.0)
+    else:
+        return tl.load(at)
+
+
+def dense_rows(inputs: Tensor) -> Tensor:
+    """inputs, copied only when its last dimension is not contiguous (the kernels read rows of adjacent numbers)."""
+    return inputs if inputs.stride(-1) == 1 else inputs.contiguous()

@@ -1,0 +1,134 @@
+"""The order of a run: position -> (source, epoch, shard, row), as pure functions of numbers. numpy only.
+
+Two parts. `Mix` decides which source a position belongs to: Tijdeman's chairman assignment rule keeps every source
+within one sample of its exact share in every prefix of the run. `Shuffle` decides which sample of that source it is:
+each epoch visits the shards in a new order, a few at a time, and the rows of those few in a new order; so reads stay
+near each other on disk, and every epoch reads every sample exactly once.
+
+Random numbers are raw Philox words, which numpy keeps the same in all releases, under keys hashed from what they are
+for; nothing here has a state that could be lost.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from math import lcm
+
+import numpy as np
+
+from fovlm.errors import UserError
+
+LONGEST_PERIOD = 100_000
+BLOCK = 8  # shards whose rows are shuffled together
+
+
+class Mix:
+    """Which source each position of the run belongs to, by weight and per sample.
+
+    Weights are read as the decimal fractions that a person wrote, so the pattern is exact and repeats with a period;
+    within it, a position's source and its number among that source's samples are looked up.
+    Raises UserError when the period would be longer than LONGEST_PERIOD samples.
+    """
+
+    def __init__(self, weights: dict[str, float]):
+        exact = {name: Fraction(str(weight)) for name, weight in weights.items() if weight > 0}
+        if not exact:
+            raise UserError("data.train: no source has a weight above 0")
+        total = sum(exact.values())
+        shares = [weight / total for weight in exact.values()]
+        period = lcm(*(share.denominator for share in shares))
+        if period > LONGEST_PERIOD:
+            raise UserError(
+                f"data.train: the weights {', '.join(map(str, weights.values()))} repeat only after {period} samples: "
+                "round them so that they add up to 1 with at most four decimals"
+            )
+        self.names = list(exact)
+        self.counts = np.array([int(share * period) for share in shares])
+        self.pattern = np.array(chairmen(self.counts.tolist()))  # [period]: the source of each position
+        self.number = np.empty(period, np.int64)  # [period]: which one of its source's samples it is
+        for source, count in enumerate(self.counts):
+            self.number[self.pattern == source] = np.arange(count)
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        """Position -> (source, number among the samples of that source), both from 0."""
+        round, at = divmod(position, len(self.pattern))
+        source = int(self.pattern[at])
+        return source, round * int(self.counts[source]) + int(self.number[at])
+
+
+def chairmen(counts: list[int]) -> list[int]:
+    """Spread counts[i] turns of each i over sum(counts) places; i has had n * share within less than 1 after n places.
+
+    R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32 (1980): of those who are owed enough, the
+    one who must be served first. In whole numbers throughout: `owed` is n * count - period * turns so far.
+    """
+    k, period = len(counts), sum(counts)
+    if k == 1:
+        return [0] * period
+    urgency = [lcm(*counts) // count for count in counts]
+    owed = [0] * k
+    order = []
+    for _ in range(period):
+        owed = [o + count for o, count in zip(owed, counts, strict=True)]
+        ready = [i for i in range(k) if (2 * k - 2) * owed[i] >= period]
+        chosen = min(ready, key=lambda i: ((2 * k - 3) * period - (2 * k - 2) * owed[i]) * urgency[i])
+        owed[chosen] -= period
+        order.append(chosen)
+    return order
+
+
+@dataclass(frozen=True)
+class Place:
+    """One sample of a source: in which epoch it is read, its shard's number and its row in the shard."""
+
+    epoch: int
+    shard: int
+    row: int
+
+
+class Shuffle:
+    """The order of one source's samples, epoch after epoch. `rows` are the samples of each shard."""
+
+    def __init__(self, rows: list[int], seed: int, source: str, block: int = BLOCK):
+        self.rows = np.array(rows, np.int64)
+        self.total = int(self.rows.sum())
+        self.seed, self.source, self.block = seed, source, block
+        self._kept: dict[tuple, tuple] = {}  # the last few results of _epoch and _block, which their keys determine
+
+    def __call__(self, number: int) -> Place:
+        """The source's `number`-th sample, counted through all epochs."""
+        epoch, number = divmod(number, self.total)
+        _, ends = self._remember(self._epoch, epoch)
+        block = int(np.searchsorted(ends, number, side="right"))
+        shard, row = self._remember(self._block, epoch, block)
+        at = number - (int(ends[block - 1]) if block else 0)
+        return Place(epoch, int(shard[at]), int(row[at]))
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(the shards in the epoch's order, the number of samples up to the end of each block)."""
+        shards = permutation(len(self.rows), self.seed, self.source, epoch)
+        firsts = np.arange(0, len(shards), self.block)
+        return shards, np.add.reduceat(self.rows[shards], firsts).cumsum()
+
+    def _block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(shards, rows) of the block's samples in their order."""
+        shards = self._remember(self._epoch, epoch)[0][block * self.block : (block + 1) * self.block]
+        shard = np.repeat(shards, self.rows[shards])
+        row = np.concatenate([np.arange(n) for n in self.rows[shards]])
+        order = permutation(len(shard), self.seed, self.source, epoch, block)
+        return shard[order], row[order]
+
+    def _remember(self, make: Callable[..., tuple], *key: int) -> tuple:
+        if key not in self._kept:
+            if len(self._kept) >= 8:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[key] = make(*key)
+        return self._kept[key]
+
+
+def permutation(n: int, *key: object) -> np.ndarray:
+    """The numbers 0 .. n - 1 in an order that follows from the key alone, whatever the numpy."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
+    words = np.random.Philox(key=np.frombuffer(digest, "<u8")).random_raw(n)
+    return np.argsort(words, kind="stable")

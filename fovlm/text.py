@@ -1,0 +1,187 @@
+"""A conversation -> tokens, their loss weights, and where the frames stand. The one door to the tokenizer's methods.
+
+The text is the tokenizer's own chat template, rendered with one system message and tokenized as a whole; the pieces
+(question, answer) are then found in it by their character offsets. Tokenizing the pieces apart would give other tokens
+at their seams, and could not be trusted to equal what generation sees.
+
+    <|im_start|>system\\nYou are a helpful AI assistant.<|im_end|>\\n<|im_start|>user\\nQUESTION<|im_end|>\\n
+    <|im_start|>assistant\\nANSWER<|im_end|>
+
+Prompt order `before` puts the frames right behind QUESTION, `after` (the frames come first, the text after them) puts
+them at the start. The tokens are the same for both.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fovlm.bad import BadSample
+from fovlm.errors import UserError
+
+SYSTEM = "You are a helpful AI assistant."
+
+
+@dataclass
+class Text:
+    """tokens i64 [s], weight f32 [s] (the share of each in the loss), and the number of tokens ahead of the frames."""
+
+    tokens: Tensor
+    weight: Tensor
+    prompt: int
+
+
+class Chat:
+    """Turns records of a shard into `Text`. Raises UserError for a tokenizer that has no usable chat template.
+
+    prompt: `after` | `before` the frames; loss: `all_text` | `answer`; most: tokens of a sample, the rest is cut.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, loss: str, most: int):
+        self.tokenizer, self.prompt, self.loss, self.most = tokenizer, prompt, loss, most
+        self.head, self.middle, self.tail = template(tokenizer)
+
+    @property
+    def hash(self) -> str:
+        """Changes with everything that decides which records are usable and how many tokens they have."""
+        backend = self.tokenizer.backend_tokenizer.to_str()
+        what = "\n".join([backend, self.head, self.middle, self.tail, self.prompt, self.loss, str(self.most)])
+        return hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
+
+    def texts(self, record: dict[str, Any], question: str | None, frames: bool, pair: bool) -> list[Text]:
+        """The one conversation of a record, or the two of a preference `pair`: `chosen`, then `rejected`."""
+        if not pair:
+            return [self.text(record, question, frames)]
+        if "chosen" not in record or "rejected" not in record:
+            raise BadSample("no chosen or no rejected answer")
+        user = record.get("user")
+        return [self.text({"user": user, "assistant": record[s]}, question, frames) for s in ("chosen", "rejected")]
+
+    def text(self, record: dict[str, Any], question: str | None, frames: bool) -> Text:
+        """A record with `assistant` (and `user`, else `question` is asked), or `token_ids` and `loss_mask`.
+
+        `frames` says whether the sample has any. Raises BadSample.
+        """
+        if "token_ids" in record:
+            ids, weight, frames_at = self._ready_made(record)
+        else:
+            ids, answer_from, frames_at = self._encode(record, question)
+            weight = [1.0 if self.loss == "all_text" or i >= answer_from else 0.0 for i in range(len(ids))]
+        prompt = frames_at if frames and self.prompt == "before" else 0
+        if prompt or not frames:
+            weight[0] = 0.0  # nothing stands ahead of this token to predict it from
+        ids, weight = ids[: self.most], weight[: self.most]
+        if not any(weight):
+            raise BadSample("nothing to learn within max_text")
+        return Text(torch.tensor(ids), torch.tensor(weight), min(prompt, self.most))
+
+    def ask(self, user: str, frames: bool) -> Text:
+        """A question up to the place where its answer starts, for generation; no token has a weight."""
+        asked = self.head + user.strip()
+        ids, spans = self._tokenize(asked + self.middle)
+        prompt = _tokens_up_to(spans, len(asked)) if frames and self.prompt == "before" else 0
+        return Text(torch.tensor(ids), torch.zeros(len(ids)), prompt)
+
+    def _encode(self, record: dict[str, Any], question: str | None) -> tuple[list[int], int, int]:
+        """(token ids, the first token of the answer, the number of tokens up to the question's end)."""
+        user = _words(record.get("user")) or (question or "").strip()
+        answer = _words(record.get("assistant"))
+        if not user:
+            raise BadSample("no question, and the source has no prompt")
+        if not answer:
+            raise BadSample("empty answer")
+        asked = self.head + user
+        ids, spans = self._tokenize(asked + self.middle + answer + self.tail)
+        answer_at = len(asked + self.middle)
+        # The turn's closing token belongs to the answer: it is how the model learns to stop. White space behind it,
+        # which some templates add, does not belong to the sample.
+        end = 1 + _tokens_up_to(spans, answer_at + len(answer))
+        return ids[:end], _tokens_up_to(spans, answer_at), _tokens_up_to(spans, len(asked))
+
+    def _ready_made(self, record: dict[str, Any]) -> tuple[list[int], list[float], int]:
+        ids: Any = record["token_ids"]
+        mask: Any = record.get("loss_mask")
+        frames_at = record.get("frames_at")
+        if not _whole_numbers(ids, len(self.tokenizer)) or not ids:
+            raise BadSample("token_ids are not ids of this tokenizer")
+        if not _whole_numbers(mask, 2) or len(mask) != len(ids):
+            raise BadSample("loss_mask is not one 0 or 1 for each of token_ids")
+        if self.prompt == "before" and not _whole_numbers([frames_at], len(ids) + 1):
+            raise BadSample("no frames_at beside token_ids, which the prompt order needs")
+        return ids, [float(m) for m in mask], frames_at or 0
+
+    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """(ids, the characters [from, to) of each)."""
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoding["input_ids"], encoding["offset_mapping"]
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or a Hugging Face id. Raises UserError."""
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"no tokenizer in '{source}' ({reason}): set model.tokenizer to a folder or id with one"
+        ) from error
+
+
+def template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """What the tokenizer's chat template puts before the question, between it and the answer, and after the answer.
+
+    Raises UserError when there is no template, or one that changes the messages it is given.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template: take that of an -Instruct model as model.tokenizer")
+
+    def render(user: str, answer: str) -> str:
+        turns = [("system", SYSTEM), ("user", user), ("assistant", answer)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+    question, answer = "\ue000question\ue000", "\ue000answer\ue000"
+    rendered = render(question, answer)
+    head, _, rest = rendered.partition(question)
+    middle, _, tail = rest.partition(answer)
+    if render("Is it?", "It is.") != f"{head}Is it?{middle}It is.{tail}":
+        raise UserError("the tokenizer's chat template changes the messages it is given: take another model.tokenizer")
+    return head, middle, tail
+
+
+def tokenize_stage1(sample: dict[str, Any], tokenizer: PreTrainedTokenizerBase, question: str | None = None) -> dict:
+    """What a shard's JSON needs to be pre-tokenized for stage 1: a loss on every text token.
+
+    `sample` has `user` (or `question` is asked) and `assistant`. Returns token_ids, loss_mask and frames_at, lists and
+    a number ready for JSON; reading them gives what reading `sample` gives. Raises BadSample.
+    """
+    return _tokenize_ahead(sample, tokenizer, question, "all_text")
+
+
+def tokenize_sft(sample: dict[str, Any], tokenizer: PreTrainedTokenizerBase, question: str | None = None) -> dict:
+    """The same for stages 2 and 3: a loss on the answer and the token that ends it."""
+    return _tokenize_ahead(sample, tokenizer, question, "answer")
+
+
+def _tokenize_ahead(sample: dict, tokenizer: PreTrainedTokenizerBase, question: str | None, loss: str) -> dict:
+    ids, answer_from, frames_at = Chat(tokenizer, "before", loss, 0)._encode(sample, question)
+    mask = [int(loss == "all_text" or i >= answer_from) for i in range(len(ids))]
+    return {"token_ids": ids, "loss_mask": mask, "frames_at": frames_at}
+
+
+def _tokens_up_to(spans: list[tuple[int, int]], end: int) -> int:
+    """How many tokens end at or before the character `end`."""
+    return sum(to <= end for _, to in spans)
+
+
+def _words(value: object) -> str:
+    """A message without white space around it; a value that is no string counts as none."""
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _whole_numbers(values: object, limit: int) -> bool:
+    """True for a list of integers from 0 to below `limit`."""
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < limit for v in values)

@@ -1,0 +1,72 @@
+"""Small things for tests: a word-level ChatML tokenizer, pictures, videos, shards."""
+
+import io
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fovlm import media
+from fovlm.shards import write_shards
+
+WORDS = "You are a helpful AI assistant . ? system user what is this yes no it red blue shown here in the picture".split()
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tokenizer(words: list[str] | None = None) -> PreTrainedTokenizerFast:
+    """Every word, mark and white space character is a token; unknown words are `<unk>`."""
+    special = ["<unk>", "<|im_start|>", "<|im_end|>"]
+    ordinary = list(dict.fromkeys(["\n", " ", *WORDS, *(words or []), *map(str, range(10))]))
+    model = models.WordLevel({word: i for i, word in enumerate([*special, *ordinary])}, unk_token="<unk>")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|\s|[^\w\s]"), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHATML,
+    )
+
+
+def picture(value: int, size: int = 16) -> bytes:
+    """A JPEG of one grey level."""
+    return media.encode_jpeg(np.full((size, size, 3), value, np.uint8))
+
+
+def video(seconds: float, fps: int = 5, size: int = 16, format: str = "mp4") -> bytes:
+    """An MPEG-4 video whose grey level is 10 times the second."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=format) as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height, stream.pix_fmt, stream.time_base = size, size, "yuv420p", Fraction(1, fps)
+        for i in range(round(seconds * fps)):
+            pixels = np.full((size, size, 3), 10 * (i // fps) % 256, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return out.getvalue()
+
+
+def conversation(answer: str = "red", user: str = "what is this ?") -> dict[str, Any]:
+    return {"user": user, "assistant": answer, "source": "test"}
+
+
+def clip(key: str, frames: int, **record: Any) -> dict[str, Any]:
+    """A sample of numbered JPEGs, or of text alone when `frames` is 0."""
+    pictures = {f"{i:03d}.jpg": picture(10 * i) for i in range(frames)}
+    return {"__key__": key, "json": conversation() | record, **pictures}
+
+
+def clips(folder: Path, name: str, frames: list[int], per_shard: int = 5) -> str:
+    """Shards of clips with these numbers of frames; returns their pattern."""
+    samples = (clip(f"{name}{i}", f, assistant="it is " + "red " * (i % 3 + 1)) for i, f in enumerate(frames))
+    paths = write_shards(folder / f"{name}-%02d.tar", samples, per_shard)
+    return str(folder / f"{name}-{{00..{len(paths) - 1:02d}}}.tar")

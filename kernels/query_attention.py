@@ -186,17 +186,17 @@ def _backward_block(
             fits = place < end
             number = tl.load(look_of + place, mask=fits, other=0) * H + head
             at = number[:, None] * d + column[None, :]
-            asked = tl.load(query + at, mask=fits[:, None], other=0.0)
-            slope = tl.load(grad + at, mask=fits[:, None], other=0.0)
-            pooled = tl.load(out + at, mask=fits[:, None], other=0.0)
-            delta = tl.sum(slope.to(tl.float32) * pooled.to(tl.float32), 1)
-            lse2 = tl.load(lse + number, mask=fits, other=0.0) * LOG2E
-            weights = tl.exp2(_scores(asked, keys, ONE) * (scale * LOG2E) - lse2[:, None])
+            query_tile = tl.load(query + at, mask=fits[:, None], other=0.0)
+            grad_tile = tl.load(grad + at, mask=fits[:, None], other=0.0)
+            out_tile = tl.load(out + at, mask=fits[:, None], other=0.0)
+            tile_delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+            tile_lse2 = tl.load(lse + number, mask=fits, other=0.0) * LOG2E
+            weights = tl.exp2(_scores(query_tile, keys, ONE) * (scale * LOG2E) - tile_lse2[:, None])
             if MASKED:
                 weights = tl.where((row < N)[None, :], weights, 0.0)
-            dscores = weights * (_scores(slope, values, ONE) - delta[:, None]) * scale
-            dkeys += _spread(dscores, asked, ONE)
-            dvalues += _spread(weights, slope, ONE)
+            dscores = weights * (_scores(grad_tile, values, ONE) - tile_delta[:, None]) * scale
+            dkeys += _spread(dscores, query_tile, ONE)
+            dvalues += _spread(weights, grad_tile, ONE)
             # only this program adds to this look and head; the barrier shows the sum to the threads of the next block
             so_far = tl.load(dquery + at, mask=fits[:, None], other=0.0)
             tl.store(dquery + at, so_far + _pool(dscores, keys, ONE), mask=fits[:, None])
@@ -261,7 +261,7 @@ def tiles(rows: int, width: int, one: bool) -> dict[str, int]:
     block = max(2048 // width, 16) if one else (64 if width <= 128 else 32)
     rest = rows % block
     tail = 0 if rest == 0 else max(1 << (rest - 1).bit_length(), 1 if one else 16)
-    return {"BLOCK": block, "TAIL": tail, "num_warps": 1 if one else 4, "num_stages": 1 if one else 2}
+    return {"BLOCK": block, "TAIL": tail, "num_warps": 1 if one else 4, "num_stages": 1 if one else 2, "enable_fp_fusion": True}
 
 
 @torch.library.custom_op("fovlm_kernels::query_attention", mutates_args=())

@@ -10,6 +10,10 @@ The forward pass over a pack (letters as in `batch.py`; E language-model width, 
 
 It returns the negative log-likelihood of every text token and nothing else: every loss and every score is a sum of
 these numbers.
+
+Queries and fine tokens can go round: with `rounds` R, the fine tokens of one round give the queries of the next. No
+round at all is the coarse pass, one is the design, and after K rounds every query comes from the fine tokens of all
+frames before it, which is what frame-by-frame deployment does (`stream.py`). Training with two narrows that gap.
 """
 
 import os
@@ -44,6 +48,7 @@ class FoveatedConfig(PreTrainedConfig):
         visual: str = "foveated",
         deep_query: bool = True,
         prompt: str = "after",
+        rounds: int = 1,
         query_dim: int = 384,
         visual_scale: float = 0.14,
         frame_size: int = 224,
@@ -51,7 +56,7 @@ class FoveatedConfig(PreTrainedConfig):
         **kwargs,
     ):
         if isinstance(llm_config, dict):
-            llm_config = AutoConfig.for_model(llm_config.get("model_type", "llama"), **llm_config)
+            llm_config = AutoConfig.for_model(**{"model_type": "llama", **llm_config})
         if isinstance(dino_config, dict):
             dino_config = Dinov2Config(**dino_config)
         self.llm_config = llm_config or LlamaConfig()
@@ -59,6 +64,7 @@ class FoveatedConfig(PreTrainedConfig):
         self.visual = visual
         self.deep_query = deep_query
         self.prompt = prompt
+        self.rounds = rounds
         self.query_dim = query_dim
         self.visual_scale = visual_scale
         self.frame_size = frame_size
@@ -154,7 +160,10 @@ class FoveatedVLM(PreTrainedModel):
         cache, coarse_tokens = self.coarse(batch)
         if visual == "coarse":
             return coarse_tokens
-        return self.connector.token(self.look(self.queries(batch, coarse_tokens), cache, batch.frame_of_look))
+        tokens = coarse_tokens
+        for _ in range(self.config.rounds):
+            tokens = self.connector.token(self.look(self.queries(batch, tokens), cache, batch.frame_of_look))
+        return tokens
 
     def coarse(self, batch: Batch) -> tuple[Cache, Tensor]:
         """Encode the frames; the static query looks at each -> cache, coarse tokens [K, E]."""
@@ -162,12 +171,14 @@ class FoveatedVLM(PreTrainedModel):
         tokens = self.connector.token(seen)
         return cache, tokens if batch.frame_of_look is None else tokens[batch.frame_of_look]
 
-    def queries(self, batch: Batch, coarse_tokens: Tensor) -> Tensor:
+    def queries(self, batch: Batch, tokens: Tensor) -> Tensor:
         """The query [K, Q] of each look, from the language model's state at the position before it.
+
+        `tokens` [K, E] are what it has seen so far: the coarse ones, or the fine ones of the round before.
 
         Only the prefixes are read: attention is causal, so what comes after the last look cannot matter.
         """
-        hidden = self.read(batch.prefix, coarse_tokens, batch.tokens)
+        hidden = self.read(batch.prefix, tokens, batch.tokens)
         first = (batch.query_from < 0)[:, None]
         asked = self.connector.to_query(hidden[batch.query_from.clamp(min=0)])
         return torch.where(first, self.connector.q_first.to(asked.dtype), asked)
@@ -272,6 +283,7 @@ def build(settings: ModelSettings, image_frames: int = 1) -> FoveatedVLM:
         visual=settings.visual,
         deep_query=settings.deep_query,
         prompt=settings.prompt,
+        rounds=settings.rounds,
         query_dim=settings.query_dim,
         visual_scale=settings.visual_scale,
         frame_size=settings.frame_size,

@@ -1,0 +1,187 @@
+"""Checkpoints that are whole or not there: staged, verified, and only then pointed to.
+
+    RUN/checkpoints/step-00000100/   the engine's shards, state.json, experiment.yaml, manifest.json
+    RUN/checkpoints/latest, best     one line each: the name of a folder beside them
+
+A save writes into a hidden staging folder; when every rank has written, the manifest (size and checksum of every file)
+is added, everything is flushed to disk, the folder gets its name, and at last `latest` and `best` are switched. So a
+kill at any moment leaves either the old state or the new one. A load verifies the manifest before anything is read and
+falls back to the newest checkpoint that is whole.
+
+This file knows nothing of deepspeed: what the engine writes are files in a folder.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fovlm.errors import UserError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+SPARE = 1.05  # room asked for beyond the estimate: file headers, and the file system's own needs
+
+
+@dataclass
+class State:
+    """Where a run stands. `cursor` is the first position of the data order that has not been trained on."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    cursor: int = 0
+    data_hash: str = ""
+    experiment_hash: str = ""
+    world_size: int = 1
+    zero_stage: int = 0
+    best: float | None = None  # best value of the metric that `train.best` names; lower is better
+    metric: float | None = None  # that metric at this checkpoint
+    skipped: int = 0  # steps that were skipped for non-finite values
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, run: Path):
+        self.folder = run / "checkpoints"
+
+    def names(self) -> list[str]:
+        """Complete ones by their names, oldest first. Not verified."""
+        return sorted(p.parent.name for p in self.folder.glob(f"step-*/{MANIFEST}"))
+
+    def pointed(self, pointer: str) -> str | None:
+        """The checkpoint that `latest` or `best` names, if it is there."""
+        path = self.folder / pointer
+        name = path.read_text().strip() if path.exists() else ""
+        return name if name and (self.folder / name / MANIFEST).exists() else None
+
+    def newest_good(self, verify: Callable[[Path], str], say: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint whose files are all as they were written; broken ones are named and passed over."""
+        for name in reversed(self.names()):
+            if not (problem := verify(self.folder / name)):
+                return self.folder / name
+            say(f"checkpoint {name} is damaged ({problem}): trying the one before it")
+        return None
+
+    def staging(self, name: str) -> Path:
+        """A fresh staging folder for a checkpoint; what an interrupted save left behind goes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".staging-*"):
+            shutil.rmtree(left)
+        path = self.folder / f".staging-{name}"
+        path.mkdir()
+        return path
+
+    def publish(self, staging: Path, manifest: dict[str, dict], state: State, best: bool) -> Path:
+        """Seal a staged checkpoint, give it its name, and point `latest` (and `best`) to it. One rank calls this."""
+        (staging / STATE).write_text(json.dumps(asdict(state), indent=1))
+        manifest = {**manifest, STATE: describe(staging / STATE)}
+        _write_durably(staging / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+        _sync(staging)
+        final = self.folder / staging.name.removeprefix(".staging-")
+        if final.exists():  # the same step again, after a fallback to an older checkpoint
+            old = self.folder / f".staging-old-{final.name}"
+            final.rename(old)
+            staging.rename(final)
+            shutil.rmtree(old)
+        else:
+            staging.rename(final)
+        _sync(self.folder)
+        for pointer in ["latest", *(["best"] if best else [])]:
+            partial = self.folder / f".{pointer}"
+            _write_durably(partial, final.name + "\n")
+            partial.rename(self.folder / pointer)
+        _sync(self.folder)
+        return final
+
+    def prune(self, keep_last: int, keep_best: int) -> None:
+        """Drop all but the newest `keep_last` and the `keep_best` with the lowest metric; `latest` and `best` stay."""
+        names = self.names()
+        scored = [(state.metric, n) for n in names if (state := read_state(self.folder / n)).metric is not None]
+        keep = {self.pointed("latest"), self.pointed("best"), *names[-keep_last:]}
+        keep |= {n for _, n in sorted(scored)[:keep_best]}
+        for name in names:
+            if name not in keep:
+                shutil.rmtree(self.folder / name)
+
+    def room(self, need: int) -> str:
+        """"" when a checkpoint of `need` bytes fits on the disk, else what is missing."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free >= need * SPARE:
+            return ""
+        return (
+            f"a checkpoint needs {need * SPARE / 1e9:.2f} GB and {self.folder} has {free / 1e9:.2f} GB free: "
+            "make room, or lower train.keep_last"
+        )
+
+
+def read_state(checkpoint: Path) -> State:
+    """The state a checkpoint holds. Raises UserError when it has none."""
+    try:
+        return State(**json.loads((checkpoint / STATE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint}: no readable {STATE} ({error}); is this a checkpoint of ours?") from error
+
+
+def describe(path: Path) -> dict:
+    """Size in bytes and blake2b checksum of a file."""
+    with path.open("rb") as file:
+        checksum = hashlib.file_digest(file, hashlib.blake2b) if hasattr(hashlib, "file_digest") else _digest(file)
+    return {"bytes": path.stat().st_size, "blake2b": checksum.hexdigest()}
+
+
+def seal(files: list[Path], root: Path) -> dict[str, dict]:
+    """Flush files to disk and describe them, for the manifest. Hashing runs in threads; hashlib frees the GIL."""
+
+    def one(path: Path) -> tuple[str, dict]:
+        _sync(path)
+        return str(path.relative_to(root)), describe(path)
+
+    with ThreadPoolExecutor(4) as pool:
+        return dict(pool.map(one, files))
+
+
+def verify(checkpoint: Path, rank: int = 0, world: int = 1) -> str:
+    """Hold a checkpoint to its manifest; rank r of W looks at every W-th file. "" when good, else what is wrong."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"no readable manifest: {error}"
+    for name in sorted(manifest)[rank::world]:
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != manifest[name]["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {manifest[name]['bytes']}"
+        if describe(path) != manifest[name]:
+            return f"{name} has another checksum"
+    return ""
+
+
+def _digest(file) -> "hashlib.blake2b":
+    digest = hashlib.blake2b()
+    while chunk := file.read(1 << 22):
+        digest.update(chunk)
+    return digest
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or folder, so that a power cut cannot undo what was reported as written."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,256 @@
+"""The training step on DeepSpeed: token-mean gradients, one decision about non-finite values, save and resume.
+
+With `convert.py` the only file that knows deepspeed. `ds_configs/*.json` say how to run; what is trained comes from the
+experiment.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# deepspeed asks for its accelerator at import; without a GPU it would warn and choose the CPU anyway.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.checkpoint import ds_to_universal
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor
+
+from fovlm import checkpoint, ranks
+from fovlm.batch import Batch
+from fovlm.config import Optim
+from fovlm.errors import UserError
+from fovlm.model import FoveatedVLM
+from fovlm.objectives import Loss, pair_weight, preference_loss, text_loss, text_weight
+
+ENGINE = "engine"  # the folder of DeepSpeed's own files inside a checkpoint
+log = logging.getLogger("fovlm")
+
+
+def start() -> torch.device:
+    """Join the other ranks (nccl on GPUs, gloo on CPUs) and return this rank's device.
+
+    Rank, world size and address come from the launcher's environment (`env://`). DeepSpeed's shared-memory operation
+    for the CPU is switched off: compiling it takes minutes at the first start, and gloo does without.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    return device
+
+
+@dataclass
+class Step:
+    """What one optimizer step did, the same on every rank."""
+
+    loss: float  # mean over the weighted tokens (or pairs) of the global batch
+    grad_norm: float  # before clipping
+    weight: float  # weighted tokens (or pairs) of the global batch
+    skipped: bool  # a loss or gradient was not finite: the weights stayed as they were
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+class Engine:
+    """A model under DeepSpeed.
+
+    `config` is the resolved DeepSpeed dict. `reference` is the frozen start of a preference run (None: text loss).
+    """
+
+    def __init__(
+        self,
+        model: FoveatedVLM,
+        optim: Optim,
+        config: dict[str, Any],
+        device: torch.device,
+        reference: FoveatedVLM | None = None,
+        dpo_beta: float = 0.1,
+    ):
+        self.device = device
+        self.accumulation = config["gradient_accumulation_steps"]
+        self.stage = config["zero_optimization"]["stage"]
+        rates = {"connector": optim.lr_connector, "dino": optim.lr_dino, "llm": optim.lr_llm}
+        groups = [
+            {"name": name, "params": parameters, "lr": rates[name], "weight_decay": optim.weight_decay}
+            for name, parameters in model.groups().items()
+            if parameters
+        ]
+        # torch's fused AdamW runs on GPU and CPU alike, so offloading needs no operator compiled at start.
+        optimizer = torch.optim.AdamW(groups, betas=tuple(optim.betas), eps=optim.eps, fused=True)
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.dtype = next(model.parameters()).dtype
+        self.reference = reference.to(device, self.dtype).eval().requires_grad_(False) if reference else None
+        self.dpo_beta = dpo_beta
+
+    @property
+    def model(self) -> FoveatedVLM:
+        return self.deepspeed.module
+
+    def nll(self, batch: Batch, visual: str | None = None) -> Tensor:
+        """The model's nll [S] of a pack on this rank's device. Under ZeRO-3 all ranks must call it together."""
+        return self.deepspeed(batch, visual=visual)
+
+    def set_rates(self, rates: dict[str, float]) -> None:
+        """Set each group's learning rate for the next step."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
+
+    def step(self, batches: list[Batch]) -> Step:
+        """One optimizer step over this rank's packs, as many as there are accumulation steps.
+
+        The gradient is that of the mean over all weighted tokens of the global batch. DeepSpeed divides by the
+        accumulation steps and averages over the ranks; multiplying by both first undoes that, and the one division by
+        the total weight is ours. So ranks, accumulation and packing do not change it.
+        """
+        if len(batches) != self.accumulation:
+            raise ValueError(f"{len(batches)} packs for {self.accumulation} accumulation steps")
+        self.deepspeed.train()
+        weights = [self._weight(batch) for batch in batches]
+        total = max(float(ranks.total([float(sum(weights))], self.device)), 1e-9)
+        scale = ranks.world() * self.accumulation / total
+        sums: dict[str, float] = {}
+        for batch in batches:
+            batch = batch.to(self.device)
+            loss = self._loss(batch)
+            if not torch.isfinite(loss.total):
+                log.error("rank %d: the loss is %s for samples %s", ranks.rank(), float(loss.total), batch.keys)
+            self.deepspeed.backward(loss.total * scale)
+            self.deepspeed.step()
+            for name, value in {"loss": loss.total, **loss.parts}.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+        # DeepSpeed skips a step whose gradient norm is not finite, the same on every rank, without a word.
+        applied = self.deepspeed.was_step_applied()
+        norm = self.deepspeed.get_global_grad_norm()
+        means = (ranks.total(list(sums.values()), self.device) / total).tolist()
+        parts = dict(zip(sums, means, strict=True))
+        finite = applied and bool(torch.isfinite(torch.tensor(parts["loss"])))
+        return Step(parts.pop("loss"), float(norm or 0.0), total, not finite, parts)
+
+    def _weight(self, batch: Batch) -> Tensor:
+        return pair_weight(batch) if self.reference is not None else text_weight(batch)
+
+    def _loss(self, batch: Batch) -> Loss:
+        nll = self.nll(batch)
+        if self.reference is None:
+            return text_loss(nll, batch)
+        with torch.no_grad():
+            reference_nll = self.reference(batch)
+        return preference_loss(nll, reference_nll, batch, self.dpo_beta)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def checkpoint_bytes(self) -> int:
+        """Bytes of one checkpoint: the weights, and fp32 master weights and two moments of what is trained."""
+        size = {True: 0, False: 0}
+        for p in self.model.parameters():
+            size[p.requires_grad] += getattr(p, "ds_numel", p.numel())
+        return (size[True] + size[False]) * self.dtype.itemsize + size[True] * 12
+
+    def save(self, checkpoints: checkpoint.Checkpoints, state: checkpoint.State, experiment: str, best: bool) -> Path:
+        """Write a checkpoint together with all ranks; see `checkpoint.py` for the order of things.
+
+        Raises UserError, on every rank and before anything is written, when the disk cannot hold it.
+        """
+        problem = ranks.from_first(checkpoints.room(self.checkpoint_bytes()) if ranks.rank() == 0 else "")
+        if problem:
+            raise UserError(problem)
+        name = f"step-{state.step:08d}"
+        staging = Path(ranks.from_first(str(checkpoints.staging(name)) if ranks.rank() == 0 else ""))
+        self.deepspeed.save_checkpoint(str(staging), tag=ENGINE, client_state={"iteration": state.step}, save_latest=False)
+        torch.save(_random_states(), staging / f"random-{ranks.rank():05d}.pt")
+        if ranks.rank() == 0:
+            (staging / "experiment.yaml").write_text(experiment)
+        ranks.barrier()
+        files = sorted(p for p in staging.rglob("*") if p.is_file())
+        sealed = ranks.gather(checkpoint.seal(files[ranks.rank() :: ranks.world()], staging))
+        final = staging
+        if ranks.rank() == 0:
+            manifest = {name: entry for part in sealed for name, entry in part.items()}
+            final = checkpoints.publish(staging, manifest, state, best)
+        return Path(ranks.from_first(str(final)))
+
+    def load(self, path: Path, universal: Path | None = None) -> None:
+        """Put weights, optimizer and random states back as `path` holds them, on every rank.
+
+        `universal` is the folder that `to_universal` made, for another number of ranks; the engine must have been
+        made with `load_universal` in its config. Files are read with `weights_only`.
+        """
+        with weights_only():
+            self.deepspeed.load_checkpoint(str(universal or path), tag=ENGINE)
+        own = path / f"random-{ranks.rank():05d}.pt"
+        if own.exists():
+            _set_random_states(torch.load(own, weights_only=True))
+
+
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """Let every `torch.load` inside, DeepSpeed's too, read tensors and plain values only, and run nothing."""
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch's own switch, which overrules weights_only=False in a call
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
+def to_universal(path: Path, out: Path) -> Path:
+    """Turn the checkpoint at `path` into DeepSpeed's universal form in `out`, which any number of ranks can load.
+
+    Rank 0 does the work. Raises UserError for ZeRO-3, whose universal checkpoints do not resume exactly (a loss of
+    21.57 where 20.63 was right, DeepSpeed 0.19.8).
+    """
+    state = checkpoint.read_state(path)
+    if state.zero_stage == 3:
+        raise UserError(
+            f"{path} was written by {state.world_size} ranks under ZeRO-3 and can only be resumed on as many: "
+            "start it on that number, or train with engine=zero2"
+        )
+    if ranks.rank() == 0:
+        shutil.rmtree(out, ignore_errors=True)
+        with weights_only(), contextlib.redirect_stdout(io.StringIO()):
+            ds_to_universal.main(
+                Namespace(
+                    input_folder=str(path / ENGINE),
+                    output_folder=str(out / ENGINE),
+                    num_extract_workers=1,
+                    num_merge_workers=1,
+                    keep_temp_folder=False,
+                    strict=True,
+                    inject_missing_state=True,  # what Megatron's checkpoints hold and others do not
+                )
+            )
+    ranks.barrier()
+    return out
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_states(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

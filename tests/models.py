@@ -1,0 +1,54 @@
+"""Tiny models and packs for the tests: every part of the real thing, small enough for two cores."""
+
+import torch
+from transformers import Dinov2Config, LlamaConfig
+
+from fovlm.batch import Batch, Sample, Size, collate
+from fovlm.model import FoveatedConfig, FoveatedVLM
+
+FRAME = 28  # pixels: 4 x 4 patches of 7
+VOCABULARY = 64
+BUDGET = Size(frames=6, looks=10, text=30, prompt=12)
+
+
+def tiny_model(seed: int = 0, **settings) -> FoveatedVLM:
+    """A model of some 50,000 parameters; `settings` go to FoveatedConfig."""
+    torch.manual_seed(seed)
+    llm = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    dino = Dinov2Config(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=FRAME, patch_size=7, mlp_ratio=2
+    )
+    settings = {"query_dim": 24, "frame_size": FRAME, **settings}
+    return FoveatedVLM(FoveatedConfig(llm_config=llm, dino_config=dino, **settings))
+
+
+def sample(key: str, frames: int = 0, looks: int | None = None, text: int = 6, prompt: int = 0, role: str = "") -> Sample:
+    """A random sample, the same for the same key."""
+    random = torch.Generator().manual_seed(sum(map(ord, key)))
+    return Sample(
+        key=key,
+        source="tiny",
+        frames=torch.randint(0, 256, (frames, 3, FRAME, FRAME), dtype=torch.uint8, generator=random),
+        looks=frames if looks is None else looks,
+        tokens=torch.randint(0, VOCABULARY, (text,), generator=random),
+        weight=torch.ones(text),
+        prompt=prompt,
+        role=role,
+    )
+
+
+def pack(samples: list[Sample], budget: Size = BUDGET, **options) -> Batch:
+    return collate(samples, budget, FRAME, **options)
+
+
+def nll_of(model: FoveatedVLM, batch: Batch, number: int, **options) -> torch.Tensor:
+    """The nll of one sample's tokens inside a pack."""
+    return model(batch, **options)[batch.text_segment == number]

@@ -1,0 +1,131 @@
+"""DINOv2 encoded once: equal to Hugging Face's forward, keys and values computed once, looks that see but are not seen."""
+
+import pytest
+import torch
+from models import tiny_model
+from torch import nn
+
+from fovlm.encoder import MEAN, STD, Encoder, heads, parts, weights_of
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    return tiny_model().encoder
+
+
+@pytest.fixture
+def frames() -> torch.Tensor:
+    return torch.randint(0, 256, (4, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def pixels(frames: torch.Tensor) -> torch.Tensor:
+    return (frames.float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def test_features_equal_the_forward_of_hugging_face(encoder, frames):
+    expected = encoder.dino(pixels(frames)).last_hidden_state
+    torch.testing.assert_close(encoder.features(frames), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_kept_keys_and_values_are_those_of_hugging_face(encoder, frames):
+    inputs: list[torch.Tensor] = []
+    hooks = [layer.norm1.register_forward_hook(lambda m, i, out: inputs.append(out)) for layer in encoder.dino.encoder.layer]
+    encoder.dino(pixels(frames))
+    for hook in hooks:
+        hook.remove()
+    for layer, normed, (key, value) in zip(
+        encoder.dino.encoder.layer, inputs, encoder.encode_only(frames).layers, strict=True
+    ):
+        p = parts(layer)
+        torch.testing.assert_close(key, heads(p.key(normed), encoder.head_width), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value, heads(p.value(normed), encoder.head_width), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_keys_and_values_are_computed_once(encoder, frames, trainable):
+    encoder.requires_grad_(trainable)
+    calls: dict[nn.Module, int] = {}
+    for layer in encoder.dino.encoder.layer:
+        for module in (parts(layer).key, parts(layer).value):
+            module.register_forward_hook(lambda m, i, o: calls.update({m: calls.get(m, 0) + 1}))
+    cache, _ = encoder.encode(frames, torch.randn(encoder.width))
+    for _ in range(3):
+        encoder.look(torch.randn(4, encoder.width), cache)
+    assert len(calls) == 2 * len(encoder.dino.encoder.layer)
+    assert set(calls.values()) == {1}
+
+
+def test_the_row_that_rides_along_equals_a_look(encoder, frames):
+    row = torch.randn(encoder.width)
+    cache, riding = encoder.encode(frames, row)
+    torch.testing.assert_close(riding, encoder.look(row.expand(4, -1), cache), rtol=1e-5, atol=1e-6)
+
+
+def test_patches_never_see_the_query(encoder, frames):
+    with_row, _ = encoder.encode(frames, 100 * torch.randn(encoder.width))
+    for seen, alone in zip(with_row.layers, encoder.encode_only(frames).layers, strict=True):
+        torch.testing.assert_close(seen[0], alone[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(seen[1], alone[1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_look_is_one_query_through_all_layers(encoder, frames):
+    """Against the maths written out: softmax attention of one row in fp64, layer by layer."""
+    encoder.double()
+    cache, query = encoder.encode_only(frames), torch.randn(4, encoder.width).double()
+    x = query
+    for layer, (key, value) in zip(encoder.dino.encoder.layer, cache.layers, strict=True):
+        p = parts(layer)
+        q = heads(p.query(p.norm1(x)), encoder.head_width)
+        weights = (torch.einsum("khd,knhd->khn", q, key) * encoder.head_width**-0.5).softmax(-1)
+        x = x + p.scale1(p.out(torch.einsum("khn,knhd->khd", weights, value).flatten(1)))
+        x = x + p.scale2(p.mlp(p.norm2(x)))
+    torch.testing.assert_close(encoder.look(query, cache), encoder.dino.layernorm(x), rtol=1e-9, atol=1e-9)
+
+
+def test_several_looks_at_one_frame(encoder, frames):
+    cache, query = encoder.encode_only(frames), torch.randn(5, encoder.width)
+    which = torch.tensor([2, 2, 0, 3, 2])
+    together = encoder.look(query, cache, which)
+    for k, frame in enumerate(which.tolist()):
+        alone = encoder.look(query[k : k + 1], cache.frames(slice(frame, frame + 1)))
+        torch.testing.assert_close(together[k : k + 1], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_a_frozen_encoder_keeps_no_graph_but_passes_gradients_to_the_query(encoder, frames):
+    encoder.requires_grad_(False)
+    row = torch.randn(encoder.width, requires_grad=True)
+    cache, coarse = encoder.encode(frames, row)
+    assert not any(t.requires_grad for pair in cache.layers for t in pair)
+    coarse.sum().backward()
+    assert row.grad.abs().sum() > 0
+
+
+def test_recomputing_gives_the_same_gradients(encoder, frames):
+    gradients = []
+    for recompute in (False, True):
+        encoder.recompute = recompute
+        encoder.zero_grad()
+        cache, coarse = encoder.encode(frames, torch.ones(encoder.width))
+        (coarse.sum() + encoder.look(torch.ones(4, encoder.width), cache).square().sum()).backward()
+        gradients.append([p.grad.clone() for p in encoder.parameters() if p.grad is not None])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+def test_attention_weights_are_those_of_the_look(encoder, frames):
+    query = torch.randn(4, encoder.width)
+    weights = encoder.look_weights(query, encoder.encode_only(frames))
+    assert weights.shape == (3, 4, 2, 17)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, 2))
+
+
+def test_weights_of_survives_large_logits():
+    weights = weights_of(1e4 * torch.ones(1, 1, 4), torch.eye(4)[None, :, None], None, 1.0)
+    assert torch.isfinite(weights).all()
+
+
+def test_dropout_is_refused():
+    model = tiny_model()
+    model.encoder.dino.config.drop_path_rate = 0.1
+    with pytest.raises(ValueError, match="drop_path_rate"):
+        Encoder(model.encoder.dino)

@@ -26,8 +26,9 @@ from fovlm.bad import BadSample
 from fovlm.batch import EMPTY, Bad, Sample, Size
 from fovlm.config import Experiment, Source
 from fovlm.errors import UserError
-from fovlm.index import MEDIA, Index, Member, contents, hash_of, list_members, open_indices, parse_json
+from fovlm.index import MEDIA, Index, hash_of, open_indices
 from fovlm.lengths import Lengths, open_lengths
+from fovlm.members import Member, contents, list_members, parse_json
 from fovlm.order import Mix, Shuffle
 from fovlm.shards import cache_root, find_shards
 from fovlm.text import Chat

@@ -4,20 +4,16 @@ With the index, samples are read by position instead of in tar order, so the ord
 numbers. One JSON file lies beside each shard (or in the cache folder where the shard's folder is read-only). It is
 written whole under another name and then renamed, so that several processes may make it at the same time, and it is
 made again when the shard's size or modification time has changed.
-
-Words: a *sample* is the run of tar members whose names are equal up to the first dot of the base name; its *extension*
-is what follows that dot (`json`, `jpg`, `003.jpg`, `mp4`).
 """
 
 import hashlib
 import json
 import logging
 import os
-import re
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -30,6 +26,7 @@ from tqdm import tqdm
 from fovlm import media
 from fovlm.bad import BadSample
 from fovlm.errors import UserError
+from fovlm.members import Member, contents, list_members, parse_json
 
 VERSION = 1  # of the file's content; another version is made again
 MEDIA = ("text", "image", "video")
@@ -43,7 +40,6 @@ ARRAYS = {
     "media": np.uint8,
     "preference": np.bool_,
 }
-NUMBERED = re.compile(r"\d+\.(\w+)")
 log = logging.getLogger(__name__)
 
 
@@ -78,59 +74,6 @@ class Index:
     def kind(self, row: int) -> str:
         """text, image, video or preference."""
         return "preference" if self.preference[row] else MEDIA[self.media[row]]
-
-
-@dataclass(frozen=True)
-class Member:
-    """One file of a sample: `start` is its header's offset in the tar, `offset` that of its bytes."""
-
-    key: str
-    extension: str
-    start: int
-    offset: int
-    length: int
-
-    @property
-    def end(self) -> int:
-        return self.offset + -(-self.length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """`folder/clip.003.JPG` -> (`folder/clip`, `003.jpg`): WebDataset's rule."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
-
-
-def list_members(tar: tarfile.TarFile) -> Iterator[Member]:
-    """The regular files of an open tar. Links, devices and folders are passed over: nothing in a sample needs them."""
-    for info in tar:
-        if info.isreg():
-            yield Member(*split_name(info.name), info.offset, info.offset_data, info.size)
-
-
-def contents(members: list[Member]) -> tuple[str, list[Member]]:
-    """What a sample's members are: (`text` | `image` | `video`, its media members in frame order).
-
-    Members that are neither JSON nor media are left alone; they are never opened. Raises BadSample.
-    """
-    numbered, single = [], []
-    for member in members:
-        extension = member.extension
-        if match := NUMBERED.fullmatch(extension):
-            if match[1] in media.PICTURES:
-                numbered.append(member)
-        elif extension in media.PICTURES or extension in media.VIDEOS:
-            single.append(member)
-    if sum(m.extension == "json" for m in members) != 1:
-        raise BadSample("no JSON" if all(m.extension != "json" for m in members) else "more than one JSON")
-    if len(single) + bool(numbered) > 1:
-        raise BadSample("more than one picture or video")
-    if numbered:
-        return "video", sorted(numbered, key=lambda m: int(m.extension.partition(".")[0]))
-    if single:
-        return "video" if single[0].extension in media.VIDEOS else "image", single
-    return "text", []
 
 
 def open_index(shard: Path, cache: Path) -> Index:
@@ -179,12 +122,10 @@ def make_index(shard: Path) -> Index:
         _hash_until(file, stat.st_size, digest)
     if damaged_at is not None:
         log.warning("%s: damaged from byte %d on; what follows there is lost", shard, damaged_at)
-        if len(keys) - 1 not in broken:  # the damage fell between two samples: count it all the same
-            broken[len(keys)] = "truncated tar"
-            keys.append("(end of the shard)")
-            rows.append((damaged_at, 0, 0, 0, 0, 0, 0, False))
+        if keys:  # files of the last sample may be among what is lost
+            broken[len(keys) - 1] = "truncated tar"
     table = np.array(rows, dtype=np.int64).reshape(-1, len(ARRAYS)).T
-    arrays: dict[str, Any] = {name: column.astype(kind) for (name, kind), column in zip(ARRAYS.items(), table, strict=True)}
+    arrays: dict[str, Any] = {name: table[i].astype(kind) for i, (name, kind) in enumerate(ARRAYS.items())}
     return Index(shard, stat.st_size, stat.st_mtime_ns, digest.hexdigest(), keys, broken=broken, **arrays)
 
 
@@ -207,17 +148,6 @@ def describe(members: list[Member], data: bytes) -> tuple[str, int, bool]:
     else:
         frames = len(pictures)
     return kind, frames, "chosen" in record or "rejected" in record
-
-
-def parse_json(data: bytes) -> dict:
-    """A sample's record. Raises BadSample."""
-    try:
-        record = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSample("malformed JSON") from error
-    if not isinstance(record, dict):
-        raise BadSample("malformed JSON")
-    return record
 
 
 def _scan(shard: Path) -> tuple[list[list[Member]], int | None]:

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from fovlm.bad import BadSample
 from fovlm.config import Source
-from fovlm.index import Index, parse_json, replace_file
+from fovlm.index import Index, replace_file
+from fovlm.members import parse_json
 from fovlm.text import Chat
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import webdataset
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from tqdm import tqdm
 
 from fovlm import runs
@@ -46,7 +46,7 @@ def find_shards(source: str, pattern: str) -> list[Path]:
     where = f"data.sources.{source}.shards: '{pattern}'"
     try:
         names = list(braceexpand(pattern))
-    except UnbalancedBracesError:
+    except ValueError:
         raise UserError(f"{where} has a brace without its other half") from None
     for name in names:
         name = name.replace("${FOVLM_DATA}", str(data_root()))  # behind the expansion: a folder's name may hold braces

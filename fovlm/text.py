@@ -178,8 +178,14 @@ def _tokens_up_to(spans: list[tuple[int, int]], end: int) -> int:
 
 
 def _words(value: object) -> str:
-    """A message without white space around it; a value that is no string counts as none."""
-    return value.strip() if isinstance(value, str) else ""
+    """A message without white space around it; a value that is no string counts as none. Raises BadSample."""
+    if not isinstance(value, str):
+        return ""
+    if any(
+        "\ud800" <= letter <= "\udfff" for letter in value
+    ):  # JSON can spell halves of letters, which no one can read
+        raise BadSample("text is not Unicode")
+    return value.strip()
 
 
 def _whole_numbers(values: object, limit: int) -> bool:

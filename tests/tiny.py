@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from fovlm import media
 from fovlm.shards import write_shards
 
-WORDS = "You are a helpful AI assistant . ? system user what is this yes no it red blue shown here in the picture".split()
+TEXT = "You are a helpful AI assistant . ? system user what is this yes no it red blue shown here in the picture"
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -23,7 +23,7 @@ CHATML = (
 def tokenizer(words: list[str] | None = None) -> PreTrainedTokenizerFast:
     """Every word, mark and white space character is a token; unknown words are `<unk>`."""
     special = ["<unk>", "<|im_start|>", "<|im_end|>"]
-    ordinary = list(dict.fromkeys(["\n", " ", *WORDS, *(words or []), *map(str, range(10))]))
+    ordinary = list(dict.fromkeys(["\n", " ", *TEXT.split(), *(words or []), *map(str, range(10))]))
     model = models.WordLevel({word: i for i, word in enumerate([*special, *ordinary])}, unk_token="<unk>")
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|\s|[^\w\s]"), "isolated")

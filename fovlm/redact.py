@@ -1,0 +1,34 @@
+"""Takes out of a text what must not leave the machine: secrets, and the home folder's path."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+HIDDEN = "[hidden]"
+# Names of environment variables whose values are secrets.
+SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+# Secrets by their looks: user:password@ in a URL, a signature or token in its query, Hugging Face's and AWS's keys.
+SECRETS = (
+    re.compile(r"(?<=://)[^/\s@]+(?=@)"),
+    re.compile(r"(?<=[?&])[\w.-]*(?:key|token|secret|signature|credential|sig)[\w.-]*=[^&\s]+", re.IGNORECASE),
+    re.compile(r"\b(?:hf_\w{20,}|AKIA[0-9A-Z]{16}|wandb_v1_\w{20,})"),
+)
+
+
+def redact(value: Any) -> Any:
+    """The same value (text, or lists and mappings of it) with secrets hidden and the home folder as `~`."""
+    if isinstance(value, dict):
+        return {redact(key): redact(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(inner) for inner in value]
+    if not isinstance(value, str | Path):
+        return value
+    text = str(value)
+    for name, secret in os.environ.items():
+        if SECRET_NAME.search(name) and len(secret) >= 8:
+            text = text.replace(secret, HIDDEN)
+    for pattern in SECRETS:
+        text = pattern.sub(HIDDEN, text)
+    home = os.path.expanduser("~")
+    return re.sub(re.escape(home) + r"(?=/|$)", "~", text) if len(home) > 1 else text

@@ -215,7 +215,7 @@ def test_a_launcher_that_dies_first_leaves_nobody_behind(place):
 
 # -- the environment --------------------------------------------------------------------------------------------------
 
-# Stands for python3.11: answers the questions of scripts/env.sh; the .venv it makes has a python that notes its arguments.
+# Stands for python3.11, for all that scripts/env.sh asks; the .venv it makes has a python that notes its arguments.
 BASE = """#!/bin/sh
 case "$*" in
   *version_info*) exit {old} ;;

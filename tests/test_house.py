@@ -1,0 +1,196 @@
+"""The house rules that a machine can hold: arrows between modules, one door per package, length, declared packages."""
+
+import ast
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    tomllib = None
+
+from fovlm import config, runs
+from fovlm.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted([*(ROOT / "fovlm").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FILES}
+
+LONGEST = 400  # lines; about 300 is the aim
+
+# None of these imports one further right, itself or through others.
+CHAINS = (
+    ("errors", "runs", "config", "batch", "model", "objectives", "engine", "train"),
+    ("config", "batch", "encoder", "model"),
+    ("config", "batch", "shards", "dataset", "loader", "train"),
+    ("config", "schedule", "train"),
+    ("config", "journal", "train"),
+)
+# These must import fast, and on a machine without torch.
+WITHOUT_TORCH = ("errors", "runs", "config", "deepspeed_config", "schedule", "journal", "redact")
+# A package, and the only modules that import it.
+DOORS = {
+    "webdataset": {"fovlm.shards"},
+    "wandb": {"fovlm.journal"},
+    "deepspeed": {"fovlm.engine", "fovlm.checkpoint", "fovlm.convert"},
+    "PIL": {"fovlm.media"},
+    "simplejpeg": {"fovlm.media"},
+    "av": {"fovlm.media"},
+}
+# Names inside Hugging Face's Dinov2Model, which change between releases.
+DINOV2_NAMES = ("layer_scale1", "layer_scale2", "lambda1", "patch_embeddings", "transformers.models.dinov2")
+
+
+@functools.cache
+def imports(module: str) -> frozenset[str]:
+    """Full names of what a module imports, anywhere in it: `from a.b import c` gives `a.b` and `a.b.c`."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are absolute here"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(found)
+
+
+def reached(module: str) -> set[str]:
+    """Everything imported by a module and by the modules of ours that it imports."""
+    found: set[str] = set()
+    ahead = [module]
+    while ahead:
+        for name in imports(ahead.pop()) - found:
+            found.add(name)
+            if name in MODULES:
+                ahead.append(name)
+    return found
+
+
+def packages(names: frozenset[str] | set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids="-".join)
+def test_arrows_point_one_way(chain):
+    there = [f"fovlm.{name}" for name in chain if f"fovlm.{name}" in MODULES]
+    for n, module in enumerate(there):
+        wrong = reached(module) & set(there[n + 1 :])
+        assert not wrong, f"{module} must not depend on {wrong}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_goes_in_a_circle(module):
+    assert module not in reached(module)
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_what_must_be_light_is(name):
+    heavy = {"torch", "deepspeed", "transformers", "triton"} & packages(reached(f"fovlm.{name}"))
+    assert not heavy
+
+
+@pytest.mark.parametrize("package", DOORS)
+def test_every_package_has_one_door(package):
+    users = {module for module in MODULES if package in packages(imports(module))}
+    assert users <= DOORS[package]
+
+
+def test_names_inside_dinov2_stay_in_the_encoder():
+    for module, file in MODULES.items():
+        if module == "fovlm.encoder":
+            continue
+        text = file.read_text(encoding="utf-8")
+        assert not [name for name in DINOV2_NAMES if name in text], module
+        assert not [name for name in imports(module) if name.startswith("transformers.") and "Dinov2" in name], module
+
+
+def test_kernels_is_a_leaf():
+    for module in MODULES:
+        if module.startswith("kernels"):
+            assert not packages(imports(module)) & {"fovlm", "transformers", "deepspeed"}, module
+    body = ast.parse((ROOT / "kernels" / "__init__.py").read_text()).body
+    assert [type(node) for node in body] == [ast.Expr], "kernels/__init__.py holds a docstring and nothing else"
+
+
+def test_transformers_does_not_take_our_kernels_for_hugging_faces():
+    code = """
+import kernels, transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import is_kernels_available
+assert "site-packages" not in kernels.__file__, kernels.__file__
+assert not is_kernels_available()
+size = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+LlamaForCausalLM(LlamaConfig(**size))
+print("fine")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip().endswith("fine"), done.stderr
+
+
+@pytest.mark.parametrize("file", FILES + TESTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_file_is_too_long_and_every_one_says_what_it_is(file):
+    text = file.read_text(encoding="utf-8")
+    assert text.count("\n") <= LONGEST, "one idea each: split it"
+    assert ast.get_docstring(ast.parse(text)) or file.name == "__init__.py", "wants a docstring: what it is, and why"
+
+
+@pytest.mark.skipif(tomllib is None, reason="needs tomllib")
+def test_every_import_is_declared_and_every_pin_is_in_its_range():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = {(r := Requirement(text)).name.lower(): r for text in declared["dependencies"]}
+    names = {"PIL": "pillow", "yaml": "pyyaml"}
+    optional = {Requirement(text).name for texts in declared["optional-dependencies"].values() for text in texts}
+    used = set().union(*(packages(imports(module)) for module in MODULES)) - set(sys.stdlib_module_names)
+    ours = {"fovlm", "kernels", "pydantic_core"}  # the last comes with pydantic, always
+    assert {names.get(package, package) for package in used - ours} - optional <= set(ranges)
+    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    for pin in map(Requirement, pins):
+        (version,) = [spec.version for spec in pin.specifier]
+        assert str(pin.specifier).startswith("=="), pin
+        assert ranges[pin.name.lower()].specifier.contains(version), pin
+    assert {Requirement(pin).name.lower() for pin in pins} == set(ranges)
+
+
+def _commands() -> list[str]:
+    """The commands in fenced blocks of the README and docs."""
+    found = []
+    for file in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        inside = False
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+            if line.startswith("```"):
+                inside = not inside
+            elif inside:
+                found.append(line.split(" #")[0].removeprefix("$ ").strip())
+    return found
+
+
+def test_documented_commands_exist():
+    for command in _commands():
+        words = command.split()
+        while words and "=" in words[0]:
+            words.pop(0)  # an environment variable
+        if words[:1] == ["./launch.sh"]:
+            arguments = words[1 : words.index("--")] if "--" in words else words[1:]
+            plain = [word for word in arguments if not word.startswith("-")]
+            if plain and plain[0] != "NAME":
+                try:
+                    config.load(plain[0], [word for word in plain[1:] if "=" in word])
+                except UserError as error:
+                    pytest.fail(f"{command}: {error}")
+        elif words[:1] == ["make"]:
+            targets = (ROOT / "Makefile").read_text()
+            assert all(f"\n{target}:" in targets for target in words[1:] if "=" not in target), command
+        elif words[:2] == ["python", "-m"] and words[2].startswith(("fovlm", "kernels")):
+            assert words[2] in MODULES or f"{words[2]}.__main__" in MODULES, command
+
+
+def test_runs_start_from_runs_that_exist():
+    for name in runs.names():
+        start = config.load(name).model.init_from
+        assert start is None or start in runs.names(), name

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -202,11 +201,8 @@ class Dataset:
         if pictures and pictures[0][0] in media.VIDEOS:
             ((extension, data),) = pictures
             return media.decode_video(data, extension, self.frame_size, count, self.max_frames)
-        frames = torch.empty(min(count, self.max_frames), 3, self.frame_size, self.frame_size, dtype=torch.uint8)
-        for frame, number in zip(frames, media.spread(count, self.max_frames), strict=True):
-            extension, data = pictures[number]
-            frame.copy_(media.decode_picture(data, extension.rpartition(".")[2], self.frame_size))
-        return frames
+        chosen = [pictures[number] for number in media.spread(count, self.max_frames)]
+        return media.decode_pictures([(name.rpartition(".")[2], data) for name, data in chosen], self.frame_size)
 
 
 def _read_members(index: Index, row: int) -> dict[Member, bytes]:

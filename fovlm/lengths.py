@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from fovlm.bad import BadSample
 from fovlm.config import Source
+from fovlm.errors import UserError
 from fovlm.index import Index, replace_file
 from fovlm.members import parse_json
 from fovlm.text import Chat
@@ -43,7 +44,12 @@ def _open(index: Index, source: Source, chat: Chat, cache: Path) -> Lengths:
     except (OSError, ValueError):  # not there, or half a file of a copied cache
         lengths = _count(index, source, chat)
         stored = {"text": lengths.text.tolist(), "prompt": lengths.prompt.tolist(), "broken": lengths.broken}
-        replace_file(file, json.dumps(stored).encode())
+        try:
+            replace_file(file, json.dumps(stored).encode())
+        except OSError as error:
+            raise UserError(
+                f"token counts can't be kept in {cache} ({error}): set FOVLM_CACHE to another folder"
+            ) from None
         return lengths
     broken = {int(row): cause for row, cause in stored["broken"].items()}
     return Lengths(np.array(stored["text"], np.int64), np.array(stored["prompt"], np.int64), broken)

@@ -10,11 +10,13 @@ whatever state they are in. They leave signals to their parent, which has a chec
 
 import logging
 import multiprocessing.forkserver
+import shutil
 import signal
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 import torch.utils.data
@@ -107,6 +109,7 @@ class Loader:
     def _batches(self, packs: Iterator[list[int]]) -> torch.utils.data.DataLoader:
         options: dict[str, Any] = {}
         if self.workers:
+            _check_shared_memory(self.workers, self.budget.frames * 3 * self.dataset.frame_size**2)
             _start_server()
             options = {"multiprocessing_context": "forkserver", "worker_init_fn": _ignore_signals}
         return torch.utils.data.DataLoader(
@@ -149,6 +152,16 @@ def _as_is(batch: Any) -> Any:
 def _ignore_signals(worker: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _check_shared_memory(workers: int, pack: int) -> None:
+    """Workers hand packs of `pack` bytes over in shared memory; when that is full, the system kills them unheard."""
+    memory, needed = Path("/dev/shm"), workers * 3 * pack  # each works on one pack and keeps two ready
+    if memory.is_dir() and (free := shutil.disk_usage(memory).free) < needed:
+        raise UserError(
+            f"{memory} has {free >> 20} MB free, and {workers} workers of a rank need {needed >> 20}: lower "
+            "data.workers (0 needs none) or give the container more (docker run --shm-size)"
+        )
 
 
 def _start_server() -> None:

@@ -30,16 +30,19 @@ def spread(count: int, most: int) -> list[int]:
     return np.linspace(0, count - 1, most).round().astype(int).tolist()
 
 
-def decode_picture(data: bytes, extension: str, size: int) -> Tensor:
-    """One picture -> u8 [3, size, size]: the short side resized to `size`, then the middle cut out.
+def decode_pictures(pictures: list[tuple[str, bytes]], size: int) -> Tensor:
+    """f pictures, each with its extension -> u8 [f, 3, size, size]: short side resized to `size`, then the middle.
 
     JPEGs are decoded at the smallest of libjpeg's scales that is still large enough; a picture of the right size is
     not resampled. Transparent pictures lie on white. Raises BadSample.
     """
-    pixels = _decode_jpeg(data, size) if PICTURES[extension] == "JPEG" else None
-    if pixels is None:
-        pixels = _decode_pillow(data, PICTURES[extension])
-    return torch.from_numpy(np.ascontiguousarray(_fit(pixels, size).transpose(2, 0, 1)))
+    frames = np.empty((len(pictures), 3, size, size), dtype=np.uint8)
+    for frame, (extension, data) in zip(frames, pictures, strict=True):
+        pixels = _decode_jpeg(data, size) if PICTURES[extension] == "JPEG" else None
+        if pixels is None:
+            pixels = _decode_pillow(data, PICTURES[extension])
+        frame[:] = _fit(pixels, size).transpose(2, 0, 1)
+    return torch.from_numpy(frames)
 
 
 def _decode_jpeg(data: bytes, size: int) -> np.ndarray | None:

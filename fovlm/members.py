@@ -1,8 +1,8 @@
 """What a sample is: a run of tar members whose names are equal up to the first dot of the base name.
 
-That is WebDataset's rule. What follows that dot is the *extension*: `json` is the record; `jpg`, `png`, `webp` a picture; `000.jpg`, `001.jpg` ...
-the frames of a video; `mp4`, `webm`, `mkv` a video. Everything else is passed over: it is never opened, and above all
-never unpickled.
+That is WebDataset's rule. What follows that dot is the *extension*: `json` is the record; `jpg`, `png`, `webp` a
+picture; `000.jpg`, `001.jpg` ... the frames of a video; `mp4`, `webm`, `mkv` a video. Everything else is passed over:
+it is never opened, and above all never unpickled.
 """
 
 import json

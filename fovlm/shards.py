@@ -8,12 +8,12 @@ shell commands (`pipe:`) and unpickle members; neither is reachable from here.
 """
 
 import hashlib
+import http.client
 import json
 import os
 import re
 import shutil
 import tempfile
-import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from itertools import islice
@@ -79,21 +79,20 @@ def _fetch(url: str, where: str) -> Path:
     file = cache_root() / "shards" / hashlib.blake2b(url.encode(), digest_size=8).hexdigest() / name
     if file.is_file():
         return file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(dir=file.parent, suffix=".unfinished")
     try:
-        with os.fdopen(descriptor, "wb") as out, urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-            expected = answer.headers["Content-Length"]
-            total = int(expected) if expected else None
-            with tqdm.wrapattr(answer, "read", total=total, desc=f"fetching {name}", delay=2) as body:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            with (
+                urllib.request.urlopen(url, timeout=TIMEOUT) as answer,
+                tqdm.wrapattr(answer, "read", total=answer.length, desc=f"fetching {name}", delay=2) as body,
+                open(Path(folder) / name, "wb") as out,
+            ):
                 shutil.copyfileobj(body, out, 1 << 20)
-            if total is not None and out.tell() != total:
-                raise UserError(f"{where}: {url} broke off after {out.tell()} of {total} bytes: start again")
-        os.replace(unfinished, file)
-    except (urllib.error.URLError, OSError) as error:
+                if answer.length:  # counts down what is still to come
+                    raise OSError(f"the connection broke off {answer.length} bytes before the end")
+            os.replace(out.name, file)
+    except (http.client.HTTPException, OSError) as error:  # URLError is an OSError
         raise UserError(f"{where}: {url} could not be fetched into {file.parent} ({error})") from error
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
     return file
 
 

@@ -38,18 +38,14 @@ class Chat:
     """Turns records of a shard into `Text`. Raises UserError for a tokenizer that has no usable chat template.
 
     prompt: `after` | `before` the frames; loss: `all_text` | `answer`; most: tokens of a sample, the rest is cut.
+    `hash` changes with everything that decides which records are usable and how many tokens they have.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, loss: str, most: int):
         self.tokenizer, self.prompt, self.loss, self.most = tokenizer, prompt, loss, most
-        self.head, self.middle, self.tail = template(tokenizer)
-
-    @property
-    def hash(self) -> str:
-        """Changes with everything that decides which records are usable and how many tokens they have."""
-        backend = self.tokenizer.backend_tokenizer.to_str()
-        what = "\n".join([backend, self.head, self.middle, self.tail, self.prompt, self.loss, str(self.most)])
-        return hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
+        self.pieces = template(tokenizer)
+        what = [tokenizer.backend_tokenizer.to_str(), *self.pieces, prompt, loss, str(most)]
+        self.hash = hashlib.blake2b("\n".join(what).encode(), digest_size=16).hexdigest()
 
     def texts(self, record: dict[str, Any], question: str | None, frames: bool, pair: bool) -> list[Text]:
         """The one conversation of a record, or the two of a preference `pair`: `chosen`, then `rejected`."""
@@ -68,7 +64,7 @@ class Chat:
         if "token_ids" in record:
             ids, weight, frames_at = self._ready_made(record)
         else:
-            ids, answer_from, frames_at = self._encode(record, question)
+            ids, answer_from, frames_at = encode(record, question, self.tokenizer, self.pieces)
             weight = [1.0 if self.loss == "all_text" or i >= answer_from else 0.0 for i in range(len(ids))]
         prompt = frames_at if frames and self.prompt == "before" else 0
         if prompt or not frames:
@@ -80,26 +76,11 @@ class Chat:
 
     def ask(self, user: str, frames: bool) -> Text:
         """A question up to the place where its answer starts, for generation; no token has a weight."""
-        asked = self.head + user.strip()
-        ids, spans = self._tokenize(asked + self.middle)
+        head, middle, _ = self.pieces
+        asked = head + user.strip()
+        ids, spans = _tokenize(asked + middle, self.tokenizer)
         prompt = _tokens_up_to(spans, len(asked)) if frames and self.prompt == "before" else 0
         return Text(torch.tensor(ids), torch.zeros(len(ids)), prompt)
-
-    def _encode(self, record: dict[str, Any], question: str | None) -> tuple[list[int], int, int]:
-        """(token ids, the first token of the answer, the number of tokens up to the question's end)."""
-        user = _words(record.get("user")) or (question or "").strip()
-        answer = _words(record.get("assistant"))
-        if not user:
-            raise BadSample("no question, and the source has no prompt")
-        if not answer:
-            raise BadSample("empty answer")
-        asked = self.head + user
-        ids, spans = self._tokenize(asked + self.middle + answer + self.tail)
-        answer_at = len(asked + self.middle)
-        # The turn's closing token belongs to the answer: it is how the model learns to stop. White space behind it,
-        # which some templates add, does not belong to the sample.
-        end = 1 + _tokens_up_to(spans, answer_at + len(answer))
-        return ids[:end], _tokens_up_to(spans, answer_at), _tokens_up_to(spans, len(asked))
 
     def _ready_made(self, record: dict[str, Any]) -> tuple[list[int], list[float], int]:
         ids: Any = record["token_ids"]
@@ -112,11 +93,6 @@ class Chat:
         if self.prompt == "before" and not _whole_numbers([frames_at], len(ids) + 1):
             raise BadSample("no frames_at beside token_ids, which the prompt order needs")
         return ids, [float(m) for m in mask], frames_at or 0
-
-    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """(ids, the characters [from, to) of each)."""
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return encoding["input_ids"], encoding["offset_mapping"]
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -152,6 +128,29 @@ def template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
     return head, middle, tail
 
 
+def encode(
+    record: dict[str, Any], question: str | None, tokenizer: PreTrainedTokenizerBase, pieces: tuple[str, str, str]
+) -> tuple[list[int], int, int]:
+    """(token ids, the first token of the answer, the number of tokens up to the question's end) of a conversation.
+
+    `pieces` are those of `template(tokenizer)`. Raises BadSample.
+    """
+    head, middle, tail = pieces
+    user = _words(record.get("user")) or (question or "").strip()
+    answer = _words(record.get("assistant"))
+    if not user:
+        raise BadSample("no question, and the source has no prompt")
+    if not answer:
+        raise BadSample("empty answer")
+    asked = head + user
+    answer_at = len(asked + middle)
+    ids, spans = _tokenize(asked + middle + answer + tail, tokenizer)
+    # The turn's closing token belongs to the answer: it is how the model learns to stop. White space behind it, which
+    # some templates add, does not belong to the sample.
+    end = 1 + _tokens_up_to(spans, answer_at + len(answer))
+    return ids[:end], _tokens_up_to(spans, answer_at), _tokens_up_to(spans, len(asked))
+
+
 def tokenize_stage1(sample: dict[str, Any], tokenizer: PreTrainedTokenizerBase, question: str | None = None) -> dict:
     """What a shard's JSON needs to be pre-tokenized for stage 1: a loss on every text token.
 
@@ -167,9 +166,15 @@ def tokenize_sft(sample: dict[str, Any], tokenizer: PreTrainedTokenizerBase, que
 
 
 def _tokenize_ahead(sample: dict, tokenizer: PreTrainedTokenizerBase, question: str | None, loss: str) -> dict:
-    ids, answer_from, frames_at = Chat(tokenizer, "before", loss, 0)._encode(sample, question)
+    ids, answer_from, frames_at = encode(sample, question, tokenizer, template(tokenizer))
     mask = [int(loss == "all_text" or i >= answer_from) for i in range(len(ids))]
     return {"token_ids": ids, "loss_mask": mask, "frames_at": frames_at}
+
+
+def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
+    """(ids, the characters [from, to) of each)."""
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoding["input_ids"], encoding["offset_mapping"]
 
 
 def _tokens_up_to(spans: list[tuple[int, int]], end: int) -> int:
@@ -181,9 +186,7 @@ def _words(value: object) -> str:
     """A message without white space around it; a value that is no string counts as none. Raises BadSample."""
     if not isinstance(value, str):
         return ""
-    if any(
-        "\ud800" <= letter <= "\udfff" for letter in value
-    ):  # JSON can spell halves of letters, which no one can read
+    if any("\ud800" <= letter <= "\udfff" for letter in value):  # JSON can spell halves of a surrogate pair
         raise BadSample("text is not Unicode")
     return value.strip()
 

@@ -1,8 +1,12 @@
 """Steps: one order for any ranks and workers, exact resume, counted breakage, clear errors."""
 
 import hashlib
+import multiprocessing.forkserver
+import os
+import signal
 from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -141,3 +145,22 @@ def test_what_does_not_fit_is_said_before_the_run(data):
         Loader(data, Size(8, 8, 160, 160), PACKS)
     with pytest.raises(UserError, match="packs_per_step=12 does not divide among 5 ranks"):
         Loader(data, BUDGET, PACKS, world=5)
+
+
+def test_workers_leave_signals_to_their_parent(data):
+    """A scheduler signals every process of a job; the run must still get its batches to save at a step's end."""
+    loader = iter(Loader(data, BUDGET, PACKS, workers=1))
+    next(loader)
+    server = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    workers = [process.pid for process in multiprocessing.active_children()]
+    assert workers
+    for pid in (server, *workers):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(pid, number)
+    assert len(list(islice(loader, 12))) == 12
+
+
+def test_too_little_shared_memory_is_said_before_workers_die_of_it(data, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"workers of a rank need .* lower data\.workers"):
+        next(iter(Loader(data, BUDGET, PACKS, workers=1)))

@@ -74,7 +74,26 @@ def test_shards_behind_a_url_are_fetched_once(tmp_path):
         with pytest.raises(UserError, match="could not be fetched"):
             find_shards("news", url + "/gone.tar")
         server.shutdown()
-    assert not list((tmp_path / "cache").rglob("*.unfinished"))
+    assert sorted(path.name for path in (tmp_path / "cache").rglob("*.*")) == ["a-00.tar", "a-01.tar"]
+
+
+def test_a_connection_that_breaks_off_leaves_nothing(tmp_path):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(bytes(500))
+
+        def log_message(self, format, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match="500 bytes before the end"):
+            find_shards("news", f"http://127.0.0.1:{server.server_port}/a.tar")
+        server.shutdown()
+    assert not list((tmp_path / "cache").rglob("*.tar"))
 
 
 def test_writing(tmp_path):

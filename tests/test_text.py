@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from fovlm.bad import BadSample
 from fovlm.errors import UserError
-from fovlm.text import SYSTEM, Chat, load_tokenizer, tokenize_sft, tokenize_stage1
+from fovlm.text import SYSTEM, Chat, load_tokenizer, template, tokenize_sft, tokenize_stage1
 
 TINY = tiny.tokenizer()
 REAL = Path(os.environ.get("FOVLM_MODELS", "models")) / "SmolLM2-135M-Instruct"
@@ -53,7 +53,7 @@ def test_the_text_is_the_tokenizers_own_template_tokenized_whole(tokenizer, user
 def test_pieces_tokenized_apart_give_the_whole(tokenizer, user, answer):
     """What generation sees (question, then tokens one by one) is what was trained on."""
     text = chat(tokenizer, "before").text({"user": user, "assistant": answer}, None, frames=True)
-    head, middle = chat(tokenizer).head, chat(tokenizer).middle
+    head, middle, _ = template(tokenizer)
     pieces = [head + user.strip(), middle, answer.strip() + "<|im_end|>"]
     ids = [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
     assert text.tokens.tolist() == ids

@@ -12,11 +12,14 @@ import logging
 import multiprocessing.forkserver
 import shutil
 import signal
+import sys
 from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch.utils.data
@@ -89,6 +92,9 @@ class Loader:
         self.rank, self.world, self.cursor, self.stop = rank, world, cursor, stop
         self.workers, self.tokens_per_look, self.pin = workers, tokens_per_look, pin
         self.bad: Counter[tuple[str, str]] = Counter()
+        if workers:
+            _check_shared_memory(workers, budget.frames * 3 * dataset.frame_size**2)
+            _start_server()  # it imports torch meanwhile
 
     def __iter__(self) -> Iterator[Step]:
         planned: deque[Plan] = deque()  # the steps that workers were asked for and that were not yet handed out
@@ -98,7 +104,8 @@ class Loader:
                 planned.append(step)
                 yield from step.packs[self.rank :: self.world]
 
-        batches = iter(self._batches(packs_of_rank()))
+        with _unseen_main():
+            batches = iter(self._batches(packs_of_rank()))
         share = self.packs // self.world
         while mine := list(islice(batches, share)):
             step = planned.popleft()
@@ -109,8 +116,6 @@ class Loader:
     def _batches(self, packs: Iterator[list[int]]) -> torch.utils.data.DataLoader:
         options: dict[str, Any] = {}
         if self.workers:
-            _check_shared_memory(self.workers, self.budget.frames * 3 * self.dataset.frame_size**2)
-            _start_server()
             options = {"multiprocessing_context": "forkserver", "worker_init_fn": _ignore_signals}
         return torch.utils.data.DataLoader(
             _Packs(self.dataset, self.budget, self.tokens_per_look),
@@ -162,6 +167,17 @@ def _check_shared_memory(workers: int, pack: int) -> None:
             f"{memory} has {free >> 20} MB free, and {workers} workers of a rank need {needed >> 20}: lower "
             "data.workers (0 needs none) or give the container more (docker run --shm-size)"
         )
+
+
+@contextmanager
+def _unseen_main() -> Iterator[None]:
+    """Processes started meanwhile do not import the main module again: a worker needs no DeepSpeed."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _start_server() -> None:

@@ -163,4 +163,4 @@ def test_workers_leave_signals_to_their_parent(data):
 def test_too_little_shared_memory_is_said_before_workers_die_of_it(data, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"workers of a rank need .* lower data\.workers"):
-        next(iter(Loader(data, BUDGET, PACKS, workers=1)))
+        Loader(data, BUDGET, PACKS, workers=1)

@@ -109,16 +109,15 @@ class Checkpoints:
             if name not in keep:
                 shutil.rmtree(self.folder / name)
 
-    def room(self, need: int) -> str:
-        """"" when a checkpoint of `need` bytes fits on the disk, else what is missing."""
+    def need_room(self, bytes_needed: int) -> None:
+        """Raise UserError when the disk cannot hold a checkpoint of that size."""
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
-        if free >= need * SPARE:
-            return ""
-        return (
-            f"a checkpoint needs {need * SPARE / 1e9:.2f} GB and {self.folder} has {free / 1e9:.2f} GB free: "
-            "make room, or lower train.keep_last"
-        )
+        if free < bytes_needed * SPARE:
+            raise UserError(
+                f"a checkpoint needs {bytes_needed * SPARE / 1e9:.3g} GB and {self.folder} has {free / 1e9:.3g} GB "
+                "free: make room, or set FOVLM_RUNS to another disk"
+            )
 
 
 def read_state(checkpoint: Path) -> State:

@@ -37,6 +37,7 @@ class Model(Strict):
     visual: Literal["foveated", "coarse", "multi_token"] = "foveated"  # coarse then fine; q_static alone; 16 per frame
     deep_query: bool = True  # False: one cross-attention on the encoder's last features
     prompt: Literal["after", "before"] = "after"  # the question stands after or ahead of the frames
+    rounds: Count = 1  # times that looks go round: queries from coarse tokens, then from the fine ones of the round before
     llm: str | dict[str, Any] = "HuggingFaceTB/SmolLM2-135M-Instruct"
     dino: str | dict[str, Any] = "facebook/dinov2-small"
     tokenizer: str | None = None  # folder or id; None: the language model's
@@ -128,6 +129,7 @@ class Train(Strict):
     keep_best: Whole = 1  # checkpoints
     best: Literal["val_loss", "train_loss"] = "val_loss"  # what decides which is best
     resume: str = "auto"  # auto: the newest good checkpoint of the run, if any; none; or a folder
+    hang_minutes: Count = 30  # a step or a validation that takes longer is taken for hung, and ends the run
     max_nonfinite: Count = 3  # steps in a row without a finite loss or gradient; then the run fails
 
 
@@ -152,6 +154,7 @@ HOW = {
         "keep_last",
         "keep_best",
         "resume",
+        "hang_minutes",
         "max_nonfinite",
     },
 }
@@ -194,8 +197,12 @@ class Experiment(Strict):
     @property
     def run_folder(self) -> Path:
         """Where the run writes: checkpoints, journal, resolved settings."""
-        root = Path(os.environ.get("FOVLM_RUNS", runs.ROOT / "runs"))
-        return Path(self.journal.folder) if self.journal.folder else root / self.name
+        return Path(self.journal.folder) if self.journal.folder else run_root() / self.name
+
+
+def run_root() -> Path:
+    """FOVLM_RUNS, or `runs` in the project: run folders are below."""
+    return Path(os.environ.get("FOVLM_RUNS", runs.ROOT / "runs"))
 
 
 def data_root() -> Path:

@@ -7,6 +7,7 @@ experiment.
 import contextlib
 import io
 import logging
+import math
 import os
 import shutil
 from argparse import Namespace
@@ -26,11 +27,12 @@ from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
 from fovlm import checkpoint, ranks
 from fovlm.batch import Batch
-from fovlm.config import Optim
+from fovlm.config import Optim, run_root
 from fovlm.errors import UserError
 from fovlm.model import FoveatedVLM
 from fovlm.objectives import Loss, pair_weight, preference_loss, text_loss, text_weight
@@ -60,6 +62,7 @@ class Step:
     """What one optimizer step did, the same on every rank."""
 
     loss: float  # mean over the weighted tokens (or pairs) of the global batch
+    first: float  # the same over each rank's first pack alone, to be held against its coarse loss
     grad_norm: float  # before clipping
     weight: float  # weighted tokens (or pairs) of the global batch
     skipped: bool  # a loss or gradient was not finite: the weights stayed as they were
@@ -105,6 +108,14 @@ class Engine:
         """The model's nll [S] of a pack on this rank's device. Under ZeRO-3 all ranks must call it together."""
         return self.deepspeed(batch, visual=visual)
 
+    def coarse_loss(self, batch: Batch) -> float:
+        """The text loss of the ranks' packs with coarse tokens alone, mean over weighted tokens. No gradient."""
+        with torch.no_grad():
+            batch = batch.to(self.device)
+            nll, weight = self.nll(batch, visual="coarse"), text_weight(batch)
+            loss, weight = ranks.total([float(text_loss(nll, batch).total), float(weight)], self.device).tolist()
+        return loss / max(weight, 1e-9)
+
     def set_rates(self, rates: dict[str, float]) -> None:
         """Set each group's learning rate for the next step."""
         for group in self.deepspeed.optimizer.param_groups:
@@ -123,23 +134,26 @@ class Engine:
         weights = [self._weight(batch) for batch in batches]
         total = max(float(ranks.total([float(sum(weights))], self.device)), 1e-9)
         scale = ranks.world() * self.accumulation / total
-        sums: dict[str, float] = {}
+        losses = []
         for batch in batches:
-            batch = batch.to(self.device)
-            loss = self._loss(batch)
-            if not torch.isfinite(loss.total):
-                log.error("rank %d: the loss is %s for samples %s", ranks.rank(), float(loss.total), batch.keys)
+            loss = self._loss(batch.to(self.device))
             self.deepspeed.backward(loss.total * scale)
             self.deepspeed.step()
-            for name, value in {"loss": loss.total, **loss.parts}.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
+            losses.append({"loss": loss.total.detach(), **loss.parts})
+        # Reading a number waits for a GPU, so it is done once, behind the whole step.
+        sums = {name: float(sum(part[name] for part in losses)) for name in losses[0]}
+        for batch, part in zip(batches, losses, strict=True):
+            if not torch.isfinite(part["loss"]):
+                log.error("rank %d: the loss is %s for samples %s", ranks.rank(), float(part["loss"]), batch.keys)
         # DeepSpeed skips a step whose gradient norm is not finite, the same on every rank, without a word.
         applied = self.deepspeed.was_step_applied()
         norm = self.deepspeed.get_global_grad_norm()
-        means = (ranks.total(list(sums.values()), self.device) / total).tolist()
-        parts = dict(zip(sums, means, strict=True))
-        finite = applied and bool(torch.isfinite(torch.tensor(parts["loss"])))
-        return Step(parts.pop("loss"), float(norm or 0.0), total, not finite, parts)
+        first, first_weight, *summed = ranks.total(
+            [float(losses[0]["loss"]), float(weights[0]), *sums.values()], self.device
+        ).tolist()
+        parts = {name: value / total for name, value in zip(sums, summed, strict=True)}
+        finite = applied and math.isfinite(parts["loss"])
+        return Step(parts.pop("loss"), first / max(first_weight, 1e-9), float(norm or 0.0), total, not finite, parts)
 
     def _weight(self, batch: Batch) -> Tensor:
         return pair_weight(batch) if self.reference is not None else text_weight(batch)
@@ -166,9 +180,7 @@ class Engine:
 
         Raises UserError, on every rank and before anything is written, when the disk cannot hold it.
         """
-        problem = ranks.from_first(checkpoints.room(self.checkpoint_bytes()) if ranks.rank() == 0 else "")
-        if problem:
-            raise UserError(problem)
+        ranks.all_at_once(lambda: checkpoints.need_room(self.checkpoint_bytes()))
         name = f"step-{state.step:08d}"
         staging = Path(ranks.from_first(str(checkpoints.staging(name)) if ranks.rank() == 0 else ""))
         self.deepspeed.save_checkpoint(str(staging), tag=ENGINE, client_state={"iteration": state.step}, save_latest=False)
@@ -241,6 +253,45 @@ def to_universal(path: Path, out: Path) -> Path:
             )
     ranks.barrier()
     return out
+
+
+def load_weights(model: FoveatedVLM, source: str) -> None:
+    """Put the weights of another run into `model`: a run's name or folder (its best checkpoint, else its latest), one
+    checkpoint, or a folder that `save_pretrained` wrote. Raises UserError when there are none, or they do not fit.
+    """
+    below = run_root() / source
+    folder = next((f for f in (Path(source), below) if f.is_dir()), None)
+    if folder is None:
+        raise UserError(f"model.init_from={source}: neither a folder nor a run below {run_root()}")
+    if (folder / "config.json").exists():
+        weights = FoveatedVLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    else:
+        weights = read_weights(whole_checkpoint(folder))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        wrong = " ".join(str(error).split())[:200]
+        raise UserError(f"model.init_from={source}: its weights are not those of this model ({wrong})") from error
+
+
+def whole_checkpoint(folder: Path) -> Path:
+    """A run folder's best or else latest checkpoint, or the folder itself when it is one; verified."""
+    path = folder
+    if not (path / checkpoint.MANIFEST).exists():
+        checkpoints = checkpoint.Checkpoints(folder)
+        name = checkpoints.pointed("best") or checkpoints.pointed("latest")
+        if name is None:
+            raise UserError(f"{folder}: no checkpoint in it")
+        path = checkpoints.folder / name
+    if problem := checkpoint.verify(path):
+        raise UserError(f"{path}: damaged: {problem}")
+    return path
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All weights of a checkpoint in fp32, put together from the ranks' shards; frozen and tied ones included."""
+    with weights_only():
+        return get_fp32_state_dict_from_zero_checkpoint(str(path), tag=ENGINE)
 
 
 def _random_states() -> dict[str, Tensor]:

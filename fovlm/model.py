@@ -16,9 +16,6 @@ round at all is the coarse pass, one is the design, and after K rounds every que
 frames before it, which is what frame-by-frame deployment does (`stream.py`). Training with two narrows that gap.
 """
 
-import os
-from pathlib import Path
-
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
@@ -29,6 +26,7 @@ from fovlm.batch import Batch, Layout
 from fovlm.config import Model as ModelSettings
 from fovlm.encoder import Cache, Dinov2Config, Dinov2Model, Encoder, load_dino
 from fovlm.errors import UserError
+from fovlm.geometry import local_folder
 
 POOLED = 4  # multi_token: the patches are pooled to 4 x 4 tokens a frame
 NLL_CHUNK = 1024  # text tokens whose logits are held at once: 1024 x 49152 in fp32 is 200 MB
@@ -125,6 +123,8 @@ class FoveatedVLM(PreTrainedModel):
             raise ValueError(f"visual is one of {VISUALS}, not {config.visual!r}")
         self.llm = llm if llm is not None else AutoModelForCausalLM.from_config(config.llm_config)
         self.encoder = Encoder(dino if dino is not None else Dinov2Model(config.dino_config), deep=config.deep_query)
+        for backbone in (self.llm, self.encoder.dino):  # what is handed in lost its choice to super().__init__
+            backbone.set_attn_implementation("sdpa")
         self.connector = Connector(
             config.query_dim, self.encoder.width, config.llm_config.hidden_size, config.visual_scale
         )
@@ -294,12 +294,21 @@ def build(settings: ModelSettings, image_frames: int = 1) -> FoveatedVLM:
     return model
 
 
+def check_vocabulary(model: FoveatedVLM, words: int) -> None:
+    """Refuse a tokenizer with more words than the model has embeddings for. Raises UserError."""
+    rows = model.config.llm_config.vocab_size
+    if words > rows:
+        raise UserError(
+            f"the tokenizer has {words} words and the language model's vocabulary {rows}: set model.tokenizer to the "
+            "model's own, or llm.vocab_size for a model made from a config"
+        )
+
+
 def find_weights(name: str) -> str:
     """The folder of a model: as given, or below FOVLM_MODELS; anything else is passed on as a Hugging Face id."""
-    below = Path(os.environ.get("FOVLM_MODELS", "models"))
-    for folder in (Path(name), below / name, below / name.rsplit("/", 1)[-1]):
-        if folder.is_dir():
-            if not any(folder.glob("*.safetensors")):
-                raise UserError(f"{folder}: a model folder without weights (no *.safetensors in it)")
-            return str(folder)
-    return name
+    folder = local_folder(name)
+    if folder is None:
+        return name
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: a model folder without weights (no *.safetensors in it)")
+    return str(folder)

@@ -1,10 +1,15 @@
 """What the ranks tell each other. Without a process group there is one rank, and every function still works."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fovlm.errors import UserError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -44,3 +49,28 @@ def from_first(value: Any) -> Any:
     if dist.is_initialized():
         dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+class SharedError(UserError):
+    """A mistake that every rank knows of: rank 0 tells it, the others end in silence."""
+
+
+def all_at_once(work: Callable[[], T]) -> T:
+    """Do `work` on every rank; a UserError on any of them is raised as SharedError on all."""
+    result, problem = None, ""
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    if problem := next((p for p in gather(problem) if p), ""):
+        raise SharedError(problem)
+    return cast(T, result)
+
+
+def first_then_all(work: Callable[[], T]) -> T:
+    """Do `work` on rank 0 and then on the others, so that what it makes on disk is made once and found by the rest.
+
+    A UserError on any rank is raised as SharedError on all: nobody is left waiting at a barrier.
+    """
+    result = all_at_once(lambda: work() if rank() == 0 else None)
+    return cast(T, all_at_once(lambda: result if rank() == 0 else work()))

@@ -1,0 +1,359 @@
+"""`python -m fovlm.train NAME [section.key=value ...]`: from the name of an experiment to a trained model.
+
+    experiment -> data set -> model -> engine (-> resume) -> steps -> scores, maps, summary
+
+Every rank runs this file; what one rank decides is shared before anyone acts on it. `launch.sh` starts the ranks.
+"""
+
+import argparse
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import islice
+
+import torch
+
+from fovlm import checkpoint, config, deepspeed_config, hunt, ranks, resume, schedule
+from fovlm.attention_maps import save_maps
+from fovlm.batch import Batch, Size
+from fovlm.config import Experiment
+from fovlm.dataset import Dataset, open_dataset
+from fovlm.engine import Engine, load_weights, start, to_universal
+from fovlm.engine import Step as Done
+from fovlm.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from fovlm.evaluate import AS_TRAINED, MODES, Score, attention_entropy, evaluate
+from fovlm.journal import Journal
+from fovlm.loader import Loader, Step, plan
+from fovlm.meter import Meter, memory_gb
+from fovlm.geometry import local_folder
+from fovlm.model import FoveatedVLM, build, check_vocabulary
+from fovlm.scaling import samples_of
+from fovlm.text import load_tokenizer
+
+SIZED = 5000  # samples whose sizes stand for those of all when a budget of FLOPs is turned into samples
+log = logging.getLogger("fovlm")
+
+
+class Stopped(Exception):
+    """A signal asked the run to save and stop."""
+
+
+class Run:
+    """One rank's side of a run: what is made before the first step, and the loop."""
+
+    def __init__(self, experiment: Experiment, device: torch.device):
+        self.experiment, self.device = experiment, device
+        self.checkpoints = checkpoint.Checkpoints(experiment.run_folder)
+        self.stop_asked = False
+        self.validated: tuple[int, dict[str, Score]] = (-1, {})  # the step of the last validation, and its scores
+
+        data, settings = experiment.data, experiment.model
+        if data.generate:
+            ranks.first_then_all(lambda: hunt.make(data.generate))
+        tokenizer = ranks.all_at_once(lambda: load_tokenizer(tokenizer_of(experiment)))
+        self.train_set = ranks.first_then_all(lambda: open_dataset(experiment, tokenizer, data.train))
+        self.val_set: Dataset | None = None
+        if data.val:
+            every = dict.fromkeys(data.val, 1.0)
+            self.val_set = ranks.first_then_all(lambda: open_dataset(experiment, tokenizer, every))
+
+        torch.manual_seed(experiment.train.seed)
+        model = ranks.all_at_once(lambda: build(settings, data.image_frames))
+        ranks.all_at_once(lambda: check_vocabulary(model, len(tokenizer)))
+        if source := settings.init_from:
+            ranks.all_at_once(lambda: load_weights(model, source))
+        model.freeze(dino=experiment.optim.lr_dino is None, llm=experiment.optim.lr_llm is None)
+        if settings.compile:
+            model.compile_backbones()
+        self._start_engine(model)
+        some = (self.train_set.size(position) for position in range(SIZED))
+        self.samples_wanted = samples_of(experiment, some) or 0
+        self.budget = budget_of(experiment)
+
+    def _start_engine(self, model: FoveatedVLM) -> None:
+        """Make the engine, and put it where the checkpoint left it when there is one to go on from."""
+        experiment = self.experiment
+        settings = deepspeed_config.resolve(experiment, ranks.world(), self.device.type)
+        reference = None
+        if experiment.train.objective == "dpo":
+            reference = build(experiment.model, experiment.data.image_frames)
+            reference.load_state_dict(model.state_dict())
+
+        found = self.found = resume.find(experiment, self.train_set.hash)
+        self.state = checkpoint.read_state(found) if found else checkpoint.State()
+        universal = None
+        if found and self.state.world_size != ranks.world():
+            universal = experiment.run_folder / "universal"
+            to_universal(found, universal)
+            settings["checkpoint"] = {"load_universal": True}
+        self.engine = Engine(model, experiment.optim, settings, self.device, reference, experiment.train.dpo_beta)
+        if found:
+            self.engine.load(found, universal)
+        self.state = replace(
+            self.state,
+            experiment_hash=experiment.hash,
+            data_hash=self.train_set.hash,
+            world_size=ranks.world(),
+            zero_stage=self.engine.stage,
+        )
+        ranks.all_at_once(lambda: self.checkpoints.need_room(self.engine.checkpoint_bytes()))
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def train(self) -> int:
+        """Train to the end, or until a signal; returns the exit status."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._ask_to_stop)
+        self.journal = Journal(
+            self.experiment, self._steps_in_all(), self.state.step, ranks.rank(), self.train_set.hash
+        )
+        with self.journal:
+            if self.found:
+                self.journal.say(f"going on from {self.found.name}, sample {self.state.samples}")
+            try:
+                self._steps()
+            except Stopped:
+                self._save()
+                self.journal.say(f"stopped by a signal; all is saved at step {self.state.step}")
+                self.journal.close("stopped", samples=self.state.samples)
+                return EXIT_STOPPED
+            self._finish()
+        return 0
+
+    def _steps(self) -> None:
+        train, loader = self.experiment.train, self._loader()
+        steps, meter, skipped = iter(loader), Meter(self.state), 0
+        while self.progress < 1.0:
+            # A rank that waits in vain, for a dead peer or a stuck disk, says where and ends the run.
+            faulthandler.dump_traceback_later(train.hang_minutes * 60, exit=True)
+            with meter.waiting():
+                step = next(steps)
+            logs = (self.state.step + 1) % train.log_every == 0
+            before = self._look_ahead(step.batches[0]) if logs else {}
+            self.engine.set_rates(schedule.rates(self.experiment.optim, self.progress))
+            done = self.engine.step(step.batches)
+            self._count(step, done)
+            skipped = skipped + 1 if done.skipped else 0
+            if done.skipped:
+                self.journal.say(f"step {self.state.step} is skipped: loss {done.loss}, gradient {done.grad_norm}")
+            if skipped >= train.max_nonfinite:
+                raise ranks.SharedError(
+                    f"{skipped} steps in a row were not finite: lower the rates, or look at the samples named above"
+                )
+            if logs:
+                self.journal.log(self.state.step, self._row(done, before, meter))
+                self._hold_against_limit(loader.bad)
+                meter = Meter(self.state)
+            self.journal.tick(self.state.step)
+            if train.eval_every and self.state.step % train.eval_every == 0:
+                self._validate()
+            if train.save_every and self.state.step % train.save_every == 0 and self.progress < 1.0:
+                self._save(done.loss)
+            if float(ranks.total([float(self.stop_asked)], self.device)):
+                raise Stopped
+        faulthandler.cancel_dump_traceback_later()
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is done, in [0, 1]."""
+        if self.experiment.train.steps:
+            return min(self.state.step / self.experiment.train.steps, 1.0)
+        return min(self.state.samples / self.samples_wanted, 1.0)
+
+    def _steps_in_all(self) -> int:
+        """The length of the run in steps; from its first steps when it is given in samples."""
+        train = self.experiment.train
+        if train.steps:
+            return train.steps
+        some = list(islice(plan(self.train_set, self.budget, train.packs_per_step, 0, self.samples_wanted), 20))
+        return max(1, round(len(some) * self.samples_wanted / max(some[-1].cursor, 1)))
+
+    def _loader(self) -> Loader:
+        data = self.experiment.data
+        return Loader(
+            self.train_set,
+            self.budget,
+            self.experiment.train.packs_per_step,
+            rank=ranks.rank(),
+            world=ranks.world(),
+            cursor=self.state.cursor,
+            workers=data.workers,
+            tokens_per_look=self.engine.model.config.tokens_per_look,
+            pin=self.device.type == "cuda",
+        )
+
+    def _count(self, step: Step, done: Done) -> None:
+        self.state.step += 1
+        self.state.cursor = step.cursor
+        self.state.samples += step.samples
+        self.state.tokens += int(done.weight)
+        self.state.skipped += done.skipped
+
+    def _look_ahead(self, batch: Batch) -> dict[str, float]:
+        """On the pack a step starts with: the loss with coarse tokens alone, and how spread out the looks attend."""
+        if self.experiment.model.visual != "foveated" or self.experiment.train.objective != "text":
+            return {}
+        found = {"loss_coarse": self.engine.coarse_loss(batch)}
+        if self.engine.stage < 3:  # under ZeRO-3 the weights are there only inside the engine's own forward
+            found["attention_entropy"] = attention_entropy(self.engine.model.gaze(batch.to(self.device))["fine"])
+        return found
+
+    def _row(self, done: Done, before: dict[str, float], meter: Meter) -> dict[str, float]:
+        row = {
+            "loss": done.loss,
+            **done.parts,
+            **before,
+            "grad_norm": done.grad_norm,
+            **{f"lr_{group}": rate for group, rate in schedule.rates(self.experiment.optim, self.progress).items()},
+            **meter.speeds(self.state),
+            "samples": self.state.samples,
+            "skipped_steps": self.state.skipped,
+            "memory_gb": memory_gb(self.device),
+        }
+        if "loss_coarse" in before:
+            row |= {"loss_fine": done.first, "fine_over_coarse": done.first / max(before["loss_coarse"], 1e-9)}
+        return row
+
+    def _hold_against_limit(self, mine: Counter[tuple[str, str]]) -> None:
+        """End the run when too many samples are broken, told by source and cause."""
+        bad = sum(ranks.gather(mine), start=Counter())
+        limit = self.experiment.data.max_bad_fraction
+        self.journal.log(self.state.step, {f"bad/{source}/{cause}": n for (source, cause), n in bad.items()})
+        if bad.total() > limit * self.state.samples:
+            causes = ", ".join(f"{n} x {source}: {cause}" for (source, cause), n in bad.most_common(5))
+            raise ranks.SharedError(
+                f"{bad.total()} of {self.state.samples} samples were broken ({causes}), more than "
+                f"data.max_bad_fraction={limit} allows; log.txt names shard and key of each"
+            )
+
+    # -- validation, checkpoints, the end -----------------------------------------------------------------------------
+
+    def _validate(self, every_mode: bool = False) -> dict[str, Score]:
+        """Score the validation packs as trained (or in every mode), draw the maps, and remember the loss."""
+        if self.val_set is None:
+            return {}
+        step, scores = self.validated
+        visual = self.experiment.model.visual
+        modes = [m for m in (MODES[visual] if every_mode else (AS_TRAINED[visual],)) if step != self.state.step or m not in scores]
+        if self.engine.stage == 3:  # ranks differ in how often they would call on the weights of the others
+            modes = [m for m in modes if m != "autoregressive"]
+        found = evaluate(self.engine.model, self._val_batches(), modes, self.device, self.engine.nll)
+        scores = found | (scores if step == self.state.step else {})
+        self.validated = (self.state.step, scores)
+        row = {"val_loss": scores[AS_TRAINED[visual]].loss}
+        for mode, score in found.items():
+            row |= {f"val_loss_{mode}": score.loss} | {f"val_loss_{mode}/{s}": v for s, v in score.by_source.items()}
+        self.journal.log(self.state.step, row)
+        if ranks.rank() == 0 and self.engine.stage < 3 and visual != "multi_token":
+            path = self.experiment.run_folder / "maps" / f"step-{self.state.step:08d}.png"
+            save_maps(self.engine.model, next(self._val_batches()).to(self.device), path)
+        return scores
+
+    def _val_batches(self) -> Iterator[Batch]:
+        """This rank's share of the validation samples: as many as fill `eval_packs` packs, the same for any ranks."""
+        assert self.val_set is not None
+        samples = self.val_set.samples
+        once = min(samples.values()) * len(samples)
+        packed = next(plan(self.val_set, self.budget, self.experiment.train.eval_packs, 0, once))
+        loader = Loader(
+            self.val_set,
+            self.budget,
+            ranks.world(),
+            rank=ranks.rank(),
+            world=ranks.world(),
+            stop=packed.cursor,
+            tokens_per_look=self.engine.model.config.tokens_per_look,
+        )
+        return (batch for step in loader for batch in step.batches)
+
+    def _save(self, train_loss: float | None = None) -> None:
+        """Write a checkpoint; it is the best when its metric, `train.best`, is the lowest so far."""
+        train, state = self.experiment.train, self.state
+        if train.best == "val_loss":
+            state.metric = self._validate()[AS_TRAINED[self.experiment.model.visual]].loss
+        else:
+            state.metric = train_loss
+        best = state.metric is not None and (state.best is None or state.metric < state.best)
+        state.best = state.metric if best else state.best
+        path = self.engine.save(self.checkpoints, state, self.experiment.dump(), best)
+        if ranks.rank() == 0:
+            self.checkpoints.prune(train.keep_last, train.keep_best)
+        self.journal.say(f"saved {path.name}" + (f", the best so far ({train.best} {state.metric:.4f})" if best else ""))
+
+    def _finish(self) -> None:
+        """The last checkpoint, the scores in every mode, and what to do next."""
+        scores = self._validate(every_mode=True)
+        if self.checkpoints.pointed("latest") != f"step-{self.state.step:08d}":
+            self._save()
+        facts = hunt.judge(self.experiment, self.engine.model) if self.experiment.data.generate else {}
+        for line in table(scores, facts):
+            self.journal.say(line)
+        self.journal.say(f"run folder: {self.experiment.run_folder}")
+        told = {mode: asdict(score) for mode, score in scores.items()}
+        self.journal.close("finished", scores=told, samples=self.state.samples, tokens=self.state.tokens, **facts)
+
+    def _ask_to_stop(self, number: int, frame: object) -> None:
+        self.stop_asked = True
+
+
+def budget_of(experiment: Experiment) -> Size:
+    """What one pack holds. Looks follow from frames; text ahead of the frames has no limit of its own."""
+    data = experiment.data
+    prompt = data.text if experiment.model.prompt == "before" else 0
+    return Size(data.frames, data.frames * data.image_frames, data.text, prompt)
+
+
+def tokenizer_of(experiment: Experiment) -> str:
+    """The tokenizer's folder or hub id: as given, that of the embedded task, or the language model's own."""
+    model, task = experiment.model, experiment.data.generate
+    if model.tokenizer is None and task is not None:
+        return str(hunt.folder(task) / "tokenizer")
+    name = model.tokenizer or model.llm
+    assert isinstance(name, str)  # config.py holds this
+    return str(local_folder(name) or name)
+
+
+def table(scores: dict[str, Score], facts: dict[str, float]) -> list[str]:
+    """The end of a run in a few lines: validation loss by mode and source, and what the task itself measures."""
+    sources = sorted({source for score in scores.values() for source in score.by_source})
+    lines = [f"{'validation loss':<22}" + "".join(f"{s:>12}" for s in ("all", *sources))] if scores else []
+    for mode, score in scores.items():
+        values = [score.loss, *(score.by_source[s] for s in sources)]
+        lines.append(f"  {mode:<20}" + "".join(f"{value:12.4f}" for value in values))
+    return lines + [f"  {name:<40}{value:10.4f}" for name, value in facts.items()]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train; returns the exit status: 0 finished, 2 a mistake that one line explains, 75 saved and stopped."""
+    parser = argparse.ArgumentParser(prog="./launch.sh", description="Train a named experiment.")
+    parser.add_argument("name")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be run, and stop")
+    options = parser.parse_args(arguments)
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if first else logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # deepspeed's calls, not ours
+    try:
+        experiment = config.load(options.name, options.overrides)
+        if options.dry_run:
+            from fovlm.dry_run import describe
+
+            print(describe(experiment, int(os.environ.get("WORLD_SIZE", "1"))))
+            return 0
+        return Run(experiment, start()).train()
+    except ranks.SharedError as error:
+        if first:
+            print(f"fovlm: {error}", file=sys.stderr, flush=True)
+    except UserError as error:
+        print(f"fovlm: {error}", file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

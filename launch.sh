@@ -10,6 +10,10 @@ HOSTFILE    nodes, one 'name slots=N' a line: multi-node training over ssh
 Inside a SLURM allocation the run starts itself with srun, one task per GPU.
 FOVLM_DATA, FOVLM_MODELS, FOVLM_RUNS, FOVLM_CACHE are the folders of shards, models, runs and caches."
 set -u
+# Relative folders are meant from where the command was typed.
+for folder in HOSTFILE FOVLM_DATA FOVLM_MODELS FOVLM_RUNS FOVLM_CACHE; do
+  case ${!folder:-/} in /*) ;; *) export "$folder=$PWD/${!folder}" ;; esac
+done
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
 . scripts/env.sh
 

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by launch.sh and the Makefile, in the project's folder: the Python environment and the caches.
 #
 #   use_python [dev]   sets PYTHON, making .venv from the pinned requirements if there is none (or they changed)
@@ -64,7 +65,8 @@ _install() {
 use_caches() {
   local compiled
   cache=${FOVLM_CACHE:-$PWD/.cache}
-  mkdir -p "$cache" && cache=$(cd "$cache" && pwd) || { say "FOVLM_CACHE=$cache cannot be written"; return 2; }
+  mkdir -p "$cache" || { say "FOVLM_CACHE=$cache cannot be written"; return 2; }
+  cache=$(cd "$cache" && pwd)
   # What one environment compiled must not be loaded by another.
   compiled=$cache/compiled-$( (echo "$PYTHON"; cat requirements.txt) | cksum | cut -d' ' -f1)
   export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$compiled/triton}

@@ -104,6 +104,9 @@ def test_a_hostfile_makes_it_multi_node(place):
     assert args[args.index("--hostfile") + 1] == str(hosts)
     assert "--num_gpus" not in args
     assert "FOVLM_DATA=/shards" in Path(env["DS_ENV_FILE"]).read_text().splitlines()
+    command = [str(ROOT / "launch.sh"), "LR1"]
+    env = {**place.env, "HOSTFILE": "hosts"}  # relative to where the command was typed
+    assert f"arg={hosts}\n" in subprocess.run(command, env=env, cwd=place.folder, capture_output=True, text=True).stdout
     hosts.write_text("one slots=3\n")
     assert "cannot be shared evenly by 3 ranks" in place.launch("LR1", HOSTFILE=str(hosts)).stderr
 

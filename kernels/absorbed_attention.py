@@ -9,12 +9,14 @@ hidden state [F,N,D], and W_k,h, W_v,h the rows [d,D] of head h (all sums over n
     out[k,h]    = W_v,h (gamma * pooled[k,h] + beta) + b_v,h
 
 Everything but the pooling is small (no N in it) and plain PyTorch; the pooling is the kernel. It is attention with
-x as keys and as values of all heads at once, so the heads of a frame's looks fill the rows of a tensor-core tile.
+x as keys and as values of all heads at once, so the heads of a frame's looks fill the rows of a tensor-core tile. The
+width D is cut into slices, one per warp, so that no warp holds more of u, x and the sums than its registers take.
 Backward, with g = d loss / d pooled, delta[k,h] = <g[k,h], pooled[k,h]> and ds = p (<g, x> - delta):
 
     du[k,h] = scale * sum_n ds[k,h,n] x[f,n]        dx[f,n] = sum_k,h p[k,h,n] g[k,h] + scale * ds[k,h,n] u[k,h]
 
-in one pass over x; dx is not computed for a frozen encoder. No atomics: the same bits in every run.
+x is read once: that pass gives du and keeps p and ds [K,H,N], H/D of x in size, from which dx follows without x; for a
+frozen encoder neither is kept nor dx computed. No atomics: the same bits in every run.
 
 Shapes: F frames, K looks, N patches + CLS, H heads, d head width, D = H*d. Sums are in fp32 (fp64 for fp64 inputs).
 Relative RMS error against float64: 1e-5 in fp32, 1e-2 in bf16 for the pooling.
@@ -33,7 +35,6 @@ from kernels.common import (
     dot,
     group_looks,
     jit,
-    load_rows,
     tl,
     uses_triton,
 )
@@ -52,37 +53,41 @@ def reference(
 
 
 @jit
-def _load_tile(base, number, fits, D1: tl.constexpr, D2: tl.constexpr):
-    """Rows `number` of a [K*H,D] array in two pieces of power-of-two width: D = D1 + D2, D2 may be 0."""
-    at = base + number[:, None] * (D1 + D2)
-    first = tl.load(at + tl.arange(0, D1)[None, :], mask=fits[:, None], other=0.0)
-    second = first
-    if D2 > 0:
-        second = tl.load(at + D1 + tl.arange(0, D2)[None, :], mask=fits[:, None], other=0.0)
-    return first, second
+def _places(row, stride, D: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
+    """Offsets [C,R,W] of rows [R] of D numbers, cut into C slices of W; and which slices lie inside the row."""
+    part = tl.arange(0, C)[:, None, None]
+    return row[None, :, None] * stride + part * W + tl.arange(0, W)[None, None, :], part < D // W
 
 
 @jit
-def _store_tile(base, number, fits, first, second, D1: tl.constexpr, D2: tl.constexpr):
-    """The opposite of `_load_tile`."""
-    at = base + number[:, None] * (D1 + D2)
-    tl.store(at + tl.arange(0, D1)[None, :], first.to(base.dtype.element_ty), mask=fits[:, None])
-    if D2 > 0:
-        tl.store(at + D1 + tl.arange(0, D2)[None, :], second.to(base.dtype.element_ty), mask=fits[:, None])
+def _load(base, row, fits, stride, D: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
+    """Rows [R] as a tile [C,R,W]; zeros, which cost no reading, where a row does not fit."""
+    at, inside = _places(row, stride, D, W, C)
+    return tl.load(base + at, mask=inside & fits[None, :, None], other=0.0)
 
 
 @jit
-def _dot_rows(left1, left2, right1, right2, D2: tl.constexpr):
-    """[R,D], [B,D] -> [R,B], both operands in two pieces."""
-    product = dot(left1, tl.trans(right1))
-    if D2 > 0:
-        product += dot(left2, tl.trans(right2))
-    return product
+def _store(base, row, fits, tile, D: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
+    """The opposite of `_load`, to dense rows."""
+    at, inside = _places(row, D, D, W, C)
+    tl.store(base + at, tile.to(base.dtype.element_ty), mask=inside & fits[None, :, None])
 
 
 @jit
-def _numbers(tile, end, look_of, H, ONE: tl.constexpr, ROWS: tl.constexpr):
-    """Row numbers in [K*H] of the (look, head) pairs tile .. tile + ROWS of a frame, and which of them are real."""
+def _scores(rows, pairs):
+    """[C,B,W], [C,R,W] -> [B,R]: every warp multiplies its slices of D, then the warps add up."""
+    return tl.sum(dot(rows, tl.permute(pairs, (0, 2, 1))), 0)
+
+
+@jit
+def _share(weights, rows, C: tl.constexpr):
+    """[B,R] -> [C,B,R] in the type of `rows`: every warp takes all weights to its slice of D."""
+    return tl.broadcast_to(weights.to(rows.dtype)[None, :, :], (C, weights.shape[0], weights.shape[1]))
+
+
+@jit
+def _pairs(tile, end, look_of, H, ONE: tl.constexpr, ROWS: tl.constexpr):
+    """Rows in [K*H] of a frame's (look, head) pairs tile .. tile + ROWS, and which of them are real."""
     place = tile + tl.arange(0, ROWS)
     fits = place < end
     if ONE:
@@ -93,31 +98,23 @@ def _numbers(tile, end, look_of, H, ONE: tl.constexpr, ROWS: tl.constexpr):
 
 @jit
 def _forward_block(
-    top, total, acc1, acc2, u1, u2, x, row, x_row, N, scale2,
-    D1: tl.constexpr, D2: tl.constexpr, MASKED: tl.constexpr,
+    top, total, acc, u, x, row, x_row, N, scale2, D: tl.constexpr, W: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """One block of rows in the online softmax (base 2): `top` the largest score so far, the others its sums."""
-    x1 = load_rows(x, row, x_row, N, D1, MASKED)
-    x2 = x1
-    if D2 > 0:
-        x2 = load_rows(x + D1, row, x_row, N, D2, MASKED)
-    scores = _dot_rows(u1, u2, x1, x2, D2) * scale2
-    if MASKED:
-        scores = tl.where((row < N)[None, :], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
+    """One block of rows in the online softmax (base 2): `top` the largest score so far; `total` and `acc` its sums."""
+    rows = _load(x, row, row < N, x_row, D, W, C)
+    scores = tl.where((row < N)[:, None], _scores(rows, u) * scale2, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 0))
     shrink = tl.exp2(top - new_top)
-    weights = tl.exp2(scores - new_top[:, None])
-    acc1 = acc1 * shrink[:, None] + dot(weights.to(x1.dtype), x1)
-    if D2 > 0:
-        acc2 = acc2 * shrink[:, None] + dot(weights.to(x2.dtype), x2)
-    return new_top, total * shrink + tl.sum(weights, 1), acc1, acc2
+    weights = tl.exp2(scores - new_top[None, :])
+    acc = acc * shrink[None, :, None] + dot(_share(tl.trans(weights), rows, C), rows)
+    return new_top, total * shrink + tl.sum(weights, 0), acc
 
 
 @jit
 def _forward_kernel(
     u, x, look_of, first, pooled, lse, scale2, N, H, x_frame, x_row,
-    D1: tl.constexpr, D2: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, ONE: tl.constexpr,
-    ROWS: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+    ONE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program: all heads of all looks at one frame. scale2 = scale * log2(e)."""
     frame = tl.program_id(0)
@@ -125,145 +122,107 @@ def _forward_kernel(
     begin = (frame if ONE else tl.load(first + frame)) * H
     end = (frame + 1 if ONE else tl.load(first + frame + 1)) * H
     for tile in range(begin, end, ROWS):
-        number, fits = _numbers(tile, end, look_of, H, ONE, ROWS)
-        u1, u2 = _load_tile(u, number, fits, D1, D2)
+        pair, fits = _pairs(tile, end, look_of, H, ONE, ROWS)
+        pair_u = _load(u, pair, fits, D, D, W, C)
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
-        acc1 = tl.zeros([ROWS, D1], tl.float32)
-        acc2 = tl.zeros([ROWS, D2 if D2 > 0 else 1], tl.float32)
-        for start in range(0, N - N % BLOCK, BLOCK):
+        acc = tl.zeros([C, ROWS, W], tl.float32)
+        for start in range(0, N, BLOCK):
             row = start + tl.arange(0, BLOCK)
-            top, total, acc1, acc2 = _forward_block(
-                top, total, acc1, acc2, u1, u2, x, row, x_row, N, scale2, D1, D2, False
-            )
-        if TAIL > 0:
-            row = N - N % BLOCK + tl.arange(0, TAIL)
-            top, total, acc1, acc2 = _forward_block(
-                top, total, acc1, acc2, u1, u2, x, row, x_row, N, scale2, D1, D2, True
-            )
-        _store_tile(pooled, number, fits, acc1 / total[:, None], acc2 / total[:, None], D1, D2)
-        tl.store(lse + number, (top + tl.log2(total)) / LOG2E, mask=fits)
-
-
-@jit
-def _load_pairs(u, grad, pooled, lse, number, fits, D1: tl.constexpr, D2: tl.constexpr):
-    """What the backward pass needs of a tile of (look, head) pairs: u, g, lse in base 2, delta."""
-    u1, u2 = _load_tile(u, number, fits, D1, D2)
-    g1, g2 = _load_tile(grad, number, fits, D1, D2)
-    p1, p2 = _load_tile(pooled, number, fits, D1, D2)
-    delta = tl.sum(g1.to(tl.float32) * p1.to(tl.float32), 1)
-    if D2 > 0:
-        delta += tl.sum(g2.to(tl.float32) * p2.to(tl.float32), 1)
-    return u1, u2, g1, g2, tl.load(lse + number, mask=fits, other=0.0) * LOG2E, delta
-
-
-@jit
-def _backward_tile(
-    u1, u2, g1, g2, lse2, delta, x1, x2, dx1, dx2, row, N, scale,
-    D2: tl.constexpr, MASKED: tl.constexpr, NEED_X: tl.constexpr,
-):  # fmt: skip
-    """A tile of (look, head) pairs meets a block of rows: -> scale * ds, and dx with the tile's share added."""
-    weights = tl.exp2(_dot_rows(u1, u2, x1, x2, D2) * (scale * LOG2E) - lse2[:, None])
-    if MASKED:
-        weights = tl.where((row < N)[None, :], weights, 0.0)
-    dscores = (weights * (_dot_rows(g1, g2, x1, x2, D2) - delta[:, None]) * scale).to(x1.dtype)
-    if NEED_X:
-        weights = weights.to(x1.dtype)
-        dx1 += dot(tl.trans(weights), g1) + dot(tl.trans(dscores), u1)
-        if D2 > 0:
-            dx2 += dot(tl.trans(weights), g2) + dot(tl.trans(dscores), u2)
-    return dscores, dx1, dx2
+            top, total, acc = _forward_block(top, total, acc, pair_u, x, row, x_row, N, scale2, D, W, C)
+        _store(pooled, pair, fits, acc / total[None, :, None], D, W, C)
+        tl.store(lse + pair, (top + tl.log2(total)) / LOG2E, mask=fits)
 
 
 @jit
 def _backward_block(
-    du1, du2, u1, u2, g1, g2, lse2, delta, u, x, look_of, grad, pooled, lse, du, dx, begin, end, row, x_row, N, H,
-    scale, D1: tl.constexpr, D2: tl.constexpr, MASKED: tl.constexpr, ONE: tl.constexpr, SINGLE: tl.constexpr,
-    NEED_X: tl.constexpr, ROWS: tl.constexpr,
+    du_sum, pair, fits, pair_u, pair_grad, lse2, delta, x, weight, dscore, row, x_row, N, scale,
+    D: tl.constexpr, W: tl.constexpr, C: tl.constexpr, NEED_X: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows: writes its dx; -> the sum of du of a single tile of pairs, or adds to du in memory."""
-    x1 = load_rows(x, row, x_row, N, D1, MASKED)
-    dx1 = tl.zeros(x1.shape, tl.float32)
-    x2, dx2 = x1, dx1
-    if D2 > 0:
-        x2 = load_rows(x + D1, row, x_row, N, D2, MASKED)
-        dx2 = tl.zeros(x2.shape, tl.float32)
-    if SINGLE:
-        dscores, dx1, dx2 = _backward_tile(
-            u1, u2, g1, g2, lse2, delta, x1, x2, dx1, dx2, row, N, scale, D2, MASKED, NEED_X
-        )
-        du1 += dot(dscores, x1)
-        if D2 > 0:
-            du2 += dot(dscores, x2)
-    else:
-        for tile in range(begin, end, ROWS):
-            number, fits = _numbers(tile, end, look_of, H, ONE, ROWS)
-            v1, v2, h1, h2, tile_lse2, tile_delta = _load_pairs(u, grad, pooled, lse, number, fits, D1, D2)
-            dscores, dx1, dx2 = _backward_tile(
-                v1, v2, h1, h2, tile_lse2, tile_delta, x1, x2, dx1, dx2, row, N, scale, D2, MASKED, NEED_X
-            )
-            # only this program adds to these pairs; the barrier shows the sum to the threads of the next block
-            sum1, sum2 = _load_tile(du, number, fits, D1, D2)
-            sum1 += dot(dscores, x1)
-            if D2 > 0:
-                sum2 += dot(dscores, x2)
-            _store_tile(du, number, fits, sum1, sum2, D1, D2)
-            tl.debug_barrier()
+    """One block of rows: -> the sum of du; keeps p and scale * ds where dx will be computed from them."""
+    rows = _load(x, row, row < N, x_row, D, W, C)
+    weights = tl.exp2(_scores(rows, pair_u) * (scale * LOG2E) - lse2[None, :])
+    weights = tl.where((row < N)[:, None], weights, 0.0)
+    dscores = weights * (_scores(rows, pair_grad) - delta[None, :]) * scale
     if NEED_X:
-        _store_tile(dx, row.to(tl.int64), row < N, dx1, dx2, D1, D2)
-    return du1, du2
+        at = pair[None, :] * N + row[:, None]
+        inside = (row < N)[:, None] & fits[None, :]
+        tl.store(weight + at, weights.to(weight.dtype.element_ty), mask=inside)
+        tl.store(dscore + at, dscores.to(dscore.dtype.element_ty), mask=inside)
+    return du_sum + dot(_share(tl.trans(dscores), rows, C), rows)
 
 
 @jit
 def _backward_kernel(
-    grad, u, x, pooled, lse, look_of, first, du, dx, scale, N, H, x_frame, x_row,
-    D1: tl.constexpr, D2: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, ONE: tl.constexpr,
-    SINGLE: tl.constexpr, NEED_X: tl.constexpr, ROWS: tl.constexpr,
+    grad, u, x, pooled, lse, look_of, first, du, weight, dscore, scale, N, H, x_frame, x_row,
+    D: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+    ONE: tl.constexpr, NEED_X: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program: one frame, all its looks and heads; one pass over its rows. dx is dense [F,N,D]."""
+    """One program: all heads of all looks at one frame -> du, and with NEED_X weight p and dscore [K*H,N]."""
     frame = tl.program_id(0)
     x += frame.to(tl.int64) * x_frame
-    dx += frame.to(tl.int64) * N * (D1 + D2)
     begin = (frame if ONE else tl.load(first + frame)) * H
     end = (frame + 1 if ONE else tl.load(first + frame + 1)) * H
-    number, fits = _numbers(begin, end, look_of, H, ONE, ROWS)
-    u1, u2, g1, g2, lse2, delta = _load_pairs(u, grad, pooled, lse, number, fits, D1, D2)
-    du1 = tl.zeros([ROWS, D1], tl.float32)
-    du2 = tl.zeros([ROWS, D2 if D2 > 0 else 1], tl.float32)
-    for start in range(0, N - N % BLOCK, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        du1, du2 = _backward_block(
-            du1, du2, u1, u2, g1, g2, lse2, delta, u, x, look_of, grad, pooled, lse, du, dx, begin, end, row, x_row,
-            N, H, scale, D1, D2, False, ONE, SINGLE, NEED_X, ROWS,
-        )  # fmt: skip
-    if TAIL > 0:
-        row = N - N % BLOCK + tl.arange(0, TAIL)
-        du1, du2 = _backward_block(
-            du1, du2, u1, u2, g1, g2, lse2, delta, u, x, look_of, grad, pooled, lse, du, dx, begin, end, row, x_row,
-            N, H, scale, D1, D2, True, ONE, SINGLE, NEED_X, ROWS,
-        )  # fmt: skip
-    if SINGLE:
-        _store_tile(du, number, fits, du1, du2, D1, D2)
+    for tile in range(begin, end, ROWS):
+        pair, fits = _pairs(tile, end, look_of, H, ONE, ROWS)
+        pair_u = _load(u, pair, fits, D, D, W, C)
+        pair_grad = _load(grad, pair, fits, D, D, W, C)
+        product = pair_grad.to(tl.float32) * _load(pooled, pair, fits, D, D, W, C).to(tl.float32)
+        delta = tl.sum(tl.sum(product, 2), 0)
+        lse2 = tl.load(lse + pair, mask=fits, other=0.0) * LOG2E
+        du_sum = tl.zeros([C, ROWS, W], tl.float32)
+        for start in range(0, N, BLOCK):
+            row = start + tl.arange(0, BLOCK)
+            du_sum = _backward_block(
+                du_sum, pair, fits, pair_u, pair_grad, lse2, delta, x, weight, dscore, row, x_row, N, scale,
+                D, W, C, NEED_X,
+            )  # fmt: skip
+        _store(du, pair, fits, du_sum, D, W, C)
 
 
-def pieces(width: int) -> tuple[int, int]:
-    """A row of D numbers as two pieces of power-of-two width (384 = 256 + 128); (0, 0) where that does not go."""
-    first = 1 << (width.bit_length() - 1)
-    second = width - first
-    fits = 16 <= width <= 1024 and (second == 0 or (second >= 16 and second & (second - 1) == 0))
-    return (first, second) if fits else (0, 0)
+@jit
+def _rows_kernel(
+    grad, u, weight, dscore, look_of, first, dx, N, H,
+    D: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK rows of one frame and WIDE of their numbers, dx = p^T g + (scale ds)^T u. x is not read."""
+    part = tl.program_id(0) % (D // WIDE)
+    frame = tl.program_id(0) // (D // WIDE)
+    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = part * WIDE + tl.arange(0, WIDE)[None, :]
+    begin = (frame if ONE else tl.load(first + frame)) * H
+    end = (frame + 1 if ONE else tl.load(first + frame + 1)) * H
+    total = tl.zeros([BLOCK, WIDE], tl.float32)
+    for tile in range(begin, end, ROWS):
+        pair, fits = _pairs(tile, end, look_of, H, ONE, ROWS)
+        at = pair.to(tl.int64)[None, :] * N + row[:, None]
+        inside = (row < N)[:, None] & fits[None, :]
+        weights = tl.load(weight + at, mask=inside, other=0.0)
+        dscores = tl.load(dscore + at, mask=inside, other=0.0)
+        at = pair[:, None] * D + column
+        total += dot(weights, tl.load(grad + at, mask=fits[:, None], other=0.0))
+        total += dot(dscores, tl.load(u + at, mask=fits[:, None], other=0.0))
+    at = (frame.to(tl.int64) * N + row[:, None]) * D + column
+    tl.store(dx + at, total.to(dx.dtype.element_ty), mask=(row < N)[:, None])
 
 
-def tiles(rows: int, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Blocks of rows for a frame of `rows` rows: full blocks, and a smaller one (16 at least) for what is left."""
-    block = 16 if dtype == torch.float32 or width > 512 else 32
-    rest = rows % block
-    tail = 0 if rest == 0 else max(1 << (rest - 1).bit_length(), 16)
-    first, second = pieces(width)
-    warps = 8 if width > 512 else 4
+def slices(width: int) -> int:
+    """W: a row of D numbers is cut into at most 8 slices of a power of two, one per warp; 0 where that does not go."""
+    for slice_width in (16, 32, 64, 128):
+        if width % slice_width == 0 and width <= 8 * slice_width:
+            return slice_width
+    return 0
+
+
+def tiles(width: int) -> dict[str, int]:
+    """How the kernels cut a row of D numbers; 257 rows = 16 * 16 + 1 cost one row more to read, not one block.
+
+    Wide rows leave fewer registers for loads ahead of their use: fewer stages, or registers would spill.
+    """
+    count = 1 << (width // slices(width) - 1).bit_length()
     return {
-        "D1": first, "D2": second, "BLOCK": block, "TAIL": tail, "ROWS": ROWS,
-        "num_warps": warps, "num_stages": 2, "enable_fp_fusion": True,
+        "D": width, "W": slices(width), "C": count, "BLOCK": 16, "ROWS": ROWS,
+        "num_warps": count, "num_stages": 3 if width > 512 else 4, "enable_fp_fusion": True,
     }  # fmt: skip
 
 
@@ -282,7 +241,7 @@ def _forward(
     if frames and looks:
         _forward_kernel[(frames,)](
             folded, hidden, look_of, first, pooled, lse, scale * 1.4426950408889634, rows, heads,
-            *hidden.stride()[:2], ONE=first is None, **tiles(rows, width, hidden.dtype),
+            *hidden.stride()[:2], ONE=first is None, **tiles(width),
         )  # fmt: skip
     return pooled, lse
 
@@ -300,19 +259,23 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The backward kernel -> (dfolded, dhidden); the latter is empty [0] unless need_hidden."""
     (looks, heads, width), (frames, rows) = folded.shape, hidden.shape[:2]
-    grad, folded, hidden = grad.contiguous(), folded.contiguous(), dense_rows(hidden)
-    single = first is None and heads <= ROWS
-    dfolded = torch.zeros(folded.shape, dtype=torch.float32, device=folded.device)
-    if single:
-        dfolded = torch.empty_like(folded)
+    grad, folded, hidden, one = grad.contiguous(), folded.contiguous(), dense_rows(hidden), first is None
+    dfolded = torch.empty_like(folded) if one else torch.full_like(folded, float("nan"))
     dhidden = torch.empty(hidden.shape if need_hidden else 0, dtype=hidden.dtype, device=hidden.device)
-    if frames and (need_hidden or looks):
+    kept = (2, looks * heads, rows) if need_hidden else (2, 0)
+    weight, dscore = torch.empty(kept, dtype=hidden.dtype, device=hidden.device)
+    if frames and looks:
         _backward_kernel[(frames,)](
-            grad, folded, hidden, pooled, lse, look_of, first, dfolded, dhidden, scale, rows, heads,
-            *hidden.stride()[:2], ONE=first is None, SINGLE=single, NEED_X=need_hidden,
-            **tiles(rows, width, hidden.dtype),
+            grad, folded, hidden, pooled, lse, look_of, first, dfolded, weight, dscore, scale, rows, heads,
+            *hidden.stride()[:2], ONE=one, NEED_X=need_hidden, **tiles(width),
         )  # fmt: skip
-    return dfolded.to(folded.dtype), dhidden
+    if frames and need_hidden:
+        wide, block = min(width & -width, 128), 32 if hidden.dtype == torch.float32 else 64
+        _rows_kernel[(frames * (width // wide), -(-rows // block))](
+            grad, folded, weight, dscore, look_of, first, dhidden, rows, heads,
+            D=width, WIDE=wide, BLOCK=block, ONE=one, ROWS=ROWS, num_warps=4, num_stages=2, enable_fp_fusion=True,
+        )  # fmt: skip
+    return dfolded, dhidden
 
 
 @_backward.register_fake
@@ -342,7 +305,8 @@ def absorbed_pooling(
     """Every look pools its frame's rows, once per head -> (pooled [K,H,D], lse [K,H] in fp32 without gradient).
 
     folded [K,H,D] and hidden [F,N,D] (any strides; no copy while the last is 1) of one floating type and device;
-    frame_of_look and implementation as in `query_attention`. Raises ValueError for what does not fit.
+    frame_of_look and implementation as in `query_attention`, but "auto" keeps fp32 to the reference. Raises ValueError
+    for what does not fit.
     """
     shapes = f"folded {list(folded.shape)}, hidden {list(hidden.shape)}"
     if folded.ndim != 3 or hidden.ndim != 3 or folded.shape[2] != hidden.shape[2]:
@@ -350,7 +314,9 @@ def absorbed_pooling(
     if 0 in hidden.shape[1:] or folded.shape[1] == 0:
         raise ValueError(f"absorbed_attention: N, H and D must be 1 or more; got {shapes}")
     check_looks("absorbed_attention", folded, hidden, frame_of_look)
-    if not uses_triton("absorbed_attention", implementation, folded, pieces(hidden.shape[2])[0] > 0):
+    # in fp32 the tiles don't fit a thread's registers: correct, for tests, but no faster than two matrix products
+    fits = slices(hidden.shape[2]) > 0 and (hidden.dtype != torch.float32 or implementation == "triton")
+    if not uses_triton("absorbed_attention", implementation, folded, fits):
         pooled, lse = reference(folded, hidden, frame_of_look, scale)
         return pooled, lse.detach()
     look_of, first = (None, None) if frame_of_look is None else group_looks(frame_of_look, hidden.shape[0])

@@ -1,0 +1,145 @@
+"""`python -m kernels.compile`: compile every kernel for GPUs that need not be there, and say what each one costs.
+
+Each operation is called with small tensors, its launches are caught instead of run, and what would have been
+compiled at that launch is compiled for sm_80, sm_90 and sm_100. Per kernel, as CSV: registers and stack bytes of a
+thread (a stack means spilled registers), shared memory of a program, the widest load from memory, and how many of
+an SM's warps fit at once (occupancy) by registers and shared memory. `--narrow` keeps to DINOv2-small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+
+import torch
+
+from kernels import absorbed_attention, query_attention
+from kernels.common import group_looks, triton
+
+# Per SM and in bytes: shared memory of one program, of all programs. CUDA C++ programming guide, compute capabilities.
+SHARED = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024), 100: (227 * 1024, 228 * 1024)}
+REGISTERS, WARPS, PROGRAMS = 65536, 64, 32
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one compiled kernel takes. Bytes, except registers (of a thread) and occupancy (share of an SM's warps)."""
+
+    kernel: str
+    case: str
+    target: str
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    shared_limit: int
+    widest_load: int
+    occupancy: float
+
+
+def catch_launches(kernel, call: Callable[[], object]) -> list[tuple[tuple, dict]]:
+    """The arguments of every launch of this kernel during call(), none of which runs."""
+    launches: list[tuple[tuple, dict]] = []
+    kernel.run = lambda *args, grid, warmup, **kwargs: launches.append((args, kwargs))
+    try:
+        call()
+    finally:
+        del kernel.run
+    return launches
+
+
+def compile_launch(kernel, args: tuple, kwargs: dict, capability: int):
+    """The kernel as Triton would compile it for this launch on this compute capability (80, 90, 100)."""
+    signature, constants, attrs = {}, {}, {}
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    for place, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[(place,)] = "constexpr", value
+            continue
+        signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else _scalar(value)
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attrs[(place,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(kernel, signature, constants, attrs)
+    return triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", capability, 32), options=options)
+
+
+def _scalar(value: float) -> str:
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def cost(compiled, name: str, case: str, capability: int) -> Cost:
+    """Read what the compiled kernel takes from its binary and its PTX."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
+    copies = [int(size, 0) for size in re.findall(r"cp\.async\S* \[.*?\], \[.*?\], (\w+)", compiled.asm["ptx"])]
+    widest = max([int(lanes or 1) * int(bits) // 8 for lanes, bits in loads] + copies)
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    limit, total = SHARED[capability]
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+    programs = min(by_registers, WARPS // warps, PROGRAMS, total // (shared + 1024))
+    return Cost(
+        name, case, f"sm_{capability}", warps, registers, stack, shared, limit, widest, programs * warps / WARPS
+    )
+
+
+def cases(heads: int, looks: int | None, dtype: torch.dtype) -> Iterator[tuple]:
+    """(kernel, its name, the call that launches it) for one shape: 2 frames of 257 rows, heads of width 64."""
+    frames, rows, width = 2, 257, 64
+    count = frames * (looks or 1)
+    look_of, first = (None, None) if looks is None else group_looks(torch.arange(count) // looks, frames)
+    query, lse = torch.zeros(count, heads, width, dtype=dtype), torch.zeros(count, heads)
+    key = torch.zeros(frames, rows, heads, width, dtype=dtype)
+    op = query_attention
+    yield op._forward_kernel, "query_forward", partial(op._forward, query, key, key, look_of, first, 0.125)
+    for need in (True, False):
+        args = (query, query, key, key, query, lse, look_of, first, 0.125, need)
+        yield op._backward_kernel, f"query_backward{'' if need else '_frozen'}", partial(op._backward, *args)
+    if dtype == torch.float32:  # the absorbed form runs in fp32 in tests only
+        return
+    folded, hidden = torch.zeros(count, heads, heads * width, dtype=dtype), key.flatten(2)
+    op = absorbed_attention
+    yield op._forward_kernel, "absorbed_forward", partial(op._forward, folded, hidden, look_of, first, 0.125)
+    for need in (True, False):
+        call = partial(op._backward, folded, folded, hidden, folded, lse, look_of, first, 0.125, need)
+        caught = partial(catch_launches, op._rows_kernel, call)
+        yield op._backward_kernel, f"absorbed_backward{'' if need else '_frozen'}", caught
+    call = partial(op._backward, folded, folded, hidden, folded, lse, look_of, first, 0.125, True)
+    yield op._rows_kernel, "absorbed_backward_rows", partial(catch_launches, op._backward_kernel, call)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compile and print; see the module."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.compile", description=__doc__)
+    parser.add_argument("--targets", nargs="*", type=int, default=[80, 90, 100], choices=sorted(SHARED))
+    parser.add_argument("--narrow", action="store_true", help="DINOv2-small in bf16 only")
+    options = parser.parse_args(arguments)
+    table = csv.DictWriter(sys.stdout, [field.name for field in fields(Cost)])
+    table.writeheader()
+    shapes = [(6, torch.bfloat16)] + ([] if options.narrow else [(12, torch.bfloat16), (6, torch.float32)])
+    for heads, dtype in shapes:
+        for looks in (None, 8):
+            case = f"H={heads} d=64 N=257 {str(dtype).removeprefix('torch.')} looks={looks or 'one'}"
+            for kernel, name, call in cases(heads, looks, dtype):
+                ((args, kwargs),) = catch_launches(kernel, call)
+                for capability in options.targets:
+                    compiled = compile_launch(kernel, args, kwargs, capability)
+                    table.writerow(asdict(cost(compiled, name, case, capability)))
+
+
+if __name__ == "__main__":
+    main()

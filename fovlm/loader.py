@@ -8,16 +8,20 @@ Workers start from a fork server: a plain fork would copy the locks of CUDA's, g
 whatever state they are in. They leave signals to their parent, which has a checkpoint to save first.
 """
 
+import atexit
 import logging
 import multiprocessing.forkserver
+import os
 import shutil
 import signal
 import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -104,8 +108,11 @@ class Loader:
                 planned.append(step)
                 yield from step.packs[self.rank :: self.world]
 
+        others = multiprocessing.active_children()
         with _unseen_main():
             batches = iter(self._batches(packs_of_rank()))
+        # multiprocessing ends daemons with a SIGTERM, which ours ignore, and then waits for them for ever.
+        atexit.register(_kill, [process for process in multiprocessing.active_children() if process not in others])
         share = self.packs // self.world
         while mine := list(islice(batches, share)):
             step = planned.popleft()
@@ -116,7 +123,7 @@ class Loader:
     def _batches(self, packs: Iterator[list[int]]) -> torch.utils.data.DataLoader:
         options: dict[str, Any] = {}
         if self.workers:
-            options = {"multiprocessing_context": "forkserver", "worker_init_fn": _ignore_signals}
+            options = {"multiprocessing_context": "forkserver", "worker_init_fn": _follow_parent}
         return torch.utils.data.DataLoader(
             _Packs(self.dataset, self.budget, self.tokens_per_look),
             sampler=packs,
@@ -154,9 +161,26 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _ignore_signals(worker: int) -> None:
+def _follow_parent(worker: int) -> None:
+    """In a worker: leave signals to the parent, and end when it ends.
+
+    torch watches a worker's parent by its process number, which is the fork server's here.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def _kill(workers: list[BaseProcess]) -> None:
+    for process in workers:
+        process.kill()
 
 
 def _check_shared_memory(workers: int, pack: int) -> None:

@@ -4,8 +4,13 @@ import hashlib
 import multiprocessing.forkserver
 import os
 import signal
+import subprocess
+import sys
+import textwrap
+import time
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -164,3 +169,37 @@ def test_too_little_shared_memory_is_said_before_workers_die_of_it(data, monkeyp
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"workers of a rank need .* lower data\.workers"):
         Loader(data, BUDGET, PACKS, workers=1)
+
+
+@pytest.mark.parametrize("end", ["raise RuntimeError('it fails')", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_workers_end_with_a_run_that_fails_or_is_killed(tmp_path, end):
+    """They ignore SIGTERM, with which multiprocessing would end them, and have the fork server for a parent."""
+    script = f"""
+        import multiprocessing, os, signal, sys
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import test_loader
+        data = test_loader.small(Path({str(tmp_path)!r}))
+        steps = iter(test_loader.Loader(data, test_loader.BUDGET, 2, workers=1))
+        next(steps)
+        print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+        {end}
+    """
+    environment = os.environ | {"FOVLM_DATA": str(tmp_path), "FOVLM_CACHE": str(tmp_path)}
+    with open(tmp_path / "out", "w") as out:  # not a pipe: its end would wait for workers that live on
+        command = [sys.executable, "-c", textwrap.dedent(script)]
+        done = subprocess.run(command, env=environment, timeout=120, stdout=out)
+    assert done.returncode in (1, -signal.SIGKILL)
+    (worker,) = map(int, (tmp_path / "out").read_text().split())
+    for _ in range(100):
+        if not Path(f"/proc/{worker}").exists():
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker lives on")
+
+
+def small(folder: Path) -> Dataset:
+    tiny.clips(folder, "video", [3, 1, 4])
+    source = Source(shards="video-00.tar", kind="video")
+    return Dataset({"video": source}, {"video": 1.0}, Chat(tiny.tokenizer(), "before", "answer", 100), frame_size=16)

@@ -127,7 +127,7 @@ class Llama:
 
 @dataclass(frozen=True)
 class Geometry:
-    """An experiment's model: the backbones' shapes, query width Q, T visual tokens of each look, rounds of fine looks."""
+    """An experiment's model: the backbones' shapes, query width Q, T visual tokens of a look, rounds of fine looks."""
 
     dino: Dino
     llm: Llama
@@ -188,8 +188,8 @@ def _settings(source: str | dict[str, Any], key: str, kind: str, defaults: dict[
     if folder is None:
         if source not in RELEASED:
             raise UserError(
-                f"model.{key}: the shapes of '{source}' are not known: it is no local folder (FOVLM_MODELS says where to "
-                f"look), and none of the released models that are{nearest(source, RELEASED)}"
+                f"model.{key}: the shapes of '{source}' are not known: it is no local folder (see FOVLM_MODELS) "
+                f"and none of the released models in fovlm/geometry.py{nearest(source, RELEASED)}"
             )
         return defaults | RELEASED[source]
     file = folder / "config.json"

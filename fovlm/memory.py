@@ -13,7 +13,9 @@ What stays all along follows DeepSpeed 0.19.8 (n trainable and z frozen paramete
 
 Activations are what autograd keeps for the backward pass, at its worst moment: parts are run forward in the order
 encoder, coarse pass, looks, fine pass, head, and freed in the other, while the running part needs room to work in and
-the gradients of the cached keys and values grow. Not in it: the CUDA context, the allocator's rest, NCCL: 1-2 GB.
+the gradients of the cached keys and values grow. A weight that is used twice (by both passes; by patches and looks)
+waits with the gradient of its second use for that of the first, and reaches DeepSpeed only then. Not in it: the CUDA
+context, the allocator's rest, NCCL: 1-2 GB.
 """
 
 from dataclasses import dataclass
@@ -77,7 +79,7 @@ def estimate(experiment: Experiment, shapes: Geometry, ds_config: dict[str, Any]
     optimizer = 3 * FP32 * share
     if offload:
         # Master weights, moments, their gradient, the staging copy, and in fp32 the sum of micro steps.
-        host += optimizer + FP32 * share + w * share + (FP32 * share if accumulates and not bf16 else 0)
+        host += optimizer + FP32 * share + w * (share + big) + (FP32 * share if accumulates and not bf16 else 0)
         optimizer = 0
 
     bucket = zero.get("reduce_bucket_size", 5 * 10**8)
@@ -127,14 +129,17 @@ def activations(experiment: Experiment, shapes: Geometry, w: int) -> dict[str, i
         prefix_work = _read_work(shapes.llm, K + P, w, llm, model.checkpoint_llm)
         working |= {f"coarse_llm_{turn}": prefix_work + embedding, f"fine_looks_{turn}": embedding}
 
-    # Gradients of the cache exist from the last look's backward pass on.
     order = [*kept, "head"]
+    # Gradients of the cache exist from the last look's backward pass on.
     grown = cached if dino and (shapes.rounds or separate) else 0
+    waiting_llm = w * (shapes.llm.parameters - shapes.llm.V * shapes.llm.E) if llm and shapes.rounds else 0
+    waiting_dino = w * d.parameters if dino and deep and shapes.rounds else 0
     worst: dict[str, int] = {}
     for at, part in enumerate(order):
         now = {name: kept[name] for name in order[: at + 1] if name in kept} | {"working": working[part]}
         if part not in ("head", "fine_llm"):
             now["working"] += grown
+            now["waiting gradients"] = waiting_dino + (waiting_llm if part != "encoder" else 0)
         if sum(now.values()) > sum(worst.values()):
             worst = now
     return worst
@@ -159,7 +164,7 @@ def _walk(d: Dino, rows: int, cached: int, w: int, learns: bool, checkpoint: boo
 def _layer_work(d: Dino, rows: int, w: int, checkpoint: bool) -> int:
     """What one encoder layer needs besides: gradients inside the MLP, and what a checkpointed one computes again."""
     again = _block_bytes(d, w) + 2 * w * d.D if checkpoint else 0
-    return rows * (again + w * (2 * d.D + 2 * d.mlp))
+    return rows * (again + w * (2 * d.D + d.mlp))
 
 
 def _layer_bytes(m: Llama, M: int, w: int, learns: bool) -> int:

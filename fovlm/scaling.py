@@ -14,6 +14,7 @@ The convention, which is that of `torch.utils.flop_counter`:
 Letters as in `batch.py` and `geometry.py`: F frames, K looks, S text tokens, P of them ahead of the frames.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -67,8 +68,8 @@ class Cost:
 def sample_cost(experiment: Experiment, shapes: Geometry, size: Sized) -> dict[str, Cost]:
     """FLOPs of one training sample, by part: encoder, coarse_looks, fine_looks, coarse_llm, fine_llm, connector, head.
 
-    `coarse_llm` is the language model over the prefixes, `fine_llm` over the whole sample. A static look that rides along
-    in the patch walk is part of `encoder`. A preference run (`size` counts both answers) has one part more, `reference`.
+    `coarse_llm` is the language model over the prefixes, `fine_llm` over the whole sample. A static look that rides
+    along in the patch walk is part of `encoder`. A preference run (`size` counts both answers) adds `reference`.
     """
     if experiment.train.objective == "dpo":
         one = Shape(size.frames // 2, size.looks // 2, size.text // 2, size.prompt // 2)
@@ -84,10 +85,14 @@ def total(parts: dict[str, Cost]) -> Cost:
 
 def mean_cost(experiment: Experiment, shapes: Geometry, sizes: Iterable[Sized]) -> dict[str, Cost]:
     """FLOPs by part of the mean sample. Raises ValueError when there are no sizes."""
-    every = [sample_cost(experiment, shapes, size) for size in sizes]
-    if not every:
+    counts = Counter(Shape(size.frames, size.looks, size.text, size.prompt) for size in sizes)
+    if not counts:
         raise ValueError("no samples to take the mean of")
-    return {name: sum((parts[name] for parts in every), Cost()) * (1 / len(every)) for name in every[0]}
+    mean: dict[str, Cost] = {}
+    for size, count in counts.items():
+        for name, cost in sample_cost(experiment, shapes, size).items():
+            mean[name] = mean.get(name, Cost()) + cost * (count / counts.total())
+    return mean
 
 
 def samples_for(budget: float, flops_per_sample: float) -> int:
@@ -107,24 +112,12 @@ def samples_of(experiment: Experiment, sizes: Iterable[Sized]) -> int | None:
     return samples_for(train.flops, total(mean_cost(experiment, geometry(experiment.model), sizes)).total)
 
 
-def largest(experiment: Experiment) -> dict[str, tuple[float, Shape]]:
-    """For each training source its share of the samples and the largest sample that the settings let through.
+def largest(experiment: Experiment) -> dict[str, Shape]:
+    """For each training source the largest sample that the settings let through.
 
     This is what can be said without data at hand. It is an upper bound: samples are shorter, and cost less.
     """
-    data, whole = experiment.data, sum(experiment.data.train.values())
-    return {
-        name: (weight / whole, _largest(experiment, data.sources[name])) for name, weight in data.train.items()
-    }  # fmt: skip
-
-
-def largest_cost(experiment: Experiment, shapes: Geometry) -> dict[str, Cost]:
-    """FLOPs by part when every sample is the largest of its source: an upper bound on `mean_cost`."""
-    parts: dict[str, Cost] = {}
-    for share, shape in largest(experiment).values():
-        for name, cost in sample_cost(experiment, shapes, shape).items():
-            parts[name] = parts.get(name, Cost()) + cost * share
-    return parts
+    return {name: _largest(experiment, experiment.data.sources[name]) for name in experiment.data.train}
 
 
 def _largest(experiment: Experiment, source: Source) -> Shape:

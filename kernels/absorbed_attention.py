@@ -42,9 +42,7 @@ from kernels.common import (
 ROWS = 16  # (look, head) pairs that share one read of a frame: the smallest tile of tl.dot
 
 
-def reference(
-    folded: Tensor, hidden: Tensor, frame_of_look: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def reference(folded: Tensor, hidden: Tensor, frame_of_look: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """The pooling in plain PyTorch: folded u [K,H,D], hidden x [F,N,D] -> (pooled [K,H,D], lse [K,H])."""
     if frame_of_look is not None:
         hidden = hidden.index_select(0, frame_of_look)

@@ -10,10 +10,12 @@ try:
     import triton.language as tl
 
     jit = triton.jit
-    INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+    ON_CPU = bool(triton.knobs.runtime.interpret)  # kernels are interpreted: chosen before Triton is imported
+    INTERPRETED = tl.constexpr(ON_CPU)
     LOG2E = tl.constexpr(1.4426950408889634)
 except ImportError:  # Triton exists for Linux only; elsewhere the references serve
     triton = tl = LOG2E = INTERPRETED = None
+    ON_CPU = False
 
     def jit(function):
         return function
@@ -75,7 +77,7 @@ def uses_triton(op: str, implementation: str, inputs: Tensor, fits: bool) -> boo
     if implementation == "triton":
         if not fits:
             raise ValueError(f"{op}: no Triton kernel for {inputs.dtype} {list(inputs.shape)}")
-        if inputs.device.type != "cuda" and not triton.knobs.runtime.interpret:
+        if inputs.device.type != "cuda" and not ON_CPU:
             raise ValueError(f"{op}: Triton needs a GPU, or TRITON_INTERPRET=1 set before it is imported")
         return True
     return implementation == "auto" and fits and inputs.device.type == "cuda"

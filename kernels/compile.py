@@ -3,7 +3,8 @@
 Each operation is called with small tensors, its launches are caught instead of run, and what would have been
 compiled at that launch is compiled for sm_80, sm_90 and sm_100. Per kernel, as CSV: registers and stack bytes of a
 thread (a stack means spilled registers), shared memory of a program, the widest load from memory, and how many of
-an SM's warps fit at once (occupancy) by registers and shared memory. `--narrow` keeps to DINOv2-small.
+an SM's warps fit at once (occupancy) by registers and shared memory. `--narrow` keeps to DINOv2-small in bf16, one
+look at each frame, trainable.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def cost(compiled, name: str, case: str, capability: int) -> Cost:
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
+    registers, stack = int(registers), int(stack)
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
     copies = [int(size, 0) for size in re.findall(r"cp\.async\S* \[.*?\], \[.*?\], (\w+)", compiled.asm["ptx"])]
     widest = max([int(lanes or 1) * int(bits) // 8 for lanes, bits in loads] + copies)
@@ -104,37 +106,42 @@ def cases(heads: int, looks: int | None, dtype: torch.dtype) -> Iterator[tuple]:
     look_of, first = (None, None) if looks is None else group_looks(torch.arange(count) // looks, frames)
     query, lse = torch.zeros(count, heads, width, dtype=dtype), torch.zeros(count, heads)
     key = torch.zeros(frames, rows, heads, width, dtype=dtype)
-    op = query_attention
-    yield op._forward_kernel, "query_forward", partial(op._forward, query, key, key, look_of, first, 0.125)
+    plain, absorbed = query_attention, absorbed_attention
+    forward = partial(plain._forward, query, key, key, look_of, first, 0.125)
+    yield plain._forward_kernel, "query_forward", forward
     for need in (True, False):
-        args = (query, query, key, key, query, lse, look_of, first, 0.125, need)
-        yield op._backward_kernel, f"query_backward{'' if need else '_frozen'}", partial(op._backward, *args)
+        backward = partial(plain._backward, query, query, key, key, query, lse, look_of, first, 0.125, need)
+        yield plain._backward_kernel, f"query_backward{'' if need else '_frozen'}", backward
     if dtype == torch.float32:  # the absorbed form runs in fp32 in tests only
         return
     folded, hidden = torch.zeros(count, heads, heads * width, dtype=dtype), key.flatten(2)
-    op = absorbed_attention
-    yield op._forward_kernel, "absorbed_forward", partial(op._forward, folded, hidden, look_of, first, 0.125)
+    forward = partial(absorbed._forward, folded, hidden, look_of, first, 0.125)
+    yield absorbed._forward_kernel, "absorbed_forward", forward
+    # this backward pass launches two kernels: catch one while looking at the other
     for need in (True, False):
-        call = partial(op._backward, folded, folded, hidden, folded, lse, look_of, first, 0.125, need)
-        caught = partial(catch_launches, op._rows_kernel, call)
-        yield op._backward_kernel, f"absorbed_backward{'' if need else '_frozen'}", caught
-    call = partial(op._backward, folded, folded, hidden, folded, lse, look_of, first, 0.125, True)
-    yield op._rows_kernel, "absorbed_backward_rows", partial(catch_launches, op._backward_kernel, call)
+        backward = partial(absorbed._backward, folded, folded, hidden, folded, lse, look_of, first, 0.125, need)
+        caught = partial(catch_launches, absorbed._rows_kernel, backward)
+        yield absorbed._backward_kernel, f"absorbed_backward{'' if need else '_frozen'}", caught
+        if need:
+            caught = partial(catch_launches, absorbed._backward_kernel, backward)
+            yield absorbed._rows_kernel, "absorbed_backward_rows", caught
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Compile and print; see the module."""
     parser = argparse.ArgumentParser(prog="python -m kernels.compile", description=__doc__)
     parser.add_argument("--targets", nargs="*", type=int, default=[80, 90, 100], choices=sorted(SHARED))
-    parser.add_argument("--narrow", action="store_true", help="DINOv2-small in bf16 only")
+    parser.add_argument("--narrow", action="store_true", help="a few cases only")
     options = parser.parse_args(arguments)
     table = csv.DictWriter(sys.stdout, [field.name for field in fields(Cost)])
     table.writeheader()
     shapes = [(6, torch.bfloat16)] + ([] if options.narrow else [(12, torch.bfloat16), (6, torch.float32)])
     for heads, dtype in shapes:
-        for looks in (None, 8):
+        for looks in (None,) if options.narrow else (None, 8):
             case = f"H={heads} d=64 N=257 {str(dtype).removeprefix('torch.')} looks={looks or 'one'}"
             for kernel, name, call in cases(heads, looks, dtype):
+                if options.narrow and name.endswith("_frozen"):
+                    continue
                 ((args, kwargs),) = catch_launches(kernel, call)
                 for capability in options.targets:
                     compiled = compile_launch(kernel, args, kwargs, capability)

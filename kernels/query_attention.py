@@ -99,7 +99,7 @@ def _forward_block(
     top, total, acc, query, key, value, row, key_row, value_row, N, scale2,
     d: tl.constexpr, MASKED: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows in the online softmax: `top` the largest score so far, in base 2; `total` and `acc` its sums."""
+    """One block of rows in the online softmax (base 2): `top` the largest score so far; `total` and `acc` its sums."""
     keys = load_rows(key, row, key_row, N, d, MASKED)
     values = load_rows(value, row, value_row, N, d, MASKED)
     scores = _scores(query, keys, ONE) * scale2
@@ -131,7 +131,6 @@ def _forward_kernel(
         if ONE:
             number = tile * H + head  # of this look and head in [K,H]
             at = number * d + column
-            fits = None
             top = float("-inf")
             total = 0.0
             acc = tl.zeros([d], tl.float32)
@@ -155,9 +154,9 @@ def _forward_kernel(
             top, total, acc = _forward_block(
                 top, total, acc, asked, key, value, row, key_row, value_row, N, scale2, d, True, ONE
             )
-        fits_column = None if ONE else fits[:, None]
-        tl.store(out + at, (acc / _column(total, ONE)).to(out.dtype.element_ty), mask=fits_column)
-        tl.store(lse + number, (top + tl.log2(total)) / LOG2E, mask=fits)
+        result = (acc / _column(total, ONE)).to(out.dtype.element_ty)
+        tl.store(out + at, result, mask=None if ONE else fits[:, None])
+        tl.store(lse + number, (top + tl.log2(total)) / LOG2E, mask=None if ONE else fits)
 
 
 @jit
@@ -261,7 +260,8 @@ def tiles(rows: int, width: int, one: bool) -> dict[str, int]:
     block = max(2048 // width, 16) if one else (64 if width <= 128 else 32)
     rest = rows % block
     tail = 0 if rest == 0 else max(1 << (rest - 1).bit_length(), 1 if one else 16)
-    return {"BLOCK": block, "TAIL": tail, "num_warps": 1 if one else 4, "num_stages": 1 if one else 2, "enable_fp_fusion": True}
+    warps, stages = (1, 1) if one else (4, 2)
+    return {"BLOCK": block, "TAIL": tail, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 @torch.library.custom_op("fovlm_kernels::query_attention", mutates_args=())

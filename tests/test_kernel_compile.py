@@ -1,0 +1,50 @@
+"""The kernels compile for GPUs that are not here, and keep within a GPU's means."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent.parent
+
+
+def costs(*arguments: str) -> list[dict[str, str]]:
+    """The rows of `python -m kernels.compile`, printed; a process of its own, since the interpreter may be on here."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment.setdefault("TRITON_CACHE_DIR", str(HERE / ".cache" / "triton"))
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels.compile", *arguments],
+        env=environment, cwd=HERE, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    print(done.stdout)
+    return list(csv.DictReader(done.stdout.splitlines()))
+
+
+def within_means(row: dict[str, str]) -> None:
+    assert int(row["stack"]) == 0, f"registers spill: {row}"
+    assert int(row["widest_load"]) == 16, f"no 16-byte loads: {row}"
+    assert int(row["shared"]) <= int(row["shared_limit"]), f"too much shared memory: {row}"
+    assert int(row["registers"]) <= 255, f"impossible: {row}"
+    assert float(row["occupancy"]) > 0, f"no program fits on an SM: {row}"
+
+
+def test_kernels_compile_for_three_generations_of_gpus():
+    rows = costs("--narrow")
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    assert {row["kernel"] for row in rows} == {
+        "query_forward", "query_backward", "absorbed_forward", "absorbed_backward", "absorbed_backward_rows",
+    }  # fmt: skip
+    for row in rows:
+        within_means(row)
+
+
+@pytest.mark.slow
+def test_every_shape_compiles():
+    rows = costs()
+    assert len(rows) == 3 * (2 * 2 * 7 + 2 * 3)
+    for row in rows:
+        within_means(row)

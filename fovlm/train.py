@@ -28,7 +28,7 @@ from fovlm.engine import Engine, load_weights, start, to_universal
 from fovlm.engine import Step as Done
 from fovlm.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from fovlm.evaluate import AS_TRAINED, MODES, Score, attention_entropy, evaluate
-from fovlm.journal import Journal
+from fovlm.journal import Journal, write_json
 from fovlm.loader import Loader, Step, plan
 from fovlm.meter import Meter, memory_gb
 from fovlm.geometry import local_folder
@@ -92,6 +92,7 @@ class Run:
             universal = experiment.run_folder / "universal"
             to_universal(found, universal)
             settings["checkpoint"] = {"load_universal": True}
+        self.engine_settings = settings
         self.engine = Engine(model, experiment.optim, settings, self.device, reference, experiment.train.dpo_beta)
         if found:
             self.engine.load(found, universal)
@@ -114,6 +115,9 @@ class Run:
             self.experiment, self._steps_in_all(), self.state.step, ranks.rank(), self.train_set.hash
         )
         with self.journal:
+            if ranks.rank() == 0:
+                (self.experiment.run_folder / "experiment.yaml").write_text(self.experiment.dump())
+                write_json(self.experiment.run_folder / "deepspeed.json", self.engine_settings)
             if self.found:
                 self.journal.say(f"going on from {self.found.name}, sample {self.state.samples}")
             try:

@@ -1,0 +1,109 @@
+"""What each rank does for test_engine.py: many checks in one start, since a start takes 20 s. Writes what it found.
+
+    python engine_ranks.py FOLDER [OTHER]     OTHER: the folder of a run on another number of ranks, to go on from
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import pack, sample, tiny_model
+
+from fovlm import checkpoint, ranks
+from fovlm.batch import Batch
+from fovlm.config import Optim
+from fovlm.engine import Engine, load_weights, start, to_universal
+from fovlm.errors import UserError
+
+OPTIM = Optim(lr_connector=1e-3, lr_dino=5e-4, lr_llm=2e-3, weight_decay=0.0)
+# Every pattern of kinds over two ranks, with unequal numbers of tokens: step by step, two packs each.
+VIDEO, IMAGE = ("video", 3, 3), ("image", 1, 4)
+STEPS = [
+    [[VIDEO, ("text", 0, 0)], [("short", 0, 0)]],
+    [[("text", 0, 0)], [VIDEO]],
+    [[IMAGE], [("text", 0, 0), ("more", 0, 0)]],
+    [[IMAGE], [VIDEO, IMAGE]],
+    [[("text", 0, 0)], [("short", 0, 0)]],
+]
+
+
+def packs(step: int) -> list[Batch]:
+    kinds = STEPS[step % len(STEPS)]
+    return [pack([sample(f"{k}{step}", f, n, text=4 + len(k) + i) for i, (k, f, n) in enumerate(one)]) for one in kinds]
+
+
+def settings(stage: int, bf16: bool = False, **more: Any) -> dict[str, Any]:
+    bucket = {"reduce_bucket_size": 10**6, "allgather_bucket_size": 10**6}
+    if stage == 3:
+        bucket = {"stage3_prefetch_bucket_size": 10**5, "stage3_param_persistence_threshold": 1000}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 2 // ranks.world(),
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": stage, **bucket},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": bf16},
+        **more,
+    }
+
+
+def engine(device: torch.device, stage: int, seed: int = 0, **more: Any) -> Engine:
+    return Engine(tiny_model(seed), OPTIM, settings(stage, **more), device)
+
+
+def run(engine: Engine, first: int, last: int) -> list[dict]:
+    mine = slice(ranks.rank(), None, ranks.world())
+    return [dataclasses.asdict(engine.step(packs(step)[mine])) for step in range(first, last)]
+
+
+def main() -> None:
+    device, out = start(), Path(sys.argv[1])
+    other = Path(sys.argv[2]) if len(sys.argv) > 2 else None
+    found: dict[str, Any] = {}
+    for stage in (1, 2, 3):
+        trained = engine(device, stage)
+        first = run(trained, 0, 5)
+        checkpoints = checkpoint.Checkpoints(out / f"zero{stage}")
+        state = checkpoint.State(step=5, world_size=ranks.world(), zero_stage=stage)
+        path = trained.save(checkpoints, state, "name: test", best=True)
+        again = engine(device, stage, seed=1)
+        again.load(path)
+        found[f"zero{stage}"] = {"first": first, "on": run(trained, 5, 8), "resumed": run(again, 5, 8)}
+        if other is None:
+            continue
+        theirs = checkpoint.Checkpoints(other / f"zero{stage}").newest_good(checkpoint.verify, print)
+        assert theirs is not None
+        try:
+            universal = to_universal(theirs, out / f"universal{stage}")
+        except UserError as error:
+            found[f"zero{stage}"]["refused"] = str(error)
+            continue
+        moved = engine(device, stage, seed=2, checkpoint={"load_universal": True})
+        moved.load(theirs, universal)
+        found[f"zero{stage}"]["moved"] = run(moved, 5, 8)
+    found["bf16"] = {"first": run(engine(device, 2, bf16=True), 0, 5)}
+    found["not finite"] = not_finite(engine(device, 2))
+    warm = tiny_model(seed=4)
+    load_weights(warm, str(out / "zero2"))
+    found["warm"] = float(warm(packs(0)[0]).sum().detach())
+    if ranks.rank() == 0:
+        (out / "found.json").write_text(json.dumps(found))
+
+
+def not_finite(trained: Engine) -> dict[str, Any]:
+    """One rank alone meets a loss that is not finite; all skip the step, and go on."""
+    batches = packs(0)[ranks.rank() :: ranks.world()]
+    if ranks.rank() == ranks.world() - 1:
+        batches[-1] = dataclasses.replace(batches[-1], weight=batches[-1].weight * float("inf"))
+    before = [p.detach().clone() for p in trained.model.parameters()]
+    step = trained.step(batches)
+    same = all(torch.equal(a, b) for a, b in zip(before, trained.model.parameters(), strict=True))
+    after = run(trained, 0, 1)[0]
+    return {"skipped": ranks.gather(step.skipped), "same": ranks.gather(same), "after": after}
+
+
+if __name__ == "__main__":
+    main()

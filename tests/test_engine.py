@@ -1,0 +1,89 @@
+"""Ranks, accumulation and ZeRO stages do not change the gradient, a resume goes on exactly, and non-finite steps are
+skipped by all. One start for each number of ranks."""
+
+import json
+import math
+
+import pytest
+import torch
+from engine_ranks import OPTIM, packs
+from launch import run_ranks
+from models import tiny_model
+
+from fovlm.objectives import text_loss, text_weight
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[int, dict]:
+    folders = {world: tmp_path_factory.mktemp(f"ranks{world}") for world in (1, 2)}
+    run_ranks(1, ["tests/engine_ranks.py", str(folders[1])])
+    run_ranks(2, ["tests/engine_ranks.py", str(folders[2]), str(folders[1])])
+    return {world: json.loads((folder / "found.json").read_text()) for world, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[tuple[float, float]]:
+    """(loss, gradient norm) of the same steps in one process of plain PyTorch: mean over all tokens, one clip."""
+    model = tiny_model()
+    groups = model.groups()
+    rates = {"connector": OPTIM.lr_connector, "dino": OPTIM.lr_dino, "llm": OPTIM.lr_llm}
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[g], "lr": rates[g]} for g in groups], betas=tuple(OPTIM.betas), eps=OPTIM.eps, weight_decay=0.0
+    )
+    rows = []
+    for step in range(8):
+        total = sum(text_weight(batch) for batch in packs(step))
+        loss = sum(text_loss(model(batch), batch).total for batch in packs(step)) / total
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rows.append((float(loss.detach()), float(norm)))
+    return rows
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_ranks_and_stages_follow_plain_pytorch(found, plain, world, stage):
+    steps = found[world][stage]["first"] + found[world][stage]["on"]
+    for step, (loss, norm) in zip(steps, plain, strict=True):
+        assert not step["skipped"]
+        assert math.isclose(step["loss"], loss, rel_tol=2e-6)
+        assert math.isclose(step["grad_norm"], norm, rel_tol=2e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_a_resumed_run_goes_on_bit_for_bit(found, world, stage):
+    """Two ranks may add up a gradient's halves in either order, so there the last bit of an fp32 sum is free."""
+    for on, resumed in zip(found[world][stage]["on"], found[world][stage]["resumed"], strict=True):
+        assert math.isclose(on["loss"], resumed["loss"], rel_tol=0 if world == 1 else 2e-7)
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2"])
+def test_a_resume_on_another_number_of_ranks_goes_on_exactly(found, stage):
+    for on, moved in zip(found[1][stage]["on"], found[2][stage]["moved"], strict=True):
+        assert math.isclose(on["loss"], moved["loss"], rel_tol=2e-7)
+
+
+def test_zero3_on_another_number_of_ranks_is_refused(found):
+    assert "ZeRO-3" in found[2]["zero3"]["refused"]
+    assert "moved" not in found[2]["zero3"]
+
+
+def test_bf16_stays_near_fp32(found, plain):
+    for step, (loss, _) in zip(found[2]["bf16"]["first"], plain, strict=False):
+        assert math.isclose(step["loss"], loss, rel_tol=1e-2)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_step_that_is_not_finite_is_skipped_by_every_rank(found, plain, world):
+    result = found[world]["not finite"]
+    assert result["skipped"] == [True] * world
+    assert result["same"] == [True] * world
+    assert math.isclose(result["after"]["loss"], plain[0][0], rel_tol=2e-6), "the weights are still those of the start"
+
+
+def test_another_run_can_start_from_the_weights(found):
+    assert math.isclose(found[1]["warm"], found[2]["warm"], rel_tol=1e-5)
+    assert not math.isclose(found[1]["warm"], float(tiny_model(seed=4)(packs(0)[0]).sum().detach()), rel_tol=1e-3)

@@ -328,8 +328,8 @@ def absorbed_attention(
     frame_of_look: Tensor | None,
     scale: float,
     *,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     key_weight: Tensor,
     key_bias: Tensor | None,
     value_weight: Tensor,
@@ -339,7 +339,7 @@ def absorbed_attention(
     """What `query_attention` gives for the keys and values of layer-normalised rows, from the rows -> [K,H,d].
 
     query [K,H,d]; hidden x [F,N,D], normalised to mean 0 and variance 1 but without the norm's weight and bias,
-    which are norm_weight, norm_bias [D]; key_weight, value_weight [H*d,D] and key_bias, value_bias [H*d] or None, as
+    which are norm_weight, norm_bias [D], or with both of them applied and None given here; key_weight, value_weight [H*d,D] and key_bias, value_bias [H*d] or None, as
     in nn.Linear. frame_of_look and implementation as in `query_attention`. key_bias gets the gradient zero.
 
     Raises ValueError for shapes, types or devices that do not fit.
@@ -352,10 +352,15 @@ def absorbed_attention(
             f"{list(hidden.shape)}, weights {list(key_weight.shape)} and {list(value_weight.shape)}"
         )
     # [H,K,d] @ [H,d,D]: one product per head, then looks first again
-    folded = (query.transpose(0, 1) @ key_weight.unflatten(0, (heads, width))).transpose(0, 1) * norm_weight
+    folded = (query.transpose(0, 1) @ key_weight.unflatten(0, (heads, width))).transpose(0, 1)
+    if norm_weight is not None:
+        folded = folded * norm_weight
     pooled, _ = absorbed_pooling(folded, hidden, frame_of_look, scale, implementation=implementation)
-    values = (pooled * norm_weight + norm_bias).transpose(0, 1) @ value_weight.unflatten(0, (heads, width)).mT
-    out = values.transpose(0, 1)
+    if norm_weight is not None:
+        pooled = pooled * norm_weight
+    if norm_bias is not None:
+        pooled = pooled + norm_bias
+    out = (pooled.transpose(0, 1) @ value_weight.unflatten(0, (heads, width)).mT).transpose(0, 1)
     if value_bias is not None:
         out = out + value_bias.unflatten(0, (heads, width))
     if key_bias is not None:  # softmax drops it; this keeps the parameter in the graph, with the zero it deserves

@@ -62,6 +62,11 @@ def test_equals_the_plain_form_with_every_gradient(frame_of_look, biased):
         key_weight=key, key_bias=key_bias, value_weight=value, value_bias=value_bias,
     )  # fmt: skip
     torch.testing.assert_close(absorbed, plain, rtol=1e-10, atol=1e-10)
+    applied = absorbed_attention(
+        query, normed, where(frame_of_look), 0.3, norm_weight=None, norm_bias=None,
+        key_weight=key, key_bias=key_bias, value_weight=value, value_bias=value_bias,
+    )  # fmt: skip
+    torch.testing.assert_close(applied, plain, rtol=1e-10, atol=1e-10)
     leaves = [t for t in (query, hidden, gamma, beta, key, value, key_bias, value_bias) if t is not None]
     slope = torch.randn_like(plain)
     for mine, theirs in zip(torch.autograd.grad(absorbed, leaves, slope), torch.autograd.grad(plain, leaves, slope)):
@@ -153,6 +158,24 @@ def test_large_logits():
     folded, hidden, slope = draw(2, 2, 40, 2, 32)
     folded *= 1e4 * 32**0.5 / torch.einsum("khD,fnD->kfhn", folded, hidden).abs().max()
     check(2, 40, 2, 32, None, torch.float32, inputs=[folded, hidden, slope], limit=5e-3)
+
+
+@needs_triton
+def test_scores_far_below_zero():
+    # Rows behind the last one would have the score 0 and weigh exp(200) here.
+    folded, hidden, slope = draw(2, 2, 35, 2, 32)
+    folded, hidden = folded.abs() + 1, -hidden.abs() - 1
+    folded *= -200 * 32**0.5 / torch.einsum("khD,fnD->kfhn", folded, hidden).max()
+    check(2, 35, 2, 32, None, torch.float32, inputs=[folded, hidden, slope], limit=1e-3)
+
+
+@needs_triton
+def test_a_look_at_no_frame_is_nan():
+    folded, hidden, _ = draw(3, 2, 5, 2, 32)
+    pooled, lse = _forward(folded, hidden, *group_looks(where([1, 2, -1]), 2), 0.3)  # past the check, as on a GPU
+    torch.testing.assert_close(pooled[:1], absorbed_pooling(folded[:1], hidden[1:], None, 0.3)[0])
+    assert pooled[1:].isnan().all()
+    assert lse[1:].isnan().all()
 
 
 @needs_triton

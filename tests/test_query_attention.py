@@ -167,6 +167,26 @@ def test_large_logits(frame_of_look):
 
 @needs_triton
 @pytest.mark.parametrize("frame_of_look", [None, [1, 0]])
+def test_scores_far_below_zero(frame_of_look):
+    # Rows behind the last one would have the score 0 and weigh exp(200) here.
+    query, key, value, slope = draw(2, 2, 35, 1, 32)
+    query, key = query.abs() + 1, -key.abs() - 1
+    query *= -200 / 0.125 / torch.einsum("khd,fnhd->kfnh", query, key).max()
+    check(2, 2, 35, 1, 32, frame_of_look, torch.float32, limit=1e-3, inputs=[query, key, value, slope])
+
+
+@needs_triton
+def test_a_look_at_no_frame_is_nan():
+    query, key, value, _ = draw(3, 2, 5, 2, 32)
+    groups = group_looks(torch.tensor([1, 2, -1], device=DEVICE), 2)  # past the check, as on a GPU
+    out, lse = _forward(query, key, value, *groups, 0.3)
+    torch.testing.assert_close(out[:1], query_attention(query[:1], key[1:], value[1:], None, 0.3))
+    assert out[1:].isnan().all()
+    assert lse[1:].isnan().all()
+
+
+@needs_triton
+@pytest.mark.parametrize("frame_of_look", [None, [1, 0]])
 def test_one_hot_attention(frame_of_look):
     query, key, value, _ = draw(2, 2, 65, 1, 64)
     key[:, 64] = query[frame_of_look or [0, 1]] * 100  # the row behind the full blocks

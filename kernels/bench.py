@@ -270,8 +270,13 @@ def plot(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     keys = list(dict.fromkeys((r["op"], r["shape"], r["dtype"], r["grads"]) for r in rows))
-    figure, axes = pyplot.subplots(len(keys), 1, figsize=(8, 1.0 + 1.8 * len(keys)), squeeze=False)
-    for axis, key in zip(axes[:, 0], keys):
+    across = min(4, len(keys))
+    down = -(-len(keys) // across)
+    figure, grid = pyplot.subplots(down, across, figsize=(4 * across, 0.6 + 1.8 * down), squeeze=False)
+    axes = grid.flatten()
+    for axis in axes[len(keys) :]:
+        axis.set_visible(False)
+    for axis, key in zip(axes, keys):
         here = [r for r in rows if (r["op"], r["shape"], r["dtype"], r["grads"]) == key]
         names = list(dict.fromkeys(r["implementation"] for r in here))
         start = [0.0] * len(names)
@@ -280,9 +285,9 @@ def plot(rows: list[dict], path: Path) -> None:
             axis.barh(names, length, left=start, label=mode)
             start = length
         axis.set_title(" ".join(key[:3]) + f", gradients: {key[3]}", fontsize=9)
-        axis.tick_params(labelsize=8)
-    axes[0, 0].legend(fontsize=8)
-    axes[-1, 0].set_xlabel(f"µs, median ({rows[0]['device']})")
+        axis.tick_params(labelsize=7)
+    axes[0].legend(fontsize=7)
+    figure.supxlabel(f"µs, median ({rows[0]['device']})", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)

@@ -340,7 +340,8 @@ def absorbed_attention(
 
     query [K,H,d]; hidden x [F,N,D], normalised to mean 0 and variance 1 but without the norm's weight and bias,
     which are norm_weight, norm_bias [D], or with both of them applied and None given here; key_weight, value_weight
-    [H*d,D] and key_bias, value_bias [H*d] or None, as in nn.Linear. frame_of_look and implementation as in `query_attention`. key_bias gets the gradient zero.
+    [H*d,D] and key_bias, value_bias [H*d] or None, as in nn.Linear. key_bias gets the gradient zero. frame_of_look
+    and implementation as in `absorbed_pooling`.
 
     Raises ValueError for shapes, types or devices that do not fit.
     """

@@ -12,7 +12,7 @@ from fovlm.model import FoveatedVLM
 
 matplotlib.use("Agg")  # draws into files; needs no screen
 
-from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
+from matplotlib import pyplot as plt
 
 MOST_FRAMES = 8  # a row shows no more
 

@@ -152,8 +152,8 @@ def fill_step(sizes: Iterable[Size], packs: int, budget: Size) -> tuple[list[lis
     for size in sizes:
         if not size.fits(budget):
             raise UserError(
-                f"a sample of {size.frames} frames, {size.looks} looks and {size.text} text tokens ({size.prompt} ahead "
-                f"of the frames) does not fit into a pack of {budget.frames} frames, {budget.looks} looks and "
+                f"a sample of {size.frames} frames, {size.looks} looks and {size.text} text tokens ({size.prompt} "
+                f"ahead of the frames) does not fit into a pack of {budget.frames} frames, {budget.looks} looks and "
                 f"{budget.text} text tokens ({budget.prompt}): raise data.frames or data.text"
             )
         home = next((j for j in range(packs) if (filled[j] + size).fits(budget)), None)
@@ -182,7 +182,8 @@ def collate(
 
     batch = Batch(
         frames=torch.zeros(F, 3, frame_size, frame_size, dtype=torch.uint8),
-        frame_of_look=None if one_look_each else torch.zeros(K, dtype=torch.int64),
+        # Padding looks are spread over the frames: a kernel that takes a frame's looks together has no long tail.
+        frame_of_look=None if one_look_each else torch.arange(K) % F,
         tokens=torch.zeros(S, dtype=torch.int64),
         weight=torch.zeros(S),
         text_segment=torch.full((S,), PADDING),

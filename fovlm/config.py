@@ -37,7 +37,9 @@ class Model(Strict):
     visual: Literal["foveated", "coarse", "multi_token"] = "foveated"  # coarse then fine; q_static alone; 16 per frame
     deep_query: bool = True  # False: one cross-attention on the encoder's last features
     prompt: Literal["after", "before"] = "after"  # the question stands after or ahead of the frames
-    rounds: Count = 1  # times that looks go round: queries from coarse tokens, then from the fine ones of the round before
+    rounds: Count = (
+        1  # times that looks go round: queries from coarse tokens, then from the fine ones of the round before
+    )
     llm: str | dict[str, Any] = "HuggingFaceTB/SmolLM2-135M-Instruct"
     dino: str | dict[str, Any] = "facebook/dinov2-small"
     tokenizer: str | None = None  # folder or id; None: the language model's

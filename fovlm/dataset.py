@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerBase
 from fovlm import media
 from fovlm.bad import BadSample
 from fovlm.batch import EMPTY, Bad, Sample, Size
-from fovlm.config import Experiment, Source
+from fovlm.config import Experiment, Source, data_root
 from fovlm.errors import UserError
+from fovlm.geometry import local_folder
 from fovlm.index import MEDIA, Index, hash_of, open_indices
 from fovlm.lengths import Lengths, open_lengths
 from fovlm.members import Member, contents, list_members, parse_json
@@ -53,6 +54,23 @@ def open_dataset(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, wei
         image_frames=data.image_frames,
         seed=data.seed,
     )
+
+
+def budget_of(experiment: Experiment) -> Size:
+    """What one pack holds. Looks follow from frames; text ahead of the frames has no limit of its own."""
+    data = experiment.data
+    prompt = data.text if experiment.model.prompt == "before" else 0
+    return Size(data.frames, data.frames * data.image_frames, data.text, prompt)
+
+
+def tokenizer_of(experiment: Experiment) -> str:
+    """The tokenizer's folder or hub id: as given, that of the embedded task, or the language model's own."""
+    model, task = experiment.model, experiment.data.generate
+    name = model.tokenizer or model.llm
+    if isinstance(name, str):
+        return str(local_folder(name) or name)
+    assert task is not None  # config.py holds this
+    return str(data_root() / task.folder / "tokenizer")
 
 
 @dataclass

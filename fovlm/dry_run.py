@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from fovlm.batch import Size, fill_step
-from fovlm.config import Experiment, data_root
-from fovlm.dataset import open_dataset
+from fovlm.config import Experiment
+from fovlm.dataset import budget_of, open_dataset, tokenizer_of
 from fovlm.deepspeed_config import resolve
 from fovlm.errors import UserError
-from fovlm.geometry import Geometry, geometry, local_folder, parameters
+from fovlm.geometry import Geometry, geometry, parameters
 from fovlm.memory import activations, estimate
 from fovlm.order import Mix
 from fovlm.scaling import largest, mean_cost, samples_for, total
@@ -60,10 +60,10 @@ def sizes_at_hand(experiment: Experiment) -> tuple[list[Size], str]:
             shard = next((s for s in find_shards(name, pattern) if not _index_of(s).is_file()), None)
             if shard:
                 return [], f"{shard.name} of {name} has no index yet; the run itself makes it"
-        tokenizer = _tokenizer(experiment)
-        if tokenizer is None:
+        tokenizer = tokenizer_of(experiment)
+        if not Path(tokenizer).is_dir():
             return [], "the tokenizer is not here yet"
-        dataset = open_dataset(experiment, load_tokenizer(str(tokenizer)), experiment.data.train)
+        dataset = open_dataset(experiment, load_tokenizer(tokenizer), experiment.data.train)
     except UserError as error:
         return [], str(error)
     return [dataset.size(position) for position in range(SIZED)], ""
@@ -71,15 +71,6 @@ def sizes_at_hand(experiment: Experiment) -> tuple[list[Size], str]:
 
 def _index_of(shard: Path) -> Path:
     return shard.with_name(shard.name + ".index")
-
-
-def _tokenizer(experiment: Experiment) -> Path | None:
-    """The tokenizer's folder, if it is on this machine."""
-    name, task = experiment.model.tokenizer or experiment.model.llm, experiment.data.generate
-    if isinstance(name, str):
-        return local_folder(name)
-    folder = data_root() / task.folder / "tokenizer" if task else None
-    return folder if folder and folder.is_dir() else None
 
 
 def largest_sizes(experiment: Experiment) -> Iterator[Size]:
@@ -146,9 +137,7 @@ def _length(experiment: Experiment, shapes: Geometry, sizes: list[Size]) -> str:
 
 def samples_per_step(experiment: Experiment, sizes: Iterable[Size]) -> float:
     """How many samples a step takes on average: these sizes packed as the run packs them."""
-    data = experiment.data
-    prompt = data.text if experiment.model.prompt == "before" else 0
-    budget = Size(data.frames, data.frames * data.image_frames, data.text, prompt)
+    budget = budget_of(experiment)
     left, steps, packed = list(sizes), 0, 0
     while left:
         _, taken = fill_step(left, experiment.train.packs_per_step, budget)

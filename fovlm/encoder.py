@@ -11,6 +11,7 @@ Letters: F frames, N patches + CLS, D width, H heads, d head width (D = H * d), 
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -51,7 +52,7 @@ class Parts:
     scale2: nn.Module
 
 
-def parts(layer: nn.Module) -> Parts:
+def parts(layer: Any) -> Parts:
     """Name the modules of an HF `Dinov2Layer`: transformers 5.23 has flat names, older releases nest them."""
     attention = layer.attention
     if hasattr(attention, "q_proj"):
@@ -86,9 +87,7 @@ def walk_layer(layer: nn.Module, x: Tensor, n: int, d: int, last: bool) -> tuple
     return x + p.scale2(p.mlp(p.norm2(x))), key, value
 
 
-def look_layer(
-    layer: nn.Module, x: Tensor, key: Tensor, value: Tensor, frame_of_look: Tensor | None, d: int
-) -> Tensor:
+def look_layer(layer: nn.Module, x: Tensor, key: Tensor, value: Tensor, frame_of_look: Tensor | None, d: int) -> Tensor:
     """One layer for the looks x [K, D] over kept keys and values [F, N, H, d]."""
     p = parts(layer)
     query = heads(p.query(p.norm1(x)), d)
@@ -123,7 +122,7 @@ class Encoder(nn.Module):
         self.head_width = config.hidden_size // config.num_attention_heads
         self._walk_layer, self._look_layer = walk_layer, look_layer
 
-    def compile(self, **options) -> None:  # type: ignore[override]
+    def compile(self, **options: Any) -> None:
         """Compile one layer's walk and one layer's look; all layers then share the two graphs."""
         self._walk_layer = torch.compile(walk_layer, dynamic=False, **options)
         self._look_layer = torch.compile(look_layer, dynamic=False, **options)
@@ -202,7 +201,7 @@ class Encoder(nn.Module):
         return torch.stack(seen)
 
     def embed(self, frames: Tensor) -> Tensor:
-        """Patch, CLS and position embeddings of u8 frames [F, 3, height, width] -> [F, N, D], normalised on the device."""
+        """Patch, CLS and position embeddings [F, N, D] of u8 frames [F, 3, height, width], normalised on the device."""
         weight = self.dino.embeddings.cls_token
         mean = torch.tensor(MEAN, device=frames.device)[:, None, None]
         std = torch.tensor(STD, device=frames.device)[:, None, None]

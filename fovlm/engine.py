@@ -94,7 +94,7 @@ class Engine:
             if parameters
         ]
         # torch's fused AdamW runs on GPU and CPU alike, so offloading needs no operator compiled at start.
-        optimizer = torch.optim.AdamW(groups, betas=tuple(optim.betas), eps=optim.eps, fused=True)
+        optimizer = torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.dtype = next(model.parameters()).dtype
         self.reference = reference.to(device, self.dtype).eval().requires_grad_(False) if reference else None
@@ -183,7 +183,9 @@ class Engine:
         ranks.all_at_once(lambda: checkpoints.need_room(self.checkpoint_bytes()))
         name = f"step-{state.step:08d}"
         staging = Path(ranks.from_first(str(checkpoints.staging(name)) if ranks.rank() == 0 else ""))
-        self.deepspeed.save_checkpoint(str(staging), tag=ENGINE, client_state={"iteration": state.step}, save_latest=False)
+        self.deepspeed.save_checkpoint(
+            str(staging), tag=ENGINE, client_state={"iteration": state.step}, save_latest=False
+        )
         torch.save(_random_states(), staging / f"random-{ranks.rank():05d}.pt")
         if ranks.rank() == 0:
             (staging / "experiment.yaml").write_text(experiment)

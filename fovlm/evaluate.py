@@ -1,9 +1,9 @@
 """How well a model does in each way of looking, on packs that all models see alike.
 
-    coarse_only      the static query's tokens alone, by a model trained on fine ones unless it is a `coarse` model
-    coarse_fine      as trained: coarse pass, queries, fine looks
-    autoregressive   frame by frame, queries from fine tokens: what deployment does
-    multi_token      the one way of a multi_token model
+coarse_only      the static query's tokens alone, by a model trained on fine ones unless it is a `coarse` model
+coarse_fine      as trained: coarse pass, queries, fine looks
+autoregressive   frame by frame, queries from fine tokens: what deployment does
+multi_token      the one way of a multi_token model
 """
 
 from collections.abc import Callable, Iterable
@@ -83,3 +83,13 @@ def attention_entropy(weights: Tensor) -> float:
     """How spread out attention is: the mean entropy of weights [..., N] over its most, ln N; 1 is uniform."""
     entropy = -(weights * weights.clamp(min=1e-12).log()).sum(-1)
     return float(entropy.mean() / torch.log(torch.tensor(float(weights.shape[-1]))))
+
+
+def table(scores: dict[str, Score], facts: dict[str, float]) -> list[str]:
+    """The end of a run in a few lines: validation loss by mode and source, and what the task itself measures."""
+    sources = sorted({source for score in scores.values() for source in score.by_source})
+    lines = [f"{'validation loss':<22}" + "".join(f"{s:>12}" for s in ("all", *sources))] if scores else []
+    for mode, score in scores.items():
+        values = [score.loss, *(score.by_source[s] for s in sources)]
+        lines.append(f"  {mode:<20}" + "".join(f"{value:12.4f}" for value in values))
+    return lines + [f"  {name:<40}{value:10.4f}" for name, value in facts.items()]

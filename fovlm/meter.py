@@ -25,7 +25,7 @@ class Meter:
         self.waited += time.monotonic() - began
 
     def speeds(self, state: State) -> dict[str, float]:
-        """Samples and weighted tokens per second of all ranks, seconds a step, and the share of waiting of this rank."""
+        """Samples and weighted tokens a second of all ranks, seconds a step, and this rank's share of waiting."""
         seconds = max(time.monotonic() - self.began, 1e-9)
         return {
             "samples_per_second": (state.samples - self.samples) / seconds,

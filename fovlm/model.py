@@ -4,7 +4,7 @@ The forward pass over a pack (letters as in `batch.py`; E language-model width, 
 
     encode      frames -> cache                                     DINOv2, once
     coarse      q_static looks at every frame -> K coarse tokens
-    queries     language model over the prefixes with the coarse tokens -> the hidden state before each look -> K queries
+    queries     language model over the prefixes with the coarse tokens -> the state before each look -> K queries
     fine        the queries look -> K fine tokens
     nll         language model over the whole pack with the fine tokens -> nll [S]
 
@@ -15,6 +15,8 @@ Queries and fine tokens can go round: with `rounds` R, the fine tokens of one ro
 round at all is the coarse pass, one is the design, and after K rounds every query comes from the fine tokens of all
 frames before it, which is what frame-by-frame deployment does (`stream.py`). Training with two narrows that gap.
 """
+
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as nnf
@@ -37,7 +39,7 @@ class FoveatedConfig(PreTrainedConfig):
     """What a FoveatedVLM is made of. `llm_config` and `dino_config` are HF configs (or their dicts)."""
 
     model_type = "fovlm"
-    sub_configs = {"llm_config": AutoConfig, "dino_config": Dinov2Config}
+    sub_configs: ClassVar = {"llm_config": AutoConfig, "dino_config": Dinov2Config}
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class FoveatedConfig(PreTrainedConfig):
             llm_config = AutoConfig.for_model(**{"model_type": "llama", **llm_config})
         if isinstance(dino_config, dict):
             dino_config = Dinov2Config(**dino_config)
-        self.llm_config = llm_config or LlamaConfig()
+        self.llm_config: PreTrainedConfig = llm_config or LlamaConfig()
         self.dino_config = dino_config or Dinov2Config()
         self.visual = visual
         self.deep_query = deep_query
@@ -136,7 +138,9 @@ class FoveatedVLM(PreTrainedModel):
         """What the visual mode never touches: a parameter without a gradient has no place in the optimizer."""
         c, visual = self.connector, self.config.visual
         asking = [c.q_first, *c.to_query.parameters()]
-        return {"foveated": [], "coarse": asking, "multi_token": [*asking, c.q_static, *c.query_in.parameters()]}[visual]
+        return {"foveated": [], "coarse": asking, "multi_token": [*asking, c.q_static, *c.query_in.parameters()]}[
+            visual
+        ]
 
     def _init_weights(self, module: nn.Module) -> None:
         """transformers calls this for what a checkpoint lacks; the backbones initialise themselves."""
@@ -146,7 +150,7 @@ class FoveatedVLM(PreTrainedModel):
     # -- training -------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, visual: str | None = None) -> Tensor:
-        """Negative log-likelihood f32 [S] of every text token of the pack, 0 at padding and at a sample's first position.
+        """Negative log-likelihood f32 [S] of every text token of the pack; 0 at padding and at a sample's first token.
 
         `visual` overrides the configured mode: "coarse" on a foveated model gives its `coarse_only` evaluation.
         """

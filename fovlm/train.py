@@ -21,17 +21,16 @@ import torch
 
 from fovlm import checkpoint, config, deepspeed_config, hunt, ranks, resume, schedule
 from fovlm.attention_maps import save_maps
-from fovlm.batch import Batch, Size
+from fovlm.batch import Batch
 from fovlm.config import Experiment
-from fovlm.dataset import Dataset, open_dataset
+from fovlm.dataset import Dataset, budget_of, open_dataset, tokenizer_of
 from fovlm.engine import Engine, load_weights, start, to_universal
 from fovlm.engine import Step as Done
 from fovlm.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
-from fovlm.evaluate import AS_TRAINED, MODES, Score, attention_entropy, evaluate
+from fovlm.evaluate import AS_TRAINED, MODES, Score, attention_entropy, evaluate, table
 from fovlm.journal import Journal, write_json
 from fovlm.loader import Loader, Step, plan
 from fovlm.meter import Meter, memory_gb
-from fovlm.geometry import local_folder
 from fovlm.model import FoveatedVLM, build, check_vocabulary
 from fovlm.scaling import samples_of
 from fovlm.text import load_tokenizer
@@ -226,7 +225,7 @@ class Run:
 
     def _hold_against_limit(self, mine: Counter[tuple[str, str]]) -> None:
         """End the run when too many samples are broken, told by source and cause."""
-        bad = sum(ranks.gather(mine), start=Counter())
+        bad: Counter[tuple[str, str]] = sum(ranks.gather(mine), start=Counter())
         limit = self.experiment.data.max_bad_fraction
         self.journal.log(self.state.step, {f"bad/{source}/{cause}": n for (source, cause), n in bad.items()})
         if bad.total() > limit * self.state.samples:
@@ -244,11 +243,14 @@ class Run:
             return {}
         step, scores = self.validated
         visual = self.experiment.model.visual
-        modes = [m for m in (MODES[visual] if every_mode else (AS_TRAINED[visual],)) if step != self.state.step or m not in scores]
+        scores = scores if step == self.state.step else {}
+        modes = [m for m in (MODES[visual] if every_mode else (AS_TRAINED[visual],)) if m not in scores]
         if self.engine.stage == 3:  # ranks differ in how often they would call on the weights of the others
             modes = [m for m in modes if m != "autoregressive"]
+        if not modes:
+            return scores
         found = evaluate(self.engine.model, self._val_batches(), modes, self.device, self.engine.nll)
-        scores = found | (scores if step == self.state.step else {})
+        scores = {mode: (scores | found)[mode] for mode in MODES[visual] if mode in scores or mode in found}
         self.validated = (self.state.step, scores)
         row = {"val_loss": scores[AS_TRAINED[visual]].loss}
         for mode, score in found.items():
@@ -288,7 +290,9 @@ class Run:
         path = self.engine.save(self.checkpoints, state, self.experiment.dump(), best)
         if ranks.rank() == 0:
             self.checkpoints.prune(train.keep_last, train.keep_best)
-        self.journal.say(f"saved {path.name}" + (f", the best so far ({train.best} {state.metric:.4f})" if best else ""))
+        self.journal.say(
+            f"saved {path.name}" + (f", the best so far ({train.best} {state.metric:.4f})" if best else "")
+        )
 
     def _finish(self) -> None:
         """The last checkpoint, the scores in every mode, and what to do next."""
@@ -304,33 +308,6 @@ class Run:
 
     def _ask_to_stop(self, number: int, frame: object) -> None:
         self.stop_asked = True
-
-
-def budget_of(experiment: Experiment) -> Size:
-    """What one pack holds. Looks follow from frames; text ahead of the frames has no limit of its own."""
-    data = experiment.data
-    prompt = data.text if experiment.model.prompt == "before" else 0
-    return Size(data.frames, data.frames * data.image_frames, data.text, prompt)
-
-
-def tokenizer_of(experiment: Experiment) -> str:
-    """The tokenizer's folder or hub id: as given, that of the embedded task, or the language model's own."""
-    model, task = experiment.model, experiment.data.generate
-    if model.tokenizer is None and task is not None:
-        return str(hunt.folder(task) / "tokenizer")
-    name = model.tokenizer or model.llm
-    assert isinstance(name, str)  # config.py holds this
-    return str(local_folder(name) or name)
-
-
-def table(scores: dict[str, Score], facts: dict[str, float]) -> list[str]:
-    """The end of a run in a few lines: validation loss by mode and source, and what the task itself measures."""
-    sources = sorted({source for score in scores.values() for source in score.by_source})
-    lines = [f"{'validation loss':<22}" + "".join(f"{s:>12}" for s in ("all", *sources))] if scores else []
-    for mode, score in scores.items():
-        values = [score.loss, *(score.by_source[s] for s in sources)]
-        lines.append(f"  {mode:<20}" + "".join(f"{value:12.4f}" for value in values))
-    return lines + [f"  {name:<40}{value:10.4f}" for name, value in facts.items()]
 
 
 def main(arguments: list[str] | None = None) -> int:

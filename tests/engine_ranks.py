@@ -1,6 +1,6 @@
 """What each rank does for test_engine.py: many checks in one start, since a start takes 20 s. Writes what it found.
 
-    python engine_ranks.py FOLDER [OTHER]     OTHER: the folder of a run on another number of ranks, to go on from
+python engine_ranks.py FOLDER [OTHER]     OTHER: the folder of a run on another number of ranks, to go on from
 """
 
 import dataclasses

@@ -30,7 +30,9 @@ def tiny_model(seed: int = 0, **settings) -> FoveatedVLM:
     return FoveatedVLM(FoveatedConfig(llm_config=llm, dino_config=dino, **settings))
 
 
-def sample(key: str, frames: int = 0, looks: int | None = None, text: int = 6, prompt: int = 0, role: str = "") -> Sample:
+def sample(
+    key: str, frames: int = 0, looks: int | None = None, text: int = 6, prompt: int = 0, role: str = ""
+) -> Sample:
     """A random sample, the same for the same key."""
     random = torch.Generator().manual_seed(sum(map(ord, key)))
     return Sample(

@@ -1,4 +1,4 @@
-"""DINOv2 encoded once: equal to Hugging Face's forward, keys and values computed once, looks that see but are not seen."""
+"""DINOv2 encoded once: equal to Hugging Face's forward, keys and values made once, looks that see and are not seen."""
 
 import pytest
 import torch
@@ -29,7 +29,9 @@ def test_features_equal_the_forward_of_hugging_face(encoder, frames):
 
 def test_the_kept_keys_and_values_are_those_of_hugging_face(encoder, frames):
     inputs: list[torch.Tensor] = []
-    hooks = [layer.norm1.register_forward_hook(lambda m, i, out: inputs.append(out)) for layer in encoder.dino.encoder.layer]
+    hooks = [
+        layer.norm1.register_forward_hook(lambda m, i, out: inputs.append(out)) for layer in encoder.dino.encoder.layer
+    ]
     encoder.dino(pixels(frames))
     for hook in hooks:
         hook.remove()

@@ -28,7 +28,10 @@ def plain() -> list[tuple[float, float]]:
     groups = model.groups()
     rates = {"connector": OPTIM.lr_connector, "dino": OPTIM.lr_dino, "llm": OPTIM.lr_llm}
     optimizer = torch.optim.AdamW(
-        [{"params": groups[g], "lr": rates[g]} for g in groups], betas=tuple(OPTIM.betas), eps=OPTIM.eps, weight_decay=0.0
+        [{"params": groups[g], "lr": rates[g]} for g in groups],
+        betas=tuple(OPTIM.betas),
+        eps=OPTIM.eps,
+        weight_decay=0.0,
     )
     rows = []
     for step in range(8):

@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""Make shards of a folder with real clips, pictures and chats, for the runs of experiments/real.yaml.
+
+    python scripts/real_shards.py RAW OUT
+
+RAW/clips/{clips.jsonl, *.webp}     animated WebP clips, {file, caption} a line
+RAW/stamps/{stamps.jsonl, *.png}    pictures, {file, caption, category} a line
+RAW/chat.jsonl                      {"messages": [{role, content}, {role, content}]} a line
+
+OUT gets clips-000.tar (8 frames a clip, evenly spread), clips_val-000.tar (every seventh clip), stamps-000.tar and
+chat-000.tar. Frames are 224 x 224 JPEG.
+"""
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from fovlm.shards import write_shards
+
+SIZE, FRAMES, HELD_OUT = 224, 8, 7
+
+
+def jpeg(picture: Image.Image) -> bytes:
+    """The middle square as JPEG, on white where the picture is transparent."""
+    whole = Image.new("RGBA", picture.size, "white")
+    whole.alpha_composite(picture.convert("RGBA"))
+    out = io.BytesIO()
+    ImageOps.fit(whole.convert("RGB"), (SIZE, SIZE)).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def rows(file: Path) -> Iterator[dict]:
+    with file.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def conversation(assistant: str, source: str, user: str = "") -> dict:
+    return {"user": user, "assistant": assistant, "source": source}
+
+
+def clips(folder: Path) -> Iterator[dict]:
+    for row in rows(folder / "clips.jsonl"):
+        with Image.open(folder / row["file"]) as clip:
+            count, frames = clip.n_frames, {}
+            for i in range(FRAMES):
+                clip.seek(i * (count - 1) // (FRAMES - 1))
+                frames[f"{i:03d}.jpg"] = jpeg(clip)
+        yield {
+            "__key__": Path(row["file"]).stem.replace(".", "_"),
+            "json": conversation(row["caption"], "clips"),
+            **frames,
+        }
+
+
+def stamps(folder: Path) -> Iterator[dict]:
+    for row in rows(folder / "stamps.jsonl"):
+        with Image.open(folder / row["file"]) as picture:
+            key = Path(row["file"]).stem.replace(".", "_")
+            yield {
+                "__key__": key,
+                "json": conversation(row["caption"], "stamps", "What is this?"),
+                "jpg": jpeg(picture),
+            }
+
+
+def chats(file: Path) -> Iterator[dict]:
+    for i, row in enumerate(rows(file)):
+        user, assistant = (turn["content"] for turn in row["messages"])
+        yield {"__key__": f"chat{i:05d}", "json": conversation(assistant, "chat", user)}
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    raw, out = Path(sys.argv[1]), Path(sys.argv[2])
+    every = list(clips(raw / "clips"))
+    write_shards(out / "clips-%03d.tar", (clip for i, clip in enumerate(every) if i % HELD_OUT))
+    write_shards(out / "clips_val-%03d.tar", every[::HELD_OUT])
+    write_shards(out / "stamps-%03d.tar", stamps(raw / "stamps"))
+    write_shards(out / "chat-%03d.tar", chats(raw / "chat.jsonl"), per_shard=10_000)
+
+
+if __name__ == "__main__":
+    main()

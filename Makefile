@@ -3,7 +3,7 @@ ENV := . scripts/env.sh && use_python dev && use_caches
 # One thread: the matrices of the tests are small.
 RUN := $(ENV) && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=$$PWD
 
-.PHONY: test lint format unit
+.PHONY: test lint format unit real
 test: lint unit
 
 lint:
@@ -11,6 +11,10 @@ lint:
 
 unit:
 	@$(RUN) && python -m pytest $(ARGS)
+
+# Real weights and data; tests/test_real.py says what it wants. About 25 minutes on two cores.
+real:
+	@$(RUN) && python -m pytest -m real -o faulthandler_timeout=3600 $(ARGS)
 
 format:
 	@$(RUN) && ruff check --fix . && ruff format .

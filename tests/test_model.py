@@ -179,12 +179,13 @@ def test_the_backbones_compile_without_breaks_or_recompiles():
     assert graphs == first, "a pack of another content was compiled anew"
 
 
-def outcomes(model: FoveatedVLM, std: float = 1.0) -> tuple[float, float]:
+def outcomes(model: FoveatedVLM, std: float = 1.0, frames: torch.Tensor | None = None) -> tuple[float, float]:
     """How alike different queries make a look (mean correlation of what they bring back), and how flat they attend
     (entropy over its most)."""
     random = torch.Generator().manual_seed(0)
-    frames = torch.randint(0, 256, (4, 3, 28, 28), dtype=torch.uint8, generator=random)
-    queries = [q.expand(4, -1) for q in std * torch.randn(8, model.config.query_dim, generator=random)]
+    if frames is None:
+        frames = torch.randint(0, 256, (4, 3, 28, 28), dtype=torch.uint8, generator=random)
+    queries = [q.expand(len(frames), -1) for q in std * torch.randn(8, model.config.query_dim, generator=random)]
     with torch.no_grad():
         cache = model.encoder.encode_only(frames)
         seen = torch.stack([model.look(q, cache) for q in queries], dim=1)  # [F, queries, D]

@@ -123,7 +123,8 @@ pass_on() { # SIGNAL
   if [ -n "$slurm" ] || [ -n "${HOSTFILE:-}" ]; then
     kill -s "$1" "$child" 2>/dev/null
   else
-    "$PYTHON" - "$child" "$1" <<'PY' 2>/dev/null || kill -s TERM -- "-$child" 2>/dev/null
+    # Deaf itself to a signal that went to this whole group, as `timeout` and terminals send it.
+    (trap '' TERM USR1 INT; exec "$PYTHON" - "$child" "$1") <<'PY' 2>/dev/null || kill -s TERM -- "-$child" 2>/dev/null
 import signal, sys, psutil
 ranks = [rank for launch in psutil.Process(int(sys.argv[1])).children() for rank in launch.children()]
 for rank in ranks:

@@ -233,11 +233,12 @@ class FoveatedVLM(PreTrainedModel):
 
     @torch.no_grad()
     def gaze(self, batch: Batch) -> dict[str, Tensor]:
-        """Where the pack's looks look: attention weights f32 [layers, K, H, N], `coarse` and (foveated) `fine`."""
+        """Where the pack's looks look: attention weights f32 [layers, K, H, N], `coarse` and (foveated) the last `fine`."""
         cache, tokens = self.coarse(batch)
-        static = self.connector.q_static.expand(len(tokens), -1)
-        queries = {"coarse": static}
+        queries = {"coarse": self.connector.q_static.expand(len(tokens), -1)}
         if self.config.visual == "foveated":
+            for _ in range(self.config.rounds - 1):
+                tokens = self.connector.token(self.look(self.queries(batch, tokens), cache, batch.frame_of_look))
             queries["fine"] = self.queries(batch, tokens)
         return {
             name: self.encoder.look_weights(self.connector.query_in(query), cache, batch.frame_of_look)

@@ -19,7 +19,7 @@ from itertools import islice
 
 import torch
 
-from fovlm import checkpoint, config, deepspeed_config, hunt, ranks, resume, schedule
+from fovlm import checkpoint, config, deepspeed_config, hunt_data, ranks, resume, schedule
 from fovlm.attention_maps import save_maps
 from fovlm.batch import Batch
 from fovlm.config import Experiment
@@ -53,8 +53,8 @@ class Run:
         self.validated: tuple[int, dict[str, Score]] = (-1, {})  # the step of the last validation, and its scores
 
         data, settings = experiment.data, experiment.model
-        if data.generate:
-            ranks.first_then_all(lambda: hunt.make(data.generate))
+        if task := data.generate:
+            ranks.first_then_all(lambda: hunt_data.make(task))
         tokenizer = ranks.all_at_once(lambda: load_tokenizer(tokenizer_of(experiment)))
         self.train_set = ranks.first_then_all(lambda: open_dataset(experiment, tokenizer, data.train))
         self.val_set: Dataset | None = None
@@ -299,7 +299,9 @@ class Run:
         scores = self._validate(every_mode=True)
         if self.checkpoints.pointed("latest") != f"step-{self.state.step:08d}":
             self._save()
-        facts = hunt.judge(self.experiment, self.engine.model) if self.experiment.data.generate else {}
+        task, facts = self.experiment.data.generate, {}
+        if task and self.experiment.model.visual != "multi_token":
+            facts = hunt_data.judge(task, self.engine.model, self._val_batches(), self.device)
         for line in table(scores, facts):
             self.journal.say(line)
         self.journal.say(f"run folder: {self.experiment.run_folder}")

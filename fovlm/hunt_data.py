@@ -1,7 +1,7 @@
 """The embedded task as a data set, and how well a model does at it: `hunt.py` draws, this file writes and judges.
 
-    make(task)             shards, tokenizer and the places of the asked objects, below FOVLM_DATA; once
-    judge(...)             what the task can tell about a model: beside its loss, where it looked
+make(task)             shards, tokenizer and the places of the asked objects, below FOVLM_DATA; once
+judge(...)             what the task can tell about a model: beside its loss, where it looked
 """
 
 import json

@@ -233,7 +233,7 @@ class FoveatedVLM(PreTrainedModel):
 
     @torch.no_grad()
     def gaze(self, batch: Batch) -> dict[str, Tensor]:
-        """Where the pack's looks look: attention weights f32 [layers, K, H, N], `coarse` and (foveated) the last `fine`."""
+        """Where the pack's looks look: attention weights f32 [layers, K, H, N], `coarse` and (foveated) `fine`."""
         cache, tokens = self.coarse(batch)
         queries = {"coarse": self.connector.q_static.expand(len(tokens), -1)}
         if self.config.visual == "foveated":

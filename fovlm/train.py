@@ -33,7 +33,7 @@ from fovlm.loader import Loader, Step, plan
 from fovlm.meter import Meter, memory_gb
 from fovlm.model import FoveatedVLM, build, check_vocabulary
 from fovlm.scaling import samples_of
-from fovlm.text import load_tokenizer
+from fovlm.text import SYSTEM, load_tokenizer
 
 SIZED = 5000  # samples whose sizes stand for those of all when a budget of FLOPs is turned into samples
 log = logging.getLogger("fovlm")
@@ -55,7 +55,7 @@ class Run:
         data, settings = experiment.data, experiment.model
         if task := data.generate:
             ranks.first_then_all(lambda: hunt_data.make(task))
-        tokenizer = ranks.all_at_once(lambda: load_tokenizer(tokenizer_of(experiment)))
+        tokenizer = self.tokenizer = ranks.all_at_once(lambda: load_tokenizer(tokenizer_of(experiment)))
         self.train_set = ranks.first_then_all(lambda: open_dataset(experiment, tokenizer, data.train))
         self.val_set: Dataset | None = None
         if data.val:
@@ -258,8 +258,16 @@ class Run:
         self.journal.log(self.state.step, row)
         if ranks.rank() == 0 and self.engine.stage < 3 and visual != "multi_token":
             path = self.experiment.run_folder / "maps" / f"step-{self.state.step:08d}.png"
-            save_maps(self.engine.model, next(self._val_batches()).to(self.device), path)
+            batch = next(self._val_batches())
+            save_maps(self.engine.model, batch.to(self.device), path, titles=self._titles(batch))
         return scores
+
+    def _titles(self, batch: Batch) -> list[str]:
+        """What each sample of a pack says, without the system message that all share."""
+        texts = (batch.tokens[batch.text_segment == i].tolist() for i in range(len(batch.keys)))
+        return [
+            self.tokenizer.decode(text, skip_special_tokens=True).partition(SYSTEM)[2].strip()[:100] for text in texts
+        ]
 
     def _val_batches(self) -> Iterator[Batch]:
         """This rank's share of the validation samples: as many as fill `eval_packs` packs, the same for any ranks."""

@@ -252,7 +252,7 @@ class Run:
         found = evaluate(self.engine.model, self._val_batches(), modes, self.device, self.engine.nll)
         scores = {mode: (scores | found)[mode] for mode in MODES[visual] if mode in scores or mode in found}
         self.validated = (self.state.step, scores)
-        row = {"val_loss": scores[AS_TRAINED[visual]].loss}
+        row = {"val_loss": found[AS_TRAINED[visual]].loss} if AS_TRAINED[visual] in found else {}
         for mode, score in found.items():
             row |= {f"val_loss_{mode}": score.loss} | {f"val_loss_{mode}/{s}": v for s, v in score.by_source.items()}
         self.journal.log(self.state.step, row)

@@ -2,7 +2,8 @@
 
 `encode` walks the patches through all layers and keeps each layer's keys and values; `look` walks one query through
 the same layers, attending to what was kept. So every key and value is computed once, for the patches' own attention
-and for every look (a common mistake computes them twice).
+and for every look (a common mistake computes them twice). In the last layer only looks would want them: there the rows
+are kept, and the projections are absorbed into the looks (`absorbs` is the rule).
 
 A look that is the same for every frame can ride along in the patch walk as row N: attention of N + 1 rows over N keys.
 
@@ -19,22 +20,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Dinov2Config, Dinov2Model
 
+from kernels.absorbed_attention import absorbed_attention, slices
 from kernels.query_attention import query_attention
 
 # ImageNet mean and deviation, with which DINOv2 was trained (arXiv 2304.07193; its released processor config).
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
+Kept = tuple[Tensor, ...]  # of one layer: key and value, each [F, N, H, d]; or the one [F, N, D] both are made from
+
 
 @dataclass
 class Cache:
-    """What looks attend to: per layer keys and values, each [F, N, H, d]. A shallow look has one layer."""
+    """What looks attend to, layer by layer. A shallow look has one layer."""
 
-    layers: list[tuple[Tensor, Tensor]]
+    layers: list[Kept]
 
     def frames(self, index: Tensor | slice) -> "Cache":
         """The same cache for some of the frames."""
-        return Cache([(key[index], value[index]) for key, value in self.layers])
+        return Cache([tuple(t[index] for t in kept) for kept in self.layers])
 
 
 @dataclass
@@ -43,8 +47,8 @@ class Parts:
 
     norm1: nn.Module
     query: nn.Module
-    key: nn.Module
-    value: nn.Module
+    key: nn.Linear
+    value: nn.Linear
     out: nn.Module
     scale1: nn.Module
     norm2: nn.Module
@@ -68,32 +72,62 @@ def heads(x: Tensor, width: int) -> Tensor:
     return x.unflatten(-1, (-1, width))
 
 
-def walk_layer(layer: nn.Module, x: Tensor, n: int, d: int, last: bool) -> tuple[Tensor, Tensor, Tensor]:
+def walk_layer(layer: nn.Module, x: Tensor, n: int, d: int, last: bool, absorb: bool) -> tuple[Tensor, Kept]:
     """One layer for the rows x [F, n or n + 1, D] over the keys of its first n rows.
 
-    Returns the rows behind the layer and the keys and values [F, n, H, d]. In the last layer only the rows beyond the
-    patches go on (none or one), since looks need no more of the patches than their keys and values.
+    Returns the rows behind the layer and what it keeps for looks: normed rows (`absorb`) or keys and values. In the
+    last layer only the row beyond the patches goes on, if there is one: it is a look at every frame.
     """
     p = parts(layer)
     normed = p.norm1(x)
-    key, value = heads(p.key(normed), d)[:, :n], heads(p.value(normed), d)[:, :n]
+    if last and absorb:
+        kept: Kept = (normed[:, :n],)
+    else:
+        key, value = heads(p.key(normed), d)[:, :n], heads(p.value(normed), d)[:, :n]
+        kept = (normed[:, :n],) if absorb else (key, value)
     if last:
-        x, normed = x[:, n:], normed[:, n:]
-        if x.shape[1] == 0:
-            return x, key, value
+        row = x[:, n:]
+        return look_layer(layer, row[:, 0], kept, None, d)[:, None] if row.shape[1] else row, kept
     query = heads(p.query(normed), d)
     seen = nnf.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     x = x + p.scale1(p.out(seen.transpose(1, 2).flatten(2)))
-    return x + p.scale2(p.mlp(p.norm2(x))), key, value
+    return x + p.scale2(p.mlp(p.norm2(x))), kept
 
 
-def look_layer(layer: nn.Module, x: Tensor, key: Tensor, value: Tensor, frame_of_look: Tensor | None, d: int) -> Tensor:
-    """One layer for the looks x [K, D] over kept keys and values [F, N, H, d]."""
+def look_layer(layer: nn.Module, x: Tensor, kept: Kept, frame_of_look: Tensor | None, d: int) -> Tensor:
+    """One layer for the looks x [K, D] over what it kept of F frames."""
     p = parts(layer)
-    query = heads(p.query(p.norm1(x)), d)
-    seen = query_attention(query, key, value, frame_of_look, d**-0.5)
+    seen = attend(p, heads(p.query(p.norm1(x)), d), kept, frame_of_look, d**-0.5)
     x = x + p.scale1(p.out(seen.flatten(1)))
     return x + p.scale2(p.mlp(p.norm2(x)))
+
+
+def attend(p: Parts, query: Tensor, kept: Kept, frame_of_look: Tensor | None, scale: float) -> Tensor:
+    """What the looks' queries [K, H, d] bring back from a layer [K, H, d], in the form of what it kept."""
+    if len(kept) == 2:
+        return query_attention(query, *kept, frame_of_look, scale)
+    return absorbed_attention(
+        query,
+        kept[0],
+        frame_of_look,
+        scale,
+        norm_weight=None,  # the rows have the norm's weight and bias in them already
+        norm_bias=None,
+        key_weight=p.key.weight,
+        key_bias=p.key.bias,
+        value_weight=p.value.weight,
+        value_bias=p.value.bias,
+    )
+
+
+def absorbs(x: Tensor, last: bool) -> bool:
+    """The rule: whether a layer that gets the rows x [F, N or N + 1, D] keeps rows for looks, not keys and values.
+
+    Layers before the last make keys and values for their patches anyway, and over those a look is at least as fast. The
+    last would make them for looks alone: without, it takes half the time at one look a frame, and still less at 64
+    (benchmarks/results/attention_forms.csv). On a GPU a kernel must exist: plain PyTorch would copy rows for each look.
+    """
+    return last and (not x.is_cuda or (slices(x.shape[-1]) > 0 and x.dtype != torch.float32))
 
 
 def weights_of(query: Tensor, key: Tensor, frame_of_look: Tensor | None, scale: float) -> Tensor:
@@ -106,10 +140,11 @@ class Encoder(nn.Module):
     """DINOv2 with `encode` and `look`.
 
     `deep=False` is the shallow ablation: one cross-attention over the final features, which serve as keys and values
-    without projections of their own. `recompute` checkpoints each layer of the patch walk.
+    without projections of their own. `recompute` checkpoints each layer of the patch walk. `attention` is "auto" (the
+    rule of `absorbs`), or one form for all layers: "plain" keeps keys and values, "absorbed" rows.
     """
 
-    def __init__(self, dino: Dinov2Model, deep: bool = True, recompute: bool = False):
+    def __init__(self, dino: Dinov2Model, deep: bool = True, recompute: bool = False, attention: str = "auto"):
         super().__init__()
         config = dino.config
         if config.drop_path_rate or config.hidden_dropout_prob or config.attention_probs_dropout_prob:
@@ -119,6 +154,7 @@ class Encoder(nn.Module):
         self.dino = dino
         self.deep = deep
         self.recompute = recompute
+        self.attention = attention
         self.head_width = config.hidden_size // config.num_attention_heads
         self._walk_layer, self._look_layer = walk_layer, look_layer
 
@@ -161,18 +197,19 @@ class Encoder(nn.Module):
             n = x.shape[1]
             if row is not None:
                 x = torch.cat([x, row.to(x.dtype).expand(len(x), 1, -1)], dim=1)
-            layers, kept = self.dino.encoder.layer, []
-            for i, layer in enumerate(layers):
-                x, key, value = self._run(layer, x, n, last=i == len(layers) - 1)
-                kept.append((key, value))
-            return Cache(kept), self.dino.layernorm(x[:, 0]) if row is not None else x
+            layers: list[Kept] = []
+            for layer in self.dino.encoder.layer:
+                last = layer is self.dino.encoder.layer[-1]
+                x, kept = self._run(layer, x, n, last, self._absorbs(x, last))
+                layers.append(kept)
+            return Cache(layers), self.dino.layernorm(x[:, 0]) if row is not None else x
 
     def features(self, frames: Tensor) -> Tensor:
         """DINOv2's final features [F, N, D] of u8 frames [F, 3, height, width]: CLS first, then the patches by row."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
             x = self.embed(frames)
             for layer in self.dino.encoder.layer:
-                x, _, _ = self._run(layer, x, x.shape[1], last=False)
+                x, _ = self._run(layer, x, x.shape[1], last=False, absorb=False)
             return self.dino.layernorm(x)
 
     def look(self, query: Tensor, cache: Cache, frame_of_look: Tensor | None = None) -> Tensor:
@@ -182,8 +219,8 @@ class Encoder(nn.Module):
             d = self.head_width
             return query_attention(heads(query, d).to(key.dtype), key, value, frame_of_look, d**-0.5).flatten(1)
         x = query.to(cache.layers[0][0].dtype)
-        for layer, (key, value) in zip(self.dino.encoder.layer, cache.layers, strict=True):
-            x = self._look_layer(layer, x, key, value, frame_of_look, self.head_width)
+        for layer, kept in zip(self.dino.encoder.layer, cache.layers, strict=True):
+            x = self._look_layer(layer, x, kept, frame_of_look, self.head_width)
         return self.dino.layernorm(x)
 
     @torch.no_grad()
@@ -194,10 +231,11 @@ class Encoder(nn.Module):
             ((key, _),) = cache.layers
             return weights_of(heads(query, d).to(key.dtype), key, frame_of_look, d**-0.5)[None]
         x = query.to(cache.layers[0][0].dtype)
-        for layer, (key, value) in zip(self.dino.encoder.layer, cache.layers, strict=True):
+        for layer, kept in zip(self.dino.encoder.layer, cache.layers, strict=True):
             p = parts(layer)
+            key = kept[0] if len(kept) == 2 else heads(p.key(kept[0]), d)
             seen.append(weights_of(heads(p.query(p.norm1(x)), d), key, frame_of_look, d**-0.5))
-            x = look_layer(layer, x, key, value, frame_of_look, d)
+            x = look_layer(layer, x, kept, frame_of_look, d)
         return torch.stack(seen)
 
     def embed(self, frames: Tensor) -> Tensor:
@@ -208,10 +246,13 @@ class Encoder(nn.Module):
         pixels = (frames.float() / 255 - mean) / std
         return self.dino.embeddings(pixels.to(weight.dtype))
 
-    def _run(self, layer: nn.Module, x: Tensor, n: int, last: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _absorbs(self, x: Tensor, last: bool) -> bool:
+        return absorbs(x, last) if self.attention == "auto" else self.attention == "absorbed"
+
+    def _run(self, layer: nn.Module, x: Tensor, n: int, last: bool, absorb: bool) -> tuple[Tensor, Kept]:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._walk_layer, layer, x, n, self.head_width, last, use_reentrant=False)
-        return self._walk_layer(layer, x, n, self.head_width, last)
+            return checkpoint(self._walk_layer, layer, x, n, self.head_width, last, absorb, use_reentrant=False)
+        return self._walk_layer(layer, x, n, self.head_width, last, absorb)
 
 
 def load_dino(source: Path | str | dict) -> Dinov2Model:

@@ -106,7 +106,7 @@ def activations(experiment: Experiment, shapes: Geometry, w: int) -> dict[str, i
     separate = asks and not (deep and dino)  # the static look, when it does not ride along
 
     rows = F * (d.N + (asks and deep and dino))
-    cached = w * rows * d.D * (2 * d.layers if deep else 1) if asks else 0
+    cached = w * rows * d.D * (2 * d.layers - 1 if deep else 1) if asks else 0  # the last layer keeps rows
     encoder = _walk(d, rows, cached, w, dino, model.checkpoint_dino)
     looks = _block_bytes(d, w) * d.layers if deep else 2 * w * d.D
     per_look = looks * K

@@ -4,7 +4,9 @@ The convention, which is that of `torch.utils.flop_counter`:
 
 - A matrix product [m, k] x [k, n] is 2 m n k; nothing else counts (norms, activations, softmax, pooling, embeddings).
 - Attention is counted as executed, the full square and not its causal half: 2 products forward, 5 backward (the scores
-  are computed once more). A look's attention is one query over the N keys of its frame.
+  are computed once more). A look's attention is one query over the N keys of its frame; in the last layer, which has
+  none, every head is a query over the N rows, and key and value projection are applied once per look (`encoder.py`;
+  what ZeRO-3 does instead costs about 1 % more of the encoder and is not counted).
 - A linear layer has one product forward and two backward: the gradient of its weights (not if frozen) and of its input
   (not where nothing before it learns). A frozen encoder has no backward for its patches; a frozen language model still
   passes gradients through to the looks.
@@ -177,13 +179,12 @@ def _block(shapes: Geometry, rows: int, learns: bool) -> Cost:
 
 
 def _walk(shapes: Geometry, F: int, rides: bool, whole: bool, learns: bool, checkpoint: bool) -> Cost:
-    """The frames' patches through all layers; only keys and values of the last layer unless `whole`."""
+    """The frames' patches through all layers; through the last one only the riding look unless `whole`."""
     d = shapes.dino
     rows = F * (d.N + rides)
     keys = _linear(rows, d.D, d.D) * 2
     layer = keys + _block(shapes, rows, True) + _attention(rows, d.N, d.D)
-    beyond = rows if whole else F * rides
-    last = keys + _block(shapes, beyond, True) + _attention(beyond, d.N, d.D)
+    last = layer if whole else _last_look(shapes, F * rides, True)
     layers = layer * (d.layers - 1) + last
     walk = _linear(F * (d.N - 1), d.patch, d.D, flows=False) + (_again(layers) if checkpoint else layers)
     return walk if learns else Cost(walk.forward)
@@ -193,7 +194,16 @@ def _looks(shapes: Geometry, K: int, deep: bool, learns: bool) -> Cost:
     """Queries through all layers over kept keys and values, or one attention over the features."""
     d = shapes.dino
     attention = _attention(K, d.N, d.D, kept=learns)
-    return (_block(shapes, K, learns) + attention) * d.layers if deep else attention
+    if not deep:
+        return attention
+    return (_block(shapes, K, learns) + attention) * (d.layers - 1) + _last_look(shapes, K, learns)
+
+
+def _last_look(shapes: Geometry, K: int, learns: bool) -> Cost:
+    """Queries through the last layer: attention over rows, with the projections of keys and values absorbed."""
+    d = shapes.dino
+    projections = _linear(K, d.D, d.D, learns) * 2
+    return _block(shapes, K, learns) + projections + _attention(K * d.H, d.N, d.D, kept=learns)
 
 
 def _read(shapes: Geometry, M: int, learns: bool, checkpoint: bool) -> Cost:

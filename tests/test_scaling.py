@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import Dinov2Config, LlamaConfig
 
 import fovlm.encoder
+import kernels.absorbed_attention
 from fovlm.batch import Size, collate
 from fovlm.config import Data, Experiment, Model, Optim, Source, Train
 from fovlm.errors import UserError
@@ -69,9 +70,17 @@ def attention(query, key, value, frame_of_look, scale):
     return out[:, :, 0]
 
 
+def pooling(folded, hidden, frame_of_look, scale):
+    """The same for what the last layer's looks do."""
+    hidden = hidden if frame_of_look is None else hidden[frame_of_look]
+    hidden = hidden[:, None]
+    return nnf.scaled_dot_product_attention(folded[:, None], hidden, hidden, scale=scale)[:, 0], None
+
+
 def counted(e: Experiment, size: Size, monkeypatch) -> int:
     """FLOPs of a forward and a backward pass over a pack that holds one sample and no padding."""
     monkeypatch.setattr(fovlm.encoder, "query_attention", attention)
+    monkeypatch.setattr(kernels.absorbed_attention, "absorbed_pooling", lambda *a, implementation: pooling(*a))
     model = model_of(e)
     one = sample("one", frames=size.frames, looks=size.looks, text=size.text, prompt=size.prompt)
     batch = collate([one], size, FRAME, model.config.tokens_per_look)

@@ -1,0 +1,115 @@
+"""Where the encoder attends to keys and values and where to rows: python -m benchmarks.attention_forms
+
+A DINOv2-small of random weights and the looks at its frames, forward and backward, once with keys and values in every
+layer (`plain`), once with rows in the last layer (`last`), once with rows in all of them (`all`). `layer` is the last
+layer by itself, with the coarse row and as many looks at each frame; `encoder` all twelve layers, trainable, with
+checkpointed layers, or frozen. Milliseconds of processor time of one thread, which other processes change little:
+medians of rounds in which all forms take turns. `peak_mb` is the most that lives at once, weights and their gradients
+left out. Writes benchmarks/results/attention_forms.csv.
+"""
+
+import csv
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.memory import Live
+from fovlm.encoder import Dinov2Config, Dinov2Model, Encoder, look_layer, walk_layer
+
+RESULTS = Path(__file__).parent / "results" / "attention_forms.csv"
+SMALL = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 224}
+FRAMES, ROWS, HEAD = 4, 257, 64
+LOOKS = {"layer": (1, 4, 16, 64), "encoder": (1, 8)}  # at each frame
+STATES = ("trainable", "checkpointed", "frozen")
+REPEAT = 5
+
+
+def spread(per_frame: int) -> Tensor | None:
+    return None if per_frame == 1 else torch.arange(FRAMES * per_frame) // per_frame
+
+
+def layer_step(encoder: Encoder, form: str, per_frame: int) -> Callable[[], None]:
+    """The last layer over given rows, the coarse row with them."""
+    layer, D = encoder.dino.encoder.layer[-1], encoder.width
+    hidden = torch.randn(FRAMES, ROWS + 1, D)
+    query, looks = torch.randn(FRAMES * per_frame, D), spread(per_frame)
+
+    def step() -> None:
+        x, q = hidden.clone().requires_grad_(encoder.trainable), query.clone().requires_grad_()
+        with torch.set_grad_enabled(encoder.trainable):
+            coarse, kept = walk_layer(layer, x, ROWS, HEAD, last=True, absorb=form != "plain")
+        (look_layer(layer, q, kept, looks, HEAD).square().sum() + coarse.square().sum()).backward()
+
+    return step
+
+
+def encoder_step(encoder: Encoder, form: str, per_frame: int) -> Callable[[], None]:
+    frames = torch.randint(0, 256, (FRAMES, 3, 224, 224), dtype=torch.uint8)
+    row, query, looks = torch.randn(encoder.width), torch.randn(FRAMES * per_frame, encoder.width), spread(per_frame)
+
+    def step() -> None:
+        encoder.attention = {"plain": "plain", "last": "auto", "all": "absorbed"}[form]
+        r, q = row.clone().requires_grad_(), query.clone().requires_grad_()
+        cache, coarse = encoder.encode(frames, r)
+        (encoder.look(q, cache, looks).square().sum() + coarse.square().sum()).backward()
+
+    return step
+
+
+def measure(what: str, state: str, per_frame: int) -> list[dict[str, object]]:
+    torch.manual_seed(0)
+    encoder = Encoder(Dinov2Model(Dinov2Config(**SMALL)), recompute=state == "checkpointed")
+    encoder.requires_grad_(state != "frozen")
+    encoder.dino.embeddings.mask_token.requires_grad_(False)
+    make, forms = (layer_step, ("plain", "last")) if what == "layer" else (encoder_step, ("plain", "last", "all"))
+    steps = {form: make(encoder, form, per_frame) for form in forms}
+    times: dict[str, list[float]] = {form: [] for form in forms}
+    peaks: dict[str, float] = {}
+    for form, step in steps.items():
+        step()  # makes the gradients
+        live = Live()
+        for p in encoder.parameters():
+            live.leave_out(p, p.grad)
+        gc.collect()
+        with live:
+            step()
+        peaks[form] = live.peak / 1e6
+    for _ in range(REPEAT if what == "encoder" else 2 * REPEAT):
+        for form, step in steps.items():
+            start = time.process_time()
+            step()
+            times[form].append(1e3 * (time.process_time() - start))
+    rows = []
+    for form in forms:
+        cut = statistics.quantiles(times[form], n=5)
+        row = {"what": what, "state": state, "looks_per_frame": per_frame, "form": form}
+        row |= {"ms": statistics.median(times[form]), "ms20": cut[0], "ms80": cut[-1], "peak_mb": peaks[form]}
+        rows.append({name: round(cell, 1) if isinstance(cell, float) else cell for name, cell in row.items()})
+    return rows
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows: list[dict[str, object]] = []
+    for what, counts in LOOKS.items():
+        for state in STATES:
+            if (what, state) == ("layer", "checkpointed"):
+                continue
+            for per_frame in counts:
+                rows += measure(what, state, per_frame)
+                for row in rows[-3 if what == "encoder" else -2 :]:
+                    print(*row.values(), sep="  ", flush=True)
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with open(RESULTS, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

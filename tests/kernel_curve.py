@@ -1,0 +1,67 @@
+"""A tiny model trained for some steps with the references and with the kernels: two curves as JSON.
+
+Triton's interpreter must be chosen before Triton is imported: TRITON_INTERPRET=1 python tests/kernel_curve.py STEPS
+"""
+
+import functools
+import json
+import sys
+
+import torch
+from models import pack, sample, tiny_model
+
+import fovlm.encoder
+from fovlm.batch import Batch, Size
+from fovlm.model import FoveatedVLM
+from fovlm.objectives import text_loss
+
+OPERATIONS = {name: getattr(fovlm.encoder, name) for name in ("query_attention", "absorbed_attention")}
+
+
+def use(implementation: str) -> None:
+    """Every look from now on: "triton" or "reference"."""
+    for name, operation in OPERATIONS.items():
+        setattr(fovlm.encoder, name, functools.partial(operation, implementation=implementation))
+
+
+def packs() -> list[Batch]:
+    """An image that is looked at several times, and a video with one look a frame."""
+    image = sample("image", frames=1, looks=4, text=6)
+    return [pack([image], Size(1, 4, 6, 0)), pack([sample("video", frames=2, text=7)], Size(2, 2, 7, 0))]
+
+
+def sensitive_model() -> FoveatedVLM:
+    """Weights so wide that looks decide: with a deviation of 0.02 a narrow model hardly notices a wrong attention."""
+    model = tiny_model(visual_scale=1.0).train()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 2 and ".layer" in name:
+                p *= p.shape[1] ** -0.5 / p.std()
+    return model
+
+
+def curve(steps: int) -> list[float]:
+    """The loss of each step of AdamW on a fresh model."""
+    model, batches = sensitive_model(), packs()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(steps):
+        loss = sum(text_loss(model(batch), batch).total for batch in batches)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    found = {}
+    for implementation in ("reference", "triton"):
+        use(implementation)
+        found[implementation] = curve(int(sys.argv[1]))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,7 @@ import torch
 
 from fovlm import checkpoint, config, deepspeed_config, hunt_data, ranks, resume, schedule
 from fovlm.attention_maps import save_maps
-from fovlm.batch import Batch
+from fovlm.batch import Bad, Batch
 from fovlm.config import Experiment
 from fovlm.dataset import Dataset, budget_of, open_dataset, tokenizer_of
 from fovlm.engine import Engine, load_weights, start, to_universal
@@ -36,6 +36,7 @@ from fovlm.scaling import samples_of
 from fovlm.text import SYSTEM, load_tokenizer
 
 SIZED = 5000  # samples whose sizes stand for those of all when a budget of FLOPs is turned into samples
+FEW = 1000  # samples: among fewer, a single broken one would pass any reasonable fraction
 log = logging.getLogger("fovlm")
 
 
@@ -50,6 +51,7 @@ class Run:
         self.experiment, self.device = experiment, device
         self.checkpoints = checkpoint.Checkpoints(experiment.run_folder)
         self.stop_asked = False
+        self.unsaid: list[Bad] = []  # broken samples that the log does not name yet
         self.validated: tuple[int, dict[str, Score]] = (-1, {})  # the step of the last validation, and its scores
 
         data, settings = experiment.data, experiment.model
@@ -102,6 +104,7 @@ class Run:
             world_size=ranks.world(),
             zero_stage=self.engine.stage,
         )
+        self.started_at = self.state.samples
         ranks.all_at_once(lambda: self.checkpoints.need_room(self.engine.checkpoint_bytes()))
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -197,6 +200,7 @@ class Run:
         self.state.samples += step.samples
         self.state.tokens += int(done.weight)
         self.state.skipped += done.skipped
+        self.unsaid += [bad for batch in step.batches for bad in batch.bad]
 
     def _look_ahead(self, batch: Batch) -> dict[str, float]:
         """On the pack a step starts with: the loss with coarse tokens alone, and how spread out the looks attend."""
@@ -224,15 +228,18 @@ class Run:
         return row
 
     def _hold_against_limit(self, mine: Counter[tuple[str, str]]) -> None:
-        """End the run when too many samples are broken, told by source and cause."""
-        bad: Counter[tuple[str, str]] = sum(ranks.gather(mine), start=Counter())
-        limit = self.experiment.data.max_bad_fraction
-        self.journal.log(self.state.step, {f"bad/{source}/{cause}": n for (source, cause), n in bad.items()})
-        if bad.total() > limit * self.state.samples:
-            causes = ", ".join(f"{n} x {source}: {cause}" for (source, cause), n in bad.most_common(5))
+        """Name the broken samples of all ranks in the log, and end the run when there are too many since its start."""
+        for bad in (bad for part in ranks.gather(self.unsaid) for bad in part):
+            self.journal.say(f"{bad.source}: sample {bad.key} in {bad.shard} is replaced: {bad.cause}")
+        self.unsaid = []
+        counts: Counter[tuple[str, str]] = sum(ranks.gather(mine), start=Counter())
+        self.journal.log(self.state.step, {f"bad/{source}/{cause}": n for (source, cause), n in counts.items()})
+        limit, seen = self.experiment.data.max_bad_fraction, self.state.samples - self.started_at
+        if counts.total() > limit * max(seen, FEW):
+            causes = ", ".join(f"{n} x {source}: {cause}" for (source, cause), n in counts.most_common(5))
             raise ranks.SharedError(
-                f"{bad.total()} of {self.state.samples} samples were broken ({causes}), more than "
-                f"data.max_bad_fraction={limit} allows; log.txt names shard and key of each"
+                f"{counts.total()} of {seen} samples were broken ({causes}), more than data.max_bad_fraction={limit} "
+                "allows; log.txt names shard and key of each"
             )
 
     # -- validation, checkpoints, the end -----------------------------------------------------------------------------
@@ -312,7 +319,12 @@ class Run:
             facts = hunt_data.judge(task, self.engine.model, self._val_batches(), self.device)
         for line in table(scores, facts):
             self.journal.say(line)
-        self.journal.say(f"run folder: {self.experiment.run_folder}")
+        folder = self.experiment.run_folder
+        self.journal.say(f"run folder: {folder}")
+        if (folder / "maps").is_dir():
+            self.journal.say(f"where it looked: {folder / 'maps'}")
+        if task:
+            self.journal.say("next: ./launch.sh --list shows every run, README.md how to train on shards of your own")
         told = {mode: asdict(score) for mode, score in scores.items()}
         self.journal.close("finished", scores=told, samples=self.state.samples, tokens=self.state.tokens, **facts)
 
@@ -329,6 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.WARNING if first else logging.ERROR)
+    logging.getLogger("fovlm.loader").setLevel(logging.ERROR)  # the journal names broken samples, those of all ranks
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # deepspeed's calls, not ours
     try:
         experiment = config.load(options.name, options.overrides)

@@ -15,14 +15,16 @@ import pytest
 import tiny
 from launch import run_ranks, start_ranks
 
+from fovlm.shards import write_shards
+
 GOLDEN = Path(__file__).with_name("golden") / "losses.csv"
 STEPS = 20
 LOGGED = """loss_fine loss_coarse fine_over_coarse grad_norm lr_connector lr_dino lr_llm attention_entropy
 samples_per_second tokens_per_second waiting memory_gb val_loss"""
 SETTINGS = [
     "data.sources={video: {kind: video, shards: 'video-{00..07}.tar'}, "
-    "words: {kind: text, shards: 'words-{00..01}.tar'}}",
-    "data.train={video: 86, words: 14}",
+    "words: {kind: text, shards: 'words-{00..01}.tar'}, broken: {kind: image, shards: 'broken-00.tar'}}",
+    "data.train={video: 80, words: 14, broken: 6}",
     *("data.val=[video]", "data.frames=12", "data.text=200", "data.max_frames=4", "data.max_text=48", "data.workers=1"),
     "model.llm={vocab_size: 64, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4, "
     "num_key_value_heads: 2, tie_word_embeddings: true}",
@@ -51,6 +53,10 @@ def home(tmp_path_factory) -> Path:
     tiny.tokenizer().save_pretrained(folder / "tokenizer")
     tiny.clips(folder, "video", [3, 4, 2, 4, 3] * 8)
     tiny.clips(folder, "words", [0] * 10)
+    pictures = [tiny.clip(f"p{i}", 1) for i in range(4)]
+    pictures[2]["000.jpg"] = b"\xff\xd8 no picture"
+    renamed = [{("jpg" if k == "000.jpg" else k): v for k, v in picture.items()} for picture in pictures]
+    write_shards(folder / "broken-%02d.tar", renamed)
     return folder
 
 
@@ -102,6 +108,15 @@ def test_the_run_folder_tells_everything(whole, home):
     assert "autoregressive" in whole[0]
     assert "run folder" in whole[0]
     assert not [word for word in ("Traceback", "Warning") if word in whole[0]], whole[0]
+
+
+def test_a_broken_sample_is_counted_and_named(whole, home):
+    row = whole[1][-1]
+    (cause,) = [key for key in row if key.startswith("bad/")]
+    assert cause.startswith("bad/broken/")
+    named = [line for line in (home / "runs" / "whole" / "log.txt").read_text().splitlines() if "is replaced" in line]
+    assert len(named) == int(row[cause]) > 1
+    assert "sample p2 in broken-00.tar" in named[0]
 
 
 def test_a_killed_run_goes_on_exactly_on_another_number_of_ranks(whole, home):

@@ -172,16 +172,15 @@ def test_other_settings_replace_the_files_and_a_broken_off_attempt_is_no_hindran
 
 def test_what_a_run_reads_is_what_the_truth_says():
     """From the settings to the shards, the index, the decoder and the tokens; then read off the asked cell."""
-    names = ("data.generate.train_clips=24", "data.generate.val_clips=5")
-    experiment = config.load("quickstart", list(names))
+    experiment = config.load("quickstart", ["data.generate.train_clips=24", "data.generate.val_clips=16"])
     task = experiment.data.generate
     hunt_data.make(task)
     tokenizer = load_tokenizer(str(hunt_data.folder(task) / "tokenizer"))
     data = open_dataset(experiment, tokenizer, {"val": 1.0})
     truth = json.loads((hunt_data.folder(task) / hunt_data.TRUTH).read_text())
-    assert data.samples == {"val": 5}
-    assert len(truth) == 5
-    for position in range(5):
+    assert data.samples == {"val": 16}
+    assert len(truth) == 16
+    for position in range(16):
         (sample,), bad = data.read(position)
         assert bad is None
         seen = read(sample.frames.permute(0, 2, 3, 1).numpy(), task)

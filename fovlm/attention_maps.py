@@ -45,7 +45,8 @@ def save_maps(model: FoveatedVLM, batch: Batch, path: Path, clips: int = 4, titl
         for column, k in enumerate(looks.tolist()):
             _draw(axes[row, column], batch.frames[int(frame_of_look[k])].cpu(), gaze[name][k])
         title = (titles[i] if titles else batch.keys[i]) if name == next(iter(gaze)) else ""
-        axes[row, 0].set_title(f"{title}  {name}".strip(), fontsize=7, loc="left")
+        label = axes[row, 0].set_title(f"{title}  {name}".strip(), fontsize=7, loc="left")
+        label.set_in_layout(False)  # a long line may run over the frames beside it; they need not make room
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout(pad=0.3)
     figure.savefig(path, dpi=110)

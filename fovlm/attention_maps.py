@@ -45,10 +45,10 @@ def save_maps(model: FoveatedVLM, batch: Batch, path: Path, clips: int = 4, titl
         for column, k in enumerate(looks.tolist()):
             _draw(axes[row, column], batch.frames[int(frame_of_look[k])].cpu(), gaze[name][k])
         title = (titles[i] if titles else batch.keys[i]) if name == next(iter(gaze)) else ""
-        label = axes[row, 0].set_title(f"{title}  {name}".strip(), fontsize=7, loc="left")
-        label.set_in_layout(False)  # a long line may run over the frames beside it; they need not make room
+        axes[row, 0].set_title(f"{name}  {title}".strip(), fontsize=7, loc="left")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout(pad=0.3)
+    # Fixed margins: a layout that makes room for a long question would shrink the frames.
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.25 / len(rows), wspace=0.04, hspace=0.2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

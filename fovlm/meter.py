@@ -35,6 +35,18 @@ class Meter:
         }
 
 
+# Dense bf16 FLOP/s by the vendor's data sheets; the first name that the device's own name holds counts.
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What the GPU could do in dense bf16, FLOP/s; None for a CPU or a GPU that is not in the list."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAKS.items() if known in name), None)
+
+
 def memory_gb(device: torch.device) -> float:
     """This rank's peak memory so far in GB: the GPU's allocated tensors, or the process's resident set."""
     if device.type == "cuda":

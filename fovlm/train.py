@@ -6,6 +6,7 @@ Every rank runs this file; what one rank decides is shared before anyone acts on
 """
 
 import argparse
+import contextlib
 import faulthandler
 import logging
 import os
@@ -28,11 +29,12 @@ from fovlm.engine import Engine, load_weights, start, to_universal
 from fovlm.engine import Step as Done
 from fovlm.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from fovlm.evaluate import AS_TRAINED, MODES, Score, attention_entropy, evaluate, table
+from fovlm.geometry import geometry
 from fovlm.journal import Journal, write_json
 from fovlm.loader import Loader, Step, plan
-from fovlm.meter import Meter, memory_gb
+from fovlm.meter import Meter, memory_gb, peak_flops
 from fovlm.model import FoveatedVLM, build, check_vocabulary
-from fovlm.scaling import samples_of
+from fovlm.scaling import mean_cost, samples_of, total
 from fovlm.text import SYSTEM, load_tokenizer
 
 SIZED = 5000  # samples whose sizes stand for those of all when a budget of FLOPs is turned into samples
@@ -73,8 +75,12 @@ class Run:
         if settings.compile:
             model.compile_backbones()
         self._start_engine(model)
-        some = (self.train_set.size(position) for position in range(SIZED))
+        some = [self.train_set.size(position) for position in range(SIZED)]
         self.samples_wanted = samples_of(experiment, some) or 0
+        self.peak, self.flops = peak_flops(device), 0.0  # FLOP/s of the GPU, and FLOPs of the mean sample
+        if self.peak:
+            with contextlib.suppress(UserError):  # shapes that only the hub knows: the run goes on without its MFU
+                self.flops = total(mean_cost(experiment, geometry(settings), some)).total
         self.budget = budget_of(experiment)
 
     def _start_engine(self, model: FoveatedVLM) -> None:
@@ -223,6 +229,10 @@ class Run:
             "skipped_steps": self.state.skipped,
             "memory_gb": memory_gb(self.device),
         }
+        if (
+            self.peak and self.flops
+        ):  # the model's own FLOPs, without padding and recomputation, over what the GPUs could do
+            row["mfu"] = row["samples_per_second"] * self.flops / (self.peak * ranks.world())
         if "loss_coarse" in before:
             row |= {"loss_fine": done.first, "fine_over_coarse": done.first / max(before["loss_coarse"], 1e-9)}
         return row

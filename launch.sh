@@ -173,7 +173,8 @@ if left_behind; then
 fi
 
 [ "$status" -lt 192 ] || status=$((128 + 256 - status)) # the launcher's 256 - signal, as the shell says it
-again="./launch.sh ${run[*]}"
+again="./launch.sh" # without train.resume: what was saved now is newer than what it may name
+for word in "${run[@]}"; do [[ $word = train.resume=* ]] || again+=" $word"; done
 case $status in
   0 | 2) ;; # the run said all there is to say
   75) say "$name saved and stopped; to go on: $again" ;;

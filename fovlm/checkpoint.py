@@ -102,7 +102,7 @@ class Checkpoints:
     def prune(self, keep_last: int, keep_best: int) -> None:
         """Drop all but the newest `keep_last` and the `keep_best` with the lowest metric; `latest` and `best` stay."""
         names = self.names()
-        scored = [(state.metric, n) for n in names if (state := read_state(self.folder / n)).metric is not None]
+        scored = [(metric, n) for n in names if (metric := _metric(self.folder / n)) is not None]
         keep = {self.pointed("latest"), self.pointed("best"), *names[-keep_last:]}
         keep |= {n for _, n in sorted(scored)[:keep_best]}
         for name in names:
@@ -126,6 +126,14 @@ def read_state(checkpoint: Path) -> State:
         return State(**json.loads((checkpoint / STATE).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{checkpoint}: no readable {STATE} ({error}); is this a checkpoint of ours?") from error
+
+
+def _metric(checkpoint: Path) -> float | None:
+    """The metric of a checkpoint; a damaged one has none, and must not end a healthy run."""
+    try:
+        return read_state(checkpoint).metric
+    except UserError:
+        return None
 
 
 def describe(path: Path) -> dict:

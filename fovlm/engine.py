@@ -279,17 +279,18 @@ def load_weights(model: FoveatedVLM, source: str) -> None:
 
 
 def whole_checkpoint(folder: Path) -> Path:
-    """A run folder's best or else latest checkpoint, or the folder itself when it is one; verified."""
-    path = folder
-    if not (path / checkpoint.MANIFEST).exists():
-        checkpoints = checkpoint.Checkpoints(folder)
-        name = checkpoints.pointed("best") or checkpoints.pointed("latest")
-        if name is None:
-            raise UserError(f"{folder}: no checkpoint in it")
-        path = checkpoints.folder / name
-    if problem := checkpoint.verify(path):
-        raise UserError(f"{path}: damaged: {problem}")
-    return path
+    """The folder itself when it is a checkpoint, or the best, latest or newest one of a run that is whole."""
+    if (folder / checkpoint.MANIFEST).exists():
+        candidates = [folder]
+    else:
+        run = checkpoint.Checkpoints(folder)
+        names = [run.pointed("best"), run.pointed("latest"), *reversed(run.names())]
+        candidates = [run.folder / name for name in names if name]
+    problem = "no checkpoint in it"
+    for path in candidates:
+        if not (problem := checkpoint.verify(path)):
+            return path
+    raise UserError(f"{folder}: {problem}")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

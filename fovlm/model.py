@@ -16,7 +16,8 @@ round at all is the coarse pass, one is the design, and after K rounds every que
 frames before it, which is what frame-by-frame deployment does (`stream.py`). Training with two narrows that gap.
 """
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as nnf
@@ -277,11 +278,8 @@ def build(settings: ModelSettings, image_frames: int = 1) -> FoveatedVLM:
 
     Raises UserError for a folder without weights.
     """
-    dino = load_dino(settings.dino if isinstance(settings.dino, dict) else find_weights(settings.dino))
-    if isinstance(settings.llm, dict):
-        llm = AutoModelForCausalLM.from_config(LlamaConfig(**settings.llm))
-    else:
-        llm = AutoModelForCausalLM.from_pretrained(find_weights(settings.llm), dtype=torch.float32)
+    dino = _load("dino", settings.dino, load_dino)
+    llm = _load("llm", settings.llm, _load_llm)
     config = FoveatedConfig(
         llm_config=llm.config,
         dino_config=dino.config,
@@ -297,6 +295,23 @@ def build(settings: ModelSettings, image_frames: int = 1) -> FoveatedVLM:
     model = FoveatedVLM(config, llm=llm, dino=dino)
     model.recompute(dino=settings.checkpoint_dino, llm=settings.checkpoint_llm)
     return model
+
+
+def _load(key: str, source: str | dict[str, Any], load: Callable[[str | dict[str, Any]], Any]) -> Any:
+    """A backbone by `load`, from where `source` is found; what cannot be read or fetched is a UserError."""
+    try:
+        return load(find_weights(source) if isinstance(source, str) else source)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"model.{key}={source}: no folder here (nor below FOVLM_MODELS), and not to be fetched: {reason}"
+        ) from error
+
+
+def _load_llm(source: str | dict[str, Any]) -> PreTrainedModel:
+    if isinstance(source, dict):
+        return AutoModelForCausalLM.from_config(LlamaConfig(**source))
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
 
 
 def check_vocabulary(model: FoveatedVLM, words: int) -> None:

@@ -36,7 +36,13 @@ def find(experiment: Experiment, data_hash: str) -> Path | None:
 def _wanted(experiment: Experiment) -> Path | None:
     wanted, own = experiment.train.resume, Checkpoints(experiment.run_folder)
     if wanted == "auto":
-        return own.newest_good(verify_together, log.warning)
+        found = own.newest_good(verify_together, log.warning)
+        if found is None and own.names():
+            raise SharedError(
+                f"{experiment.run_folder}: none of its checkpoints is whole, and starting anew would overwrite them: "
+                "put one back, or remove the folder, or give this run another name with name=..."
+            )
+        return found
     if wanted == "none":
         if own.names():
             raise SharedError(

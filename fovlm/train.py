@@ -111,6 +111,8 @@ class Run:
             zero_stage=self.engine.stage,
         )
         self.started_at = self.state.samples
+        self.saved = self.state.step if found else -1  # the step of the newest checkpoint known to be whole
+        self.losses: list[float] = []  # of the steps since then
         ranks.all_at_once(lambda: self.checkpoints.need_room(self.engine.checkpoint_bytes()))
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ class Run:
             try:
                 self._steps()
             except Stopped:
-                self._save()
+                self._save(validate=False)  # whoever sent the signal may not wait for a validation
                 self.journal.say(f"stopped by a signal; all is saved at step {self.state.step}")
                 self.journal.close("stopped", samples=self.state.samples)
                 return EXIT_STOPPED
@@ -146,11 +148,14 @@ class Run:
             faulthandler.dump_traceback_later(train.hang_minutes * 60, exit=True)
             with meter.waiting():
                 step = next(steps)
-            logs = (self.state.step + 1) % train.log_every == 0
+            after = self._progress(self.state.step + 1, self.state.samples + step.samples)
+            logs = (self.state.step + 1) % train.log_every == 0 or after >= 1.0
             before = self._look_ahead(step.batches[0]) if logs else {}
-            self.engine.set_rates(schedule.rates(self.experiment.optim, self.progress))
+            rates = schedule.rates(self.experiment.optim, after)  # of its end: the first step has a rate above 0
+            self.engine.set_rates(rates)
             done = self.engine.step(step.batches)
             self._count(step, done)
+            self.losses.append(done.loss)
             skipped = skipped + 1 if done.skipped else 0
             if done.skipped:
                 self.journal.say(f"step {self.state.step} is skipped: loss {done.loss}, gradient {done.grad_norm}")
@@ -159,14 +164,14 @@ class Run:
                     f"{skipped} steps in a row were not finite: lower the rates, or look at the samples named above"
                 )
             if logs:
-                self.journal.log(self.state.step, self._row(done, before, meter))
+                self.journal.log(self.state.step, self._row(done, before, rates, meter))
                 self._hold_against_limit(loader.bad)
                 meter = Meter(self.state)
             self.journal.tick(self.state.step)
             if train.eval_every and self.state.step % train.eval_every == 0:
                 self._validate()
             if train.save_every and self.state.step % train.save_every == 0 and self.progress < 1.0:
-                self._save(done.loss)
+                self._save()
             if float(ranks.total([float(self.stop_asked)], self.device)):
                 raise Stopped
         faulthandler.cancel_dump_traceback_later()
@@ -174,9 +179,11 @@ class Run:
     @property
     def progress(self) -> float:
         """How much of the run is done, in [0, 1]."""
-        if self.experiment.train.steps:
-            return min(self.state.step / self.experiment.train.steps, 1.0)
-        return min(self.state.samples / self.samples_wanted, 1.0)
+        return self._progress(self.state.step, self.state.samples)
+
+    def _progress(self, step: int, samples: int) -> float:
+        wanted = self.experiment.train.steps
+        return min(step / wanted if wanted else samples / self.samples_wanted, 1.0)
 
     def _steps_in_all(self) -> int:
         """The length of the run in steps; from its first steps when it is given in samples."""
@@ -217,13 +224,13 @@ class Run:
             found["attention_entropy"] = attention_entropy(self.engine.model.gaze(batch.to(self.device))["fine"])
         return found
 
-    def _row(self, done: Done, before: dict[str, float], meter: Meter) -> dict[str, float]:
+    def _row(self, done: Done, before: dict[str, float], rates: dict[str, float], meter: Meter) -> dict[str, float]:
         row = {
             "loss": done.loss,
             **done.parts,
             **before,
             "grad_norm": done.grad_norm,
-            **{f"lr_{group}": rate for group, rate in schedule.rates(self.experiment.optim, self.progress).items()},
+            **{f"lr_{group}": rate for group, rate in rates.items()},
             **meter.speeds(self.state),
             "samples": self.state.samples,
             "skipped_steps": self.state.skipped,
@@ -303,13 +310,18 @@ class Run:
         )
         return (batch for step in loader for batch in step.batches)
 
-    def _save(self, train_loss: float | None = None) -> None:
-        """Write a checkpoint; it is the best when its metric, `train.best`, is the lowest so far."""
+    def _save(self, validate: bool = True) -> None:
+        """Write a checkpoint; it is the best when its metric, `train.best`, is the lowest so far.
+
+        The metric is the validation loss of now, or the mean training loss since the last checkpoint.
+        """
         train, state = self.experiment.train, self.state
-        if train.best == "val_loss":
+        state.metric = None
+        if train.best == "train_loss" and self.losses:
+            state.metric = sum(self.losses) / len(self.losses)
+        elif train.best == "val_loss" and validate:
             state.metric = self._validate()[AS_TRAINED[self.experiment.model.visual]].loss
-        else:
-            state.metric = train_loss
+        self.losses, self.saved = [], state.step
         best = state.metric is not None and (state.best is None or state.metric < state.best)
         state.best = state.metric if best else state.best
         path = self.engine.save(self.checkpoints, state, self.experiment.dump(), best)
@@ -322,7 +334,7 @@ class Run:
     def _finish(self) -> None:
         """The last checkpoint, the scores in every mode, and what to do next."""
         scores = self._validate(every_mode=True)
-        if self.checkpoints.pointed("latest") != f"step-{self.state.step:08d}":
+        if self.saved != self.state.step:
             self._save()
         task, facts = self.experiment.data.generate, {}
         if task and self.experiment.model.visual != "multi_token":

@@ -132,3 +132,9 @@ def test_a_full_disk_is_told_before_anything_is_written(saved, monkeypatch):
 def test_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"state\.json"):
         read_state(tmp_path)
+
+
+def test_a_damaged_older_checkpoint_does_not_end_a_healthy_run(saved):
+    (saved.folder / "step-00000001" / checkpoint.STATE).write_text("{}x")
+    save(saved, 3, metric=3.0)
+    assert saved.pointed("latest") == "step-00000003"

@@ -69,7 +69,7 @@ class Hunt(Strict):
     val_clips: Count = 256
     frames: Count = 4  # of a clip
     objects: Annotated[list[Count], Field(min_length=1)] = [3]  # in a clip: one of these numbers
-    names: Count = 12  # different objects: colour and shape
+    names: Annotated[int, Field(ge=1, le=24)] = 12  # different objects: colour and shape
     marks: Annotated[int, Field(ge=2, le=10)] = 6  # different marks: chance is 1 / marks
     grid: Count = 6  # places on a side of the picture
     patch: Count = 14  # pixels on a side of a place
@@ -246,6 +246,9 @@ def _problems(e: Experiment) -> list[tuple[str, str]]:
             if source not in d.sources:
                 at = f"data.train.{source}" if key == "train" else "data.val"
                 found.append((at, f"'{source}' is none of data.sources{nearest(source, d.sources)}"))
+    if (task := d.generate) and max(task.objects) > min(task.names, task.grid**2):
+        found.append(("data.generate.objects", f"{max(task.objects)} objects need as many names and places: there are "
+                      f"{task.names} names and {task.grid**2} places"))  # fmt: skip
     if not d.train:
         found.append(("data.train", "no source to train on"))
     if t.best == "val_loss" and not (d.val and t.eval_every):

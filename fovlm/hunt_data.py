@@ -20,6 +20,7 @@ from fovlm import ranks
 from fovlm.attention_maps import maps
 from fovlm.batch import Batch
 from fovlm.config import Hunt, data_root
+from fovlm.errors import UserError
 from fovlm.hunt import COLOURS, QUESTION, SHAPES, Clips, generate, names
 from fovlm.media import encode_jpeg
 from fovlm.model import FoveatedVLM
@@ -47,6 +48,10 @@ def make(task: Hunt) -> None:
     settings = task.model_dump_json(indent=1)
     if (target / "task.json").exists() and (target / "task.json").read_text() == settings:
         return
+    if target.exists() and not (target / "task.json").exists():
+        raise UserError(
+            f"data.generate.folder: {target} holds other things: name another folder"
+        )
     unfinished = target.with_name(target.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     clips = task.train_clips

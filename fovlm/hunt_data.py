@@ -49,9 +49,7 @@ def make(task: Hunt) -> None:
     if (target / "task.json").exists() and (target / "task.json").read_text() == settings:
         return
     if target.exists() and not (target / "task.json").exists():
-        raise UserError(
-            f"data.generate.folder: {target} holds other things: name another folder"
-        )
+        raise UserError(f"data.generate.folder: {target} holds other things: name another folder")
     unfinished = target.with_name(target.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     clips = task.train_clips

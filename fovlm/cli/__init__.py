@@ -1,0 +1,1 @@
+"""The command `fovlm`: thin; every command says what it wants and calls one function elsewhere."""

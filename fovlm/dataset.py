@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -109,14 +110,21 @@ class Dataset:
         seed: int = 0,
     ):
         self.chat, self.frame_size, self.max_frames, self.image_frames = chat, frame_size, max_frames, image_frames
+        self.seed = seed
         self.mix = Mix(weights)
         self.shelves = [self._open(name, sources[name], seed) for name in self.mix.names]
-        identity = {
+        self.asked = {
             "sources": [[s.name, s.source.kind, s.source.prompt, hash_of(s.indices)] for s in self.shelves],
             "weights": weights,
-            "settings": [chat.hash, max_frames, image_frames, seed],
         }
-        self.hash = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
+        self.hash = _digest(self.asked | {"settings": [chat.hash, max_frames, image_frames, seed]})
+
+    def scored_hash(self, samples: int) -> str:
+        """Names the first so many samples as something to score: questions, answers, and the tokens that count.
+
+        How many frames of them a model is shown, and how often, is its own affair: losses compare all the same.
+        """
+        return _digest(self.asked | {"settings": [self.chat.hash, self.seed, samples]})
 
     def _open(self, name: str, source: Source, seed: int) -> Shelf:
         indices = open_indices(find_shards(name, source.shards), cache_root())
@@ -221,6 +229,10 @@ class Dataset:
             return media.decode_video(data, extension, self.frame_size, count, self.max_frames)
         chosen = [pictures[number] for number in media.spread(count, self.max_frames)]
         return media.decode_pictures([(name.rpartition(".")[2], data) for name, data in chosen], self.frame_size)
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
 
 
 def _read_members(index: Index, row: int) -> dict[Member, bytes]:

@@ -4,6 +4,7 @@ make(task)             shards, tokenizer and the places of the asked objects, be
 judge(...)             what the task can tell about a model: beside its loss, where it looked
 """
 
+import fcntl
 import json
 import math
 import shutil
@@ -43,11 +44,25 @@ def folder(task: Hunt) -> Path:
 
 
 def make(task: Hunt) -> None:
-    """Write the shards video, image, text and val, the tokenizer and the truth, unless the same are there already."""
-    target = folder(task)
-    settings = task.model_dump_json(indent=1)
-    if (target / "task.json").exists() and (target / "task.json").read_text() == settings:
+    """Write the shards video, image, text and val, the tokenizer and the truth, unless the same are there already.
+
+    Of two runs that start at once, one writes and the other waits.
+    """
+    target, settings = folder(task), task.model_dump_json(indent=1)
+    if _is_made(target, settings):
         return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(target.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _is_made(target, settings):
+            _make(task, target, settings)
+
+
+def _is_made(target: Path, settings: str) -> bool:
+    return (target / "task.json").exists() and (target / "task.json").read_text() == settings
+
+
+def _make(task: Hunt, target: Path, settings: str) -> None:
     if target.exists() and not (target / "task.json").exists():
         raise UserError(f"data.generate.folder: {target} holds other things: name another folder")
     unfinished = target.with_name(target.name + ".unfinished")

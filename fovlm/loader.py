@@ -62,6 +62,12 @@ def plan(dataset: Dataset, budget: Size, packs: int, cursor: int, stop: int | No
         cursor += taken
 
 
+def that_fill(packs: int, dataset: Dataset, budget: Size) -> int:
+    """How many samples, from the first on and each at most once, fill so many packs."""
+    once = min(dataset.samples.values()) * len(dataset.samples)
+    return next(plan(dataset, budget, packs, 0, once)).cursor
+
+
 class Loader:
     """Iterates over the steps of a run from `cursor`, as rank `rank` of `world`.
 

@@ -47,6 +47,11 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for known, peak in PEAKS.items() if known in name), None)
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's own name, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def memory_gb(device: torch.device) -> float:
     """This rank's peak memory so far in GB: the GPU's allocated tensors, or the process's resident set."""
     if device.type == "cuda":

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -31,8 +32,8 @@ from fovlm.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from fovlm.evaluate import AS_TRAINED, MODES, Score, attention_entropy, evaluate, table
 from fovlm.geometry import geometry
 from fovlm.journal import Journal, write_json
-from fovlm.loader import Loader, Step, plan
-from fovlm.meter import Meter, memory_gb, peak_flops
+from fovlm.loader import Loader, Step, plan, that_fill
+from fovlm.meter import Meter, device_name, memory_gb, peak_flops
 from fovlm.model import FoveatedVLM, build, check_vocabulary
 from fovlm.scaling import mean_cost, samples_of, total
 from fovlm.text import SYSTEM, load_tokenizer
@@ -65,6 +66,7 @@ class Run:
         if data.val:
             every = dict.fromkeys(data.val, 1.0)
             self.val_set = ranks.first_then_all(lambda: open_dataset(experiment, tokenizer, every))
+            self.val_samples = that_fill(experiment.train.eval_packs, self.val_set, budget_of(experiment))
 
         torch.manual_seed(experiment.train.seed)
         model = ranks.all_at_once(lambda: build(settings, data.image_frames))
@@ -78,9 +80,8 @@ class Run:
         some = [self.train_set.size(position) for position in range(SIZED)]
         self.samples_wanted = samples_of(experiment, some) or 0
         self.peak, self.flops = peak_flops(device), 0.0  # FLOP/s of the GPU, and FLOPs of the mean sample
-        if self.peak:
-            with contextlib.suppress(UserError):  # shapes that only the hub knows: the run goes on without its MFU
-                self.flops = total(mean_cost(experiment, geometry(settings), some)).total
+        with contextlib.suppress(UserError):  # shapes that only the hub knows: the run goes on without its MFU
+            self.flops = total(mean_cost(experiment, geometry(settings), some)).total
         self.budget = budget_of(experiment)
 
     def _start_engine(self, model: FoveatedVLM) -> None:
@@ -135,7 +136,7 @@ class Run:
             except Stopped:
                 self._save(validate=False)  # whoever sent the signal may not wait for a validation
                 self.journal.say(f"stopped by a signal; all is saved at step {self.state.step}")
-                self.journal.close("stopped", samples=self.state.samples)
+                self.journal.close("stopped", **self._facts())
                 return EXIT_STOPPED
             self._finish()
         return 0
@@ -233,6 +234,7 @@ class Run:
             **{f"lr_{group}": rate for group, rate in rates.items()},
             **meter.speeds(self.state),
             "samples": self.state.samples,
+            "progress": self.progress,
             "skipped_steps": self.state.skipped,
             "memory_gb": memory_gb(self.device),
         }
@@ -294,18 +296,15 @@ class Run:
         ]
 
     def _val_batches(self) -> Iterator[Batch]:
-        """This rank's share of the validation samples: as many as fill `eval_packs` packs, the same for any ranks."""
+        """This rank's share of the validation samples: the first `val_samples`, the same for any ranks."""
         assert self.val_set is not None
-        samples = self.val_set.samples
-        once = min(samples.values()) * len(samples)
-        packed = next(plan(self.val_set, self.budget, self.experiment.train.eval_packs, 0, once))
         loader = Loader(
             self.val_set,
             self.budget,
             ranks.world(),
             rank=ranks.rank(),
             world=ranks.world(),
-            stop=packed.cursor,
+            stop=self.val_samples,
             tokens_per_look=self.engine.model.config.tokens_per_look,
         )
         return (batch for step in loader for batch in step.batches)
@@ -348,7 +347,18 @@ class Run:
         if task:
             self.journal.say("next: ./launch.sh --list shows every run, README.md how to train on shards of your own")
         told = {mode: asdict(score) for mode, score in scores.items()}
-        self.journal.close("finished", scores=told, samples=self.state.samples, tokens=self.state.tokens, **facts)
+        self.journal.close("finished", scores=told, tokens=self.state.tokens, **self._facts(), **facts)
+
+    def _facts(self) -> dict[str, Any]:
+        """What the summary says of the run beside its losses: how much was computed on what, and what it was scored on.
+
+        `flops` are the model's own, forward and backward; None where the shapes are not known ahead (`geometry.py`).
+        """
+        facts = {"samples": self.state.samples, "ranks": ranks.world(), "device": device_name(self.device)}
+        facts["flops"] = self.state.samples * self.flops or None
+        if self.val_set is not None:
+            facts |= {"val_samples": self.val_samples, "val_hash": self.val_set.scored_hash(self.val_samples)}
+        return facts
 
     def _ask_to_stop(self, number: int, frame: object) -> None:
         self.stop_asked = True

@@ -1,8 +1,9 @@
 """Pictures and videos as bytes -> frames u8 [f, 3, size, size]. The one door to simplejpeg, Pillow and PyAV.
 
-Everything here reads bytes that strangers made. So the container is named by the file's extension or its first bytes and
-never guessed by FFmpeg (which would guess playlists that open other files), sizes are read from the headers and refused when absurd before
-a pixel is decoded, and whatever a decoder complains about becomes a `BadSample` with a countable cause.
+Everything here reads bytes that strangers made. So the container is named by the file's extension or its first bytes
+and never guessed by FFmpeg (which would guess playlists that open other files), sizes are read from the headers and
+refused when absurd before a pixel is decoded, and whatever a decoder complains about becomes a `BadSample` with a
+countable cause.
 """
 
 import io
@@ -232,13 +233,14 @@ def _decode_damaged(file: BinaryIO, kind: str, size: int, most: int, fps: float)
         raise BadSample("video without frames")
     start, length = stamps[0], stamps[-1] - stamps[0]
     lasts = length * len(stamps) / max(len(stamps) - 1, 1)  # with the time of the last frame itself
-    wanted = [start + n / fps for n in spread(int(length * fps) + 1, most)]
+    wanted = [n / fps for n in spread(int(length * fps) + 1, most)]
+    seen, seconds = [], []
     file.seek(0)
     with av.open(file, format=kind) as container:
         stream = _video_stream(container)
-        seen = [
-            (time - start, _small(picture, size)) for time, picture in _pictures_left(container, stream, wanted, stamps)
-        ]
+        for n, picture in _pictures_left(container, stream, [start + time for time in wanted], stamps):
+            seen.append(_small(picture, size))
+            seconds.append(wanted[n])
     if not seen:
         raise BadSample("undecodable video")
     notes = []
@@ -246,7 +248,7 @@ def _decode_damaged(file: BinaryIO, kind: str, size: int, most: int, fps: float)
         notes.append(f"the file is cut short: read {lasts:.0f} of {claimed:.0f} seconds")
     if len(seen) < len(wanted):
         notes.append(f"{len(wanted) - len(seen)} of {len(wanted)} frames are damaged and left out")
-    return Seen(torch.from_numpy(np.stack([pixels for _, pixels in seen])), [t for t, _ in seen], "; ".join(notes))
+    return Seen(torch.from_numpy(np.stack(seen)), seconds, "; ".join(notes))
 
 
 def _stamps(container, stream) -> list[float]:
@@ -264,15 +266,15 @@ def _stamps(container, stream) -> list[float]:
 
 def _claimed_seconds(container, stream) -> float:
     """How long the header says the video is; 0 where it doesn't. The container's own number counts sound as well."""
+    if stream.frames and stream.average_rate:
+        return float(stream.frames / stream.average_rate)
     if stream.duration is not None:
         return float(stream.duration * stream.time_base)
     return container.duration / av.time_base if container.duration and len(container.streams) == 1 else 0.0
 
 
-def _pictures_left(
-    container, stream, wanted: list[float], stamps: list[float]
-) -> Iterator[tuple[float, av.VideoFrame]]:
-    """(time, frame on screen) for each of the wanted times whose frame decodes."""
+def _pictures_left(container, stream, wanted: list[float], stamps: list[float]) -> Iterator[tuple[int, av.VideoFrame]]:
+    """(number of the wanted time, frame on screen) for each whose frame decodes."""
     decoder = _decode_left(container, stream)
     shown, following = None, next(decoder, None)
     for n, time in enumerate(wanted):
@@ -283,8 +285,10 @@ def _pictures_left(
         while following is not None and following.time <= time + 1e-6:
             shown, following = following, next(decoder, None)
         due = stamps[bisect_right(stamps, time + 1e-6) - 1]
-        if shown is not None and shown.time > due - 0.5:  # else what belongs here is lost, and this is an older one
-            yield time, shown
+        if (
+            shown is not None and shown.time > due - 0.2
+        ):  # else what belongs here is lost; 0.2: some times are those of decoding
+            yield n, shown
 
 
 def _decode_left(container, stream) -> Iterator[av.VideoFrame]:
@@ -310,9 +314,31 @@ def _small(picture: av.VideoFrame, size: int) -> np.ndarray:
     return np.rot90(pixels, picture.rotation // 90).transpose(2, 0, 1)
 
 
+def _whole(file: BinaryIO, format: str) -> tuple[BinaryIO, bool]:
+    """The file and True; a WebP that is cut short comes mended to its last whole picture, which libwebp insists on."""
+    end = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if format == "GIF":
+        file.seek(max(end - 1, 0))
+        whole = file.read(1) == b";"
+        file.seek(0)
+        return file, whole
+    head = file.read(12)
+    if int.from_bytes(head[4:8], "little") + 8 <= end:
+        file.seek(0)
+        return file, True
+    data = bytearray(head + file.read())
+    at = 12
+    while (after := at + 8 + (length := int.from_bytes(data[at + 4 : at + 8], "little")) + length % 2) <= len(data):
+        at = after
+    data[4:8] = (at - 8).to_bytes(4, "little")
+    return io.BytesIO(bytes(data[:at])), False
+
+
 def _decode_animation(file: BinaryIO, format: str, size: int, most: int, fps: float) -> Seen:
     frames: list[np.ndarray] = []
     count = read = 0
+    file, whole = _whole(file, format)
     try:
         with Image.open(file, formats=[format]) as image:
             _refuse_absurd(*image.size)
@@ -331,7 +357,10 @@ def _decode_animation(file: BinaryIO, format: str, size: int, most: int, fps: fl
         if isinstance(error, BadSample) or not frames:
             raise error if isinstance(error, BadSample) else BadSample("undecodable picture") from error
     kept = spread(len(frames), most)
-    note = "" if read == count - 1 else f"the file is damaged: read {read} of {count} pictures"
+    if read < count - 1:
+        note = f"the file is damaged: read {read} of {count} pictures"
+    else:
+        note = "" if whole else f"the file is cut short: read {count} pictures, {begins:.1f} seconds"
     return Seen(torch.from_numpy(np.stack([frames[n] for n in kept])), [n / fps for n in kept], note)
 
 

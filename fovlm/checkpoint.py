@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there: staged, verified, and only then pointed to.
 
-    RUN/checkpoints/step-00000100/   the engine's shards, state.json, experiment.yaml, manifest.json
+    RUN/checkpoints/step-00000100/   the engine's shards, state.json, experiment.yaml, model.json (its configuration),
+                                     probe.safetensors (what it answered, `probe.py`), manifest.json
     RUN/checkpoints/latest, best     one line each: the name of a folder beside them
 
 A save writes into a hidden staging folder; when every rank has written, the manifest (size and checksum of every file)
@@ -24,6 +25,9 @@ from fovlm.errors import UserError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+CONFIG = "model.json"  # not config.json, which marks a folder that transformers can load
+ENGINE = "engine"  # the folder of DeepSpeed's own files
+UNIVERSAL = "universal"  # in its place, a checkpoint in DeepSpeed's universal form
 SPARE = 1.05  # room asked for beyond the estimate: file headers, and the file system's own needs
 
 

@@ -67,6 +67,22 @@ def parts(layer: Any) -> Parts:
     return Parts(layer.norm1, *projections, layer.layer_scale1, layer.norm2, layer.mlp, layer.layer_scale2)
 
 
+# How transformers before 5.18 named what `parts` names, which is also how DINOv2's weights are released.
+RELEASED_NAMES = {
+    "attention.q_proj.": "attention.attention.query.",
+    "attention.k_proj.": "attention.attention.key.",
+    "attention.v_proj.": "attention.attention.value.",
+    "attention.o_proj.": "attention.output.dense.",
+}
+
+
+def released_name(name: str) -> str:
+    """The name under which a weight of DINOv2 is released, which every release of transformers can read."""
+    for ours, theirs in RELEASED_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
 def heads(x: Tensor, width: int) -> Tensor:
     """[..., H * d] -> [..., H, d] without a copy."""
     return x.unflatten(-1, (-1, width))

@@ -27,17 +27,18 @@ from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
 from fovlm import checkpoint, ranks
 from fovlm.batch import Batch
+from fovlm.checkpoint import ENGINE
 from fovlm.config import Optim, run_root
 from fovlm.errors import UserError
 from fovlm.model import FoveatedVLM
 from fovlm.objectives import Loss, pair_weight, preference_loss, text_loss, text_weight
+from fovlm.probe import Probe, Question
+from fovlm.zero import ZeroWeights
 
-ENGINE = "engine"  # the folder of DeepSpeed's own files inside a checkpoint
 log = logging.getLogger("fovlm")
 
 
@@ -177,10 +178,18 @@ class Engine:
             size[p.requires_grad] += getattr(p, "ds_numel", p.numel())
         return (size[True] + size[False]) * self.dtype.itemsize + size[True] * 12
 
-    def save(self, checkpoints: checkpoint.Checkpoints, state: checkpoint.State, experiment: str, best: bool) -> Path:
+    def save(
+        self,
+        checkpoints: checkpoint.Checkpoints,
+        state: checkpoint.State,
+        experiment: str,
+        best: bool,
+        probe: Question | None = None,
+    ) -> Path:
         """Write a checkpoint together with all ranks; see `checkpoint.py` for the order of things.
 
-        Raises UserError, on every rank and before anything is written, when the disk cannot hold it.
+        The nll of `probe` goes with it, for a conversion to be held against. Raises UserError, on every rank and
+        before anything is written, when the disk cannot hold it.
         """
         ranks.all_at_once(lambda: checkpoints.need_room(self.checkpoint_bytes()))
         name = f"step-{state.step:08d}"
@@ -189,8 +198,12 @@ class Engine:
             str(staging), tag=ENGINE, client_state={"iteration": state.step}, save_latest=False
         )
         torch.save(_random_states(), staging / f"random-{ranks.rank():05d}.pt")
+        answered = self._ask(probe) if probe else None
         if ranks.rank() == 0:
             (staging / "experiment.yaml").write_text(experiment)
+            (staging / checkpoint.CONFIG).write_text(self.model.config.to_json_string(use_diff=False))
+            if answered:
+                answered.save(staging)
         ranks.barrier()
         files = sorted(p for p in staging.rglob("*") if p.is_file())
         sealed = ranks.gather(checkpoint.seal(files[ranks.rank() :: ranks.world()], staging))
@@ -199,6 +212,11 @@ class Engine:
             manifest = {name: entry for part in sealed for name, entry in part.items()}
             final = checkpoints.publish(staging, manifest, state, best)
         return Path(ranks.from_first(str(final)))
+
+    @torch.no_grad()
+    def _ask(self, probe: Question) -> Probe:
+        self.deepspeed.eval()
+        return probe.answered(self.nll(probe.batch.to(self.device)), self.dtype)
 
     def load(self, path: Path, universal: Path | None = None) -> None:
         """Put weights, optimizer and random states back as `path` holds them, on every rank.
@@ -259,6 +277,13 @@ def to_universal(path: Path, out: Path) -> Path:
     return out
 
 
+def universal_for(path: Path, scratch: Path) -> Path | None:
+    """The universal form of a checkpoint where this number of ranks needs one, made in `scratch` unless it is one."""
+    if (path / checkpoint.UNIVERSAL).is_dir():  # `fovlm convert RUN OUT --to universal` made it
+        return path / checkpoint.UNIVERSAL
+    return to_universal(path, scratch) if checkpoint.read_state(path).world_size != ranks.world() else None
+
+
 def load_weights(model: FoveatedVLM, source: str) -> None:
     """Put the weights of another run into `model`: a run's name or folder (its best checkpoint, else its latest), one
     checkpoint, or a folder that `save_pretrained` wrote. Raises UserError when there are none, or they do not fit.
@@ -294,9 +319,10 @@ def whole_checkpoint(folder: Path) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """All weights of a checkpoint in fp32, put together from the ranks' shards; frozen and tied ones included."""
-    with weights_only():
-        return get_fp32_state_dict_from_zero_checkpoint(str(path), tag=ENGINE)
+    """All weights of a checkpoint, put together from the ranks' shards: fp32, but frozen ones as they were stored."""
+    stored = ZeroWeights(path / ENGINE)
+    weights = {name: stored.read(name) for name in stored.shapes}
+    return weights | {name: weights[source] for name, source in stored.ties.items() if source in weights}
 
 
 def _random_states() -> dict[str, Tensor]:

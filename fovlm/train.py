@@ -26,7 +26,7 @@ from fovlm.attention_maps import save_maps
 from fovlm.batch import Bad, Batch
 from fovlm.config import Experiment
 from fovlm.dataset import Dataset, budget_of, open_dataset, tokenizer_of
-from fovlm.engine import Engine, load_weights, start, to_universal
+from fovlm.engine import Engine, load_weights, start, universal_for
 from fovlm.engine import Step as Done
 from fovlm.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from fovlm.evaluate import AS_TRAINED, MODES, Score, attention_entropy, evaluate, table
@@ -35,6 +35,7 @@ from fovlm.journal import Journal, write_json
 from fovlm.loader import Loader, Step, plan, that_fill
 from fovlm.meter import Meter, device_name, memory_gb, peak_flops
 from fovlm.model import FoveatedVLM, build, check_vocabulary
+from fovlm.probe import choose
 from fovlm.scaling import mean_cost, samples_of, total
 from fovlm.text import SYSTEM, load_tokenizer
 
@@ -82,7 +83,8 @@ class Run:
         self.peak, self.flops = peak_flops(device), 0.0  # FLOP/s of the GPU, and FLOPs of the mean sample
         with contextlib.suppress(UserError):  # shapes that only the hub knows: the run goes on without its MFU
             self.flops = total(mean_cost(experiment, geometry(settings), some)).total
-        self.budget = budget_of(experiment)
+        self.budget, probed = budget_of(experiment), self.val_set or self.train_set
+        self.probe = ranks.all_at_once(lambda: choose(probed, self.budget, model.config.tokens_per_look))
 
     def _start_engine(self, model: FoveatedVLM) -> None:
         """Make the engine, and put it where the checkpoint left it when there is one to go on from."""
@@ -95,10 +97,8 @@ class Run:
 
         found = self.found = resume.find(experiment, self.train_set.hash)
         self.state = checkpoint.read_state(found) if found else checkpoint.State()
-        universal = None
-        if found and self.state.world_size != ranks.world():
-            universal = experiment.run_folder / "universal"
-            to_universal(found, universal)
+        universal = universal_for(found, experiment.run_folder / "universal") if found else None
+        if universal:
             settings["checkpoint"] = {"load_universal": True}
         self.engine_settings = settings
         self.engine = Engine(model, experiment.optim, settings, self.device, reference, experiment.train.dpo_beta)
@@ -129,6 +129,7 @@ class Run:
             if ranks.rank() == 0:
                 (self.experiment.run_folder / "experiment.yaml").write_text(self.experiment.dump())
                 write_json(self.experiment.run_folder / "deepspeed.json", self.engine_settings)
+                self.tokenizer.save_pretrained(self.experiment.run_folder / "tokenizer")
             if self.found:
                 self.journal.say(f"going on from {self.found.name}, sample {self.state.samples}")
             try:
@@ -323,7 +324,7 @@ class Run:
         self.losses, self.saved = [], state.step
         best = state.metric is not None and (state.best is None or state.metric < state.best)
         state.best = state.metric if best else state.best
-        path = self.engine.save(self.checkpoints, state, self.experiment.dump(), best)
+        path = self.engine.save(self.checkpoints, state, self.experiment.dump(), best, self.probe)
         if ranks.rank() == 0:
             self.checkpoints.prune(train.keep_last, train.keep_best)
         self.journal.say(

@@ -1,0 +1,386 @@
+"""`python -m fovlm.convert RUN_OR_CHECKPOINT OUT`: from a ZeRO checkpoint to a folder that transformers loads.
+
+    OUT/  config.json  model.safetensors  generation_config.json  tokenizer and processor files  README.md
+
+Weights go from the mapped shards to the file one by one (`zero.py`, `tensors.py`). What was written is then loaded and
+held against the nll that the engine recorded at the save (`probe.py`). All this happens in a folder beside OUT that gets
+its name at the very end: OUT is whole and checked, or not there.
+
+`--to universal` makes a checkpoint that training can go on from on any number of ranks:
+`./launch.sh NAME train.resume=OUT`.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoConfig, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
+
+from fovlm import checkpoint
+from fovlm.card import card, summary_of
+from fovlm.checkpoint import ENGINE, UNIVERSAL, Checkpoints
+from fovlm.config import Experiment, run_root
+from fovlm.dataset import tokenizer_of
+from fovlm.encoder import Dinov2Config, released_name
+from fovlm.errors import EXIT_USER_ERROR, UserError, nearest
+from fovlm.model import FoveatedConfig, FoveatedVLM, find_weights
+from fovlm.probe import Probe, by_sample, mean_nll, snug
+from fovlm.tensors import Plan, byte_size, write_tensors
+from fovlm.text import load_tokenizer, template
+from fovlm.zero import ZeroWeights
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# How far the mean over the probe's tokens of |nll as written - nll as recorded| may be, in nats. The model is asked in
+# the type that the engine had where it can be: the same weights then, and another device's rounding at most. When fp32
+# weights are written as bf16, every weight moves by up to 1/256 of itself, and that is a change of the model, not an
+# error: seen 0.001 to 0.02, while a tied weight lost or a frozen layer left at random gives 0.5 and more.
+TOLERANCE = {"float32": 2e-3, "bfloat16": 5e-2}
+ROUNDED = 0.15
+RELEASE_AFTER = 256 << 20  # bytes read from the mapped shards before their memory is given back
+say = Console(stderr=True, highlight=False, soft_wrap=True).print
+
+
+@dataclass
+class Source:
+    """A checkpoint, the experiment that made it, and the run it belongs to (its own parent, when it stands alone)."""
+
+    path: Path
+    run: Path
+    experiment: Experiment
+    state: checkpoint.State
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    dtype: str = "bf16",
+    shard_size: str = "4GB",
+    trust: bool = False,
+    which: str | None = None,
+    to: str = "model",
+    tokenizer: str | None = None,
+) -> Path:
+    """Convert a run (its best checkpoint, else its latest; or `which`: best, latest or a step) or one checkpoint.
+
+    `to` is "model", for transformers, or "universal", for training to go on from. `tokenizer` is a folder or an id, for
+    old runs that do not hold theirs. Returns OUT. Raises UserError, and leaves nothing, for a folder that is neither a
+    run nor a checkpoint, damaged or missing shards, an OUT that is not empty, files that weights_only cannot read
+    (unless `trust`), and when the model as written does not answer as the one in training did.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is bf16 or fp32, not '{dtype}'{nearest(dtype, DTYPES)}")
+    if to not in ("model", "universal"):
+        raise UserError(f"--to is model or universal, not '{to}'{nearest(to, ('model', 'universal'))}")
+    largest = byte_size(shard_size)
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already and not empty: remove it, or give another folder")
+    found = find(Path(source), which)
+    with staged(out) as staging:
+        if to == "universal":
+            _universal(found, staging)
+        else:
+            _model(found, staging, out.resolve().name, DTYPES[dtype], largest, trust, tokenizer)
+    return out
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` at the end, or goes when anything fails."""
+    out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.resolve().parent))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        if out.is_dir():
+            out.rmdir()
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+# -- what to convert --------------------------------------------------------------------------------------------------
+
+
+def find(source: Path, which: str | None = None) -> Source:
+    """The checkpoint meant by `source` (a run's folder or name, or a checkpoint's folder), whole. Raises UserError."""
+    folder = next((f for f in (source, run_root() / source) if f.is_dir()), None)
+    if folder is None:
+        there = [f.name for f in run_root().iterdir() if f.is_dir()] if run_root().is_dir() else []
+        raise UserError(f"{source}: no such folder, nor a run below {run_root()}{nearest(source.name, there)}")
+    if folder.name == "checkpoints":
+        folder = folder.parent
+    if (folder / checkpoint.MANIFEST).is_file():
+        if which:
+            raise UserError(f"{folder} is one checkpoint: --step {which} is for a run's folder")
+        path = folder
+    elif (folder / "checkpoints").is_dir():
+        path = _of_run(folder, which)
+    else:
+        problem = "neither a run (no checkpoints/ in it) nor a checkpoint"
+        if (folder / "config.json").is_file():
+            problem = "a model already, not a run"
+        elif (folder / ENGINE).is_dir():
+            problem = "a checkpoint without its manifest.json, so its save never ended"
+        raise UserError(f"{folder}: {problem}; give the folder of a run, or one below its checkpoints/")
+    if (path / UNIVERSAL).is_dir():
+        raise UserError(f"{path} is in DeepSpeed's universal form already: convert the run that it came from")
+    with _progress() as bar:
+        task = bar.add_task("checking the shards", total=None)
+        if problem := checkpoint.verify(path):
+            raise UserError(f"{path}: {problem}; {_others(path)}")
+        bar.remove_task(task)
+    state = checkpoint.read_state(path)
+    try:
+        experiment = Experiment.parse((path / "experiment.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValidationError, ValueError) as error:
+        raise UserError(f"{path / 'experiment.yaml'}: {' '.join(str(error).split())[:160]}") from error
+    run = path.resolve().parent.parent if path.resolve().parent.name == "checkpoints" else path
+    return Source(path, run, experiment, state)
+
+
+def _of_run(run: Path, which: str | None) -> Path:
+    own = Checkpoints(run)
+    names = own.names()
+    if not names:
+        raise UserError(f"{run}: a run without a complete checkpoint: train on, or wait for its first save")
+    if which in (None, "best", "latest"):
+        name = own.pointed("best") if which != "latest" else None
+        if which == "best" and name is None:
+            raise UserError(f"{run}: no checkpoint is marked as best; --step latest takes the newest")
+        return own.folder / (name or own.pointed("latest") or names[-1])
+    steps = {str(int(name.removeprefix("step-"))): name for name in names}
+    wanted = str(which).removeprefix("step-").lstrip("0") or "0"
+    if wanted not in steps:
+        raise UserError(f"{run}: no checkpoint of step {which}; there are best, latest, {', '.join(steps)}")
+    return own.folder / steps[wanted]
+
+
+def _others(path: Path) -> str:
+    """What else could be converted, in place of a damaged checkpoint."""
+    others = [str(int(p.parent.name.removeprefix("step-"))) for p in path.parent.glob(f"step-*/{checkpoint.MANIFEST}")]
+    others = [step for step in sorted(others, key=int) if step != path.name.removeprefix("step-").lstrip("0")]
+    return f"--step {others[-1]} is another" if others else "there is no other checkpoint beside it"
+
+
+# -- to a model -------------------------------------------------------------------------------------------------------
+
+
+def _model(
+    source: Source, out: Path, name: str, dtype: torch.dtype, largest: int, trust: bool, tokenizer: str | None
+) -> None:
+    config, words = _config(source), _tokenizer(source, tokenizer)
+    stored = ZeroWeights(source.path / ENGINE, trust)
+    write_weights(out, config, stored, dtype, largest)
+    write_texts(out, config, words, dtype)
+    checked = _check(out, source, dtype)
+    (out / "README.md").write_text(
+        card(
+            name,
+            source.experiment,
+            source.state,
+            summary_of(source.run),
+            str(dtype).removeprefix("torch."),
+            checked,
+        ),
+        encoding="utf-8",
+    )
+    say(checked)
+
+
+def _config(source: Source) -> FoveatedConfig:
+    """The configuration that the engine stored, or, in older checkpoints, that of the experiment's backbones."""
+    file = source.path / checkpoint.CONFIG
+    if file.is_file():
+        return FoveatedConfig(**json.loads(file.read_text(encoding="utf-8")))
+    model = source.experiment.model
+    try:
+        llm, dino = (
+            of(**given) if isinstance(given, dict) else AutoConfig.from_pretrained(find_weights(given))
+            for of, given in ((LlamaConfig, model.llm), (Dinov2Config, model.dino))
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{source.path}: an old checkpoint without its model's configuration, and {model.llm} or {model.dino} is not "
+            f"to be found: set FOVLM_MODELS ({' '.join(str(error).split())[:120]})"
+        ) from error
+    names = ("visual", "deep_query", "prompt", "rounds", "query_dim", "visual_scale", "frame_size")
+    settings = {name: getattr(model, name) for name in names}
+    return FoveatedConfig(llm, dino, image_frames=source.experiment.data.image_frames, **settings)
+
+
+def _tokenizer(source: Source, given: str | None) -> PreTrainedTokenizerBase:
+    own = source.run / "tokenizer"
+    if given is None and own.is_dir():
+        return load_tokenizer(str(own))
+    try:
+        return load_tokenizer(given or tokenizer_of(source.experiment))
+    except UserError as error:
+        raise UserError(
+            f"{source.run}: an old run without its tokenizer, which was not found elsewhere: set FOVLM_MODELS and "
+            f"FOVLM_DATA as for the training, or --tokenizer FOLDER ({error})"
+        ) from error
+
+
+def write_weights(out: Path, config: FoveatedConfig, stored: ZeroWeights, dtype: torch.dtype, largest: int) -> None:
+    """Stream the stored weights into `out`, in `dtype` (buffers keep theirs), tied ones once. Raises UserError.
+
+    What is stored must be what a model of this configuration has, no more and no less.
+    """
+    with torch.device("meta"):
+        model = FoveatedVLM(config)
+    tied = {released_name(name) for name in model.all_tied_weights_keys}
+    shapes = {released_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
+    parameters = {released_name(name) for name, _ in model.named_parameters()}
+    sources = {released_name(name): name for name in (*stored.ties, *stored.shapes)}
+    wrong = [name for name in shapes.keys() - tied if name not in sources]
+    wrong += [name for name in sources.keys() - shapes.keys()]
+    wrong += [name for name in shapes.keys() & sources.keys() if stored.shape(sources[name]) != shapes[name]]
+    if wrong:
+        raise UserError(
+            f"{stored.folder}: its weights are not those of the model that its experiment describes: {sorted(wrong)[0]}"
+            + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+        )
+    plan: Plan = {
+        name: (shape, dtype if name in parameters else stored.dtype(sources[name]))
+        for name, shape in shapes.items()
+        if name not in tied
+    }
+    unreleased = 0
+
+    def read(name: str) -> torch.Tensor:
+        nonlocal unreleased
+        if unreleased > RELEASE_AFTER:
+            stored.release()
+            unreleased = 0
+        tensor = stored.read(sources[name])
+        unreleased += tensor.nbytes
+        return tensor
+
+    with _progress() as bar:
+        task = bar.add_task("writing the weights", total=sum(_bytes(*entry) for entry in plan.values()))
+        write_tensors(out, plan, read, largest, lambda written: bar.advance(task, written))
+    stored.close()
+
+
+def write_texts(out: Path, config: FoveatedConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
+    """config.json, generation_config.json, tokenizer and processor. Raises UserError."""
+    for part in (config, config.llm_config, config.dino_config):
+        part._name_or_path = ""  # a folder of this machine
+    config.architectures, config.dtype = [FoveatedVLM.__name__], dtype
+    config.save_pretrained(out)
+    _, _, tail = template(tokenizer)
+    ends = dict.fromkeys([*tokenizer(tail, add_special_tokens=False)["input_ids"][:1], tokenizer.eos_token_id])
+    ids = [token for token in ends if token is not None]
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ids if len(ids) > 1 else ids[0],
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ids[0],
+    ).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+# -- is it the same model? --------------------------------------------------------------------------------------------
+
+
+def _check(out: Path, source: Source, dtype: torch.dtype) -> str:
+    """Load what was written and ask it what the engine was asked. Returns what to say. Raises UserError."""
+    probe = Probe.load(source.path)
+    trained = getattr(torch, probe.precision) if probe else dtype
+    # bf16 weights rounded from fp32 masters are exactly those that bf16 training computed with.
+    computed = torch.bfloat16 if torch.bfloat16 in (dtype, trained) else torch.float32
+    with _progress() as bar:
+        bar.add_task("loading and asking what was written", total=None)
+        model = load(out, computed)
+        if probe is None:
+            return (
+                "Not verified: this checkpoint is from before the engine recorded a probe (no probe.safetensors in it). "
+                "It loads, and every weight of the model was found in the shards."
+            )
+        nll = answers(model, probe)
+    apart = float((torch.cat(nll) - torch.cat(probe.nll)).abs().mean())
+    limit = TOLERANCE[probe.precision] if computed == trained else ROUNDED
+    ours, theirs = mean_nll(nll), probe.mean
+    numbers = (
+        f"nll {ours:.6f} as converted ({str(computed).removeprefix('torch.')}), {theirs:.6f} as recorded in training "
+        f"({probe.precision}), {apart:.2g} apart on the mean token of {len(probe.samples)} samples"
+    )
+    if not apart <= limit:  # NaN is no match either
+        raise UserError(f"{source.path}: the converted model is not the trained one: {numbers}; {limit:g} is allowed")
+    return f"Verified: {numbers} ({limit:g} is allowed)."
+
+
+def load(folder: Path, dtype: torch.dtype) -> FoveatedVLM:
+    """A written model, loaded as anyone would; a weight that is missing or left over is a UserError."""
+    model, told = FoveatedVLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if wrong := [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in told[kind]]:
+        raise UserError(f"the written model does not load: {', '.join(map(str, sorted(wrong)[:5]))}")
+    return model.eval()
+
+
+def answers(model: FoveatedVLM, probe: Probe) -> list[torch.Tensor]:
+    """The model's nll of the probe's samples."""
+    batch = snug(probe.samples, model.config.tokens_per_look)
+    with torch.no_grad():
+        return by_sample(model(batch), batch, len(probe.samples))
+
+
+# -- to a universal checkpoint ----------------------------------------------------------------------------------------
+
+
+def _universal(source: Source, out: Path) -> None:
+    from fovlm.engine import to_universal  # deepspeed takes seconds to import: only for this
+
+    for file in source.path.iterdir():
+        if file.is_file() and not file.name.startswith(("random-", "zero_to_", checkpoint.MANIFEST)):
+            shutil.copy2(file, out / file.name)
+    with _progress() as bar:
+        bar.add_task("making the universal checkpoint", total=None)
+        to_universal(source.path, out / UNIVERSAL)
+        files = sorted(p for p in out.rglob("*") if p.is_file())
+        manifest = checkpoint.seal(files, out)
+    (out / checkpoint.MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(bar_width=30), TimeRemainingColumn(), console=Console(stderr=True),
+        transient=True,
+    )  # fmt: skip
+
+
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Convert; returns the exit status: 0, or 2 for a mistake that one line explains."""
+    parser = argparse.ArgumentParser(prog="python -m fovlm.convert", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="a run's folder or name, or one of its checkpoints")
+    parser.add_argument("out", metavar="OUT", help="the folder to make")
+    parser.add_argument("--dtype", default="bf16", help="bf16 or fp32 (default bf16)")
+    parser.add_argument("--shard-size", default="4GB", help="largest file, like 4GB or 500MB (default 4GB)")
+    parser.add_argument("--step", dest="which", help="best, latest or a step (default: best, or latest if none is)")
+    parser.add_argument("--to", default="model", help="model, or universal: to go on training on other ranks")
+    parser.add_argument("--tokenizer", help="a folder or id, for old runs that do not hold theirs")
+    parser.add_argument("--trust", action="store_true", help="unpickle files freely: runs whatever code they hold")
+    try:
+        print(convert(**vars(parser.parse_args(arguments))))
+    except UserError as error:
+        print(f"fovlm: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -68,6 +68,14 @@ def names(folder: Path = EXPERIMENTS) -> dict[str, str]:
     return {name: note for name, (_, _, note) in _all(folder).items()}
 
 
+def groups(folder: Path = EXPERIMENTS) -> dict[str, list[str]]:
+    """All runs by the file that has them, in its order: the file's name without `.yaml` -> names of runs."""
+    found: dict[str, list[str]] = {}
+    for name, (file, _, _) in _all(folder).items():
+        found.setdefault(file.stem, []).append(name)
+    return found
+
+
 def settings(name: str, folder: Path = EXPERIMENTS) -> Settings:
     """What the files say about the run `name`. Raises UserError, naming the nearest run, when there is none."""
     runs = _all(folder)

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from fovlm.cli import data, evidence, use
+from fovlm.cli import data, evidence, run, use
 from fovlm.errors import EXIT_USER_ERROR, UserError
 
 app = typer.Typer(
@@ -18,8 +18,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,  # a traceback is for bugs, and then a plain one
 )
-for part in (use, data, evidence):
+for part in (use, data, evidence, run):
     part.register(app)
+app.callback()(lambda: None)  # with this, a single command has a name too
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,45 @@
+"""`fovlm run`: many experiments, one after another or side by side."""
+
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(name="run")(run)
+
+
+def run(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PATTERN... [section.key=value ...]", help="`ablations/*`, `LR1 A1`, `135M-*`; overrides"),
+    ] = None,
+    only: Annotated[str, typer.Option("--filter", help="Keep the runs with this in their name.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Repeats of each run: NAME, NAME-s1, NAME-s2 ...")] = 1,
+    gpus: Annotated[str, typer.Option(help="GPUs to share out, like 0,1,2,3; unless told, each run has all.")] = "",
+    per_run: Annotated[int, typer.Option(min=1, help="GPUs for each run.")] = 1,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time on the CPU.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes of each run on the CPU.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Redo what was made under other settings.")] = False,
+) -> None:
+    """Train many experiments; finished ones are skipped, interrupted ones go on, a failure does not end the rest."""
+    from fovlm.errors import UserError
+    from fovlm.many import Many, Slot, cpu_slots, exit_status, gpu_slots
+    from fovlm.many_plan import plan, select
+    from fovlm.many_watch import Watch
+
+    words = what or []
+    patterns, overrides = [w for w in words if "=" not in w], [w for w in words if "=" in w]
+    if gpus and (jobs or ranks):
+        raise UserError("--gpus, or --jobs and --ranks for the CPU: not both")
+    planned = plan(select(patterns, only), overrides, seeds)
+    if gpus:
+        slots = gpu_slots(gpus.split(","), per_run)
+    elif jobs or ranks:
+        slots = cpu_slots(jobs or 1, ranks or (1 if jobs and jobs > 1 else 2))
+    else:
+        slots = [Slot()]
+    with Watch(len(planned)) as watch:
+        results = Many(planned, slots, watch).work(again)
+    raise typer.Exit(exit_status(results, planned, watch.say))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fovlm import media
+from fovlm import footage, media
 from fovlm.bad import BadSample
 from fovlm.errors import UserError, nearest
 
@@ -47,11 +47,11 @@ def read_clip(path: str | Path, size: int, most: int = 64, fps: float = 1.0) -> 
         raise UserError(f"{path} is neither a file nor a folder")
     try:
         with path.open("rb") as file:
-            kind = media.kind_of(file)
+            kind = footage.kind_of(file)
             if kind is None:
                 what = "is no video or picture" if path.stat().st_size else "is empty"
                 raise UserError(f"{path} {what} (what can be read: {KINDS})")
-            seen = media.decode_some(file, kind, size, most, fps)
+            seen = footage.decode_some(file, kind, size, most, fps)
     except BadSample as error:
         raise UserError(f"{path}: {_told(str(error), kind)}") from error
     except OSError as error:
@@ -80,8 +80,8 @@ def _read_folder(folder: Path, size: int, most: int) -> Clip:
     for n in media.spread(len(files), most):
         try:
             with files[n].open("rb") as file:
-                kind = media.kind_of(file)
-                seen = media.decode_some(file, kind if kind in media.PICTURES.values() else "JPEG", size, 1)
+                kind = footage.kind_of(file)
+                seen = footage.decode_some(file, kind if kind in media.PICTURES.values() else "JPEG", size, 1)
         except (BadSample, OSError) as error:
             causes.append(f"{files[n].name}: {_told(str(error), None)}")
             continue

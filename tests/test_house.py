@@ -39,9 +39,9 @@ DOORS = {
     "webdataset": {"fovlm.shards"},
     "wandb": {"fovlm.journal"},
     "deepspeed": {"fovlm.engine", "fovlm.checkpoint", "fovlm.convert"},
-    "PIL": {"fovlm.media"},
+    "PIL": {"fovlm.media", "fovlm.footage"},
     "simplejpeg": {"fovlm.media"},
-    "av": {"fovlm.media"},
+    "av": {"fovlm.media", "fovlm.footage"},
 }
 # Names inside Hugging Face's Dinov2Model, which change between releases.
 DINOV2_NAMES = ("layer_scale1", "layer_scale2", "lambda1", "patch_embeddings", "transformers.models.dinov2")

@@ -1,0 +1,186 @@
+"""Fits and quantiles: loss as a law of size and data, the best size of a budget. The one door to scipy.
+
+The law is that of Hoffmann et al. 2022 ("Chinchilla", arXiv 2203.15556, section 3.3): L(N, D) = E + A / N^alpha +
+B / D^beta, fitted by the Huber loss (delta 1e-3) of log L with L-BFGS from a grid of starts. Two details follow
+Besiroglu et al. 2024 (arXiv 2404.10102), who found why the first fit was off: the loss is summed and not averaged, and
+the optimizer is not stopped early. N and D may be in any unit; they are scaled to their geometric mean inside.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import minimize
+from scipy.special import stdtrit
+
+DELTA = 1e-3  # of the Huber loss: about 0.1 % of the loss
+FEW = 20  # points; below it residuals are resampled, for a resample of so few points often lacks a size or a budget
+STARTS = 24  # of the grid, those with the lowest loss, are followed to the end
+# Bounds of log E (less log of the lowest loss), log A, alpha, log B, beta, where N and D are 1 at their mean.
+BOUNDS = ((-8.0, 1.0), (-12.0, 6.0), (1e-3, 4.0), (-12.0, 6.0), (1e-3, 4.0))
+
+
+@dataclass(frozen=True)
+class Law:
+    """L(N, D) = E + A / N^alpha + B / D^beta, loss in nats."""
+
+    E: float
+    A: float
+    alpha: float
+    B: float
+    beta: float
+
+    def loss(self, N: ArrayLike, D: ArrayLike) -> np.ndarray:
+        """Predicted losses for sizes N and amounts of data D."""
+        N, D = np.asarray(N, float), np.asarray(D, float)
+        return self.E + self.A * N**-self.alpha + self.B * D**-self.beta
+
+    @property
+    def exponent(self) -> float:
+        """a in "the best size grows as C^a" for FLOPs C proportional to N times D: beta / (alpha + beta)."""
+        return self.beta / (self.alpha + self.beta)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted law; `intervals` holds (low, high) of each of its parameters and of `exponent`."""
+
+    law: Law
+    intervals: dict[str, tuple[float, float]]
+    points: int
+    spread: float  # standard deviation of log(measured / predicted)
+
+
+def fit_law(
+    N: Sequence[float], D: Sequence[float], L: Sequence[float], draws: int = 200, level: float = 0.95, seed: int = 0
+) -> Fit:
+    """Fit the law to losses L > 0 at sizes N and amounts of data D, with bootstrap intervals from `draws` refits.
+
+    Points are resampled; fewer than `FEW` points keep their places, and their residuals are resampled, widened for the
+    five parameters they were fitted with. Raises ValueError for fewer than six points or a loss that is not above 0.
+    """
+    n, d, y = (np.log(np.asarray(v, float)) for v in (N, D, L))
+    if len(y) < 6 or not np.isfinite([n, d, y]).all():
+        raise ValueError("a law of five parameters wants six points or more, all numbers above 0")
+    n0, d0 = n.mean(), d.mean()
+    n, d = n - n0, d - d0
+    best = _best(n, d, y, _starts(y))
+    rng = np.random.default_rng(seed)
+    fitted = _predict(best, n, d)[0]
+    residuals = (y - fitted) * np.sqrt(len(y) / (len(y) - 5))
+    found = []
+    for _ in range(draws):
+        pick = rng.integers(0, len(y), len(y))
+        data = (n[pick], d[pick], y[pick]) if len(y) >= FEW else (n, d, fitted + residuals[pick])
+        found.append(_law(_best(*data, [best]), n0, d0))
+    law = _law(best, n0, d0)
+    tails = [50 * (1 - level), 50 * (1 + level)]
+    names = [field.name for field in fields(Law)]
+    columns = dict(zip(names, np.array([astuple(one) for one in found]).reshape(-1, 5).T, strict=True))
+    columns["exponent"] = np.array([one.exponent for one in found])
+    intervals = {k: tuple(np.percentile(v, tails).tolist()) for k, v in columns.items()} if found else {}
+    return Fit(law, intervals, len(y), float((y - fitted).std()))
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The lowest point of a parabola of loss over log size. `sure`: the share of draws that are convex and have it
+    within the range of the sizes; `size`, `low`, `high` and `loss` are None where the parabola itself does not."""
+
+    size: float | None
+    loss: float | None
+    low: float | None
+    high: float | None
+    sure: float
+    coefficients: tuple[float, float, float]  # of log(size / mean)^2, ^1, ^0
+    mean: float  # the geometric mean of the sizes
+
+
+def parabola(
+    N: Sequence[float], L: Sequence[float], noise: float | None, draws: int = 2000, level: float = 0.95, seed: int = 0
+) -> Optimum:
+    """Fit a parabola of loss over log N ("approach 2" of Hoffmann et al.) and its lowest point.
+
+    `noise` is the standard deviation of a loss in nats; with it the interval is that of `draws` fits to losses so
+    disturbed, without it there is none and `sure` is 0. Raises ValueError for fewer than three different sizes.
+    """
+    if len(set(N)) < 3:
+        raise ValueError("a parabola wants three different sizes")
+    x = np.log(np.asarray(N, float))
+    mean = x.mean()
+    solve = np.linalg.pinv(np.vander(x - mean, 3))
+    y = np.asarray(L, float)
+    c = solve @ y
+    inside = _lowest(c[:, None], x - mean)[0]
+    size = loss = low = high = None
+    if np.isfinite(inside):
+        size, loss = float(np.exp(inside + mean)), float(np.polyval(c, inside))
+    sure = 0.0
+    if noise is not None:
+        disturbed = y[:, None] + noise * np.random.default_rng(seed).standard_normal((len(y), draws))
+        lowest = _lowest(solve @ disturbed, x - mean)
+        sure = float(np.isfinite(lowest).mean())
+        if size is not None and sure > 0:
+            ends = np.nanpercentile(lowest, [50 * (1 - level), 50 * (1 + level)])
+            low, high = (float(np.exp(end + mean)) for end in ends)
+    return Optimum(size, loss, low, high, sure, (float(c[0]), float(c[1]), float(c[2])), float(np.exp(mean)))
+
+
+def student(level: float, freedom: float) -> float:
+    """The t beyond which both tails of Student's distribution together hold 1 - level."""
+    return float(stdtrit(freedom, (1 + level) / 2))
+
+
+def _lowest(c: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Where parabolas with coefficients c [3, draws] are lowest; nan where that is not within the range of x."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        at = -c[1] / (2 * c[0])
+    return np.where((c[0] > 0) & (at >= x.min()) & (at <= x.max()), at, np.nan)
+
+
+def _law(theta: np.ndarray, n0: float, d0: float) -> Law:
+    e, a, alpha, b, beta = theta.tolist()
+    return Law(float(np.exp(e)), float(np.exp(a + alpha * n0)), alpha, float(np.exp(b + beta * d0)), beta)
+
+
+def _predict(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """log of the law at the points, and the shares [3, points] of its three terms."""
+    e, a, alpha, b, beta = theta
+    terms = np.stack([np.full_like(n, e), a - alpha * n, b - beta * d])
+    top = terms.max(0)
+    total = np.exp(terms - top)
+    return top + np.log(total.sum(0)), total / total.sum(0)
+
+
+def _loss(theta: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+    """Sum of the Huber losses in units of DELTA squared, and its gradient."""
+    predicted, share = _predict(theta, n, d)
+    r = (predicted - y) / DELTA
+    size = np.abs(r)
+    value = np.where(size <= 1, 0.5 * r * r, size - 0.5).sum()
+    g = np.clip(r, -1, 1) / DELTA
+    gradient = np.array([g @ share[0], g @ share[1], -g @ (share[1] * n), g @ share[2], -g @ (share[2] * d)])
+    return float(value), gradient
+
+
+def _starts(y: np.ndarray) -> list[np.ndarray]:
+    """A grid over all five parameters."""
+    e = y.min() + np.log([0.02, 0.3, 0.7, 0.95])
+    term = y.mean() + np.log([0.02, 0.15, 0.5])
+    rate = (0.1, 0.35, 0.7, 1.5)
+    return [np.array(theta) for theta in itertools.product(e, term, rate, term, rate)]
+
+
+def _best(n: np.ndarray, d: np.ndarray, y: np.ndarray, starts: list[np.ndarray]) -> np.ndarray:
+    """The best of L-BFGS from the most promising starts -> theta [5]."""
+    shift = np.array([y.min(), 0, 0, 0, 0])
+    bounds = [(low + s, high + s) for (low, high), s in zip(BOUNDS, shift, strict=True)]
+    starts = sorted(starts, key=lambda theta: _loss(theta, n, d, y)[0])[:STARTS]
+    options = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-12, "gtol": 1e-6}
+    results = [
+        minimize(_loss, start, (n, d, y), method="L-BFGS-B", jac=True, bounds=bounds, options=options)
+        for start in starts
+    ]
+    return np.asarray(min(results, key=lambda result: result.fun).x)

@@ -14,7 +14,7 @@ from fovlm.config import Experiment
 from fovlm.redact import redact
 from fovlm.runs import Dumper
 
-USE = '''```python
+USE = """```python
 from fovlm import FoveatedProcessor, FoveatedVLM
 
 model = FoveatedVLM.from_pretrained("{name}")
@@ -25,7 +25,7 @@ inputs = processor(messages=[{{"role": "user", "content": [video, question]}}], 
 print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64))[0])
 ```
 
-or `fovlm ask clip.mp4 "What happens?" --model {name}`, `fovlm look` to see where it looked.'''
+or `fovlm ask clip.mp4 "What happens?" --model {name}`, `fovlm look` to see where it looked."""
 MODES = {
     "coarse_only": "the static query alone",
     "coarse_fine": "coarse pass, then fine looks, as trained",
@@ -71,9 +71,24 @@ def card(name: str, experiment: Experiment, state: State, summary: dict[str, Any
     return "\n\n".join(parts) + "\n"
 
 
+def imported_card(name: str, origin: str, facts: list[tuple[str, str]]) -> str:
+    """The card of a published model that was brought in: `origin` is its file, `facts` what is known of it."""
+    parts = [
+        _head(None),
+        f"# {name}",
+        f"A foveated video language model from `{origin}`, with its weights under the names of fovlm. What it was "
+        "trained on, and how well it does, is not in that file.",
+        _table(("", ""), facts),
+        "## How to load it\n\n" + USE.format(name=name),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def _head(model: Any) -> str:
+    """The hub's metadata; `model` are the experiment's settings, if there is one."""
     tags: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "video-text-to-text", "tags": ["fovlm"]}
-    bases = [name for name in (model.llm, model.dino) if isinstance(name, str) and name.count("/") == 1]
+    sources = (model.llm, model.dino) if model else ()
+    bases = [name for name in sources if isinstance(name, str) and name.count("/") == 1]
     if bases := [name for name in bases if not name.startswith((".", "/", "~"))]:
         tags["base_model"] = bases
     return f"---\n{yaml.dump(tags, sort_keys=False)}---"

@@ -2,9 +2,9 @@
 
     OUT/  config.json  model.safetensors  generation_config.json  tokenizer and processor files  README.md
 
-Weights go from the mapped shards to the file one by one (`zero.py`, `tensors.py`). What was written is then loaded and
-held against the nll that the engine recorded at the save (`probe.py`). All this happens in a folder beside OUT that gets
-its name at the very end: OUT is whole and checked, or not there.
+Weights go from the mapped shards to the file one by one (`zero.py`, `tensors.py`). What was written is then loaded
+and held against the nll that the engine recorded at the save (`probe.py`). All this happens in a folder beside OUT that
+gets its name at the very end: OUT is whole and checked, or not there.
 
 `--to universal` makes a checkpoint that training can go on from on any number of ranks:
 `./launch.sh NAME train.resume=OUT`.
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from pydantic import ValidationError
@@ -83,8 +84,7 @@ def convert(
         raise UserError(f"--to is model or universal, not '{to}'{nearest(to, ('model', 'universal'))}")
     largest = byte_size(shard_size)
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already and not empty: remove it, or give another folder")
+    refuse_occupied(out)
     found = find(Path(source), which)
     with staged(out) as staging:
         if to == "universal":
@@ -92,6 +92,12 @@ def convert(
         else:
             _model(found, staging, out.resolve().name, DTYPES[dtype], largest, trust, tokenizer)
     return out
+
+
+def refuse_occupied(out: Path) -> None:
+    """Raise UserError when `out` is there and not an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already and not empty: remove it, or give another folder")
 
 
 @contextmanager
@@ -211,8 +217,8 @@ def _config(source: Source) -> FoveatedConfig:
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{source.path}: an old checkpoint without its model's configuration, and {model.llm} or {model.dino} is not "
-            f"to be found: set FOVLM_MODELS ({' '.join(str(error).split())[:120]})"
+            f"{source.path}: an old checkpoint without its model's configuration, and {model.llm} or {model.dino} is "
+            f"not to be found: set FOVLM_MODELS ({' '.join(str(error).split())[:120]})"
         ) from error
     names = ("visual", "deep_query", "prompt", "rounds", "query_dim", "visual_scale", "frame_size")
     settings = {name: getattr(model, name) for name in names}
@@ -232,7 +238,21 @@ def _tokenizer(source: Source, given: str | None) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def write_weights(out: Path, config: FoveatedConfig, stored: ZeroWeights, dtype: torch.dtype, largest: int) -> None:
+class Weights(Protocol):
+    """Weights that are somewhere, by name: those of a ZeroWeights, or of another's model."""
+
+    shapes: dict[str, tuple[int, ...]]
+    ties: dict[str, str]
+    origin: str
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def read(self, name: str) -> torch.Tensor: ...
+    def release(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def write_weights(out: Path, config: FoveatedConfig, stored: Weights, dtype: torch.dtype, largest: int) -> None:
     """Stream the stored weights into `out`, in `dtype` (buffers keep theirs), tied ones once. Raises UserError.
 
     What is stored must be what a model of this configuration has, no more and no less.
@@ -244,11 +264,11 @@ def write_weights(out: Path, config: FoveatedConfig, stored: ZeroWeights, dtype:
     parameters = {released_name(name) for name, _ in model.named_parameters()}
     sources = {released_name(name): name for name in (*stored.ties, *stored.shapes)}
     wrong = [name for name in shapes.keys() - tied if name not in sources]
-    wrong += [name for name in sources.keys() - shapes.keys()]
+    wrong += sources.keys() - shapes.keys()
     wrong += [name for name in shapes.keys() & sources.keys() if stored.shape(sources[name]) != shapes[name]]
     if wrong:
         raise UserError(
-            f"{stored.folder}: its weights are not those of the model that its experiment describes: {sorted(wrong)[0]}"
+            f"{stored.origin}: its weights are not those of the model that it describes: {sorted(wrong)[0]}"
             + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
         )
     plan: Plan = {
@@ -304,8 +324,8 @@ def _check(out: Path, source: Source, dtype: torch.dtype) -> str:
         model = load(out, computed)
         if probe is None:
             return (
-                "Not verified: this checkpoint is from before the engine recorded a probe (no probe.safetensors in it). "
-                "It loads, and every weight of the model was found in the shards."
+                "Not verified: this checkpoint is from before the engine recorded a probe (it has no "
+                "probe.safetensors). It loads, and every weight of the model was found in the shards."
             )
         nll = answers(model, probe)
     apart = float((torch.cat(nll) - torch.cat(probe.nll)).abs().mean())

@@ -83,6 +83,24 @@ def released_name(name: str) -> str:
     return name
 
 
+def config_of(shapes: dict[str, tuple[int, ...]]) -> Dinov2Config:
+    """The configuration of a DINOv2 from the shapes of its weights, by released names; heads are 64 wide in all sizes
+    (arXiv 2304.07193, table 16). Raises KeyError when one that tells something is missing.
+    """
+    D, _, patch, _ = shapes["embeddings.patch_embeddings.projection.weight"]
+    side = round((shapes["embeddings.position_embeddings"][1] - 1) ** 0.5)
+    return Dinov2Config(
+        hidden_size=D,
+        num_hidden_layers=1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.layer.")),
+        num_attention_heads=max(D // 64, 1),
+        mlp_ratio=shapes["encoder.layer.0.mlp.fc1.weight"][0] // D,
+        image_size=side * patch,
+        patch_size=patch,
+        qkv_bias="encoder.layer.0.attention.attention.query.bias" in shapes,
+        use_mask_token="embeddings.mask_token" in shapes,
+    )
+
+
 def heads(x: Tensor, width: int) -> Tensor:
     """[..., H * d] -> [..., H, d] without a copy."""
     return x.unflatten(-1, (-1, width))

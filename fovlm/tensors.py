@@ -8,7 +8,7 @@ tensors of a file in memory; this one holds one.
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -50,7 +50,8 @@ def write_tensors(
         files[-1].append(name)
         room -= _bytes(plan[name])
     n = len(files)
-    paths = [folder / (f"model-{i:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors") for i in range(1, n + 1)]
+    ends = [f"-{i:05d}-of-{n:05d}" if n > 1 else "" for i in range(1, n + 1)]
+    paths = [folder / f"model{end}.safetensors" for end in ends]
     for path, names in zip(paths, files, strict=True):
         _write(path, {name: plan[name] for name in names}, read, done)
     if n > 1:

@@ -34,6 +34,7 @@ _KNOWN = [
     (_StandIn, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (_StandIn, "deepspeed.utils.tensor_fragment.fragment_address"),
 ]
+Shapes = dict[str, tuple[int, ...]]
 STATE = "optimizer_state_dict"  # of a rank's optimizer file
 
 
@@ -46,8 +47,8 @@ class ZeroWeights:
     """
 
     def __init__(self, folder: Path, trust: bool = False):
-        self.folder, self.trust = folder, trust
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.folder, self.origin, self.trust = folder, str(folder), trust
+        self.shapes: Shapes = {}
         self.ties: dict[str, str] = {}
         self._pieces: dict[str, list[Tensor]] = {}  # name -> flat pieces of the mapped files, in order
         self._open()
@@ -79,7 +80,8 @@ class ZeroWeights:
             raise UserError(f"{self.folder}: no *_optim_states.pt of ZeRO 1, 2 or 3 in it, so no weights to convert")
         first = min(optim)
         states = {rank: _field(path, self._load(path), STATE) for rank, path in optim.items()}
-        stage, count = (int(_most(_field(optim[first], states[first], key))) for key in ("zero_stage", "partition_count"))
+        of_first = (_field(optim[first], states[first], key) for key in ("zero_stage", "partition_count"))
+        stage, count = (int(_most(value)) for value in of_first)
         _complete(self.folder, optim, count)
         models = {0: self.folder / "mp_rank_00_model_states.pt"}
         if stage == 3:
@@ -109,7 +111,7 @@ class ZeroWeights:
             if name in module:  # those that are no part of a state dict are listed too
                 self._add(name, tuple(module[name].shape), [module[name].flatten()])
 
-    def _by_group(self, shapes: dict[str, tuple[int, ...]], parts: list[Tensor], padding: list[int], count: int) -> None:
+    def _by_group(self, shapes: Shapes, parts: list[Tensor], padding: list[int], count: int) -> None:
         """Stages 1 and 2: the parameters of a group stand one behind the other in the ranks' parts together."""
         at = 0
         for (name, shape), behind in zip(shapes.items(), padding, strict=True):
@@ -120,7 +122,7 @@ class ZeroWeights:
         if math.ceil(at / align) != math.ceil(have / align):
             raise UserError(f"{self.folder}: the shards hold {have} numbers where the parameters need {at}")
 
-    def _by_parameter(self, shapes: dict[str, tuple[int, ...]], flats: list[list[Tensor]], count: int) -> None:
+    def _by_parameter(self, shapes: Shapes, flats: list[list[Tensor]], count: int) -> None:
         """Stage 3: every rank has its part of every parameter, one behind the other over its flat groups."""
         at = 0
         for name, shape in shapes.items():

@@ -76,6 +76,8 @@ def _make(task: Hunt, target: Path, settings: str) -> None:
     truth: dict[str, list[int]] = {}
     crowd = [max(task.objects)]  # validation has the hardest clips only
     write_shards(unfinished / "val-%03d.tar", _videos(task, "val", task.val_clips, task.frames, crowd, 3, truth), 10**6)
+    pictured = _videos(task, "val_image", task.val_clips, 1, crowd, 5, truth)
+    write_shards(unfinished / "val_image-%03d.tar", pictured, 10**6)
     tokenizer(task).save_pretrained(unfinished / "tokenizer")
     (unfinished / TRUTH).write_text(json.dumps(truth))
     (unfinished / "task.json").write_text(settings)
@@ -119,7 +121,7 @@ def _videos(
                 "source": f"hunt/{kind}",
             }
             pictures = [encode_jpeg(frame) for frame in part.frames[i]]
-            named = {"jpg": pictures[0]} if kind == "image" else {f"{n:03d}.jpg": p for n, p in enumerate(pictures)}
+            named = {"jpg": pictures[0]} if kind.endswith("image") else {f"{n:03d}.jpg": p for n, p in enumerate(pictures)}
             if truth is not None:
                 truth[key] = part.cell[i].tolist()
             yield {"__key__": key, "json": record, **named}
@@ -154,8 +156,8 @@ def judge(task: Hunt, model: FoveatedVLM, batches: Iterable[Batch], device: torc
         for name, weights in model.gaze(batch.to(device)).items():
             patches = maps(weights.cpu()).flatten(1)
             for i, key in enumerate(batch.keys):
-                cells = torch.tensor(truth[key.rpartition("/")[2]])
                 looks = patches[(batch.look_segment == i).cpu()]
+                cells = torch.tensor(truth[key.rpartition("/")[2]]).expand(len(looks))  # all looks at a picture: one cell
                 entry = found.setdefault(name, [0.0, 0.0, 0.0])
                 entry[0] += float((looks.argmax(1) == cells).sum())
                 entry[1] += float(looks.gather(1, cells[:, None]).sum())

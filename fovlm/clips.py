@@ -59,6 +59,22 @@ def read_clip(path: str | Path, size: int, most: int = 64, fps: float = 1.0) -> 
     return Clip(seen.frames, seen.seconds, path.name, seen.note)
 
 
+def films(folder: str | Path) -> list[Path]:
+    """The files of a folder that can be read, by their first bytes, in natural order. Raises UserError."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}")
+    files = sorted((p for p in folder.iterdir() if p.is_file()), key=_natural)
+    found = []
+    for path in files:
+        with path.open("rb") as file:
+            if footage.kind_of(file):
+                found.append(path)
+    if not found:
+        raise UserError(f"{folder} holds nothing to watch (what can be read: {KINDS})")
+    return found
+
+
 def _told(cause: str, kind: str | None) -> str:
     """A countable cause in the words of someone who has one file."""
     if cause == "undecodable video" and kind == "mp4":

@@ -3,31 +3,60 @@
 Commands import what they need when they run, so that `fovlm --help` is there at once.
 """
 
+import os
 import sys
 
 import typer
 
 from fovlm.cli import data, evidence, run, use
-from fovlm.errors import EXIT_USER_ERROR, UserError
+from fovlm.errors import EXIT_USER_ERROR, UserError, nearest
+
+ClickException = typer.BadParameter.__mro__[2]  # of the click that this release of typer brings or uses
+INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
 app = typer.Typer(
     name="fovlm",
-    help="Video language models that decide where to look: prepare data, run experiments, ask, and see.",
-    no_args_is_help=True,
+    help="Video language models that spend one token on each frame and decide where to look.\n\n"
+    "A first question: `fovlm ask clip.mp4 'What happens?' --model FOLDER`. Each command tells more with `--help`.",
     add_completion=False,
+    suggest_commands=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,  # a traceback is for bugs, and then a plain one
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (use, data, evidence, run):
+for part in (use, data, run, evidence):
     part.register(app)
-app.callback()(lambda: None)  # with this, a single command has a name too
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 2 for a mistake that one line explains."""
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        status = app(arguments, standalone_mode=True)
+        status = app(words or ["--help"], prog_name="fovlm", standalone_mode=False)
+        sys.stdout.flush()
+        return int(status or 0)
     except UserError as error:
-        print(f"fovlm: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
-    return int(status or 0)
+        return _mistake(str(error))
+    except ClickException as error:
+        return _mistake(_usage(error))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # who read has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _mistake(line: str) -> int:
+    print(f"fovlm: {line}", file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR
+
+
+def _usage(error) -> str:
+    """What click found wrong, where it is told right."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "fovlm"
+    said = " ".join(error.format_message().split()).rstrip(".")
+    if said.startswith("No such command"):
+        word = said.split("'")[1]
+        said = f"no command '{word}'{nearest(word, context.command.commands)}"
+    return f"{said[:1].lower()}{said[1:]}; see {command} --help"

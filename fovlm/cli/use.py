@@ -1,7 +1,278 @@
 """Using a trained model: ask, look, demo, convert, import, bench."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
+
+from fovlm.errors import UserError
+
+PANEL = "Using a model"
+
+
+class Mode(str, Enum):
+    """How the model looks."""
+
+    autoregressive = "autoregressive"
+    coarse_fine = "coarse_fine"
+    coarse_only = "coarse_only"
+
+
+ModelFolder = Annotated[
+    str,
+    typer.Option("--model", "-m", envvar="FOVLM_MODEL", metavar="FOLDER", help="A converted model (`fovlm convert`)."),
+]
+Video = Annotated[
+    str, typer.Argument(metavar="VIDEO", help="A video, animation (webp, gif), picture, or folder of pictures.")
+]
+Tokens = Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")]
+Frames = Annotated[int, typer.Option(min=1, metavar="N", help="Most frames; of a longer video, evenly spaced ones.")]
+Fps = Annotated[float, typer.Option(min=0.001, metavar="R", help="Frames a second; training takes one.")]
+How = Annotated[
+    Mode, typer.Option(help="How to look: frame by frame as deployed, in two passes as trained, or blindly.")
+]
 
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the app."""
+    app.command(rich_help_panel=PANEL)(ask)
+    app.command(rich_help_panel=PANEL)(look)
+    app.command(rich_help_panel=PANEL)(demo)
+    app.command(rich_help_panel=PANEL)(convert)
+    app.command("import", rich_help_panel=PANEL)(import_)
+    app.command(rich_help_panel=PANEL, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+        bench
+    )
+
+
+def ask(
+    video: Video,
+    question: Annotated[str, typer.Argument(help="What to ask, in quotes.")],
+    model: ModelFolder = "",
+    tokens: Tokens = 128,
+    frames: Frames = 64,
+    fps: Fps = 1.0,
+    mode: How = Mode.autoregressive,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0: the likeliest word each time; else draw words.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="For draws.")] = 0,
+) -> None:
+    """Ask about a video; the answer appears word by word.
+
+    Example: `fovlm ask clip.mp4 "What happens?" --model converted/LR1`
+    """
+    with waiting("loading the model"):
+        from fovlm.answer import answer
+        from fovlm.clips import read_clip
+
+        net, processor = open_(model)
+    with waiting(f"reading {Path(video).name}"):
+        clip = read_clip(video, net.config.frame_size, frames, fps)
+    tell(clip)
+    options: dict[str, Any] = {"mode": mode.value}
+    if temperature:
+        import torch
+
+        torch.manual_seed(seed)
+        options |= {"do_sample": True, "temperature": temperature}
+    pieces = answer(net, processor, clip, question, tokens, **options)
+    with waiting(f"looking at {count(len(clip.frames), 'frame')}"):
+        first = next(pieces, "")
+    print(first, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def look(
+    video: Annotated[str, typer.Argument(metavar="VIDEO", help="What to look at; with --live nothing.")] = "",
+    questions: Annotated[
+        list[str] | None, typer.Argument(metavar="[QUESTION] [OTHER]", help="One, or two to compare their gazes.")
+    ] = None,
+    model: ModelFolder = "",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the page and pictures go.")] = Path("look"),
+    live: Annotated[
+        str, typer.Option(metavar="INDEX", help="A camera by its number (0 is the first), or a video to play as one.")
+    ] = "",
+    layer: Annotated[
+        int | None, typer.Option(help="Layer in the film and the sheet, from 0; unless told, the mean.")
+    ] = None,
+    head: Annotated[
+        int | None, typer.Option(help="Head in the film and the sheet, from 0; unless told, the mean.")
+    ] = None,
+    tokens: Tokens = 128,
+    frames: Frames = 64,
+    fps: Fps = 1.0,
+    mode: How = Mode.autoregressive,
+) -> None:
+    """See where the model looks: a page to play with, a film, a sheet for papers, and the weights.
+
+    Example: `fovlm look clip.mp4 "What does the man hold?" --model converted/LR1 --out look`
+
+    Two gazes side by side: `fovlm look clip.mp4 "What does the man hold?" "What is behind him?"`
+
+    A camera, in the terminal: `fovlm look --live 0 --model converted/LR1`
+    """
+    asked = questions or []
+    if live:
+        from fovlm.see.live import watch
+
+        with waiting("loading the model"):
+            net, processor = open_(model)
+        watch(net, processor, live, [q for q in (video, *asked) if q], fps, tokens)
+        return
+    if not video:
+        raise UserError("look at what? fovlm look VIDEO [QUESTION], or --live 0 for a camera")
+    if len(asked) > 2:
+        raise UserError(f"{len(asked)} questions: one, or two to compare (each in quotes)")
+    with waiting("loading the model"):
+        from fovlm.clips import read_clip
+        from fovlm.see.gaze import gaze_of
+        from fovlm.see.movie import write_movie
+        from fovlm.see.page import write_page
+        from fovlm.see.sheet import save_weights, write_sheet
+
+        net, processor = open_(model)
+    with waiting(f"reading {Path(video).name}"):
+        clip = read_clip(video, net.config.frame_size, frames, fps)
+    tell(clip)
+    gazes = []
+    for question in asked or [None]:
+        with waiting(f"looking at {count(len(clip.frames), 'frame')}" + (f": {question}" if question else "")):
+            gazes.append(gaze_of(net, processor, clip, question, tokens, mode=mode.value))
+        if question:
+            print(f"{question}\n  {gazes[-1].answer}")
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for n, gaze in enumerate(gazes, start=1):
+        name = "look" if len(gazes) == 1 else f"look-{n}"
+        with waiting("writing the film and the sheet"):
+            write_movie(gaze, out / f"{name}.mp4", layer=layer, head=head)
+            write_sheet(gaze, out / f"{name}.png", layer=layer, head=head)
+            save_weights(gaze, out / f"{name}.npz")
+        written += [f"{name}.mp4", f"{name}.png", f"{name}.npz"]
+    with waiting("writing the page"):
+        page = write_page(gazes, out / "look.html")
+    print(f"open {page} in a browser; beside it: {', '.join(written)}")
+
+
+def demo(
+    model: ModelFolder = "",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where on this machine it is served.")] = 7860,
+    examples: Annotated[str, typer.Option(metavar="DIR", help="A folder of clips to choose from.")] = "",
+    tokens: Tokens = 128,
+    frames: Frames = 64,
+    mode: How = Mode.autoregressive,
+) -> None:
+    """A page in the browser: upload or choose a clip, ask, read the answer as it comes, and see the gaze.
+
+    Example: `fovlm demo --model converted/LR1 --examples clips`
+    """
+    with waiting("loading the model"):
+        try:
+            from fovlm.see.demo import serve
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] != "gradio":
+                raise
+            raise UserError("the demo needs gradio: pip install 'fovlm[demo]'") from error
+        from fovlm.clips import films
+
+        chosen = films(examples) if examples else []
+        net, processor = open_(model)
+    serve(net, processor, Path(model).resolve().name, chosen, tokens, frames, mode.value, port)
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder or name, or a checkpoint.")
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to make.")],
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    shard_size: Annotated[str, typer.Option(help="Largest file, like 4GB or 500MB.")] = "4GB",
+    step: Annotated[str, typer.Option(help="best, latest or a step; unless told, best, or latest if none is.")] = "",
+    to: Annotated[str, typer.Option(help="model, or universal: to go on training on other ranks.")] = "model",
+    tokenizer: Annotated[str, typer.Option(help="A folder or id, for old runs that do not hold theirs.")] = "",
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Unpickle files freely: runs whatever code they hold.")
+    ] = False,
+) -> None:
+    """Make a folder that `transformers` loads from what a run saved, and check that it answers alike.
+
+    Example: `fovlm convert runs/LR1 converted/LR1`
+    """
+    with waiting("starting"):
+        from fovlm.convert import convert as work
+    print(work(source, out, dtype, shard_size, trust, step or None, to, tokenizer or None))
+
+
+def import_(
+    source: Annotated[str, typer.Argument(metavar="PATH", help="A file of weights, or a folder with one.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to make.")],
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    llm: Annotated[
+        str, typer.Option(help="Folder or id of the language model; unless told, SmolLM2 by its shapes.")
+    ] = "",
+    dino: Annotated[str, typer.Option(help="Folder or id of the encoder; unless told, by its shapes.")] = "",
+    tokenizer: Annotated[str, typer.Option(help="Folder or id; unless told, that of the language model.")] = "",
+    prompt: Annotated[
+        str, typer.Option(help="Where the question stands in its training: after the frames, or before.")
+    ] = "after",
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Unpickle files freely: runs whatever code they hold.")
+    ] = False,
+) -> None:
+    """Take over a published foveated model of another make.
+
+    Example: `fovlm import foveated.pt converted/foveated`
+    """
+    with waiting("reading the weights"):
+        from fovlm.published import import_published
+    print(import_published(source, out, llm or None, dino or None, tokenizer or None, prompt, dtype=dtype, trust=trust))
+
+
+def bench(context: typer.Context) -> None:
+    """Check the kernels against their reference on this machine, then time them.
+
+    Example: `fovlm bench query --shapes small:64 --repeat 20`. All that follows goes to `python -m
+    kernels.bench`; `python -m kernels.bench --help` lists it.
+    """
+    with waiting("starting"):
+        from kernels.bench import main
+    main(context.args)
+
+
+def open_(folder: str) -> tuple[Any, Any]:
+    """The model and the processor of a folder."""
+    from fovlm.processor import open_model
+
+    if not folder:
+        raise UserError("which model? --model FOLDER, or set FOVLM_MODEL (a folder made by fovlm convert)")
+    return open_model(folder)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A spinner with the time on the terminal's error stream, gone when done; nothing where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        progress.add_task(what, total=None)
+        yield
+
+
+def tell(clip: Any) -> None:
+    """What could not be read of a clip."""
+    if clip.note:
+        print(f"fovlm: {clip.name}: {clip.note}", file=sys.stderr, flush=True)
+
+
+def count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"

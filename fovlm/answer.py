@@ -1,0 +1,63 @@
+"""One question about one clip, and the answer piece by piece: what `fovlm ask` and the demo have in common."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, TextIteratorStreamer
+
+from fovlm.clips import Clip
+from fovlm.errors import UserError
+
+
+class Stopped(StoppingCriteria):
+    """Ends `generate` at its next token once nobody reads on."""
+
+    def __init__(self) -> None:
+        self.event = Event()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+def inputs_for(model: Any, processor: Any, clip: Clip, question: str, room: int = 1) -> Any:
+    """The model's inputs for a question. Raises UserError when these and `room` tokens exceed the context."""
+    content = [{"type": "video", "video": clip.frames}, {"type": "text", "text": question}]
+    inputs = processor(messages=[{"role": "user", "content": content}], return_tensors="pt")
+    words = inputs["input_ids"].shape[1]
+    seen = len(clip.frames) * model.config.tokens_per_look
+    context = model.config.llm_config.max_position_embeddings
+    if words + seen + room > context:
+        raise UserError(
+            f"the question is too long: {words} tokens, with {seen} of frames and {room} for the answer, but the model "
+            f"holds {context}"
+        )
+    return inputs.to(model.device)
+
+
+def answer(model: Any, processor: Any, clip: Clip, question: str, max_new_tokens: int, **options: Any) -> Iterator[str]:
+    """The answer in pieces, as they are made; `options` go to `generate`. Raises UserError like `inputs_for`.
+
+    Closing the iterator ends the work.
+    """
+    inputs = inputs_for(model, processor, clip, question)
+    streamer, stopped = TextIteratorStreamer(processor.tokenizer, skip_special_tokens=True), Stopped()
+    pool = ThreadPoolExecutor(1)
+    made = pool.submit(
+        model.generate,
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        stopping_criteria=[stopped],
+        **options,
+    )
+    made.add_done_callback(lambda _: streamer.end())  # also when it fails
+    try:
+        yield from streamer
+        made.result()
+    finally:
+        stopped.event.set()
+        pool.shutdown(wait=False)

@@ -1,0 +1,157 @@
+"""`fovlm demo`: choose a clip, ask, read the answer as it is made, see where the model looked. The one door to Gradio.
+
+Nothing goes out to the network: no analytics, no fonts or scripts from elsewhere, and the gaze is the page of
+`fovlm look` inside a frame of its own.
+"""
+
+import base64
+import html
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+import gradio as gr
+
+from fovlm import media
+from fovlm.answer import answer
+from fovlm.clips import Clip, read_clip
+from fovlm.errors import UserError
+from fovlm.see.gaze import gaze_of
+from fovlm.see.page import write_page
+
+LARGEST = "1gb"  # of an uploaded file
+FRAME_HEIGHT = 860  # pixels of the gaze's frame in the page
+CSS = """
+.fovlm-strip {display: flex; gap: 4px; overflow-x: auto; padding-bottom: 6px}
+.fovlm-strip figure {margin: 0; flex: none; text-align: center; font-size: 11px; opacity: .85}
+.fovlm-strip img {height: 84px; border-radius: 4px; display: block}
+.fovlm-gaze {width: 100%; border: 1px solid var(--border-color-primary); border-radius: 8px; background: white}
+footer {display: none !important}
+"""
+
+
+def app(model: Any, processor: Any, title: str, examples: list[Path], tokens: int, frames: int, mode: str) -> gr.Blocks:
+    """The page. A clip is read when it is chosen; the answer streams, and the gaze follows it."""
+    size = model.config.frame_size
+
+    def read(path: str | None, fps: float) -> Clip:
+        if not path:
+            raise gr.Error("Choose a clip first.", print_exception=False)
+        try:
+            return read_clip(path, size, frames, fps)
+        except UserError as error:
+            raise gr.Error(str(error).replace(path, Path(path).name), print_exception=False) from error
+
+    def chosen(path: str | None, fps: float) -> str:
+        return strip(read(path, fps)) if path else ""
+
+    def picked(event: gr.SelectData) -> str:
+        return str(examples[event.index])
+
+    def asked(path: str | None, question: str, other: str, fps: float) -> Iterator[tuple[str, str]]:
+        if not question.strip():
+            raise gr.Error("Ask something.", print_exception=False)
+        clip, text = read(path, fps), ""
+        yield "…", ""
+        try:
+            for piece in answer(model, processor, clip, question, tokens, mode=mode):
+                text += piece
+                yield text, ""
+            questions = [question, other] if other.strip() else [question]
+            gazes = [gaze_of(model, processor, clip, each, tokens, mode=mode) for each in questions]
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        yield text, framed(gazes)
+
+    with gr.Blocks(title=f"fovlm · {title}", analytics_enabled=False) as page:
+        gr.Markdown(f"## Where does it look?\n**{title}** spends one token on each frame, and decides where to look.")
+        with gr.Row():
+            with gr.Column(scale=2):
+                file = gr.File(label="A video, animation or picture", elem_id="clip", height=150)
+                if examples:
+                    thumbs = [(_thumb(path, size), path.stem) for path in examples]
+                    gallery = gr.Gallery(
+                        thumbs, label="or one of these", columns=4, height=220, allow_preview=False, elem_id="examples"
+                    )
+                    gallery.select(picked, None, file)
+            with gr.Column(scale=3):
+                question = gr.Textbox(label="Question", value="What happens in this video?", elem_id="question")
+                with gr.Accordion("More", open=False):
+                    other = gr.Textbox(label="Another question, to see both gazes side by side", elem_id="other")
+                    fps = gr.Slider(0.5, 8, value=1, step=0.5, label="Frames a second (training takes one)")
+                go = gr.Button("Ask", variant="primary", elem_id="ask")
+                said = gr.Textbox(label="Answer", lines=3, interactive=False, elem_id="answer")
+        seen = gr.HTML(elem_id="frames")
+        gaze = gr.HTML(elem_id="gaze")
+        gr.on([file.change, fps.release], chosen, [file, fps], seen)
+        gr.on([go.click, question.submit], asked, [file, question, other, fps], [said, gaze])
+    return page
+
+
+def serve(
+    model: Any,
+    processor: Any,
+    title: str,
+    examples: list[Path],
+    tokens: int = 128,
+    frames: int = 64,
+    mode: str = "autoregressive",
+    port: int = 7860,
+    wait: bool = True,
+) -> str:
+    """Serve the page on this machine until Ctrl-C (or return at once, unless `wait`) -> its address.
+
+    Raises UserError when the port is taken.
+    """
+    page = app(model, processor, title, examples, tokens, frames, mode)
+    theme = gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    try:
+        _, address, _ = page.queue().launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            ssr_mode=False,
+            footer_links=[],
+            max_file_size=LARGEST,
+            theme=theme,
+            css=CSS,
+        )
+    except OSError as error:
+        raise UserError(f"port {port} is taken: another --port") from error
+    if wait:
+        print(f"fovlm: open {address} in a browser on this machine; Ctrl-C ends", flush=True)
+        page.block_thread()
+    return address
+
+
+def strip(clip: Clip) -> str:
+    """The frames of a clip with their times, as the model gets them."""
+    figures = (
+        f"<figure><img src='data:image/jpeg;base64,{_jpeg(frame)}'>{second:g} s</figure>"
+        for frame, second in zip(clip.frames, clip.seconds)
+    )
+    count = f"{len(clip.frames)} frame{'' if len(clip.frames) == 1 else 's'}, as the model gets them"
+    note = f" · <b>{html.escape(clip.note)}</b>" if clip.note else ""
+    return f"<small>{count}{note}</small><div class='fovlm-strip'>{''.join(figures)}</div>"
+
+
+def framed(gazes: list[Any]) -> str:
+    """The page of `fovlm look` in a frame of its own: its styles and scripts stay inside."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = write_page(gazes, Path(folder) / "look.html").read_text(encoding="utf-8")
+    return f'<iframe class="fovlm-gaze" height="{FRAME_HEIGHT}" srcdoc="{html.escape(text)}"></iframe>'
+
+
+def _jpeg(frame: Any) -> str:
+    return base64.b64encode(media.encode_jpeg(frame.permute(1, 2, 0).numpy())).decode()
+
+
+def _thumb(path: Path, size: int) -> Any:
+    """The first frame u8 [size, size, 3]."""
+    return read_clip(path, size, 1).frames[0].permute(1, 2, 0).numpy()

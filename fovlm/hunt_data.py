@@ -121,7 +121,8 @@ def _videos(
                 "source": f"hunt/{kind}",
             }
             pictures = [encode_jpeg(frame) for frame in part.frames[i]]
-            named = {"jpg": pictures[0]} if kind.endswith("image") else {f"{n:03d}.jpg": p for n, p in enumerate(pictures)}
+            one = kind.endswith("image")
+            named = {"jpg": pictures[0]} if one else {f"{n:03d}.jpg": p for n, p in enumerate(pictures)}
             if truth is not None:
                 truth[key] = part.cell[i].tolist()
             yield {"__key__": key, "json": record, **named}
@@ -157,7 +158,7 @@ def judge(task: Hunt, model: FoveatedVLM, batches: Iterable[Batch], device: torc
             patches = maps(weights.cpu()).flatten(1)
             for i, key in enumerate(batch.keys):
                 looks = patches[(batch.look_segment == i).cpu()]
-                cells = torch.tensor(truth[key.rpartition("/")[2]]).expand(len(looks))  # all looks at a picture: one cell
+                cells = torch.tensor(truth[key.rpartition("/")[2]]).expand(len(looks))  # a picture has one, for all looks
                 entry = found.setdefault(name, [0.0, 0.0, 0.0])
                 entry[0] += float((looks.argmax(1) == cells).sum())
                 entry[1] += float(looks.gather(1, cells[:, None]).sum())

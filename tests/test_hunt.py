@@ -179,7 +179,7 @@ def test_what_a_run_reads_is_what_the_truth_says():
     data = open_dataset(experiment, tokenizer, {"val": 1.0})
     truth = json.loads((hunt_data.folder(task) / hunt_data.TRUTH).read_text())
     assert data.samples == {"val": 16}
-    assert len(truth) == 16
+    assert len(truth) == 32  # 16 clips, and 16 pictures of `val_image`
     for position in range(16):
         (sample,), bad = data.read(position)
         assert bad is None

@@ -158,7 +158,7 @@ def judge(task: Hunt, model: FoveatedVLM, batches: Iterable[Batch], device: torc
             patches = maps(weights.cpu()).flatten(1)
             for i, key in enumerate(batch.keys):
                 looks = patches[(batch.look_segment == i).cpu()]
-                cells = torch.tensor(truth[key.rpartition("/")[2]]).expand(len(looks))  # a picture has one, for all looks
+                cells = torch.tensor(truth[key.rpartition("/")[2]]).expand(len(looks))  # a picture has one
                 entry = found.setdefault(name, [0.0, 0.0, 0.0])
                 entry[0] += float((looks.argmax(1) == cells).sum())
                 entry[1] += float(looks.gather(1, cells[:, None]).sum())

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Sourced by launch.sh and the Makefile, in the project's folder: the Python environment and the caches.
 #
-#   use_python [dev]   sets PYTHON, making .venv from the pinned requirements if there is none (or they changed)
+#   use_python [dev]   sets PYTHON, making .venv from the pinned requirements if there is none (or they changed), and
+#                      the command .venv/bin/fovlm
 #   use_caches         sets cache, and keeps compiled helpers inside the project, or below FOVLM_CACHE
 #
 # FOVLM_PYTHON names the Python of an environment that exists already: then nothing is installed.
@@ -32,7 +33,18 @@ _make_venv() {
       return 2
     fi
   fi
-  _install requirements.txt && { [ "${1:-}" != dev ] || _install requirements-dev.txt; }
+  _install requirements.txt && { [ "${1:-}" != dev ] || _install requirements-dev.txt; } && _make_command
+}
+
+# .venv/bin/fovlm, the command, from wherever it is typed. No package is installed: then transformers would find the
+# folder `kernels` as one, and take it for Hugging Face's of that name.
+_make_command() {
+  [ -x .venv/bin/fovlm ] && return
+  cat >.venv/bin/fovlm <<'SH' && chmod +x .venv/bin/fovlm
+#!/bin/sh
+here=$(dirname "$(readlink -f "$0")")/../..
+PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} exec "$here/.venv/bin/python" -m fovlm "$@"
+SH
 }
 
 # python3.11 is what the pins were tried with; a name on the PATH may be a stub that doesn't run.

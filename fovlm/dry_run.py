@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -91,7 +92,7 @@ def _parameters(experiment: Experiment, shapes: Geometry) -> str:
     counts = parameters(experiment, shapes)
     rows = [[name, f"{count.trainable:,}", f"{count.frozen:,}"] for name, count in counts.items()]
     rows.append(["all", *(f"{sum(getattr(c, kind) for c in counts.values()):,}" for kind in ("trainable", "frozen"))])
-    return _table(["", "trained", "frozen"], rows)
+    return aligned(["", "trained", "frozen"], rows)
 
 
 def _flops(experiment: Experiment, shapes: Geometry, sizes: list[Size], why_not: str) -> str:
@@ -102,10 +103,10 @@ def _flops(experiment: Experiment, shapes: Geometry, sizes: list[Size], why_not:
         said = f"AT MOST, with every sample as large as the settings allow ({_mean(sizes)}), since {why_not}"
     parts = mean_cost(experiment, shapes, sizes)
     rows = [
-        [name, *map(_flop, (cost.forward, cost.backward, cost.total, cost.recompute))]
+        [name, *map(metric, (cost.forward, cost.backward, cost.total, cost.recompute))]
         for name, cost in (parts | {"all": total(parts)}).items()
     ]
-    return _table(["", "forward", "backward", "both", "recomputed"], rows) + "\n" + said
+    return aligned(["", "forward", "backward", "both", "recomputed"], rows) + "\n" + said
 
 
 def _mean(sizes: list[Size]) -> str:
@@ -114,25 +115,41 @@ def _mean(sizes: list[Size]) -> str:
     return f"{frames:.1f} frames, {looks:.1f} looks, {text:.0f} text tokens"
 
 
-def _length(experiment: Experiment, shapes: Geometry, sizes: list[Size]) -> str:
-    train, exact = experiment.train, bool(sizes)
+class Length(NamedTuple):
+    """How long a run is: samples and steps, and the FLOPs of one sample, forward and backward."""
+
+    samples: float
+    steps: int
+    per_step: float
+    per_sample: float
+
+    @property
+    def flops(self) -> float:
+        return self.samples * self.per_sample
+
+
+def length(experiment: Experiment, shapes: Geometry, sizes: list[Size]) -> Length:
+    """The length of a run whose samples have these sizes; with none, of the largest that there may be."""
+    train = experiment.train
     sizes = sizes or list(islice(largest_sizes(experiment), SIZED))
     per_sample = total(mean_cost(experiment, shapes, sizes)).total
     per_step = samples_per_step(experiment, sizes)
-    samples: float
     if train.steps:
-        samples, steps = train.steps * per_step, train.steps
-    else:
-        samples = train.samples or samples_for(train.flops or 0.0, per_sample)
-        steps = math.ceil(samples / per_step)
-    given = next(key for key in ("samples", "steps", "flops") if getattr(train, key))
+        return Length(train.steps * per_step, train.steps, per_step, per_sample)
+    samples = train.samples or samples_for(train.flops or 0.0, per_sample)
+    return Length(samples, math.ceil(samples / per_step), per_step, per_sample)
+
+
+def _length(experiment: Experiment, shapes: Geometry, sizes: list[Size]) -> str:
+    long = length(experiment, shapes, sizes)
+    given = next(key for key in ("samples", "steps", "flops") if getattr(experiment.train, key))
     rows = [
-        ["samples", f"{samples:,.0f}"],
-        ["samples in a step", f"{per_step:,.1f}"],
-        ["steps", f"{steps:,}"],
-        ["FLOPs", _flop(samples * per_sample)],
+        ["samples", f"{long.samples:,.0f}"],
+        ["samples in a step", f"{long.per_step:,.1f}"],
+        ["steps", f"{long.steps:,}"],
+        ["FLOPs", metric(long.flops)],
     ]
-    return _table(["", f"from train.{given}"], rows) + ("" if exact else "\nwith the largest samples, as above")
+    return aligned(["", f"from train.{given}"], rows) + ("" if sizes else "\nwith the largest samples, as above")
 
 
 def samples_per_step(experiment: Experiment, sizes: Iterable[Size]) -> float:
@@ -161,14 +178,14 @@ def _memory(experiment: Experiment, shapes: Geometry, deepspeed: dict, world_siz
     ]
     if said.host:
         rows.append(["in main memory", f"{said.host / 1e9:.2f} GB", "offloaded"])
-    return _table([], rows)
+    return aligned([], rows)
 
 
 def _section(title: str, text: str) -> str:
     return f"-- {title} " + "-" * max(1, 98 - len(title)) + "\n" + text
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def aligned(head: list[str], rows: list[list[str]]) -> str:
     """Aligned columns: the first and any beyond the head to the left, numbers to the right."""
     lines = [head, *rows] if head else rows
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
@@ -180,7 +197,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("  ".join(cell(text, i) for i, text in enumerate(line)).rstrip() for line in lines)
 
 
-def _flop(value: float) -> str:
+def metric(value: float) -> str:
     """1234567 -> `1.23 M`."""
     for power, letter in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if value >= 10**power:

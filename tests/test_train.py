@@ -99,6 +99,9 @@ def test_the_run_folder_tells_everything(whole, home):
     assert summary["status"] == "finished"
     assert summary["step"] == STEPS
     assert set(summary["scores"]) == {"coarse_only", "coarse_fine", "autoregressive"}
+    assert (summary["ranks"], summary["device"], float(whole[1][-1]["progress"])) == (2, "cpu", 1.0)
+    assert summary["flops"] > summary["samples"] * 1e6
+    assert summary["val_samples"] > 4
     assert (folder / "experiment.yaml").exists()
     assert (folder / "deepspeed.json").exists()
     assert (folder / "maps" / f"step-{STEPS:08d}.png").stat().st_size > 1000
@@ -134,6 +137,8 @@ def test_a_killed_run_goes_on_exactly_on_another_number_of_ranks(whole, home):
     assert [row["samples"] for row in again] == [row["samples"] for row in whole[1]]
     for row, expected in zip(again, whole[1], strict=True):
         assert math.isclose(float(row["loss"]), float(expected["loss"]), rel_tol=5e-6), row["step"]
+    one, two = (json.loads((home / "runs" / name / "run_summary.json").read_text()) for name in ("killed", "whole"))
+    assert one["val_hash"] == two["val_hash"]
 
 
 def test_a_signal_saves_within_a_step_and_a_stranger_is_refused(whole, home):

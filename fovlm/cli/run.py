@@ -22,6 +22,11 @@ def run(
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time on the CPU.")] = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes of each run on the CPU.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Redo what was made under other settings.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what there is to do, in which time.")] = False,
+    price: Annotated[float | None, typer.Option(help="With --dry-run: of one GPU for an hour, in any currency.")] = None,
+    flops_per_second: Annotated[
+        float | None, typer.Option(help="With --dry-run: what one GPU achieves; unless told, as runs.csv says.")
+    ] = None,
 ) -> None:
     """Train many experiments; finished ones are skipped, interrupted ones go on, a failure does not end the rest."""
     from fovlm.errors import UserError
@@ -40,6 +45,16 @@ def run(
         slots = cpu_slots(jobs or 1, ranks or (1 if jobs and jobs > 1 else 2))
     else:
         slots = [Slot()]
+    if dry_run:
+        from fovlm import many_cost, many_table
+        from fovlm.config import run_root
+
+        own, on_gpu = many_cost.unless_told()
+        on_gpu = bool(gpus) or (on_gpu and not jobs and not ranks)
+        each = per_run if gpus else int(slots[0].env.get("CPU_RANKS", own))
+        found = many_cost.estimates(planned, many_table.read(run_root()), each, on_gpu, flops_per_second)
+        print(many_cost.describe(found, len(slots), price, on_gpu))
+        return
     with Watch(len(planned)) as watch:
         results = Many(planned, slots, watch).work(again)
     raise typer.Exit(exit_status(results, planned, watch.say))

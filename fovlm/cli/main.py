@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from fovlm.cli import data, evidence, run, use
+from fovlm.cli import data, evidence, report, run, use
 from fovlm.errors import EXIT_USER_ERROR, UserError, nearest
 
 ClickException = typer.BadParameter.__mro__[2]  # of the click that this release of typer brings or uses
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a traceback is for bugs, and then a plain one
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (use, data, run, evidence):
+for part in (use, data, run, evidence, report):
     part.register(app)
 
 

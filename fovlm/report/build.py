@@ -1,0 +1,197 @@
+"""The report: decisions first, then the evidence for them, the grid, what was left out, and the rules.
+
+`write_report` writes report.md, report.html (one file, figures inside), the figures as SVG, gaze pictures as PNG, and
+the numbers as CSV: runs.csv, decisions.csv, curves.csv, grid.csv, fits.csv.
+"""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from fovlm.report import figures, tables
+from fovlm.report.collect import PICTURES, Evidence, Run, collect
+from fovlm.report.compare import RULE
+from fovlm.report.decide import BASELINE, NAMES, Answer, answers
+from fovlm.report.page import Block, Bold, Figure, Heading, Points, Table, Text, markdown, page
+from fovlm.report.scale import (
+    ARCHS,
+    LAW_RULE,
+    OPTIMUM_RULE,
+    TREND_RULE,
+    Grid,
+    grid,
+    law_text,
+    optimum_text,
+    trend_text,
+)
+
+BLIND = "validation loss without a picture, at best"  # what the embedded task writes into a summary (`hunt_data.py`)
+LOOKS = ("fine looks on the asked object", "coarse looks on the asked object", "looks on it by chance")
+LOOKING = ("LR1", "A1", "A6")  # whose gaze is shown
+CHECKED = (
+    "The fit was checked on synthetic losses, whose parameters it recovers within its intervals (tests/test_fits.py), "
+    "and on the 240 points that Besiroglu et al. (arXiv 2404.10102) read off a figure of Hoffmann et al.: E 1.82, A 463, "
+    "alpha 0.345, B 2223, beta 0.369, against their 1.82, 482, 0.348, 2085, 0.366, each well within one of their "
+    "standard errors."
+)
+
+
+def write_report(words: Iterable[str], out: Path, title: str = "What the runs say") -> Path:
+    """Write the report on the runs that the words name into `out`; returns the HTML file. Raises UserError as
+    `collect` does."""
+    evidence = collect(words)
+    out.mkdir(parents=True, exist_ok=True)
+    found, unasked = answers(evidence)
+    cells = grid(evidence)
+    blocks = [Heading(title, 1), *_summary(evidence, found, cells, unasked), *_ablations(evidence, found, out)]
+    blocks += _training(evidence, out) + _gaze(evidence, out) + _grid(cells, out) + _end(evidence, cells)
+    (out / "report.md").write_text(markdown(blocks), encoding="utf-8")
+    html = out / "report.html"
+    html.write_text(page(title, blocks), encoding="utf-8")
+    tables.write(out, evidence, found, cells)
+    return html
+
+
+def _summary(evidence: Evidence, found: list[Answer], cells: Grid | None, unasked: list[str]) -> list[Block]:
+    rows = [(answer.title, answer.verdict.text) for answer in found]
+    if cells is not None:
+        rows += [(f"Best size, {arch}, {budget}", optimum_text(cells, arch, budget)) for arch in cells.archs
+                 for budget in cells.budgets if cells.of(arch, budget)]  # fmt: skip
+        rows += [(f"Growth of the best size, {arch}", law_text(cells, arch)) for arch in cells.archs]
+        rows += [("One token against sixteen as scale grows", trend_text(cells))] if len(cells.archs) == 2 else []
+    told = f"{len(evidence.runs)} finished runs. Losses are final validation losses in nats per token, lower is better."
+    blocks: list[Block] = [Text(told), Heading("Decisions"), Table(("question", "answer"), rows)]
+    return blocks + ([Text("Not asked, for want of finished runs: " + "; ".join(unasked) + ".")] if unasked else [])
+
+
+def _ablations(evidence: Evidence, found: list[Answer], out: Path) -> list[Block]:
+    """Every answer with its numbers; all final losses in one figure ahead of them."""
+    blocks: list[Block] = []
+    floor = _fact(evidence, BLIND)
+    for roles, name, caption in (
+        ([r for r in NAMES if r not in PICTURES], "losses", "Final validation loss: a dot for each seed, mean and "
+         "standard deviation below them."),
+        (PICTURES, "losses_pictures", "The same on picture data, which has a validation set of its own."),
+    ):  # fmt: skip
+        drawn = figures.final_losses(evidence, roles, out / f"{name}.svg", None if roles == PICTURES else floor)
+        blocks += [Figure(drawn, caption)] if drawn else []
+    for answer in found:
+        blocks += [Heading(answer.title), Text(answer.asks), Bold(answer.verdict.text, answer.decided)]
+        blocks += [Table(answer.head, answer.rows)] if answer.rows else []
+        blocks += [Points(answer.notes)] if answer.notes else []
+        if answer.rule != RULE:
+            blocks.append(Text(f"Rule: {answer.rule}"))
+        if answer.title.endswith("equal FLOPs"):
+            drawn = figures.over_flops(evidence, (BASELINE, "B1"), out / "equal_flops.svg")
+            blocks += [Figure(drawn, "Validation loss over the compute spent; bands: all seeds.")] if drawn else []
+    return blocks
+
+
+def _training(evidence: Evidence, out: Path) -> list[Block]:
+    """Curves over training; the fine/coarse ratio with the reason why it decides nothing."""
+    roles = [role for role in NAMES if role not in PICTURES]
+    blocks: list[Block] = []
+    for file, title, column, label, level, text in (
+        ("curves", "Validation loss over training", "val_loss", "validation loss, nats per token",
+         _fact(evidence, BLIND), "Mean and range of the seeds. Dotted, where known: the best loss without a picture."),
+        ("entropy", "Attention entropy over training", "attention_entropy", "entropy of the looks' attention", 1.0,
+         "1 is attention spread evenly over the patches, 0 all on one. Mean over the layers, heads and looks of a "
+         "training pack."),
+        ("ratio", "Fine over coarse loss of one model", "fine_over_coarse", "loss with fine over loss with coarse tokens",
+         1.0, "This decides nothing: the coarse tokens of a foveated model were never trained to be read for the "
+         "answer, so a ratio below 1 is no evidence for foveation. The question above, LR1 against A6, is."),
+    ):  # fmt: skip
+        drawn = figures.over_samples(evidence, roles, column, label, out / f"{file}.svg", level)
+        blocks += [Heading(title), Figure(drawn, text)] if drawn else []
+    return blocks
+
+
+def _gaze(evidence: Evidence, out: Path) -> list[Block]:
+    """Where looks land, in numbers where the task knows the place, and in the last pictures of a seed of each role."""
+    rows = []
+    for role in NAMES:
+        runs = [run for run in evidence.side(role) if any(key in run.summary for key in LOOKS)]
+        if runs:
+            cells = ["/".join(f"{run.summary[key]:.2f}" if key in run.summary else "-" for run in runs) for key in LOOKS]
+            rows.append((NAMES[role], *cells))
+    blocks: list[Block] = []
+    for role in LOOKING:
+        runs = evidence.side(role)
+        pictures = sorted((runs[0].folder / "maps").glob("*.png")) if runs else []
+        if pictures:
+            copy = out / f"gaze-{role}.png"
+            shutil.copyfile(pictures[-1], copy)
+            told = f"{NAMES[role]}: {pictures[-1].stem} of {runs[0].name}, validation clips; attention in red."
+            blocks.append(Figure(copy, told))
+    table: list[Block] = [Table(("side", *(f"{key}, by seed" for key in LOOKS)), rows)] if rows else []
+    return [Heading("Where it looks"), *table, *blocks] if table or blocks else []
+
+
+def _grid(cells: Grid | None, out: Path) -> list[Block]:
+    if cells is None:
+        return []
+    blocks: list[Block] = [Heading("Scale: iso-FLOP curves and the best size of a budget")]
+    drawn = figures.iso_flop(cells, out / "isoflop.svg")
+    blocks += [Figure(drawn, "Final validation loss over size at equal compute. Stars: lowest points of the parabolas "
+                             "through the sizes.")] if drawn else []  # fmt: skip
+    rows = [
+        (ARCHS[arch], budget, str(len(cells.of(arch, budget))), optimum_text(cells, arch, budget))
+        for arch in cells.archs
+        for budget in cells.budgets
+        if cells.of(arch, budget)
+    ]
+    noise = "no noise is known" if cells.noise is None else f"noise {cells.noise:.2%} of a loss, from {cells.noise_from}"
+    blocks += [Table(("architecture", "budget", "sizes", "best size"), rows), Text(f"Rule: {OPTIMUM_RULE} Here: {noise}.")]
+    blocks += [Heading("Scale: loss as a law of size and data"), *_laws(cells)]
+    drawn = figures.law(cells, out / "law.svg")
+    blocks += [Figure(drawn, "Measured losses against the fitted law.")] if drawn else []
+    blocks += [Text(f"Rule: {LAW_RULE}"), Text(CHECKED)]
+    if len(cells.archs) == 2:
+        told = trend_text(cells)
+        blocks += [Heading("Scale: one token against sixteen"), Bold(told, not told.startswith("not decided"))]
+        drawn = figures.one_or_sixteen(cells, out / "one_or_sixteen.svg")
+        blocks += [Figure(drawn, "Loss of the foveated model over that of the multi-token model of the same size and "
+                                 "budget.")] if drawn else []  # fmt: skip
+        blocks.append(Text(f"Rule: {TREND_RULE}"))
+    return blocks
+
+
+def _laws(cells: Grid) -> list[Block]:
+    rows = []
+    for arch, fit in cells.fits.items():
+        parts = {**vars(fit.law), "exponent": fit.law.exponent}
+        told = [f"{value:.3g} [{fit.intervals[key][0]:.3g}, {fit.intervals[key][1]:.3g}]" for key, value in parts.items()]
+        rows.append((ARCHS[arch], str(fit.points), *told, f"{fit.spread:.2%}"))
+    head = ("architecture", "points", "E", "A", "alpha", "B", "beta", "best N grows as C to the", "residual")
+    said: list[Block] = [Bold(f"{arch}: {(told := law_text(cells, arch))}", not told.startswith("not decided"))
+                         for arch in cells.archs]  # fmt: skip
+    return said + ([Table(head, rows)] if rows else [])
+
+
+def _end(evidence: Evidence, cells: Grid | None) -> list[Block]:
+    """What was left out, where the runs came from, and the rule."""
+    blocks: list[Block] = [Heading("How it was decided"), Text(RULE)]
+    if evidence.left_out:
+        blocks += [Heading("Left out"), Table(("run", "why"), evidence.left_out)]
+    sets = {run.val_set: "+".join(run.experiment.data.val) for run in evidence.runs}
+    told = [f"Validation set {name} ({hash_}): {_count(evidence, hash_)}." for hash_, name in sets.items()]
+    if any(hash_.startswith("unrecorded") for hash_ in sets):
+        told.append("An unrecorded set is told from the settings; that its shards were the same is taken on trust.")
+    commits = sorted({str(run.summary.get("commit"))[:12] for run in evidence.runs})
+    told.append(f"Commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}.")
+    seconds = sum(float(run.summary.get("wall_seconds", 0)) for run in evidence.runs)
+    told.append(f"{seconds / 3600:.1f} hours of wall time in all runs together.")
+    return [*blocks, Heading("The runs"), Points(told), Table(*tables.overview(evidence.runs))]
+
+
+def _count(evidence: Evidence, val_set: str) -> str:
+    runs = [run for run in evidence.runs if run.val_set == val_set]
+    scored = {run.summary["val_samples"] for run in runs if run.summary.get("val_samples")}
+    return f"{len(runs)} runs" + (f", {'/'.join(map(str, sorted(scored)))} samples scored" if scored else "")
+
+
+def _fact(evidence: Evidence, key: str) -> float | None:
+    """A fact that all summaries agree on, among the runs that are compared with the baseline."""
+    runs: list[Run] = [run for run in evidence.runs if run.role and run.role not in PICTURES]
+    values = {float(run.summary[key]) for run in runs if key in run.summary}
+    return values.pop() if len(values) == 1 else None

@@ -1,0 +1,212 @@
+"""The charts of the report, as SVG: one colour and one marker for each role in all of them, fit for print.
+
+Each function draws into a file and returns it, or None when it has nothing to show. Bars are standard deviations over
+seeds, bands go from the lowest to the highest seed.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws into files; needs no screen
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from fovlm.report.collect import Evidence, Run
+from fovlm.report.decide import NAMES
+from fovlm.report.scale import ARCHS, Grid
+
+# Okabe and Ito's colours, which colour-blind readers tell apart, and greys; the marker says it again without colour.
+STYLE = {
+    "LR1": ("#0072B2", "o"), "A1": ("#D55E00", "s"), "A6": ("#009E73", "^"), "B1": ("#CC79A7", "D"),
+    "F1": ("#777777", "v"), "F2": ("#AAAAAA", "<"), "LR2": ("#56B4E9", ">"), "LR3": ("#004466", "p"),
+    "LR4": ("#7FB8D8", "h"), "D1": ("#E69F00", "P"), "A8a": ("#8C510A", "X"), "A8b": ("#BF9B30", "d"),
+    "F": ("#0072B2", "o"), "B": ("#CC79A7", "D"),
+}  # fmt: skip
+SHADES = ("-", "--", "-.", ":", (0, (5, 1)))  # of budgets and sizes
+RC = {
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.4,
+    "lines.markersize": 4.5, "svg.hashsalt": "fovlm", "savefig.bbox": "tight", "legend.fontsize": 8,
+}  # fmt: skip
+WIDE = 20  # a ratio of losses beyond which their axis is logarithmic
+
+
+def final_losses(evidence: Evidence, roles: Sequence[str], path: Path, floor: float | None = None) -> Path | None:
+    """Final validation loss of each role: every seed a dot, their mean and deviation beside. `floor`: blind loss."""
+    sides = [(role, evidence.side(role)) for role in roles if evidence.side(role)]
+    if not sides:
+        return None
+    figure, axis = _figure(6.4, 0.7 + 0.34 * len(sides))
+    for row, (role, runs) in enumerate(sides):
+        colour, marker = STYLE[role]
+        losses = [run.loss for run in runs]
+        axis.plot(losses, [row] * len(losses), marker, color=colour, alpha=0.55, markeredgewidth=0)
+        if len(losses) > 1:
+            mean, spread = statistics.fmean(losses), statistics.stdev(losses)
+            axis.errorbar(mean, row + 0.24, xerr=spread, fmt="|", color=colour, capsize=2, markersize=8)
+    if floor is not None:
+        axis.axvline(floor, color="black", linewidth=0.8, linestyle=":", label="best without a picture")
+        axis.legend(loc="upper left", bbox_to_anchor=(0, 1.0 + 0.5 / len(sides)), borderaxespad=0)
+    axis.set_yticks(range(len(sides)), [NAMES[role] for role, _ in sides])
+    axis.set_ylim(len(sides) - 0.4, -0.6)
+    axis.grid(visible=False, axis="y")
+    axis.set_xlabel("final validation loss, nats per token (lower is better)")
+    _wide(axis.set_xscale, [run.loss for _, runs in sides for run in runs])
+    return _save(figure, path)
+
+
+def over_samples(
+    evidence: Evidence, roles: Sequence[str], column: str, label: str, path: Path, level: float | None = None
+) -> Path | None:
+    """A column of metrics.csv over the samples seen, by role: mean and range of the seeds. `level`: a line to hold
+    against."""
+    curves = {role: [c for run in evidence.side(role) if (c := run.curve(column))] for role in roles}
+    curves = {role: found for role, found in curves.items() if found}
+    if not curves:
+        return None
+    figure, axis = _figure(5.6, 3.2)
+    for role, found in curves.items():
+        _band(axis, found, *STYLE[role], NAMES[role])
+    if level is not None:
+        axis.axhline(level, color="black", linewidth=0.8, linestyle=":")
+    axis.set_xlabel("samples seen")
+    axis.set_ylabel(label)
+    _wide(axis.set_yscale, [value for found in curves.values() for curve in found for _, value in curve])
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+    return _save(figure, path)
+
+
+def over_flops(evidence: Evidence, roles: Sequence[str], path: Path) -> Path | None:
+    """Validation loss over the FLOPs spent, forward and backward."""
+    curves = {role: [_by_flops(run) for run in evidence.side(role)] for role in roles}
+    curves = {role: [curve for curve in found if curve] for role, found in curves.items()}
+    if not all(curves.values()):
+        return None
+    figure, axis = _figure(5.6, 3.2)
+    for role, found in curves.items():
+        _band(axis, found, *STYLE[role], NAMES[role])
+    budget = min(curve[-1][0] for found in curves.values() for curve in found)
+    axis.axvline(budget, color="black", linewidth=0.8, linestyle=":")
+    axis.annotate("equal FLOPs", (budget, 1), (3, -2), xycoords=("data", "axes fraction"), fontsize=8, rotation=90,
+                  textcoords="offset points", va="top")  # fmt: skip
+    axis.set_xlabel("training FLOPs, forward and backward")
+    axis.set_ylabel("validation loss, nats per token")
+    axis.set_xscale("log")
+    _wide(axis.set_yscale, [value for found in curves.values() for curve in found for _, value in curve])
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+    return _save(figure, path)
+
+
+def iso_flop(grid: Grid, path: Path) -> Path | None:
+    """Loss over size, a line for each budget, with the fitted parabola and its lowest point; a panel each for F and B."""
+    archs = grid.archs
+    figure, axes = plt.subplots(1, len(archs), figsize=(3.4 * len(archs) + 0.8, 3.1), sharey=True, squeeze=False)
+    for axis, arch in zip(axes[0], archs, strict=True):
+        colour, marker = STYLE[arch]
+        for line, budget in zip(SHADES, grid.budgets, strict=False):
+            cells = grid.of(arch, budget)
+            if not cells:
+                continue
+            spread = [statistics.stdev(c.losses) if len(c.losses) > 1 else 0.0 for c in cells]
+            axis.errorbar([c.N for c in cells], [c.loss for c in cells], yerr=spread, fmt=marker, color=colour,
+                          capsize=2)  # fmt: skip
+            fit = grid.optima.get((arch, budget))
+            label = f"{budget}: {statistics.fmean(c.flops for c in cells):.2g} FLOPs"
+            if fit is None:
+                axis.plot([c.N for c in cells], [c.loss for c in cells], linestyle=line, color=colour, label=label)
+                continue
+            sizes = _between(cells[0].N, cells[-1].N)
+            c2, c1, c0 = fit.coefficients
+            steps = [math.log(size / fit.mean) for size in sizes]
+            axis.plot(sizes, [c2 * s * s + c1 * s + c0 for s in steps], linestyle=line, color=colour, label=label)
+            if fit.size is not None:
+                axis.plot(fit.size, fit.loss, "*", color="black", markersize=8)
+        axis.set_title(ARCHS[arch], fontsize=9)
+        axis.set_xscale("log")
+        axis.set_xlabel("parameters N")
+        axis.legend(loc="upper right")
+    axes[0][0].set_ylabel("final validation loss, nats per token")
+    _wide(axes[0][0].set_yscale, [cell.loss for cell in grid.cells])
+    return _save(figure, path)
+
+
+def law(grid: Grid, path: Path) -> Path | None:
+    """Measured against fitted losses, for each architecture that could be fitted."""
+    if not grid.fits:
+        return None
+    figure, axis = _figure(3.6, 3.3)
+    losses = [cell.loss for cell in grid.cells]
+    axis.plot([min(losses), max(losses)], [min(losses), max(losses)], color="black", linewidth=0.8, linestyle=":")
+    for arch, fit in grid.fits.items():
+        cells = grid.of(arch)
+        predicted = fit.law.loss([c.N for c in cells], [c.D for c in cells])
+        axis.plot(predicted, [c.loss for c in cells], STYLE[arch][1], color=STYLE[arch][0], label=ARCHS[arch])
+    axis.set_xlabel("E + A / N$^α$ + B / D$^β$, nats per token")
+    axis.set_ylabel("measured validation loss, nats per token")
+    _wide(axis.set_xscale, losses)
+    _wide(axis.set_yscale, losses)
+    axis.legend(loc="upper left")
+    return _save(figure, path)
+
+
+def one_or_sixteen(grid: Grid, path: Path) -> Path | None:
+    """Loss of F over loss of B for each size, over the budget."""
+    pairs = grid.pairs()
+    if not pairs:
+        return None
+    figure, axis = _figure(4.6, 3.0)
+    sizes = sorted({(f.N, f.size) for f, _ in pairs})
+    for line, (_, size) in zip(SHADES, sizes, strict=False):
+        chosen = sorted((f.flops, f.loss / b.loss) for f, b in pairs if f.size == size)
+        axis.plot([x for x, _ in chosen], [y for _, y in chosen], STYLE["F"][1], linestyle=line, color=STYLE["F"][0],
+                  label=f"size {size}")  # fmt: skip
+    axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axis.set_xscale("log")
+    axis.set_xlabel("training FLOPs of each run")
+    axis.set_ylabel("loss of F over loss of B\n(below 1: one token is better)")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+    return _save(figure, path)
+
+
+# -- the parts -------------------------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float) -> tuple[plt.Figure, Axes]:
+    plt.rcParams.update(RC)
+    return plt.subplots(figsize=(width, height))
+
+
+def _save(figure: plt.Figure, path: Path) -> Path:
+    """SVG without a date: the same numbers give the same file."""
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def _band(axis: Axes, curves: list[list[tuple[float, float]]], colour: str, marker: str, label: str) -> None:
+    """Mean of the curves, row by row, and the range between the lowest and the highest."""
+    rows = [list(zip(*row, strict=True)) for row in zip(*curves, strict=False)]
+    x = [statistics.fmean(xs) for xs, _ in rows]
+    few = marker if len(x) <= 12 else None
+    axis.plot(x, [statistics.fmean(ys) for _, ys in rows], color=colour, marker=few, label=label)
+    if len(curves) > 1:
+        axis.fill_between(x, [min(ys) for _, ys in rows], [max(ys) for _, ys in rows], color=colour, alpha=0.18, lw=0)
+
+
+def _by_flops(run: Run) -> list[tuple[float, float]]:
+    return [(samples * run.flops_per_sample, loss) for samples, loss in run.curve("val_loss")]
+
+
+def _between(low: float, high: float, steps: int = 60) -> list[float]:
+    return [low * (high / low) ** (i / steps) for i in range(steps + 1)]
+
+
+def _wide(set_scale: Callable[[str], None], values: Sequence[float]) -> None:
+    """Losses that differ by more than `WIDE` times are drawn over their logarithm."""
+    if min(values) > 0 and max(values) / min(values) > WIDE:
+        set_scale("log")

@@ -1,0 +1,90 @@
+"""The report's numbers as CSV, one file for each kind, so that nobody has to read them off a figure."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fovlm.report.collect import Evidence, Run
+from fovlm.report.decide import Answer
+from fovlm.report.scale import Grid
+
+CURVES = ("loss", "val_loss", "loss_fine", "loss_coarse", "fine_over_coarse", "attention_entropy", "grad_norm")
+
+
+def write(out: Path, evidence: Evidence, found: list[Answer], cells: Grid | None) -> None:
+    """Write runs.csv, decisions.csv and curves.csv, and with a grid also grid.csv and fits.csv."""
+    _csv(
+        out / "runs.csv",
+        ("run", "role", "size", "budget", "arch", "seed", "val_loss", "autoregressive", "parameters", "samples",
+         "flops_per_sample", "flops", "wall_seconds", "val_set", "data_hash", "commit"),
+        (
+            (run.name, run.role, run.size, run.budget, run.arch, run.seed, run.loss, run.mode("autoregressive"),
+             run.parameters, run.samples, run.flops_per_sample, run.samples * run.flops_per_sample,
+             run.summary.get("wall_seconds"), run.val_set, run.summary.get("data_hash"), run.summary.get("commit"))
+            for run in evidence.runs
+        ),
+    )  # fmt: skip
+    _csv(
+        out / "decisions.csv",
+        ("question", "winner", "verdict", "rival", "more_than_best", "low", "high"),
+        (
+            (answer.title, answer.verdict.winner, answer.verdict.text, rival, d.value, d.low, d.high)
+            for answer in found
+            for rival, d in (answer.verdict.differences or {"": _Nothing()}).items()
+        ),
+    )
+    _csv(
+        out / "curves.csv",
+        ("run", "step", "samples", *CURVES),
+        (
+            (run.name, int(row["step"]), row.get("samples"), *(row.get(column) for column in CURVES))
+            for run in evidence.runs
+            for row in run.rows
+        ),
+    )
+    if cells is None:
+        return
+    _csv(
+        out / "grid.csv",
+        ("size", "budget", "arch", "N", "D", "flops", "loss", "seeds", "best_size", "low", "high", "sure"),
+        (
+            (c.size, c.budget, c.arch, c.N, c.D, c.flops, c.loss, len(c.losses),
+             *((o.size, o.low, o.high, o.sure) if (o := cells.optima.get((c.arch, c.budget))) else ()))
+            for c in cells.cells
+        ),
+    )  # fmt: skip
+    _csv(
+        out / "fits.csv",
+        ("arch", "parameter", "value", "low", "high", "points"),
+        (
+            (arch, name, value, *fit.intervals[name], fit.points)
+            for arch, fit in cells.fits.items()
+            for name, value in {**vars(fit.law), "exponent": fit.law.exponent}.items()
+        ),
+    )
+
+
+def overview(runs: Sequence[Run]) -> tuple[Sequence[str], list[tuple[str, ...]]]:
+    """Head and rows of the table of all runs."""
+    head = ("run", "what it asks", "seed", "val loss", "parameters", "samples", "FLOPs", "minutes")
+    rows = [
+        (run.name, run.experiment.note, str(run.seed), f"{run.loss:.4f}", f"{run.parameters:,}", f"{run.samples:,.0f}",
+         f"{run.samples * run.flops_per_sample:.3g}", f"{run.summary.get('wall_seconds', 0) / 60:.1f}")
+        for run in runs
+    ]  # fmt: skip
+    return head, rows
+
+
+class _Nothing:
+    """Stands for the difference of an answer that has none."""
+
+    value = low = high = None
+
+
+def _csv(file: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with file.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerow(head)
+        for row in rows:
+            writer.writerow(["" if v is None else f"{v:.8g}" if isinstance(v, float) else v for v in row])

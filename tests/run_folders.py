@@ -1,0 +1,94 @@
+"""Run folders as the journal writes them, without training: for the tests of the report."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from fovlm import config
+from fovlm.config import Experiment
+from fovlm.journal import Table
+
+DIFFERENT: dict[str, dict[str, Any]] = {
+    "F1": {"optim": {"lr_dino": None, "lr_llm": None}},
+    "F2": {"optim": {"lr_llm": None}},
+    "LR2": {"optim": {"lr_connector": 2e-2}},
+    "A1": {"model": {"deep_query": False}},
+    "A6": {"model": {"visual": "coarse"}},
+    "B1": {"model": {"visual": "multi_token"}},
+    "A8a": {"data": {"image_frames": 1}},
+    "A8b": {"data": {"image_frames": 16}},
+    "D1": {"data": {"train": {"video": 55.0, "image": 30.0, "words": 15.0}}},
+}
+MODE = {"foveated": "coarse_fine", "coarse": "coarse_only", "multi_token": "multi_token"}
+
+
+def write_run(
+    root: Path,
+    name: str,
+    loss: float,
+    seed: int = 0,
+    role: str = "LR1",
+    settings: dict[str, Any] | None = None,
+    status: str = "finished",
+    samples: int = 4000,
+    flops_per_sample: float = 1e8,
+    **facts: Any,
+) -> Path:
+    """A run of `role`'s settings (and `settings` over them) whose validation loss falls to `loss` as samples pass."""
+    experiment = experiment_of(name, seed, DIFFERENT.get(role, {}), settings or {})
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / "experiment.yaml").write_text(experiment.dump())
+    table, mode = Table(folder / "metrics.csv", 0), MODE[experiment.model.visual]
+    for step in range(1, 9):
+        seen = samples * step / 8
+        falling = loss * (samples / seen) ** 0.5
+        row = {"seconds": 2.0 * step, "loss": falling, "grad_norm": 1 / step, "samples": seen}
+        if mode == "coarse_fine":
+            row |= {"attention_entropy": 1 - step / 20, "fine_over_coarse": 1 - step / 30, "loss_coarse": 2.0}
+        if step % 2 == 0:
+            row |= {"val_loss": falling, f"val_loss_{mode}": falling}
+        if step == 8 and mode == "coarse_fine":
+            row["val_loss_autoregressive"] = falling * 1.01
+        table.write(step, row)
+    summary = {
+        "name": name, "status": status, "step": 8, "samples": samples, "flops": samples * flops_per_sample,
+        "data_hash": "d" if role != "D1" else "d1", "val_hash": "v" if role[:2] != "A8" else "pictures",
+        "commit": "0" * 40, "wall_seconds": 16.0, "best": table.best(), "final": table.final(), **facts,
+    }  # fmt: skip
+    (folder / "run_summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def experiment_of(name: str, seed: int, *over: dict[str, Any]) -> Experiment:
+    """Quickstart under another name and seed, with settings over it."""
+    values = config.load("quickstart").model_dump()
+    for settings in (*over, {"train": {"seed": seed}}):
+        for section, new in settings.items():
+            values[section] |= new
+    return Experiment.model_validate(values | {"name": name})
+
+
+def write_seeds(root: Path, role: str, losses: list[float], group: str = "nano-", **more: Any) -> None:
+    """NAME, NAME-s1, NAME-s2 ... with these losses."""
+    for seed, loss in enumerate(losses):
+        write_run(root, f"{group}{role}" + (f"-s{seed}" if seed else ""), loss, seed, role, **more)
+
+
+def write_grid(root: Path, noise: float = 0.0) -> None:
+    """Three sizes, three budgets, two architectures, with losses that have a best size within each budget."""
+    widths = {"XS": 32, "S": 64, "M": 128}
+    for b, budget in enumerate((4e11, 1.6e12, 6.4e12)):
+        for s, (size, width) in enumerate(widths.items()):
+            for arch, role in (("F", "LR1"), ("B", "B1")):
+                llm = config.load("quickstart").model.llm
+                assert isinstance(llm, dict)
+                model = {"llm": llm | {"hidden_size": width, "intermediate_size": 2 * width}}
+                bowl = 1.0 - 0.2 * b + 0.1 * (s - 0.5 - 0.5 * b) ** 2
+                loss = bowl * (1.0 if arch == "F" else 1.2 - 0.05 * b) * (1 + noise * math.sin(7 * b + 3 * s))
+                settings = {"model": model | ({"visual": "multi_token"} if arch == "B" else {}),
+                            "train": {"steps": None, "flops": budget}}  # fmt: skip
+                cost = 1e8 * width / 32
+                write_run(root, f"nano-{size}-C{b + 1}-{arch}", loss, 0, role, settings, samples=int(budget / cost),
+                          flops_per_sample=cost)  # fmt: skip

@@ -1,62 +1,157 @@
-"""Pictures of where a model looks: each clip a row of frames, coarse looks above fine ones, attention as a red veil."""
+"""Watching attention sharpen: at every evaluation, where the model looks in the same ten validation clips.
 
+    maps/step-00000200.png   a row of frames for each clip, coarse looks above fine ones
+    maps/step-00000200.npz   the weights behind it: see `save_maps`
+    maps/index.html          all of them, with a slider over the steps
+
+The clips are the first ten of the validation order that have frames: the same at every evaluation, on any number of
+ranks and whatever a pack holds.
+"""
+
+import json
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
-import torch.nn.functional as nnf
-from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from fovlm.batch import Batch
+from fovlm import media
+from fovlm.batch import Batch, Sample, Size, collate, fill_step
+from fovlm.dataset import Dataset
 from fovlm.model import FoveatedVLM
+from fovlm.see.paint import maps, paint
+from fovlm.text import SYSTEM
 
 matplotlib.use("Agg")  # draws into files; needs no screen
 
 from matplotlib import pyplot as plt
 
-MOST_FRAMES = 8  # a row shows no more
+CLIPS = 10
+MOST_LOOKS = 8  # of a clip, evenly spaced
+SEARCHED = 1000  # positions among which clips are looked for: a set may hold text or images for the most part
+WIDEST = 224  # pixels of a drawn frame
 
 
-def maps(weights: Tensor, layer: int | None = None) -> Tensor:
-    """Attention weights [layers, K, H, N] -> f32 [K, side, side] over the patches, mean over heads.
+def watched(val_set: Dataset, clips: int = CLIPS) -> list[Sample]:
+    """The first samples of a validation set that have frames, the first of each pair; fewer when there are not so many.
 
-    One layer, or the mean over all. CLS (row 0) has no place in the picture and is left out.
+    A pure function of the set: no rank, step or pack comes into it.
     """
-    chosen = weights.mean(0) if layer is None else weights[layer]
-    patches = chosen.mean(1)[:, 1:]
-    side = round(patches.shape[1] ** 0.5)
-    return patches.unflatten(1, (side, side))
+    once = min(sum(val_set.samples.values()), SEARCHED)
+    found: dict[tuple[str, str], Sample] = {}
+    for position in range(once):
+        if len(found) < clips and val_set.size(position).frames:
+            for sample in val_set.read(position)[0][:1]:
+                found.setdefault((sample.source, sample.key), sample)
+    return list(found.values())
 
 
-def save_maps(model: FoveatedVLM, batch: Batch, path: Path, clips: int = 4, titles: list[str] | None = None) -> Path:
-    """Draw the first clips of a pack into one PNG and return its path. A pack without clips draws nothing."""
-    gaze = {name: maps(w.cpu()) for name, w in model.gaze(batch).items()}
-    frame_of_look = batch.frame_of_look if batch.frame_of_look is not None else torch.arange(len(batch.frames))
-    shown = [i for i, size in enumerate(batch.sizes) if size.looks][:clips]
-    if not shown:
-        return path
-    columns = min(MOST_FRAMES, max(batch.sizes[i].looks for i in shown))
-    rows = [(i, name) for i in shown for name in gaze]
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.4 * columns, 1.6 * len(rows)), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for row, (i, name) in enumerate(rows):
-        looks = (batch.look_segment == i).nonzero()[:, 0][:columns]
-        for column, k in enumerate(looks.tolist()):
-            _draw(axes[row, column], batch.frames[int(frame_of_look[k])].cpu(), gaze[name][k])
-        title = (titles[i] if titles else batch.keys[i]) if name == next(iter(gaze)) else ""
-        axes[row, 0].set_title(f"{name}  {title}".strip(), fontsize=7, loc="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Fixed margins: a layout that makes room for a long question would shrink the frames.
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.25 / len(rows), wspace=0.04, hspace=0.2)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def packs(samples: list[Sample], budget: Size) -> list[Batch]:
+    """The samples in packs of the run's own shape, for which its model is compiled and has the memory."""
+    batches, left = [], samples
+    while left:
+        _, taken = fill_step((sample.size for sample in left), 1, budget)
+        batches.append(collate(left[:taken], budget, left[0].frames.shape[-1]))
+        left = left[taken:]
+    return batches
+
+
+def save_maps(
+    model: FoveatedVLM,
+    samples: list[Sample],
+    budget: Size,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    step: int,
+    device: torch.device | str = "cpu",
+) -> Path | None:
+    """Draw where the samples are looked at after `step` steps -> the picture's path in `folder`; None without samples.
+
+    Beside it an .npz: `coarse` and (foveated) `fine` f16 [layers, k, H, N] (N: CLS, then the patches by row); of each of
+    the k looks `clip` i64 [k], the number of its clip, and `look` i64 [k], its number there; `keys` and `texts` name the
+    clips.
+    """
+    if not samples:
+        return None
+    weights: dict[str, list[torch.Tensor]] = {}
+    frames, clip, look = [], [], []
+    done = 0
+    for batch in packs(samples, budget):
+        gaze = model.gaze(batch.to(device))
+        frame_of_look = batch.frame_of_look if batch.frame_of_look is not None else torch.arange(len(batch.frames))
+        for number in range(len(batch.keys)):
+            mine = (batch.look_segment == number).nonzero()[:, 0]
+            shown = media.spread(len(mine), MOST_LOOKS)
+            for name, w in gaze.items():
+                weights.setdefault(name, []).append(w[:, mine[shown].to(w.device)].float().cpu())
+            frames.append(batch.frames[frame_of_look[mine[shown]]])
+            clip += [done + number] * len(shown)
+            look += shown
+        done += len(batch.keys)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [_text(sample, tokenizer) for sample in samples]
+    path = folder / f"step-{step:08d}.png"
+    _draw(weights, frames, texts, path)
+    np.savez_compressed(
+        path.with_suffix(".npz"),
+        clip=np.array(clip),
+        look=np.array(look),
+        keys=np.array([sample.key for sample in samples]),
+        texts=np.array(texts),
+        **{name: torch.cat(parts, dim=1).half().numpy() for name, parts in weights.items()},
+    )
+    _write_index(folder)
     return path
 
 
-def _draw(axis, frame: Tensor, weights: Tensor) -> None:
-    height, width = frame.shape[-2:]
-    veil = nnf.interpolate(weights[None, None], (height, width), mode="nearest")[0, 0]
-    axis.imshow(frame.permute(1, 2, 0).numpy())
-    axis.imshow(torch.zeros(height, width), cmap="gray", alpha=0.35)  # darken, so that the veil shows on any picture
-    axis.imshow(veil.numpy(), cmap="hot", alpha=0.5, vmin=0.0)
+def _text(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a sample says, without the system message that all share."""
+    said = tokenizer.decode(sample.tokens.tolist(), skip_special_tokens=True)
+    return " ".join(said.partition(SYSTEM)[2].split())[:100]
+
+
+def _draw(weights: dict[str, list[torch.Tensor]], frames: list[torch.Tensor], texts: list[str], path: Path) -> None:
+    size = min(frames[0].shape[-1], WIDEST)
+    columns = max(map(len, frames))
+    figure, axes = plt.subplots(
+        len(texts), 1, figsize=(1.2 * columns, len(texts) * (1.2 * len(weights) + 0.25)), squeeze=False
+    )
+    for number, axis in enumerate(axes[:, 0]):
+        # One picture for a whole clip: an axis for each frame takes seconds.
+        rows = [np.hstack(list(paint(frames[number], maps(w[number]), size))) for w in weights.values()]
+        picture = np.full((size * len(rows), size * columns, 3), 255, np.uint8)
+        picture[:, : rows[0].shape[1]] = np.vstack(rows)
+        axis.imshow(picture, interpolation="bilinear")
+        axis.set_title(
+            f"{' above '.join(weights)}   {texts[number]}" if number == 0 else texts[number],
+            fontsize=7,
+            loc="left",
+            pad=2,
+            parse_math=False,
+        )
+        axis.axis("off")
+    # Fixed margins: a layout that makes room for a long question would shrink the frames.
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.005, top=1 - 0.25 / len(texts) / 2, hspace=0.12)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+INDEX = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Where it looked while it learnt</title>
+<style>body{font:15px system-ui,sans-serif;margin:0 auto;max-width:70rem;padding:1rem;color-scheme:light dark}
+header{position:sticky;top:0;padding:.6rem 0;background:Canvas}input{width:100%}img{width:100%;background:#fff}</style>
+<header><label for="at">after <output id="step"></output> steps (arrow keys)</label>
+<input id="at" type="range" min="0" autofocus></header><img id="map" alt="attention maps">
+<script>const steps = STEPS, at = document.getElementById("at"), map = document.getElementById("map");
+steps.forEach(step => { new Image().src = step[1] });  // no flicker when sliding
+at.max = at.value = steps.length - 1;
+(at.oninput = () => { const [n, file] = steps[at.value]; map.src = file; step.textContent = n.toLocaleString("en") })()
+</script></html>
+"""
+
+
+def _write_index(folder: Path) -> None:
+    """A page that slides over the pictures of all evaluations so far."""
+    steps = [[int(p.stem.removeprefix("step-")), p.name] for p in sorted(folder.glob("step-*.png"))]
+    (folder / "index.html").write_text(INDEX.replace("STEPS", json.dumps(steps)), encoding="utf-8")

@@ -18,13 +18,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fovlm import ranks
-from fovlm.attention_maps import maps
 from fovlm.batch import Batch
 from fovlm.config import Hunt, data_root
 from fovlm.errors import UserError
 from fovlm.hunt import COLOURS, QUESTION, SHAPES, Clips, generate, names
 from fovlm.media import encode_jpeg
 from fovlm.model import FoveatedVLM
+from fovlm.see.paint import maps
 from fovlm.shards import write_shards
 from fovlm.text import SYSTEM
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fovlm import checkpoint, config, deepspeed_config, hunt_data, ranks, resume, schedule
-from fovlm.attention_maps import save_maps
+from fovlm.attention_maps import save_maps, watched
 from fovlm.batch import Bad, Batch
 from fovlm.config import Experiment
 from fovlm.dataset import Dataset, budget_of, open_dataset, tokenizer_of
@@ -37,7 +37,7 @@ from fovlm.meter import Meter, device_name, memory_gb, peak_flops
 from fovlm.model import FoveatedVLM, build, check_vocabulary
 from fovlm.probe import choose
 from fovlm.scaling import mean_cost, samples_of, total
-from fovlm.text import SYSTEM, load_tokenizer
+from fovlm.text import load_tokenizer
 
 SIZED = 5000  # samples whose sizes stand for those of all when a budget of FLOPs is turned into samples
 FEW = 1000  # samples: among fewer, a single broken one would pass any reasonable fraction
@@ -284,17 +284,9 @@ class Run:
             row |= {f"val_loss_{mode}": score.loss} | {f"val_loss_{mode}/{s}": v for s, v in score.by_source.items()}
         self.journal.log(self.state.step, row)
         if ranks.rank() == 0 and self.engine.stage < 3 and visual != "multi_token":
-            path = self.experiment.run_folder / "maps" / f"step-{self.state.step:08d}.png"
-            batch = next(self._val_batches())
-            save_maps(self.engine.model, batch.to(self.device), path, titles=self._titles(batch))
+            folder, step = self.experiment.run_folder / "maps", self.state.step
+            save_maps(self.engine.model, watched(self.val_set), self.budget, self.tokenizer, folder, step, self.device)
         return scores
-
-    def _titles(self, batch: Batch) -> list[str]:
-        """What each sample of a pack says, without the system message that all share."""
-        texts = (batch.tokens[batch.text_segment == i].tolist() for i in range(len(batch.keys)))
-        return [
-            self.tokenizer.decode(text, skip_special_tokens=True).partition(SYSTEM)[2].strip()[:100] for text in texts
-        ]
 
     def _val_batches(self) -> Iterator[Batch]:
         """This rank's share of the validation samples: the first `val_samples`, the same for any ranks."""
@@ -344,7 +336,7 @@ class Run:
         folder = self.experiment.run_folder
         self.journal.say(f"run folder: {folder}")
         if (folder / "maps").is_dir():
-            self.journal.say(f"where it looked: {folder / 'maps'}")
+            self.journal.say(f"where it looked: {folder / 'maps' / 'index.html'}")
         if task:
             self.journal.say("next: ./launch.sh --list shows every run, README.md how to train on shards of your own")
         told = {mode: asdict(score) for mode, score in scores.items()}

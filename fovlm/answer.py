@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import StoppingCriteria, TextIteratorStreamer
 
 from fovlm.clips import Clip
-from fovlm.errors import UserError
 
 
 class Stopped(StoppingCriteria):
@@ -23,27 +22,18 @@ class Stopped(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-def inputs_for(model: Any, processor: Any, clip: Clip, question: str, room: int = 1) -> Any:
-    """The model's inputs for a question. Raises UserError when these and `room` tokens exceed the context."""
-    content = [{"type": "video", "video": clip.frames}, {"type": "text", "text": question}]
-    inputs = processor(messages=[{"role": "user", "content": content}], return_tensors="pt")
-    words = inputs["input_ids"].shape[1]
-    seen = len(clip.frames) * model.config.tokens_per_look
-    context = model.config.llm_config.max_position_embeddings
-    if words + seen + room > context:
-        raise UserError(
-            f"the question is too long: {words} tokens, with {seen} of frames and {room} for the answer, but the model "
-            f"holds {context}"
-        )
-    return inputs.to(model.device)
+def inputs_for(processor: Any, clip: Clip, question: str) -> Any:
+    """The model's inputs for a question about a clip."""
+    shown = {"type": "image", "image": clip.frames[0]} if clip.still else {"type": "video", "video": clip.frames}
+    return processor(messages=[{"role": "user", "content": [shown, {"type": "text", "text": question}]}])
 
 
 def answer(model: Any, processor: Any, clip: Clip, question: str, max_new_tokens: int, **options: Any) -> Iterator[str]:
-    """The answer in pieces, as they are made; `options` go to `generate`. Raises UserError like `inputs_for`.
+    """The answer in pieces, as they are made; `options` go to `generate`. Raises UserError, as that does.
 
     Closing the iterator ends the work.
     """
-    inputs = inputs_for(model, processor, clip, question)
+    inputs = inputs_for(processor, clip, question).to(model.device)
     streamer, stopped = TextIteratorStreamer(processor.tokenizer, skip_special_tokens=True), Stopped()
     pool = ThreadPoolExecutor(1)
     made = pool.submit(

@@ -26,6 +26,7 @@ class Clip:
     seconds: list[float]  # when each frame is on screen; of a folder, its number
     name: str
     note: str = ""  # what could not be read, in words
+    still: bool = False  # one picture, not a film
 
 
 def read_clip(path: str | Path, size: int, most: int = 64, fps: float = 1.0) -> Clip:
@@ -56,7 +57,7 @@ def read_clip(path: str | Path, size: int, most: int = 64, fps: float = 1.0) -> 
         raise UserError(f"{path}: {_told(str(error), kind)}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    return Clip(seen.frames, seen.seconds, path.name, seen.note)
+    return Clip(seen.frames, seen.seconds, path.name, seen.note, still=seen.still)
 
 
 def films(folder: str | Path) -> list[Path]:

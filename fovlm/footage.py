@@ -54,6 +54,7 @@ class Seen(NamedTuple):
     frames: Tensor  # u8 [f, 3, size, size], f >= 1
     seconds: list[float]  # when each frame is on screen, from the start of the video
     note: str  # what could not be read, or nothing
+    still: bool = False  # one picture, not a film
 
 
 def kind_of(file: BinaryIO) -> str | None:
@@ -72,7 +73,7 @@ def decode_some(file: BinaryIO, kind: str, size: int, most: int, fps: float = 1.
     """
     if kind in ("JPEG", "PNG"):
         extension = next(e for e, format in PICTURES.items() if format == kind)
-        return Seen(decode_pictures([(extension, file.read())], size), [0.0], "")
+        return Seen(decode_pictures([(extension, file.read())], size), [0.0], "", still=True)
     if kind in ("WEBP", "GIF"):
         return _decode_animation(file, kind, size, most, fps)
     try:
@@ -247,4 +248,4 @@ def _decode_animation(file: BinaryIO, format: str, size: int, most: int, fps: fl
     show(until=begins + 2e-6)  # as of videos: the last one counts at its beginning
     kept = spread(len(frames), most)
     note = "" if whole else f"the file is cut short or damaged: read {read} pictures, {ends:.1f} seconds"
-    return Seen(torch.from_numpy(np.stack([frames[n] for n in kept])), [n / fps for n in kept], note)
+    return Seen(torch.from_numpy(np.stack([frames[n] for n in kept])), [n / fps for n in kept], note, still=read == 1)

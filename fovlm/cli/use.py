@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,15 +11,6 @@ import typer
 from fovlm.errors import UserError
 
 PANEL = "Using a model"
-
-
-class Mode(str, Enum):
-    """How the model looks."""
-
-    autoregressive = "autoregressive"
-    coarse_fine = "coarse_fine"
-    coarse_only = "coarse_only"
-
 
 ModelFolder = Annotated[
     str,
@@ -33,7 +23,8 @@ Tokens = Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, i
 Frames = Annotated[int, typer.Option(min=1, metavar="N", help="Most frames; of a longer video, evenly spaced ones.")]
 Fps = Annotated[float, typer.Option(min=0.001, metavar="R", help="Frames a second; training takes one.")]
 How = Annotated[
-    Mode, typer.Option(help="How to look: frame by frame as deployed, in two passes as trained, or blindly.")
+    str,
+    typer.Option(help="autoregressive (as deployed), coarse_fine (as trained), coarse_only; unless told, as deployed."),
 ]
 
 
@@ -56,7 +47,7 @@ def ask(
     tokens: Tokens = 128,
     frames: Frames = 64,
     fps: Fps = 1.0,
-    mode: How = Mode.autoregressive,
+    mode: How = "",
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0: the likeliest word each time; else draw words.")
     ] = 0.0,
@@ -70,11 +61,11 @@ def ask(
         from fovlm.answer import answer
         from fovlm.clips import read_clip
 
-        net, processor = open_(model)
+        net, processor = open_(model, frames)
     with waiting(f"reading {Path(video).name}"):
         clip = read_clip(video, net.config.frame_size, frames, fps)
     tell(clip)
-    options: dict[str, Any] = {"mode": mode.value}
+    options: dict[str, Any] = {"mode": mode or None}
     if temperature:
         import torch
 
@@ -108,7 +99,7 @@ def look(
     tokens: Tokens = 128,
     frames: Frames = 64,
     fps: Fps = 1.0,
-    mode: How = Mode.autoregressive,
+    mode: How = "",
 ) -> None:
     """See where the model looks: a page to play with, a film, a sheet for papers, and the weights.
 
@@ -123,7 +114,7 @@ def look(
         from fovlm.see.live import watch
 
         with waiting("loading the model"):
-            net, processor = open_(model)
+            net, processor = open_(model, frames)
         watch(net, processor, live, [q for q in (video, *asked) if q], fps, tokens)
         return
     if not video:
@@ -137,14 +128,14 @@ def look(
         from fovlm.see.page import write_page
         from fovlm.see.sheet import save_weights, write_sheet
 
-        net, processor = open_(model)
+        net, processor = open_(model, frames)
     with waiting(f"reading {Path(video).name}"):
         clip = read_clip(video, net.config.frame_size, frames, fps)
     tell(clip)
     gazes = []
     for question in asked or [None]:
         with waiting(f"looking at {count(len(clip.frames), 'frame')}" + (f": {question}" if question else "")):
-            gazes.append(gaze_of(net, processor, clip, question, tokens, mode=mode.value))
+            gazes.append(gaze_of(net, processor, clip, question, tokens, mode=mode or None))
         if question:
             print(f"{question}\n  {gazes[-1].answer}")
     out.mkdir(parents=True, exist_ok=True)
@@ -167,7 +158,7 @@ def demo(
     examples: Annotated[str, typer.Option(metavar="DIR", help="A folder of clips to choose from.")] = "",
     tokens: Tokens = 128,
     frames: Frames = 64,
-    mode: How = Mode.autoregressive,
+    mode: How = "",
 ) -> None:
     """A page in the browser: upload or choose a clip, ask, read the answer as it comes, and see the gaze.
 
@@ -183,8 +174,8 @@ def demo(
         from fovlm.clips import films
 
         chosen = films(examples) if examples else []
-        net, processor = open_(model)
-    serve(net, processor, Path(model).resolve().name, chosen, tokens, frames, mode.value, port)
+        net, processor = open_(model, frames)
+    serve(net, processor, Path(model).resolve().name, chosen, tokens, frames, mode or None, port)
 
 
 def convert(
@@ -246,13 +237,19 @@ def bench(context: typer.Context) -> None:
     main(context.args)
 
 
-def open_(folder: str) -> tuple[Any, Any]:
-    """The model and the processor of a folder."""
+def open_(folder: str, frames: int) -> tuple[Any, Any]:
+    """The model and the processor of a folder, on the GPU if there is one."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
     from fovlm.processor import open_model
 
     if not folder:
         raise UserError("which model? --model FOLDER, or set FOVLM_MODEL (a folder made by fovlm convert)")
-    return open_model(folder)
+    disable_progress_bar()  # ours is on already
+    net, processor = open_model(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    processor.max_frames = frames
+    return net, processor
 
 
 @contextmanager

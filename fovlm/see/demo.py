@@ -34,7 +34,7 @@ footer {display: none !important}
 """
 
 
-def app(model: Any, processor: Any, title: str, examples: list[Path], tokens: int, frames: int, mode: str) -> gr.Blocks:
+def app(model: Any, processor: Any, title: str, examples: list[Path], tokens: int, frames: int, mode: str | None) -> gr.Blocks:
     """The page. A clip is read when it is chosen; the answer streams, and the gaze follows it."""
     size = model.config.frame_size
 
@@ -99,7 +99,7 @@ def serve(
     examples: list[Path],
     tokens: int = 128,
     frames: int = 64,
-    mode: str = "autoregressive",
+    mode: str | None = None,
     port: int = 7860,
     wait: bool = True,
 ) -> str:

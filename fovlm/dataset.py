@@ -178,6 +178,13 @@ class Dataset:
                 bad = bad or Bad(str(error), shelf.name, index.path.name, index.key[row])
         return [], bad
 
+    def about(self, position: int) -> tuple[dict[str, Any], str]:
+        """The JSON of the sample at `position` itself, and what it shows: one of MEDIA. Raises BadSample."""
+        shelf, shard, row = self._find(position)
+        index = shelf.indices[shard]
+        files = _read_members(index, row)
+        return parse_json(next(files[m] for m in files if m.extension == "json")), MEDIA[index.media[row]]
+
     def _find(self, position: int) -> tuple[Shelf, int, int]:
         """Position -> (source, shard, row)."""
         source, number = self.mix(position)

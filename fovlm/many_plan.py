@@ -106,7 +106,7 @@ def standing(run: Planned) -> Standing:
     finished = summary.get("status") == "finished"
     if not finished and not (run.folder / "checkpoints").is_dir():
         return "new"
-    if was != run.experiment.hash:
+    if was not in ("", run.experiment.hash):
         return "changed"
     return "finished" if finished else "begun"
 

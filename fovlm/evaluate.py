@@ -14,14 +14,10 @@ from torch import Tensor
 
 from fovlm import ranks
 from fovlm.batch import Batch
+from fovlm.generation import MODES as MODES
 from fovlm.model import FoveatedVLM
 from fovlm.stream import autoregressive
 
-MODES = {
-    "foveated": ("coarse_only", "coarse_fine", "autoregressive"),
-    "coarse": ("coarse_only",),
-    "multi_token": ("multi_token",),
-}
 AS_TRAINED = {"foveated": "coarse_fine", "coarse": "coarse_only", "multi_token": "multi_token"}
 
 

@@ -23,12 +23,21 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from fovlm.batch import Batch, Layout
 from fovlm.config import Model as ModelSettings
 from fovlm.encoder import Cache, Dinov2Config, Dinov2Model, Encoder, load_dino
 from fovlm.errors import UserError
+from fovlm.generation import FoveatedGenerationMixin
 from fovlm.geometry import local_folder
 
 POOLED = 4  # multi_token: the patches are pooled to 4 x 4 tokens a frame
@@ -111,8 +120,8 @@ class Connector(nn.Module):
         return self.to_llm(seen) * self.visual_scale
 
 
-class FoveatedVLM(PreTrainedModel):
-    """See the module. `forward(batch)` -> nll f32 [S]."""
+class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
+    """See the module. `forward(batch)` -> nll f32 [S]; `generate` and `stream` answer (`generation.py`)."""
 
     config_class = FoveatedConfig
     base_model_prefix = "fovlm"
@@ -134,6 +143,7 @@ class FoveatedVLM(PreTrainedModel):
         for unused in self._unused():
             unused.requires_grad_(False)
         self.post_init()
+        self.generation_config = self.llm.generation_config
 
     def _unused(self) -> list[nn.Parameter]:
         """What the visual mode never touches: a parameter without a gradient has no place in the optimizer."""
@@ -332,3 +342,8 @@ def find_weights(name: str) -> str:
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: a model folder without weights (no *.safetensors in it)")
     return str(folder)
+
+
+AutoConfig.register(FoveatedConfig.model_type, FoveatedConfig)
+for auto in (AutoModel, AutoModelForImageTextToText):
+    auto.register(FoveatedConfig, FoveatedVLM)

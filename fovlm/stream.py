@@ -1,32 +1,42 @@
 """Frame by frame, as in deployment: one look, one token into the language model's cache, the next query.
 
-`autoregressive` scores a pack this way. Unlike the parallel passes of training, each query here comes from the FINE
-tokens of the frames before it.
+`autoregressive` scores a pack this way, and `generation.py` sees this way. Unlike the parallel passes of training, each
+query here comes from the FINE tokens of the frames before it.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from fovlm.batch import Batch
 from fovlm.encoder import Cache
-from fovlm.model import FoveatedVLM
+from fovlm.recall import Recall
+
+Model = Any  # a FoveatedVLM; its module imports this one
 
 
 class Stream:
     """B conversations that grow in lockstep. `hidden` [B, E] is the language model's last state, None at the start."""
 
-    def __init__(self, model: FoveatedVLM):
+    def __init__(self, model: Model):
         self.model = model
-        self.memory = DynamicCache(config=model.llm.config)
+        self.memory = Recall(model.llm.config.num_hidden_layers)
         self.hidden: Tensor | None = None
 
     def words(self, tokens: Tensor) -> Tensor:
         """Read text tokens i64 [B, s] -> the hidden states [B, s, E] behind each."""
         return self._read(self.model.llm.get_input_embeddings()(tokens))
 
-    def look(self, cache: Cache) -> Tensor:
-        """Look at one frame of each conversation (a cache of B frames) and read what was seen -> hidden [B, E]."""
+    def look(self, cache: Cache, position: int | None = None) -> Tensor:
+        """Look at one frame of each conversation (a cache of B frames) and read what was seen -> hidden [B, E].
+
+        `position` is where the visual token stands; unless told, behind all that is in the cache.
+        """
+        return self._read(self.see(cache)[:, None], position)[:, -1]
+
+    def see(self, cache: Cache) -> Tensor:
+        """The visual token [B, E] of the next look at one frame of each conversation."""
         connector, frames = self.model.connector, len(cache.layers[0][0])
         visual = self.model.config.visual
         if visual == "coarse":
@@ -35,16 +45,23 @@ class Stream:
             query = connector.q_first.expand(frames, -1)
         else:
             query = connector.to_query(self.hidden)
-        return self._read(connector.token(self.model.look(query, cache))[:, None])[:, -1]
+        return connector.token(self.model.look(query, cache))
 
-    def _read(self, x: Tensor) -> Tensor:
-        hidden = self.model.llm.base_model(inputs_embeds=x, past_key_values=self.memory, use_cache=True)
+    def read(self, visual: Tensor) -> Tensor:
+        """Read visual tokens [B, k, E] -> the hidden states behind each."""
+        return self._read(visual)
+
+    def _read(self, x: Tensor, position: int | None = None) -> Tensor:
+        where = None if position is None else torch.tensor([[position]], device=x.device)
+        hidden = self.model.llm.base_model(
+            inputs_embeds=x, position_ids=where, past_key_values=self.memory, use_cache=True
+        )
         self.hidden = hidden.last_hidden_state[:, -1]
         return hidden.last_hidden_state
 
 
 @torch.no_grad()
-def autoregressive(model: FoveatedVLM, batch: Batch) -> Tensor:
+def autoregressive(model: Model, batch: Batch) -> Tensor:
     """The pack's nll f32 [S] with queries from fine tokens; same meaning as `model(batch)`.
 
     Samples of one shape go together. Raises ValueError for `multi_token` models, which have no query.

@@ -23,6 +23,7 @@ from fovlm.bad import BadSample
 from fovlm.errors import UserError
 
 SYSTEM = "You are a helpful AI assistant."
+SHOWN, ANSWER = "\ue000shown\ue000", "\ue000answer\ue000"  # marks that no one types, to find places in rendered text
 
 
 @dataclass
@@ -119,13 +120,37 @@ def template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
         messages = [{"role": role, "content": content} for role, content in turns]
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
-    question, answer = "\ue000question\ue000", "\ue000answer\ue000"
-    rendered = render(question, answer)
-    head, _, rest = rendered.partition(question)
-    middle, _, tail = rest.partition(answer)
+    rendered = render(SHOWN, ANSWER)
+    head, _, rest = rendered.partition(SHOWN)
+    middle, _, tail = rest.partition(ANSWER)
     if render("Is it?", "It is.") != f"{head}Is it?{middle}It is.{tail}":
         raise UserError("the tokenizer's chat template changes the messages it is given: take another model.tokenizer")
     return head, middle, tail
+
+
+def conversation(
+    turns: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, shown: int | None, before: bool
+) -> Text:
+    """(role, words) of each turn, the last one a user's -> the tokens up to the place where the answer starts.
+
+    The system message of training is added when there is none. Frames belong to turn `shown`; `before` puts them
+    behind its words, else they stand at the start. Of one user turn this is what `Chat.ask` gives. Raises UserError.
+    """
+    if turns[:1] and turns[0][0] != "system":
+        turns, shown = [("system", SYSTEM), *turns], None if shown is None else shown + 1
+    if not turns or turns[-1][0] != "user":
+        raise UserError("a conversation ends with what the user says, so that there is something to answer")
+    messages = [{"role": role, "content": words.strip()} for role, words in turns]
+    if not all(message["content"] for message in messages):
+        raise UserError("a turn without words: say or ask something beside the frames")
+    if shown is not None:
+        messages[shown]["content"] += SHOWN
+    messages.append({"role": "assistant", "content": ANSWER})
+    rendered = str(tokenizer.apply_chat_template(messages, tokenize=False)).partition(ANSWER)[0]
+    asked, _, rest = rendered.partition(SHOWN)
+    ids, spans = _tokenize(asked + rest, tokenizer)
+    prompt = _tokens_up_to(spans, len(asked)) if shown is not None and before else 0
+    return Text(torch.tensor(ids), torch.zeros(len(ids)), prompt)
 
 
 def encode(

@@ -4,6 +4,7 @@ What was trained, on what, for how long, how well, and how to load it; from the 
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def _backbone(source: str | dict[str, Any], rate: float | None) -> str:
 def _data(experiment: Experiment) -> str:
     data = experiment.data
     whole = sum(data.train.values())
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (f"`{name}`", data.sources[name].kind, f"{weight / whole:.1%}", f"`{Path(data.sources[name].shards).name}`")
         for name, weight in data.train.items()
     ]
@@ -134,6 +135,6 @@ def _settings(experiment: Experiment) -> str:
     return yaml.dump(redact(experiment.model_dump()), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

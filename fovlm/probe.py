@@ -38,7 +38,8 @@ class Probe:
 
     def save(self, folder: Path) -> None:
         """Write it into a checkpoint."""
-        tensors, facts = {}, []
+        tensors: dict[str, Tensor] = {}
+        facts = []
         for i, (sample, nll) in enumerate(zip(self.samples, self.nll, strict=True)):
             parts = {"frames": sample.frames, "tokens": sample.tokens, "weight": sample.weight, "nll": nll}
             tensors |= {f"{name}.{i}": part.detach().cpu().contiguous() for name, part in parts.items()}

@@ -81,7 +81,9 @@ class Published:
         def take(name: str, default: Tensor | None = None) -> Tensor:
             if name not in rest and default is None:
                 raise UserError(f"{self.origin}: '{name}' is missing{nearest(name, state)}")
-            return rest.pop(name, default).double()
+            value = rest.pop(name, default)
+            assert value is not None
+            return value.double()
 
         state = list(rest)
         ours: dict[str, Tensor] = {}
@@ -205,7 +207,7 @@ def import_published(
         check_vocabulary(model, len(words))
         facts = [
             ("language model", f"{Path(llm).name if isinstance(llm, str) else 'Llama'}, width {E}, {layers} layers"),
-            ("encoder", f"DINOv2, width {model.encoder.width}, {config.dino_config.num_hidden_layers} layers"),
+            ("encoder", f"DINOv2, width {model.encoder.width}, {len(model.encoder.dino.encoder.layer)} layers"),
             ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
             ("weights", f"{DTYPES[dtype]}".removeprefix("torch.")),
             ("folded", "`encoder.output_proj` into `connector.to_llm`: two linear maps in a row are one"),

@@ -8,8 +8,10 @@ import torch
 from models import FRAME, pack, sample, tiny_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
 from fovlm.config import Model
+from fovlm.encoder import Dinov2Config
 from fovlm.errors import UserError
 from fovlm.model import FoveatedConfig, FoveatedVLM
 from fovlm.published import import_published
@@ -58,9 +60,10 @@ def published(model: FoveatedVLM, bias: bool = False) -> tuple[dict[str, Tensor]
     return state, model
 
 
-def sizes(model: FoveatedVLM) -> dict:
-    """What shapes alone do not tell of the tiny model: its heads are narrower than anybody else's."""
-    return {"llm": model.config.llm_config.to_dict(), "dino": model.config.dino_config.to_dict(), "frame_size": FRAME}
+def like(model: FoveatedVLM, words: Path) -> dict:
+    """What shapes alone do not tell of the tiny model (its heads are narrower than anybody else's), and fp32."""
+    sizes = {"llm": model.config.llm_config.to_dict(), "dino": model.config.dino_config.to_dict(), "frame_size": FRAME}
+    return {**sizes, "tokenizer": str(words), "dtype": "fp32"}
 
 
 def nll(model: FoveatedVLM) -> Tensor:
@@ -80,7 +83,7 @@ def test_the_folded_model_answers_as_the_unfolded_one(tmp_path, words, form, bia
         torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, file)
     else:
         torch.save(state if form == "pt" else {"step": 3, "model": state}, file)
-    out = import_published(file, tmp_path / "out", tokenizer=str(words), dtype="fp32", **sizes(unfolded))
+    out = import_published(file, tmp_path / "out", **like(unfolded, words))
     again = FoveatedVLM.from_pretrained(out)
     torch.testing.assert_close(nll(again), nll(unfolded), rtol=1e-5, atol=2e-5)
     plain = tiny_model(seed=5)
@@ -100,9 +103,7 @@ def test_names_from_before_transformers_renamed_them_are_read(tmp_path, words):
                 name = name.replace(f".attention.{new}.", f".attention.{before}.")
         old[name] = value
     torch.save(old, tmp_path / "old.pth")
-    out = import_published(
-        tmp_path / "old.pth", tmp_path / "out", tokenizer=str(words), dtype="fp32", **sizes(unfolded)
-    )
+    out = import_published(tmp_path / "old.pth", tmp_path / "out", **like(unfolded, words))
     torch.testing.assert_close(nll(FoveatedVLM.from_pretrained(out)), nll(unfolded), rtol=1e-5, atol=2e-5)
 
 
@@ -111,9 +112,7 @@ def test_a_head_of_its_own_is_kept(tmp_path, words):
     state["llm.lm_head.weight"] = torch.randn(state["llm.lm_head.weight"].shape)
     unfolded.llm.lm_head.weight = nn.Parameter(state["llm.lm_head.weight"].clone())
     torch.save(state, tmp_path / "model.pt")
-    out = import_published(
-        tmp_path / "model.pt", tmp_path / "out", tokenizer=str(words), dtype="fp32", **sizes(unfolded)
-    )
+    out = import_published(tmp_path / "model.pt", tmp_path / "out", **like(unfolded, words))
     torch.testing.assert_close(nll(FoveatedVLM.from_pretrained(out)), nll(unfolded), rtol=1e-5, atol=2e-5)
 
 
@@ -143,7 +142,7 @@ def test_what_is_no_such_model_is_refused_and_leaves_nothing(tmp_path, words, ca
     state, model = published(tiny_model(seed=5))  # D 32 over Q 24: not every bias can be moved into the queries
     torch.save(change(state), tmp_path / "model.pt")
     with pytest.raises(UserError, match=said):
-        import_published(tmp_path / "model.pt", tmp_path / "out", tokenizer=str(words), **sizes(model))
+        import_published(tmp_path / "model.pt", tmp_path / "out", **like(model, words))
     assert [f.name for f in tmp_path.iterdir()] == ["model.pt"]
 
 
@@ -163,7 +162,7 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path, words):
 def test_without_the_language_models_folder_it_says_what_to_give(tmp_path, words):
     state, _ = published(tiny_model(seed=5))
     torch.save(state, tmp_path / "model.pt")
-    with pytest.raises(UserError, match="width 32 and 2 layers.*--llm"):
+    with pytest.raises(UserError, match=r"width 32 and 2 layers.*--llm"):
         import_published(tmp_path / "model.pt", tmp_path / "out")
     with pytest.raises(UserError, match=r"model\.pth: no such file \(did you mean"):
         import_published(tmp_path / "model.pth", tmp_path / "out")
@@ -172,9 +171,6 @@ def test_without_the_language_models_folder_it_says_what_to_give(tmp_path, words
 @pytest.mark.slow
 def test_shapes_of_dinov2_small_and_smollm2_135m_tell_the_configuration(tmp_path, words, monkeypatch):
     """A random state dict at the real shapes; of the language model only its folder with a config.json is at hand."""
-    from fovlm.encoder import Dinov2Config
-    from transformers import LlamaConfig
-
     llm = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,

@@ -108,14 +108,18 @@ def describe(found: list[Estimate], slots: int, price: float | None, on_gpu: boo
     if slots > 1 and time is not None:
         lines.append(f"{slots} runs at a time")
     if guessed := [e for e in to_do if e.why_at_most]:
-        lines.append(f"{_few([e.run.name for e in guessed])}: every sample taken as large as the settings allow, so FLOPs "
-                     f"are AT MOST these (and samples at least, where FLOPs are given), since {guessed[0].why_at_most}")  # fmt: skip
+        lines.append(
+            f"{_few([e.run.name for e in guessed])}: every sample taken as large as the settings allow, so FLOPs "
+            f"are AT MOST these (and samples at least, where FLOPs are given), since {guessed[0].why_at_most}"
+        )
     for speed in dict.fromkeys(e.speed for e in to_do if e.speed and e.speed.measured):
         one = "GPU" if on_gpu else "process"
         lines.append(f"time from {metric(speed.flops_per_second)}FLOP/s of one {one}, as {_few(speed.measured)} ran")
     if unknown := [e.run.name for e in to_do if e.speed is None]:
-        lines.append(f"no time for {_few(unknown)}: no finished run in runs.csv has their size; --flops-per-second gives "
-                     "what one GPU achieves")  # fmt: skip
+        lines.append(
+            f"no time for {_few(unknown)}: no finished run in runs.csv has their size; --flops-per-second says what "
+            f"one {'GPU' if on_gpu else 'process'} achieves"
+        )
     return "\n".join(lines)
 
 

@@ -24,10 +24,9 @@ class Watch:
         self.tenths: dict[str, int] = {}
         self.progress: Progress | None = None
         if self.console.is_terminal:
-            columns = (BarColumn(bar_width=20), TaskProgressColumn(), TextColumn("{task.fields[shown]}"))
-            self.progress = Progress(
-                TextColumn("{task.description}"), *columns, TimeElapsedColumn(), console=self.console, auto_refresh=False
-            )
+            name, bar, share = TextColumn("{task.description}"), BarColumn(bar_width=20), TaskProgressColumn()
+            columns = (name, bar, share, TextColumn("{task.fields[shown]}"), TimeElapsedColumn())
+            self.progress = Progress(*columns, console=self.console, auto_refresh=False)
             self.all = self.progress.add_task("all", total=total, shown="")
 
     def say(self, text: str) -> None:

@@ -119,7 +119,7 @@ def place(tmp_path, monkeypatch):
     return Place(tmp_path)
 
 
-# -- what becomes of them -----------------------------------------------------------------------------------------------
+# -- what becomes of them ---------------------------------------------------------------------------------------------
 
 
 def test_one_after_another_and_what_is_finished_is_skipped(place):
@@ -150,9 +150,11 @@ def test_a_failure_is_told_with_its_last_words_and_the_rest_is_done(place):
     place.behave(two="fail")
     results, status, said = place.work("trio/*")
     assert (results, status) == ({"two": "failed", "one": "finished", "next": "blocked"}, 1)
-    assert "FAILED" in said and "    it broke here\n" in said
+    assert "FAILED" in said
+    assert "    it broke here\n" in said
     assert "next: not started: it starts from two" in said
-    assert "failed: two\n" in said and "1 of 3 finished" in said
+    assert "failed: two\n" in said
+    assert "1 of 3 finished" in said
     assert "training two" in (place.home / "runs" / "two" / LOG).read_text()
     place.events()
     place.behave()
@@ -165,12 +167,14 @@ def test_other_settings_are_refused_unless_asked_for(place):
     place.events()
     results, status, said = place.work("two", "one", "train.steps=20")
     assert (results, status) == ({"two": "changed", "one": "finished"}, 1)
-    assert "under other settings" in said and "--again" in said
+    assert "under other settings" in said
+    assert "--again" in said
     results, status, _ = place.work("two", "one", "train.steps=20", again=True)
     assert (results["two"], status) == ("finished", 0)
     assert place.events() == ["start one", "finished one", "start two", "finished two"]
     (old,) = (place.home / "runs" / "old").iterdir()
-    assert old.name.startswith("two-") and (old / "run_summary.json").exists()
+    assert old.name.startswith("two-")
+    assert (old / "run_summary.json").exists()
 
 
 def test_a_run_folder_is_known_by_its_settings_and_not_by_how_it_was_run(place):
@@ -209,14 +213,16 @@ def test_a_signal_reaches_every_run_and_the_same_command_goes_on(place, number):
     thread.join()
     assert (results, status) == ({"two": "stopped", "one": "stopped"}, EXIT_STOPPED)
     assert sorted(place.events()) == ["start one", "start two", "stopped one", "stopped two"]
-    assert "saving, then stopping" in said and "not started: next" in said
+    assert "saving, then stopping" in said
+    assert "not started: next" in said
     assert place.table()["two"]["status"] == "stopped"
     assert signal.getsignal(number) is before
     began = place.table()["two"]["started"]
     place.behave()
     _, status, said = place.work("trio/*")
     assert (status, place.table()["two"]["started"]) == (0, began)
-    assert "two goes on" in said and "next starts" in said
+    assert "two goes on" in said
+    assert "next starts" in said
 
 
 def test_two_at_a_time_have_ports_and_threads_of_their_own(place):
@@ -250,7 +256,8 @@ def test_what_another_command_is_at_is_left_to_it(place):
     place.work("two")
     thread.join()
     ((results, said),) = inner
-    assert results == {"two": "busy"} and "another `fovlm run`" in said
+    assert results == {"two": "busy"}
+    assert "another `fovlm run`" in said
 
 
 def test_gpus_are_shared_out():

@@ -13,7 +13,7 @@ def register(app: typer.Typer) -> None:
 def run(
     what: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PATTERN... [section.key=value ...]", help="`ablations/*`, `LR1 A1`, `135M-*`; overrides"),
+        typer.Argument(metavar="PATTERN... [section.key=value ...]", help="`ablations/*`, `LR1 A1`, `135M-*`"),
     ] = None,
     only: Annotated[str, typer.Option("--filter", help="Keep the runs with this in their name.")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Repeats of each run: NAME, NAME-s1, NAME-s2 ...")] = 1,
@@ -23,7 +23,7 @@ def run(
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes of each run on the CPU.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Redo what was made under other settings.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what there is to do, in which time.")] = False,
-    price: Annotated[float | None, typer.Option(help="With --dry-run: of one GPU for an hour, in any currency.")] = None,
+    price: Annotated[float | None, typer.Option(help="With --dry-run: what a GPU costs an hour.")] = None,
     flops_per_second: Annotated[
         float | None, typer.Option(help="With --dry-run: what one GPU achieves; unless told, as runs.csv says.")
     ] = None,

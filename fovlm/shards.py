@@ -102,20 +102,24 @@ def write_shards(pattern: Path, samples: Iterable[dict[str, Any]], per_shard: in
     A sample is {"__key__": str, "json": dict, extension: bytes ...}. Each shard gets its name when it is complete. The
     same samples give the same bytes.
     """
-    pattern.parent.mkdir(parents=True, exist_ok=True)
     rest = iter(samples)
     paths: list[Path] = []
     while some := list(islice(rest, per_shard)):
-        path = Path(str(pattern) % len(paths))
-        unfinished = path.with_name(path.name + ".unfinished")
-        with open(unfinished, "wb") as file:
-            writer = webdataset.TarWriter(file, encoder=False, mtime=0)
-            for sample in some:
-                writer.write({name: _encoded(value) for name, value in sample.items()})
-            writer.close()
-        os.replace(unfinished, path)
-        paths.append(path)
+        paths.append(Path(str(pattern) % len(paths)))
+        write_shard(paths[-1], some)
     return paths
+
+
+def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> None:
+    """Write one tar of samples as they come; it gets its name when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    with open(unfinished, "wb") as file:
+        writer = webdataset.TarWriter(file, encoder=False, mtime=0)
+        for sample in samples:
+            writer.write({name: _encoded(value) for name, value in sample.items()})
+        writer.close()
+    os.replace(unfinished, path)
 
 
 def _encoded(value: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Raw data -> shards of the unified format: sources, planning, the workers, checks, and evaluation sets."""

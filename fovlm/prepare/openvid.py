@@ -1,0 +1,26 @@
+"""OpenVid-1M: one CSV (`video`, `caption`, and scores) and a folder of mp4 files. Source: its dataset card."""
+
+from collections.abc import Iterator
+
+from fovlm.prepare.frames import find_video, video_frames
+from fovlm.prepare.job import Job, Made, Source
+from fovlm.prepare.tables import Row, pick
+
+
+def make(row: Row, job: Job) -> Iterator[Made]:
+    """A caption without a question."""
+    caption = str(pick(row, "caption")).strip()
+    yield Made(
+        {"user": "", "assistant": caption, "source": "openvid"}, video_frames(find_video(pick(row, "video"), job), job)
+    )
+
+
+SOURCE = Source(
+    "openvid",
+    "video",
+    ("csv", "parquet"),
+    (("video",), ("caption",)),
+    ("video", "caption"),
+    make,
+    "Describe the video.",
+)

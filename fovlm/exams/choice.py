@@ -38,14 +38,33 @@ class Encoding:
         cache = None if self.cache is None else self.cache.frames(part)
         return Encoding(cache, *(None if x is None else x[part] for x in (self.seen, self.pooled)))
 
+    @classmethod
+    def join(cls, parts: list["Encoding"]) -> "Encoding":
+        """Several encodings, one behind the other."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def together(tensors: list[Tensor | None]) -> Tensor | None:
+            there = [t for t in tensors if t is not None]
+            return torch.cat(there) if there else None
+
+        caches = [part.cache for part in parts if part.cache is not None]
+        layers = [
+            tuple(torch.cat(kept) for kept in zip(*layer, strict=True))
+            for layer in zip(*(cache.layers for cache in caches), strict=True)
+        ]
+        seen, pooled = together([part.seen for part in parts]), together([part.pooled for part in parts])
+        return cls(Cache(layers) if caches else None, seen, pooled)
+
 
 @dataclass
 class View:
-    """The frame [K] of each look, and how the queries come about: on another view's frames if there is one."""
+    """The frame of each look, and the text ahead of them. The gaze is that of `gaze_of` if it has one: its queries."""
 
     encoding: Encoding
     looks: Tensor  # i64 [K]
-    queries_on: "View | None" = None
+    asked: Tensor  # i64 [p]
+    gaze_of: "View | None" = None
 
 
 @torch.no_grad()
@@ -61,8 +80,8 @@ def encode(model: FoveatedVLM, frames: Tensor) -> Encoding:
 
 
 @torch.no_grad()
-def visual(model: FoveatedVLM, view: View | None, asked: Tensor, mode: str) -> Tensor:
-    """The visual tokens [K * T, E] of a view; `asked` i64 [p] is the text ahead of the frames. None shows nothing."""
+def visual(model: FoveatedVLM, view: View | None, mode: str) -> Tensor:
+    """The visual tokens [K * T, E] of a view. None shows nothing."""
     if view is None or not len(view.looks):
         return model.connector.q_static.new_zeros(0, model.config.llm_config.hidden_size)
     if view.encoding.pooled is not None:
@@ -70,7 +89,7 @@ def visual(model: FoveatedVLM, view: View | None, asked: Tensor, mode: str) -> T
     coarse = mode == "coarse_only" or (mode == "coarse_fine" and model.config.rounds == 0)
     if coarse or model.config.visual == "coarse":
         return _coarse(model, view)
-    queries = (_deployed if mode == "autoregressive" else _parallel)(model, view.queries_on or view, asked)
+    queries = (_deployed if mode == "autoregressive" else _parallel)(model, view.gaze_of or view)
     return model.connector.token(model.look(queries, _cache(view), view.looks))
 
 
@@ -84,15 +103,15 @@ def _coarse(model: FoveatedVLM, view: View) -> Tensor:
     return model.connector.token(view.encoding.seen[view.looks])
 
 
-def _parallel(model: FoveatedVLM, view: View, asked: Tensor) -> Tensor:
+def _parallel(model: FoveatedVLM, view: View) -> Tensor:
     """The queries [K, Q] of the parallel passes: from coarse tokens, and from fine ones for further rounds."""
-    words, c = model.llm.get_input_embeddings()(asked), model.connector
+    asked, c = view.asked, model.connector
+    words = model.llm.get_input_embeddings()(asked)
     tokens = _coarse(model, view)
     for left in reversed(range(model.config.rounds)):
         x = torch.cat([words, tokens.to(words.dtype)])
         hidden = model.llm.base_model(inputs_embeds=x[None], use_cache=False).last_hidden_state[0]
-        before = hidden[max(len(asked) - 1, 0) : len(x) - 1] if len(asked) else hidden[: len(x) - 1]
-        queries = c.to_query(before)
+        queries = c.to_query(hidden[max(len(asked) - 1, 0) : len(x) - 1])
         if not len(asked):
             queries = torch.cat([c.q_first.to(queries.dtype)[None], queries])
         if left:
@@ -100,11 +119,11 @@ def _parallel(model: FoveatedVLM, view: View, asked: Tensor) -> Tensor:
     return queries
 
 
-def _deployed(model: FoveatedVLM, view: View, asked: Tensor) -> Tensor:
+def _deployed(model: FoveatedVLM, view: View) -> Tensor:
     """The queries [K, Q] that come about frame by frame."""
     stream, queries = Stream(model), []
-    if len(asked):
-        stream.words(asked[None])
+    if len(view.asked):
+        stream.words(view.asked[None])
     for at in view.looks.tolist():
         hidden = stream.hidden
         queries.append(model.connector.q_first if hidden is None else model.connector.to_query(hidden)[0])

@@ -3,10 +3,11 @@
     blind     no frames at all: what the words give away
     shuffled  the frames in a random order: what can be told without time
     repeated  one frame in place of all: what a single picture tells
-    foreign   each look asks what it would have asked of another clip: what the own gaze is worth
+    foreign   each look has the query of another sample's look, with that one's question and clip: what the gaze is worth
 """
 
 import hashlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,13 +35,13 @@ def under(control: str, view: View | None, other: View | None, key: str) -> View
     if view is None or control == "blind":
         return None
     if control == "shuffled":
-        return View(view.encoding, view.looks[_order(len(view.looks), key).to(view.looks.device)])
+        return replace(view, looks=view.looks[_order(len(view.looks), key).to(view.looks.device)])
     if control == "repeated":
-        return View(view.encoding, view.looks[len(view.looks) // 2].expand(len(view.looks)))
+        return replace(view, looks=view.looks[len(view.looks) // 2].expand(len(view.looks)))
     if control == "foreign" and other is not None:
         # The other clip is stretched or thinned to as many looks.
         at = torch.arange(len(view.looks), device=other.looks.device) * len(other.looks) // len(view.looks)
-        return View(view.encoding, view.looks, queries_on=View(other.encoding, other.looks[at]))
+        return replace(view, gaze_of=replace(other, looks=other.looks[at]))
     return view
 
 

@@ -42,6 +42,7 @@ DOORS = {
     "PIL": {"fovlm.media", "fovlm.footage"},
     "simplejpeg": {"fovlm.media"},
     "av": {"fovlm.media", "fovlm.footage"},
+    "pyarrow": {"fovlm.prepare.tables"},
 }
 # Names inside Hugging Face's Dinov2Model, which change between releases.
 DINOV2_NAMES = ("layer_scale1", "layer_scale2", "lambda1", "patch_embeddings", "transformers.models.dinov2")

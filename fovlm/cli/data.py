@@ -15,7 +15,10 @@ def register(app: typer.Typer) -> None:
 def prepare(
     source: Annotated[
         str,
-        typer.Argument(help="openvid, webvid, videos, cauldron, smoltalk, rlaif-v; or val: draw an evaluation set."),
+        typer.Argument(
+            help="openvid, webvid, videos, cauldron, smoltalk, rlaif-v; mvbench, videomme, scienceqa, pope; "
+            "or val: draw an evaluation set."
+        ),
     ],
     raw: Annotated[
         str, typer.Argument(metavar="IN", help="The raw data: a folder or its table. For val: shards, as a pattern.")
@@ -43,6 +46,9 @@ def prepare(
     exclude: Annotated[
         Path | None, typer.Option(help="taken.jsonl of an evaluation set: leave out what is in it.")
     ] = None,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Benchmarks: leave out questions whose files are not there.")
+    ] = False,
     size: Annotated[int, typer.Option(min=14, help="Pixels of a frame's sides.")] = 224,
     most: Annotated[
         int, typer.Option(min=1, max=999, help="Frames of a video; longer ones are thinned out evenly.")
@@ -87,6 +93,7 @@ def prepare(
         job = Job(
             source, Path(raw), out, name or "train", seed, per_shard, size, most, videos=videos, stage=stage,
             turns=turns or kind.turns, tokenize=tokenize, tokenizer=tokenizer, prompt=prompt, exclude=exclude,
+            skip_missing=skip_missing,
         )  # fmt: skip
         tell_manifest(console, out, make(job, workers, console), kind)
     except KeyboardInterrupt:

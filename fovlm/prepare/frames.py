@@ -49,7 +49,7 @@ def video_frames(file: Path, job: Job) -> list[bytes]:
         raise BadSample("unreadable file") from error
     if seen.note:
         raise BadSample("video cut short or damaged")
-    return _jpegs(seen.frames, job)
+    return jpegs(seen.frames, job)
 
 
 def picture(image: Any, job: Job) -> bytes:
@@ -70,9 +70,9 @@ def picture(image: Any, job: Job) -> bytes:
     seen = footage.decode_some(file, kind, job.size, 1)
     if seen.note:
         raise BadSample("undecodable picture")
-    return _jpegs(seen.frames, job)[0]
+    return jpegs(seen.frames, job)[0]
 
 
-def _jpegs(frames: Tensor, job: Job) -> list[bytes]:
+def jpegs(frames: Tensor, job: Job) -> list[bytes]:
     """u8 [f, 3, size, size] -> JPEGs."""
     return [media.encode_jpeg(frame.permute(1, 2, 0).numpy(), job.quality) for frame in frames]

@@ -31,6 +31,7 @@ class Job:
     tokenizer: str = ""
     prompt: str = ""  # asked, when tokenizing, where a row has no question
     exclude: Path | None = None  # taken.jsonl of an evaluation set
+    skip_missing: bool = False  # benchmarks: leave out questions whose video or picture is not there
 
     @property
     def folder(self) -> Path:
@@ -59,6 +60,7 @@ class Source:
     make: Callable[[Row, Job], Iterator[Made]]
     prompt: str = ""  # asked of samples without a question
     turns: str = "first"
+    rows: Callable[[Path, bool], list[Row]] | None = None  # in place of tables: (where, skip missing files) -> all rows
     sidecars: bool = False  # a JSON beside each video will do in place of a table
 
 

@@ -77,8 +77,11 @@ def _rows(job: Job, task: Task) -> Iterator[tuple[str, int, Row | str]]:
     source = source_of(job.source)
     rows: list[tuple[str, int, Row | str]] = []
     for block, taken in task.parts:
-        found = read_block(block, source.reads)
-        file = str(block.file.relative_to(job.folder))
+        if source.rows is not None:
+            found = all_rows(job.source, job.raw, job.skip_missing)[block.first : block.first + block.rows]
+        else:
+            found = read_block(block, source.reads)
+        file = str(block.file.relative_to(job.folder)) if block.file.is_file() else job.source
         rows += [(file, block.first + int(n), found[n] if n < len(found) else "the table has changed") for n in taken]
     for at in task.order:
         yield rows[at]
@@ -103,6 +106,14 @@ def _finished(key: str, made: Made, job: Job) -> dict[str, Any]:
     if made.still:
         return {"__key__": key, "json": record, "jpg": made.pictures[0]}
     return {"__key__": key, "json": record} | {f"{n:03d}.jpg": frame for n, frame in enumerate(made.pictures)}
+
+
+@functools.lru_cache(maxsize=1)
+def all_rows(source: str, raw: Path, skip_missing: bool) -> list[Row | str]:
+    """The rows of a source without tables, read once by each process."""
+    rows = source_of(source).rows
+    assert rows is not None
+    return list(rows(raw, skip_missing))
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,12 +1,12 @@
 """All sources by name."""
 
 from fovlm.errors import UserError, nearest
-from fovlm.prepare import cauldron, openvid, rlaif_v, smoltalk, videos, webvid
+from fovlm.prepare import benchmarks, cauldron, openvid, rlaif_v, smoltalk, videos, webvid
 from fovlm.prepare.job import Source
 
 SOURCES: dict[str, Source] = {
     module.SOURCE.name: module.SOURCE for module in (openvid, webvid, cauldron, smoltalk, rlaif_v, videos)
-}
+} | {source.name: source for source in benchmarks.SOURCES}
 
 
 def source_of(name: str) -> Source:

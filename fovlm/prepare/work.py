@@ -13,15 +13,22 @@ from fovlm.index import replace_file
 from fovlm.prepare import manifest as books
 from fovlm.prepare.frames import video_folders
 from fovlm.prepare.job import Job, Source
-from fovlm.prepare.make import Rejected, checksum_of, excluded, make_shard, shard_path
+from fovlm.prepare.make import Rejected, all_rows, checksum_of, excluded, make_shard, shard_path
 from fovlm.prepare.manifest import Manifest, Shard
 from fovlm.prepare.plan import Task, plan
 from fovlm.prepare.sources import source_of
-from fovlm.prepare.tables import Block, blocks_of, find_tables, sidecar_blocks
+from fovlm.prepare.tables import LINES, Block, blocks_of, find_tables, sidecar_blocks
 from fovlm.prepare.workers import each
 from fovlm.text import load_tokenizer, template
 
-WITHOUT_EFFECT = ("raw", "out", "videos", "exclude", "tokenizer")  # where things lie doesn't change what is made
+WITHOUT_EFFECT = (
+    "raw",
+    "out",
+    "videos",
+    "exclude",
+    "tokenizer",
+    "skip_missing",
+)  # where things lie doesn't change what is made
 
 
 def prepare(job: Job, workers: int, console: Console) -> Manifest:
@@ -82,6 +89,9 @@ def _check(job: Job, source: Source) -> None:
 
 
 def _blocks(job: Job, source: Source) -> list[Block]:
+    if source.rows is not None:
+        rows = len(all_rows(job.source, job.raw, job.skip_missing))
+        return [Block(job.raw, "rows", n, min(LINES, rows - n)) for n in range(0, rows, LINES)]
     if source.sidecars and (blocks := sidecar_blocks(job.raw, source.formats)):
         return blocks
     return [block for table in find_tables(job.raw, source.formats) for block in blocks_of(table, source.needs)]

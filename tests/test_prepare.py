@@ -1,0 +1,367 @@
+"""Raw data of every source becomes shards that training reads: the same bytes whatever the workers or kills."""
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+from rich.console import Console
+
+from fovlm.bad import BadSample
+from fovlm.config import Source as Declared
+from fovlm.dataset import Dataset
+from fovlm.errors import UserError
+from fovlm.index import make_index
+from fovlm.prepare import manifest as books
+from fovlm.prepare import smoltalk, work
+from fovlm.prepare.audit import members_of
+from fovlm.prepare.job import Job
+from fovlm.prepare.plan import plan
+from fovlm.prepare.sources import SOURCES
+from fovlm.prepare.tables import Block, blocks_of, read_block
+from fovlm.prepare.work import prepare
+from fovlm.text import Chat
+
+QUIET = Console(quiet=True)
+VIDEO = tiny.video(3)  # 0, 1 and 2 s
+
+
+def parquet(file: Path, rows: list[dict], group: int = 4) -> Path:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=group)
+    return file
+
+
+def jsonl(file: Path, rows: list[dict]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def table(file: Path, header: list[str], rows: list[list[str]]) -> Path:
+    with file.open("w", newline="") as out:
+        csv.writer(out).writerows([header, *rows])
+    return file
+
+
+def made(source: str, raw: Path, out: Path, workers: int = 1, **more) -> books.Manifest:
+    more.setdefault("turns", SOURCES[source].turns)
+    return prepare(Job(source, raw, out, size=16, **more), workers, QUIET)
+
+
+def samples_of(out: Path) -> list[tuple[str, dict, list[str]]]:
+    """(key, record, extensions of the pictures) of all samples, in the order of the shards."""
+    found = []
+    for path in sorted(out.glob("*.tar")):
+        index, data = make_index(path), path.read_bytes()
+        assert not index.broken
+        for row, key in enumerate(index.key):
+            at = int(index.offset[row])
+            files = members_of(data[at : at + int(index.length[row])])
+            record = next(json.loads(content) for member, content in files.items() if member.extension == "json")
+            found.append((key, record, [member.extension for member in files if member.extension != "json"]))
+    return found
+
+
+def bytes_of(out: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.suffix in (".tar", ".json", ".jsonl")
+    }
+
+
+def conversations(n: int) -> list[dict]:
+    return [
+        {"messages": [{"role": "user", "content": f"what is {i} ?"}, {"role": "assistant", "content": f"it is {i}"}]}
+        for i in range(n)
+    ]
+
+
+def openvid(folder: Path) -> Path:
+    (folder / "video").mkdir(parents=True)
+    for name in ("a.mp4", "b.mp4"):
+        (folder / "video" / name).write_bytes(VIDEO)
+    (folder / "video" / "cut.mp4").write_bytes(VIDEO[: len(VIDEO) // 2])
+    rows = [["a.mp4", 'red, "blue"\nred', "5"], ["b.mp4", "blue", "4"], ["cut.mp4", "no", "4"], ["gone.mp4", "no", "4"]]
+    table(folder / "OpenVid-1M.csv", ["video", "caption", "aesthetic score"], [*rows, ["a.mp4", " ", "5"]])
+    return folder
+
+
+def test_openvid_gives_frames_and_counts_what_it_rejects_by_cause(tmp_path):
+    manifest = made("openvid", openvid(tmp_path / "raw"), tmp_path / "out")
+    found = {key: (record, pictures) for key, record, pictures in samples_of(tmp_path / "out")}
+    assert set(found) == {"OpenVid-1M-00000000", "OpenVid-1M-00000001"}
+    record, pictures = found["OpenVid-1M-00000000"]
+    assert record == {"user": "", "assistant": 'red, "blue"\nred', "source": "openvid"}
+    assert pictures == ["000.jpg", "001.jpg", "002.jpg"]
+    assert manifest.rejected.pop("empty answer", 0) + manifest.rejected.get("no caption", 0) == 1
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    causes = {one["row"]: one["cause"] for one in rejected}
+    assert causes[3] == "no such video file"
+    assert set(causes) == {2, 3, 4}
+    assert sum(manifest.rejected.values()) == 3
+    assert (manifest.total("samples"), manifest.total("frames"), manifest.complete) == (2, 6, True)
+    assert manifest.hash == books.load(tmp_path / "out").hash
+
+
+def test_long_videos_are_thinned_out(tmp_path):
+    made("openvid", openvid(tmp_path / "raw"), tmp_path / "out", most=2)
+    assert all(pictures == ["000.jpg", "001.jpg"] for _, _, pictures in samples_of(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("layout", ["csv", "list", "sidecar"])
+def test_webvid_in_its_three_layouts(tmp_path, layout):
+    raw = tmp_path / "raw"
+    (raw / "p_1").mkdir(parents=True)
+    (raw / "p_1" / "77.mp4").write_bytes(VIDEO)
+    if layout == "csv":
+        table(
+            raw / "results.csv",
+            ["videoid", "contentUrl", "duration", "page_dir", "name"],
+            [["77", "x", "P", "p_1", "red"]],
+        )
+    elif layout == "list":
+        (raw / "all.json").write_text(json.dumps([{"video": "p_1/77.mp4", "caption": "red"}]))
+    else:
+        (raw / "p_1" / "77.json").write_text(json.dumps({"caption": "red", "url": "x", "videoid": "other"}))
+    made("webvid", raw, tmp_path / "out")
+    ((_, record, pictures),) = samples_of(tmp_path / "out")
+    assert record["assistant"] == "red"
+    assert len(pictures) == 3
+
+
+def test_videos_with_questions(tmp_path):
+    raw = tmp_path / "raw"
+    jsonl(
+        raw / "list.jsonl",
+        [{"video": "a", "question": "what is this ?", "answer": "red"}, {"video": "../a", "answer": "no"}],
+    )
+    (raw / "a.mkv").write_bytes(tiny.video(2, format="matroska"))
+    manifest = made("videos", raw, tmp_path / "out")
+    ((_, record, pictures),) = samples_of(tmp_path / "out")
+    assert record == {"user": "what is this ?", "assistant": "red", "source": "videos"}
+    assert len(pictures) == 2
+    assert manifest.rejected == {"the video's path leads out of the folder": 1}
+
+
+def test_cauldron_makes_a_sample_of_each_exchange(tmp_path):
+    image = {"bytes": tiny.picture(50, 40), "path": None}
+    texts = [
+        {"user": "what ?", "assistant": "red", "source": "vqa"},
+        {"user": "yes ?", "assistant": "no", "source": "vqa"},
+    ]
+    rows = [{"images": [image], "texts": texts}, {"images": [image, image], "texts": texts}]
+    rows.append({"images": [{"bytes": b"nonsense", "path": None}], "texts": texts})
+    parquet(tmp_path / "raw" / "vqa" / "train-0.parquet", rows)
+    manifest = made("cauldron", tmp_path / "raw", tmp_path / "out")
+    found = samples_of(tmp_path / "out")
+    assert sorted(record["assistant"] for _, record, _ in found) == ["no", "red"]
+    assert all(pictures == ["jpg"] for _, _, pictures in found)
+    assert manifest.rejected == {"not a picture": 1, "several pictures in one row": 1}
+    first = made("cauldron", tmp_path / "raw", tmp_path / "first", turns="first")
+    assert first.total("samples") == 1
+
+
+def test_rlaif_v_pairs(tmp_path):
+    row = {"image": {"bytes": tiny.picture(9), "path": "x"}, "question": "what ?", "chosen": "red", "rejected": "blue"}
+    parquet(tmp_path / "raw" / "0.parquet", [row | {"origin_dataset": "coco"}, row | {"rejected": "red"}])
+    manifest = made("rlaif-v", tmp_path / "raw", tmp_path / "out")
+    ((_, record, _),) = samples_of(tmp_path / "out")
+    assert record == {"user": "what ?", "chosen": "red", "rejected": "blue", "source": "coco"}
+    assert manifest.rejected == {"chosen and rejected are the same": 1}
+    assert make_index(tmp_path / "out" / "train-00000.tar").kind(0) == "preference"
+
+
+def test_smoltalk_turns_system_messages_and_stages(tmp_path):
+    talk = [
+        ("system", "be brief"),
+        ("user", "a ?"),
+        ("assistant", "b"),
+        ("user", "c ?"),
+        ("assistant", "d"),
+        ("user", "e"),
+    ]
+    row = {"messages": [{"role": role, "content": content} for role, content in talk], "source": "magpie"}
+    raw = parquet(
+        tmp_path / "raw.parquet", [row, {"messages": [{"role": "assistant", "content": "x"}] * 2, "source": "y"}]
+    )
+    manifest = made("smoltalk", raw, tmp_path / "first")
+    ((_, record, pictures),) = samples_of(tmp_path / "first")
+    assert (record, pictures) == ({"user": "be brief\n\na ?", "assistant": "b", "source": "magpie"}, [])
+    assert manifest.rejected == {"turns of user and assistant do not alternate": 1}
+    made("smoltalk", raw, tmp_path / "each", turns="each")
+    later = samples_of(tmp_path / "each")[1][1]
+    assert later["user"] == "be brief\n\nUser: a ?\nAssistant: b\nUser: c ?"
+    assert later["assistant"] == "d"
+    rows = conversations(60)
+    jsonl(tmp_path / "talk.jsonl", rows)
+    parts = [
+        made("smoltalk", tmp_path / "talk.jsonl", tmp_path / f"s{stage}", stage=stage).total("samples")
+        for stage in (1, 2, 3)
+    ]
+    assert sum(parts) == 60
+    assert min(parts) > 8
+    assert {smoltalk.stage_of(row["messages"]) for row in rows} == {1, 2, 3}
+
+
+def test_tokens_made_ahead_are_those_made_when_read(tmp_path):
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    raw = jsonl(tmp_path / "talk.jsonl", conversations(3))
+    made("smoltalk", raw, tmp_path / "data" / "plain")
+    more = {"tokenize": "sft", "tokenizer": str(tmp_path / "tokenizer")}
+    made("smoltalk", raw, tmp_path / "data" / "ahead", **more)
+    chat = Chat(tiny.tokenizer(), "after", "answer", 512)
+    for (key, plain, _), (same, ahead, _) in zip(
+        samples_of(tmp_path / "data" / "plain"), samples_of(tmp_path / "data" / "ahead"), strict=True
+    ):
+        assert key == same
+        a, b = chat.text(plain, None, False), chat.text(ahead, None, False)
+        assert a.tokens.tolist() == b.tokens.tolist() == ahead["token_ids"]
+        assert a.weight.tolist() == b.weight.tolist()
+    with pytest.raises(UserError, match="--tokenizer"):
+        made("smoltalk", raw, tmp_path / "none", tokenize="sft")
+
+
+def test_benchmarks_come_with_their_options_and_say_what_is_missing(tmp_path):
+    raw = tmp_path / "mvbench"
+    (raw / "json").mkdir(parents=True)
+    (raw / "video").mkdir()
+    row = {"video": "a.mp4", "question": "what ?", "candidates": ["red", "blue"], "answer": "blue"}
+    (raw / "json" / "moving_count.json").write_text(json.dumps([row, row | {"video": "gone.mp4"}]))
+    (raw / "video" / "a.mp4").write_bytes(VIDEO)
+    with pytest.raises(UserError, match="1 of 2 questions are missing"):
+        made("mvbench", raw, tmp_path / "out")
+    manifest = made("mvbench", raw, tmp_path / "out", skip_missing=True)
+    ((_, record, pictures),) = samples_of(tmp_path / "out")
+    assert (record["user"], record["assistant"], record["options"], record["answer"]) == (
+        "what ?",
+        "blue",
+        ["red", "blue"],
+        1,
+    )
+    assert len(pictures) == 3
+    assert manifest.rejected == {"no such video or picture file": 1}
+
+
+def test_what_is_made_is_what_training_reads(tmp_path, monkeypatch):
+    monkeypatch.setenv("FOVLM_CACHE", str(tmp_path / "cache"))
+    made("openvid", openvid(tmp_path / "raw"), tmp_path / "out")
+    declared = Declared(kind="video", shards=str(tmp_path / "out" / "train-*.tar"), prompt="what is this ?")
+    data = Dataset(
+        {"openvid": declared}, {"openvid": 1.0}, Chat(tiny.tokenizer(), "after", "answer", 64), frame_size=14
+    )
+    (sample,), bad = data.read(0)
+    assert bad is None
+    assert sample.frames.shape == (3, 3, 14, 14)
+    assert sample.frames.float().mean((1, 2, 3)).tolist() == pytest.approx([0, 10, 20], abs=3)  # the seconds, tenfold
+
+
+def test_the_bytes_depend_on_the_seed_and_not_on_workers_or_kills(tmp_path, monkeypatch):
+    raw = parquet(tmp_path / "raw.parquet", conversations(40))
+    made("smoltalk", raw, tmp_path / "one", per_shard=8)
+    made("smoltalk", raw, tmp_path / "three", workers=3, per_shard=8)
+    whole = bytes_of(tmp_path / "one")
+    assert len(whole) == 7  # five shards, the manifest, what was rejected
+    assert bytes_of(tmp_path / "three") == whole
+    made("smoltalk", raw, tmp_path / "other", per_shard=8, seed=1)
+    assert bytes_of(tmp_path / "other")["train-00000.tar"] != whole["train-00000.tar"]
+
+    calls = []
+
+    def killed_in_the_third(job, task):
+        calls.append(task.number)
+        if len(calls) == 3:
+            (job.out / "train-00002.tar.unfinished").write_bytes(b"half")
+            raise KeyboardInterrupt
+        return make_shard(job, task)
+
+    make_shard = work.make_shard
+    monkeypatch.setattr(work, "make_shard", killed_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        made("smoltalk", raw, tmp_path / "killed", per_shard=8)
+    manifest = books.load(tmp_path / "killed")
+    assert not manifest.complete
+    assert set(manifest.shards) == {"train-00000.tar", "train-00001.tar"}
+    made("smoltalk", raw, tmp_path / "killed", per_shard=8)
+    assert calls == [0, 1, 2, 2, 3, 4]  # what was complete was kept
+    assert bytes_of(tmp_path / "killed") == whole
+
+
+def test_a_folder_of_other_settings_or_input_is_not_mixed(tmp_path):
+    raw = jsonl(tmp_path / "talk.jsonl", conversations(4))
+    made("smoltalk", raw, tmp_path / "out")
+    with pytest.raises(UserError, match="made with seed 0, not 1"):
+        made("smoltalk", raw, tmp_path / "out", seed=1)
+    jsonl(raw, conversations(5))
+    with pytest.raises(UserError, match="has changed since"):
+        made("smoltalk", raw, tmp_path / "out")
+
+
+def test_every_row_is_in_one_shard_and_shards_are_mixed():
+    blocks = [Block(Path("a"), "jsonl", 64 * n, 64) for n in range(40)]
+    tasks = plan(blocks, 100, seed=3)
+    rows = [(block.first + int(n)) for task in tasks for block, taken in task.parts for n in taken]
+    assert sorted(rows) == list(range(40 * 64))
+    assert {task.rows for task in tasks} <= set(range(90, 101))
+    assert min(len(task.parts) for task in tasks[:-8]) >= 10
+    assert all(sorted(task.order) == list(range(task.rows)) for task in tasks)
+
+
+def test_tables_of_any_length_and_quoting(tmp_path):
+    rows = [[f"v{i}", 'two\nlines, "quoted"' if i % 3 else ""] for i in range(150)]
+    file = table(tmp_path / "a.csv", ["video", "caption"], rows)
+    read = [row for block in blocks_of(file, (("video",),)) for row in read_block(block, ())]
+    assert [[row["video"], row["caption"]] for row in read] == rows
+    lines = jsonl(tmp_path / "a.jsonl", [{"n": i} for i in range(130)])
+    with lines.open("a") as out:
+        out.write('\n{"n": 130}\nbroken\n')
+    read = [row for block in blocks_of(lines, ()) for row in read_block(block, ())]
+    assert read == [*({"n": i} for i in range(131)), "malformed JSON"]
+
+
+def test_mistakes_are_told_in_one_line(tmp_path):
+    file = table(tmp_path / "x.csv", ["video", "captions"], [["a", "b"]])
+    with pytest.raises(
+        UserError,
+        match=r"x\.csv has no column 'caption' \(did you mean 'captions'\?\); its columns are: video, captions",
+    ):
+        made("openvid", file, tmp_path / "out")
+    with pytest.raises(UserError, match="no such file or folder"):
+        made("openvid", tmp_path / "y.csv", tmp_path / "out")
+    with pytest.raises(UserError, match=r"holds no \*\.parquet"):
+        made("cauldron", tmp_path, tmp_path / "out")
+    table(tmp_path / "x.csv", ["video", "caption"], [["a", "b"]])
+    with pytest.raises(UserError, match=r"none of the 1 videos .* looked in .*video.* --videos DIR"):
+        made("openvid", file, tmp_path / "out")
+    (tmp_path / "z.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(UserError, match="no readable parquet"):
+        made("cauldron", tmp_path / "z.parquet", tmp_path / "out2")
+
+
+def test_without_pyarrow_parquet_asks_for_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "z.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"fovlm\[data\]"):
+        made("cauldron", tmp_path / "z.parquet", tmp_path / "out")
+
+
+def test_a_row_without_a_value_is_bad_not_fatal(tmp_path):
+    with pytest.raises(BadSample, match="no messages"):
+        list(smoltalk.make({"messages": None}, replace(Job("smoltalk", tmp_path, tmp_path))))
+
+
+def test_the_command(tmp_path):
+    jsonl(tmp_path / "talk.jsonl", conversations(4))
+    arguments = ["prepare", "smoltalk", str(tmp_path / "talk.jsonl"), str(tmp_path / "out"), "--workers", "1"]
+    done = subprocess.run([sys.executable, "-m", "fovlm", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 'smoltalk: {kind: text, shards: "out/train-00000.tar"}' in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "fovlm", "prepare", "openvd", "a", "b"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did you mean 'openvid'?" in done.stderr

@@ -22,10 +22,11 @@ class Stopped(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-def inputs_for(processor: Any, clip: Clip, question: str) -> Any:
-    """The model's inputs for a question about a clip."""
+def inputs_for(model: Any, processor: Any, clip: Clip, question: str) -> Any:
+    """The model's inputs for a question about a clip, where the model is."""
     shown = {"type": "image", "image": clip.frames[0]} if clip.still else {"type": "video", "video": clip.frames}
-    return processor(messages=[{"role": "user", "content": [shown, {"type": "text", "text": question}]}])
+    content = [shown, {"type": "text", "text": question}]
+    return processor(messages=[{"role": "user", "content": content}]).to(model.device)
 
 
 def answer(model: Any, processor: Any, clip: Clip, question: str, max_new_tokens: int, **options: Any) -> Iterator[str]:
@@ -33,7 +34,7 @@ def answer(model: Any, processor: Any, clip: Clip, question: str, max_new_tokens
 
     Closing the iterator ends the work.
     """
-    inputs = inputs_for(processor, clip, question).to(model.device)
+    inputs = inputs_for(model, processor, clip, question)
     streamer, stopped = TextIteratorStreamer(processor.tokenizer, skip_special_tokens=True), Stopped()
     pool = ThreadPoolExecutor(1)
     made = pool.submit(

@@ -83,7 +83,7 @@ def _told(cause: str, kind: str | None) -> str:
     return {
         "undecodable video": "nothing in this video decodes: the file is damaged",
         "undecodable picture": "this picture does not decode: the file is damaged",
-        "video without frames": "the file holds no pictures, only sound or nothing",
+        "video without frames": "no pictures in it: only sound, or it is cut off ahead of them",
         "absurd picture size": f"it claims more than {media.MAX_PIXELS // 1_000_000} million pixels, which is refused",
     }.get(cause, cause)
 

@@ -1,0 +1,193 @@
+"""The command line as a person meets it: help at once, answers, and one line with status 2 for every mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+import pytest
+import test_clips
+import tiny
+import torch
+from tokenizers import decoders
+
+from fovlm.cli import use
+from fovlm.cli.main import main
+from fovlm.processor import FoveatedProcessor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> str:
+    """A tiny model that says one word of its vocabulary after the other, as a folder."""
+    out = tmp_path_factory.mktemp("models") / "tiny"
+    model = models.tiny_model()
+    model.config.llm_config.tie_word_embeddings = model.llm.config.tie_word_embeddings = False
+    model.llm.lm_head.weight = torch.nn.Parameter(model.llm.get_input_embeddings().weight.detach().roll(1, 0))
+    model.save_pretrained(out)
+    words = tiny.tokenizer()
+    words.backend_tokenizer.decoder = decoders.Fuse()  # spaces are tokens of their own
+    FoveatedProcessor.from_parts(words, model.config).save_pretrained(out)
+    return str(out)
+
+
+@pytest.fixture
+def film(tmp_path) -> str:
+    path = tmp_path / "film.mp4"
+    path.write_bytes(tiny.video(3, size=32))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    monkeypatch.delenv("FOVLM_MODEL", raising=False)
+
+
+# -- help -----------------------------------------------------------------------------------------------------------
+
+
+def test_help_needs_neither_torch_nor_a_second():
+    code = (
+        "import sys; from fovlm.cli.main import main; status = main(['--help']);"
+        "heavy = {'torch', 'transformers', 'numpy', 'av', 'gradio', 'deepspeed'} & set(sys.modules);"
+        "print('heavy:', sorted(heavy)); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.endswith("heavy: []\n")
+    for name in ("ask", "look", "demo", "convert", "import", "bench"):
+        assert f" {name} " in done.stdout
+
+
+@pytest.mark.parametrize("name", ["ask", "look", "demo", "convert", "import", "bench"])
+def test_every_command_teaches_by_an_example(name, capsys):
+    assert main([name, "--help"]) == 0
+    assert f"Example: fovlm {name} " in " ".join(capsys.readouterr().out.split())
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 0
+    assert "Usage: fovlm" in capsys.readouterr().out
+
+
+# -- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def mistake(capsys, *words: str) -> str:
+    """The one line that a mistake gets."""
+    assert main(list(words)) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("fovlm: ")
+    assert told.err.count("\n") == 1
+    return told.err
+
+
+def test_misspelt_words_are_told_with_the_nearest(capsys, film, folder):
+    assert "no command 'lok' (did you mean 'look'?)" in mistake(capsys, "lok")
+    assert "--tokens" in mistake(capsys, "ask", film, "what", "--token", "3")
+    assert "see fovlm ask --help" in mistake(capsys, "ask", film)
+    assert "see fovlm ask --help" in mistake(capsys, "ask", film, "what", "--tokens", "many")
+    assert "did you mean 'coarse_fine'?" in mistake(capsys, "ask", film, "what", "-m", folder, "--mode", "coarsefine")
+
+
+def test_a_folder_that_is_no_model(capsys, film, folder, tmp_path):
+    assert "which model?" in mistake(capsys, "ask", film, "what")
+    assert "did you mean 'tiny'?" in mistake(capsys, "ask", film, "what", "-m", folder[:-1] + "i")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert f"fovlm convert {tmp_path / 'run'} OUT" in mistake(capsys, "ask", film, "what", "-m", str(tmp_path / "run"))
+    assert "no model" in mistake(capsys, "look", film, "-m", str(tmp_path))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in Path(folder).iterdir():
+        if file.name != "model.safetensors":
+            (broken / file.name).write_bytes(file.read_bytes())
+    assert "weights are missing" in mistake(capsys, "ask", film, "what", "-m", str(broken))
+    (broken / "model.safetensors").write_bytes(Path(folder, "model.safetensors").read_bytes()[:-1000])
+    assert "does not load" in mistake(capsys, "ask", film, "what", "-m", str(broken))
+
+
+@pytest.mark.parametrize("name", ["ask", "look"])
+def test_a_file_that_cannot_be_watched(capsys, folder, film, tmp_path, name):
+    question = ["what is this"]
+    words = lambda path: mistake(capsys, name, str(path), *question, "-m", folder)  # noqa: E731
+    assert "did you mean 'film.mp4'?" in words(film[:-5] + ".mp4")
+    (tmp_path / "letter.mp4").write_text("Dear Sir or Madam")
+    assert "is no video or picture" in words(tmp_path / "letter.mp4")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    assert "is empty" in words(tmp_path / "empty.mp4")
+    (tmp_path / "cut.mp4").write_bytes(Path(film).read_bytes()[:-700])  # its index is at the end
+    assert "no pictures in it" in words(tmp_path / "cut.mp4")
+    (tmp_path / "none").mkdir()
+    assert "holds no pictures" in words(tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["ask", "look"])
+def test_a_question_longer_than_the_context(capsys, folder, film, name):
+    assert "no room for an answer in the context of 2048" in mistake(capsys, name, film, "is it " * 1100, "-m", folder)
+
+
+# -- answers --------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_printed_and_nothing_else(capsys, folder, film, monkeypatch):
+    monkeypatch.setenv("FOVLM_MODEL", folder)
+    assert main(["ask", film, "what is this ?", "--tokens", "5"]) == 0
+    first = capsys.readouterr()
+    assert first.err == ""
+    assert len(first.out.strip()) > 0
+    assert main(["ask", film, "what is this ?", "--tokens", "5"]) == 0
+    assert capsys.readouterr().out == first.out
+    assert main(["ask", film, "what is this ?", "--tokens", "9"]) == 0
+    assert capsys.readouterr().out.startswith(first.out.rstrip("\n"))
+
+
+def test_the_answer_is_that_of_generate(capsys, folder, film):
+    from fovlm.clips import read_clip
+    from fovlm.processor import open_model
+
+    model, processor = open_model(folder)
+    content = [{"type": "video", "video": read_clip(film, models.FRAME).frames}, {"type": "text", "text": "what ?"}]
+    inputs = processor(messages=[{"role": "user", "content": content}])
+    expected = processor.batch_decode(model.generate(**inputs, max_new_tokens=6))[0]
+    assert main(["ask", film, "what ?", "--tokens", "6", "-m", folder]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_a_damaged_video_is_answered_with_a_note(capsys, folder, tmp_path):
+    test_clips.noise(10, tmp_path / "whole.mp4", movflags="faststart")
+    whole, cut = (tmp_path / "whole.mp4").read_bytes(), tmp_path / "cut.mp4"
+    cut.write_bytes(whole[: len(whole) // 2])
+    assert main(["ask", str(cut), "what ?", "--tokens", "3", "-m", folder]) == 0
+    told = capsys.readouterr()
+    assert told.err.startswith("fovlm: cut.mp4: the file is cut short: read ")
+    assert told.out.strip()
+
+
+def test_an_interrupt_is_quiet(capsys, monkeypatch, folder):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(use, "open_", stop)
+    assert main(["ask", "film.mp4", "what", "-m", folder]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_the_status_reaches_the_shell_and_a_reader_that_has_enough_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m fovlm lok; echo $?; {sys.executable} -m fovlm --help | head -n 1",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.startswith("2\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_demo_tells_what_it_needs(capsys, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "fovlm.see.demo", raising=False)
+    assert "pip install 'fovlm[demo]'" in mistake(capsys, "demo", "-m", folder)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from fovlm.batch import Size, fill_step
-from fovlm.config import Experiment
+from fovlm.config import Experiment, data_root
 from fovlm.dataset import budget_of, open_dataset, tokenizer_of
 from fovlm.deepspeed_config import resolve
 from fovlm.errors import UserError
@@ -53,6 +53,9 @@ def describe(experiment: Experiment, world_size: int, device: str | None = None)
 
 def sizes_at_hand(experiment: Experiment) -> tuple[list[Size], str]:
     """The sizes of the first training samples; or none, and why, when the shards have not been indexed."""
+    task = experiment.data.generate
+    if task and not (data_root() / task.folder / "task.json").is_file():
+        return [], "the embedded task has no shards yet; the run itself makes them"
     try:
         for name in experiment.data.train:
             pattern = experiment.data.sources[name].shards

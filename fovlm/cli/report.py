@@ -14,7 +14,9 @@ def register(app: typer.Typer) -> None:
 def report(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUNS...", help="Run folders, folders of runs, globs, or names as `fovlm run` takes them: 'nano/*'"),
+        typer.Argument(
+            metavar="RUNS...", help="Run folders, folders of them, globs, or what `fovlm run` took: 'nano/*'"
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for report.html, report.md, figures and CSV files.")],
     title: Annotated[str, typer.Option(help="Title of the page.")] = "What the runs say",

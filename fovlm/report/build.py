@@ -8,6 +8,9 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
 from fovlm.report import figures, tables
 from fovlm.report.collect import PICTURES, Evidence, Run, collect
 from fovlm.report.compare import RULE
@@ -27,11 +30,12 @@ from fovlm.report.scale import (
 
 BLIND = "validation loss without a picture, at best"  # what the embedded task writes into a summary (`hunt_data.py`)
 LOOKS = ("fine looks on the asked object", "coarse looks on the asked object", "looks on it by chance")
+ONE = {"F": "foveated (F)", "B": "multi-token (B)"}
 LOOKING = ("LR1", "A1", "A6")  # whose gaze is shown
 CHECKED = (
     "The fit was checked on synthetic losses, whose parameters it recovers within its intervals (tests/test_fits.py), "
-    "and on the 240 points that Besiroglu et al. (arXiv 2404.10102) read off a figure of Hoffmann et al.: E 1.82, A 463, "
-    "alpha 0.345, B 2223, beta 0.369, against their 1.82, 482, 0.348, 2085, 0.366, each well within one of their "
+    "and on the 240 points that Besiroglu et al. (arXiv 2404.10102) read off a figure of Hoffmann et al.: E 1.82, "
+    "A 463, alpha 0.345, B 2223, beta 0.369, against their 1.82, 482, 0.348, 2085, 0.366, each within one of their "
     "standard errors."
 )
 
@@ -39,25 +43,31 @@ CHECKED = (
 def write_report(words: Iterable[str], out: Path, title: str = "What the runs say") -> Path:
     """Write the report on the runs that the words name into `out`; returns the HTML file. Raises UserError as
     `collect` does."""
-    evidence = collect(words)
-    out.mkdir(parents=True, exist_ok=True)
-    found, unasked = answers(evidence)
-    cells = grid(evidence)
-    blocks = [Heading(title, 1), *_summary(evidence, found, cells, unasked), *_ablations(evidence, found, out)]
-    blocks += _training(evidence, out) + _gaze(evidence, out) + _grid(cells, out) + _end(evidence, cells)
-    (out / "report.md").write_text(markdown(blocks), encoding="utf-8")
-    html = out / "report.html"
-    html.write_text(page(title, blocks), encoding="utf-8")
-    tables.write(out, evidence, found, cells)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading the runs", total=4)
+        evidence = collect(words)
+        out.mkdir(parents=True, exist_ok=True)
+        progress.update(task, completed=1, description="comparing and fitting")
+        found, unasked = answers(evidence)
+        cells = grid(evidence)
+        progress.update(task, completed=2, description="drawing")
+        blocks = [Heading(title, 1), *_summary(evidence, found, cells, unasked), *_ablations(evidence, found, out)]
+        blocks += _training(evidence, out) + _gaze(evidence, out) + _grid(cells, out) + _end(evidence)
+        progress.update(task, completed=3, description="writing")
+        (out / "report.md").write_text(markdown(blocks), encoding="utf-8")
+        html = out / "report.html"
+        html.write_text(page(title, blocks), encoding="utf-8")
+        tables.write(out, evidence, found, cells)
     return html
 
 
 def _summary(evidence: Evidence, found: list[Answer], cells: Grid | None, unasked: list[str]) -> list[Block]:
     rows = [(answer.title, answer.verdict.text) for answer in found]
     if cells is not None:
-        rows += [(f"Best size, {arch}, {budget}", optimum_text(cells, arch, budget)) for arch in cells.archs
+        rows += [(f"Best size at {budget}, {ONE[arch]}", optimum_text(cells, arch, budget)) for arch in cells.archs
                  for budget in cells.budgets if cells.of(arch, budget)]  # fmt: skip
-        rows += [(f"Growth of the best size, {arch}", law_text(cells, arch)) for arch in cells.archs]
+        rows += [(f"Growth of the best size, {ONE[arch]}", law_text(cells, arch)) for arch in cells.archs]
         rows += [("One token against sixteen as scale grows", trend_text(cells))] if len(cells.archs) == 2 else []
     told = f"{len(evidence.runs)} finished runs. Losses are final validation losses in nats per token, lower is better."
     blocks: list[Block] = [Text(told), Heading("Decisions"), Table(("question", "answer"), rows)]
@@ -97,8 +107,8 @@ def _training(evidence: Evidence, out: Path) -> list[Block]:
         ("entropy", "Attention entropy over training", "attention_entropy", "entropy of the looks' attention", 1.0,
          "1 is attention spread evenly over the patches, 0 all on one. Mean over the layers, heads and looks of a "
          "training pack."),
-        ("ratio", "Fine over coarse loss of one model", "fine_over_coarse", "loss with fine over loss with coarse tokens",
-         1.0, "This decides nothing: the coarse tokens of a foveated model were never trained to be read for the "
+        ("ratio", "Fine over coarse loss of one model", "fine_over_coarse", "loss with fine / with coarse tokens", 1.0,
+         "This decides nothing: the coarse tokens of a foveated model were never trained to be read for the "
          "answer, so a ratio below 1 is no evidence for foveation. The question above, LR1 against A6, is."),
     ):  # fmt: skip
         drawn = figures.over_samples(evidence, roles, column, label, out / f"{file}.svg", level)
@@ -112,8 +122,10 @@ def _gaze(evidence: Evidence, out: Path) -> list[Block]:
     for role in NAMES:
         runs = [run for run in evidence.side(role) if any(key in run.summary for key in LOOKS)]
         if runs:
-            cells = ["/".join(f"{run.summary[key]:.2f}" if key in run.summary else "-" for run in runs) for key in LOOKS]
-            rows.append((NAMES[role], *cells))
+            shares = (
+                ["-" if run.summary.get(key) is None else f"{run.summary[key]:.2f}" for run in runs] for key in LOOKS
+            )
+            rows.append((NAMES[role], *(" / ".join(share) for share in shares)))
     blocks: list[Block] = []
     for role in LOOKING:
         runs = evidence.side(role)
@@ -140,8 +152,9 @@ def _grid(cells: Grid | None, out: Path) -> list[Block]:
         for budget in cells.budgets
         if cells.of(arch, budget)
     ]
-    noise = "no noise is known" if cells.noise is None else f"noise {cells.noise:.2%} of a loss, from {cells.noise_from}"
-    blocks += [Table(("architecture", "budget", "sizes", "best size"), rows), Text(f"Rule: {OPTIMUM_RULE} Here: {noise}.")]
+    noise = "no noise is known" if cells.noise is None else f"{cells.noise:.2%} of a loss, from {cells.noise_from}"
+    blocks.append(Table(("architecture", "budget", "sizes", "best size"), rows))
+    blocks.append(Text(f"Rule: {OPTIMUM_RULE} Noise here: {noise}."))
     blocks += [Heading("Scale: loss as a law of size and data"), *_laws(cells)]
     drawn = figures.law(cells, out / "law.svg")
     blocks += [Figure(drawn, "Measured losses against the fitted law.")] if drawn else []
@@ -152,23 +165,33 @@ def _grid(cells: Grid | None, out: Path) -> list[Block]:
         drawn = figures.one_or_sixteen(cells, out / "one_or_sixteen.svg")
         blocks += [Figure(drawn, "Loss of the foveated model over that of the multi-token model of the same size and "
                                  "budget.")] if drawn else []  # fmt: skip
+        blocks += [Table(("budget", "best F (size)", "best B (size)", "F over B"), _bests(cells))]
         blocks.append(Text(f"Rule: {TREND_RULE}"))
     return blocks
+
+
+def _bests(cells: Grid) -> list[tuple[str, ...]]:
+    """The lowest loss of each architecture among the sizes of a budget."""
+    rows = []
+    for budget in cells.budgets:
+        f, b = (min(cells.of(arch, budget), key=lambda c: c.loss, default=None) for arch in ("F", "B"))
+        if f and b:
+            rows.append((budget, f"{f.loss:.4f} ({f.size})", f"{b.loss:.4f} ({b.size})", f"{f.loss / b.loss:.3f}"))
+    return rows
 
 
 def _laws(cells: Grid) -> list[Block]:
     rows = []
     for arch, fit in cells.fits.items():
-        parts = {**vars(fit.law), "exponent": fit.law.exponent}
-        told = [f"{value:.3g} [{fit.intervals[key][0]:.3g}, {fit.intervals[key][1]:.3g}]" for key, value in parts.items()]
+        told = [f"{value:.3g} [{low:.3g}, {high:.3g}]" for value, (low, high) in tables.parts(fit).values()]
         rows.append((ARCHS[arch], str(fit.points), *told, f"{fit.spread:.2%}"))
     head = ("architecture", "points", "E", "A", "alpha", "B", "beta", "best N grows as C to the", "residual")
-    said: list[Block] = [Bold(f"{arch}: {(told := law_text(cells, arch))}", not told.startswith("not decided"))
+    said: list[Block] = [Bold(f"{ONE[arch]}: {(told := law_text(cells, arch))}", not told.startswith("not decided"))
                          for arch in cells.archs]  # fmt: skip
     return said + ([Table(head, rows)] if rows else [])
 
 
-def _end(evidence: Evidence, cells: Grid | None) -> list[Block]:
+def _end(evidence: Evidence) -> list[Block]:
     """What was left out, where the runs came from, and the rule."""
     blocks: list[Block] = [Heading("How it was decided"), Text(RULE)]
     if evidence.left_out:

@@ -151,7 +151,7 @@ def collect(words: Iterable[str]) -> Evidence:
             runs.append(run)
         else:
             left_out.append((folder.name, run))
-    runs, twice = _once(runs)
+    runs, twice = _once(sorted(runs, key=_order))
     evidence = Evidence(runs, left_out + twice)
     if not runs:
         told = "; ".join(f"{name}: {reason}" for name, reason in evidence.left_out[:5])
@@ -187,7 +187,8 @@ def _folders(word: str) -> list[Path]:
         names = [name for _, name in many_plan.select([word])]
     except UserError as error:
         known = [p.parent.name for p in config.run_root().glob("*/experiment.yaml")]
-        raise UserError(f"no run folder '{word}' here or in {config.run_root()}{nearest(word, known)}; {error}") from None
+        where = f"here or in {config.run_root()}{nearest(word, known)}"
+        raise UserError(f"no run folder '{word}' {where}; {error}") from None
     inside = [p for name in names for p in _with_seeds(name)]
     if not inside:
         raise UserError(f"'{word}' has not been run: nothing of it in {config.run_root()} (fovlm run '{word}')")
@@ -259,6 +260,12 @@ def _same(runs: list[Run]) -> None:
     if len(groups) > 1:
         told = "; ".join(f"{_some(names)}" for names in groups.values())
         raise UserError(f"runs of different groups can't be compared: {told}; report on them apart")
+
+
+def _order(run: Run) -> tuple[bool, int, float, str, str, int]:
+    """Ablations in their order, then cells by size, budget and architecture; each by seed."""
+    role = list(ROLES).index(run.role) if run.role else 0
+    return run.is_cell, role, run.parameters if run.is_cell else 0, run.budget, run.arch, run.seed
 
 
 def _by(runs: list[Run], key: Callable[[Run], str]) -> dict[str, list[str]]:

@@ -108,7 +108,7 @@ def decide(sides: Sequence[Side], noise: float | None = None, confounded: str = 
             None, f"not decided: {best.name} has the lowest mean, but its interval against {', '.join(open_)} holds 0",
             differences,
         )  # fmt: skip
-    beaten = ", ".join(f"{name} by {difference.value:.3g} nats" for name, difference in differences.items())
+    beaten = ", ".join(f"{name}, whose loss is {interval(d)} nats higher" for name, d in differences.items())
     return Verdict(best.name, f"{best.name} is better than {beaten}", differences)
 
 
@@ -142,4 +142,4 @@ def _leaning(best: Side, rivals: Sequence[Side], noise: float | None) -> str:
     second = min(rivals, key=lambda side: side.mean)
     gap = second.mean - best.mean
     text = f". {best.name} has the lowest mean, {gap:.3g} nats below {second.name}"
-    return text + (f": {gap / noise:.1f} times the seed spread known" if noise else "")
+    return text + (f": {gap / noise:.2g} times the seed spread known" if noise else "")

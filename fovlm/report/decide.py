@@ -7,6 +7,7 @@ runs recorded are compared key by key (`differing`), and so is the data that the
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from fovlm.config import HOW, Experiment
@@ -28,7 +29,8 @@ from fovlm.report.compare import (
 BASELINE = "LR1"
 SAMPLES_APART = 0.02  # of the samples seen; sides further apart than this did not see "equal samples"
 # Settings that are no difference between sides: seeds, and how a run is carried out (`config.HOW`).
-APART_FROM = {"name", "note", "journal", "train.seed", "engine"} | {f"{k}.{n}" for k, names in HOW.items() for n in names}
+APART_FROM = {"name", "note", "journal", "train.seed", "engine"}
+APART_FROM |= {f"{section}.{key}" for section, keys in HOW.items() for key in keys}
 NAMES = {
     "F1": "F1, both backbones frozen", "F2": "F2, language model frozen", "LR1": "LR1, baseline",
     "LR2": "LR2, connector to backbones 100:1", "LR3": "LR3, 3:1", "LR4": "LR4, 1:1",
@@ -66,7 +68,8 @@ class Answer:
 
 
 QUESTIONS = (
-    Question("Freeze strategy", "Must the backbones be trained?", ("F1", "F2", "LR1"), ("optim.lr_dino", "optim.lr_llm")),
+    Question("Freeze strategy", "Must the backbones be trained?", ("F1", "F2", "LR1"),
+             ("optim.lr_dino", "optim.lr_llm")),
     Question("Learning-rate ratio", "How much faster should the connector learn than the backbones?",
              ("LR1", "LR2", "LR3", "LR4"), ("optim.lr_connector",)),
     Question("Deep query", "Does it help that the query goes through all layers of the encoder?", ("LR1", "A1"),
@@ -74,7 +77,8 @@ QUESTIONS = (
     Question("Foveation", "Does it help that the language model steers the gaze, on the same samples?", ("LR1", "A6"),
              ("model.visual",),
              "Both models are trained for what they are scored at. LR1 does more work on each sample: two passes."),
-    Question("Pictures as 1 or 16 frames", "Do more looks at a picture see more?", ("A8a", "A8b"), ("data.image_frames",)),
+    Question("Pictures as 1 or 16 frames", "Do more looks at a picture see more?", ("A8a", "A8b"),
+             ("data.image_frames",)),
     Question("Data mix", "Do pictures in the mix help video?", ("LR1", "D1"), ("data.train",),
              "With as many samples in all, D1 sees fewer videos."),
     Question("One token against sixteen, at equal samples", "What does one foveated token a frame lose or win?",
@@ -101,6 +105,9 @@ def answers(evidence: Evidence) -> tuple[list[Answer], list[str]]:
             [_row(evidence, role, sides[role], verdict) for role in present],
             [question.caution] if question.caution else [],
         )  # fmt: skip
+        seen = [run.samples for role in present for run in evidence.side(role)]
+        if max(seen) > (1 + SAMPLES_APART) * min(seen):
+            answer.notes.append(f"The runs did not see as many samples: {min(seen):,.0f} to {max(seen):,.0f}.")
         missing = [role for role in question.roles if role not in sides]
         if missing:
             answer.notes.append(f"No finished run of {' and '.join(missing)}: left out.")
@@ -149,7 +156,7 @@ def loss_at(run: Run, flops: float) -> float | None:
     at = math.log(flops) if flops > 0 else -math.inf
     if points and points[-1][0] <= at <= points[-1][0] + 1e-6:
         return points[-1][1]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         if x0 <= at <= x1:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (at - x0) / (x1 - x0)
     return None
@@ -252,5 +259,3 @@ def _flat(values: dict[str, Any], at: str = "") -> dict[str, Any]:
 
 def _under(path: str, part: str) -> bool:
     return path == part or path.startswith(part + ".")
-
-

@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -28,14 +29,15 @@ STYLE = {
     "F": ("#0072B2", "o"), "B": ("#CC79A7", "D"),
 }  # fmt: skip
 SHADES = ("-", "--", "-.", ":", (0, (5, 1)))  # of budgets and sizes
-RC = {
+STYLED = plt.rc_context({
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6",
     "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.4,
     "lines.markersize": 4.5, "svg.hashsalt": "fovlm", "savefig.bbox": "tight", "legend.fontsize": 8,
-}  # fmt: skip
+})  # fmt: skip
 WIDE = 20  # a ratio of losses beyond which their axis is logarithmic
 
 
+@STYLED
 def final_losses(evidence: Evidence, roles: Sequence[str], path: Path, floor: float | None = None) -> Path | None:
     """Final validation loss of each role: every seed a dot, their mean and deviation beside. `floor`: blind loss."""
     sides = [(role, evidence.side(role)) for role in roles if evidence.side(role)]
@@ -45,7 +47,7 @@ def final_losses(evidence: Evidence, roles: Sequence[str], path: Path, floor: fl
     for row, (role, runs) in enumerate(sides):
         colour, marker = STYLE[role]
         losses = [run.loss for run in runs]
-        axis.plot(losses, [row] * len(losses), marker, color=colour, alpha=0.55, markeredgewidth=0)
+        axis.plot(losses, [row] * len(losses), marker, color=colour, alpha=0.7, markeredgewidth=0, markersize=6)
         if len(losses) > 1:
             mean, spread = statistics.fmean(losses), statistics.stdev(losses)
             axis.errorbar(mean, row + 0.24, xerr=spread, fmt="|", color=colour, capsize=2, markersize=8)
@@ -60,6 +62,7 @@ def final_losses(evidence: Evidence, roles: Sequence[str], path: Path, floor: fl
     return _save(figure, path)
 
 
+@STYLED
 def over_samples(
     evidence: Evidence, roles: Sequence[str], column: str, label: str, path: Path, level: float | None = None
 ) -> Path | None:
@@ -81,6 +84,7 @@ def over_samples(
     return _save(figure, path)
 
 
+@STYLED
 def over_flops(evidence: Evidence, roles: Sequence[str], path: Path) -> Path | None:
     """Validation loss over the FLOPs spent, forward and backward."""
     curves = {role: [_by_flops(run) for run in evidence.side(role)] for role in roles}
@@ -102,11 +106,12 @@ def over_flops(evidence: Evidence, roles: Sequence[str], path: Path) -> Path | N
     return _save(figure, path)
 
 
+@STYLED
 def iso_flop(grid: Grid, path: Path) -> Path | None:
-    """Loss over size, a line for each budget, with the fitted parabola and its lowest point; a panel each for F and B."""
+    """Loss over size: for each budget a parabola and its lowest point, for each architecture a panel."""
     archs = grid.archs
-    figure, axes = plt.subplots(1, len(archs), figsize=(3.4 * len(archs) + 0.8, 3.1), sharey=True, squeeze=False)
-    for axis, arch in zip(axes[0], archs, strict=True):
+    figure, axes = _figure(3.1 * len(archs), 3.1, len(archs))
+    for axis, arch in zip(axes, archs, strict=True):
         colour, marker = STYLE[arch]
         for line, budget in zip(SHADES, grid.budgets, strict=False):
             cells = grid.of(arch, budget)
@@ -116,7 +121,7 @@ def iso_flop(grid: Grid, path: Path) -> Path | None:
             axis.errorbar([c.N for c in cells], [c.loss for c in cells], yerr=spread, fmt=marker, color=colour,
                           capsize=2)  # fmt: skip
             fit = grid.optima.get((arch, budget))
-            label = f"{budget}: {statistics.fmean(c.flops for c in cells):.2g} FLOPs"
+            label = f"{budget}, {statistics.fmean(c.flops for c in cells):.2g} FLOPs"
             if fit is None:
                 axis.plot([c.N for c in cells], [c.loss for c in cells], linestyle=line, color=colour, label=label)
                 continue
@@ -129,12 +134,19 @@ def iso_flop(grid: Grid, path: Path) -> Path | None:
         axis.set_title(ARCHS[arch], fontsize=9)
         axis.set_xscale("log")
         axis.set_xlabel("parameters N")
-        axis.legend(loc="upper right")
-    axes[0][0].set_ylabel("final validation loss, nats per token")
-    _wide(axes[0][0].set_yscale, [cell.loss for cell in grid.cells])
+        sizes_of = {cell.size: cell.N for cell in grid.of(arch)}
+        axis.set_xticks(list(sizes_of.values()), [f"{size}\n{_short(N)}" for size, N in sizes_of.items()])
+        axis.minorticks_off()
+    handles, labels = axes[-1].get_legend_handles_labels()
+    key = axes[-1].legend(handles, labels, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0)
+    for line in key.get_lines():
+        line.set_color("black")
+    axes[0].set_ylabel("final validation loss, nats per token")
+    _wide(axes[0].set_yscale, [cell.loss for cell in grid.cells])
     return _save(figure, path)
 
 
+@STYLED
 def law(grid: Grid, path: Path) -> Path | None:
     """Measured against fitted losses, for each architecture that could be fitted."""
     if not grid.fits:
@@ -154,19 +166,23 @@ def law(grid: Grid, path: Path) -> Path | None:
     return _save(figure, path)
 
 
+@STYLED
 def one_or_sixteen(grid: Grid, path: Path) -> Path | None:
     """Loss of F over loss of B for each size, over the budget."""
     pairs = grid.pairs()
     if not pairs:
         return None
-    figure, axis = _figure(4.6, 3.0)
+    figure, axis = _figure(4.2, 3.0)
     sizes = sorted({(f.N, f.size) for f, _ in pairs})
     for line, (_, size) in zip(SHADES, sizes, strict=False):
         chosen = sorted((f.flops, f.loss / b.loss) for f, b in pairs if f.size == size)
-        axis.plot([x for x, _ in chosen], [y for _, y in chosen], STYLE["F"][1], linestyle=line, color=STYLE["F"][0],
-                  label=f"size {size}")  # fmt: skip
+        x, y = zip(*chosen, strict=True)
+        axis.plot(x, y, STYLE["F"][1], linestyle=line, color=STYLE["F"][0], label=f"size {size}")
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set_xscale("log")
+    ticks = {f.budget: f.flops for f, _ in pairs}
+    axis.set_xticks(list(ticks.values()), [f"{budget}\n{flops:.2g}" for budget, flops in ticks.items()])
+    axis.minorticks_off()
     axis.set_xlabel("training FLOPs of each run")
     axis.set_ylabel("loss of F over loss of B\n(below 1: one token is better)")
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
@@ -176,9 +192,10 @@ def one_or_sixteen(grid: Grid, path: Path) -> Path | None:
 # -- the parts -------------------------------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float) -> tuple[plt.Figure, Axes]:
-    plt.rcParams.update(RC)
-    return plt.subplots(figsize=(width, height))
+def _figure(width: float, height: float, panels: int = 0) -> tuple[plt.Figure, Any]:
+    """A figure and its axis, or its `panels` axes with one scale of y."""
+    figure, axes = plt.subplots(1, panels or 1, figsize=(width, height), sharey=True, squeeze=False)
+    return figure, axes[0] if panels else axes[0][0]
 
 
 def _save(figure: plt.Figure, path: Path) -> Path:
@@ -200,6 +217,14 @@ def _band(axis: Axes, curves: list[list[tuple[float, float]]], colour: str, mark
 
 def _by_flops(run: Run) -> list[tuple[float, float]]:
     return [(samples * run.flops_per_sample, loss) for samples, loss in run.curve("val_loss")]
+
+
+def _short(number: float) -> str:
+    """1.4e5 -> 140k"""
+    for size, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{sign}"
+    return f"{number:.0f}"
 
 
 def _between(low: float, high: float, steps: int = 60) -> list[float]:

@@ -18,8 +18,9 @@ from scipy.special import stdtrit
 DELTA = 1e-3  # of the Huber loss: about 0.1 % of the loss
 FEW = 20  # points; below it residuals are resampled, for a resample of so few points often lacks a size or a budget
 STARTS = 24  # of the grid, those with the lowest loss, are followed to the end
+STEEPEST = 4.0  # the highest exponent looked for
 # Bounds of log E (less log of the lowest loss), log A, alpha, log B, beta, where N and D are 1 at their mean.
-BOUNDS = ((-8.0, 1.0), (-12.0, 6.0), (1e-3, 4.0), (-12.0, 6.0), (1e-3, 4.0))
+BOUNDS = ((-8.0, 1.0), (-12.0, 6.0), (1e-3, STEEPEST), (-12.0, 6.0), (1e-3, STEEPEST))
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def fit_law(
     for _ in range(draws):
         pick = rng.integers(0, len(y), len(y))
         data = (n[pick], d[pick], y[pick]) if len(y) >= FEW else (n, d, fitted + residuals[pick])
-        found.append(_law(_best(*data, [best]), n0, d0))
+        found.append(_law(_best(*data, [best], 1e-8), n0, d0))  # far below the noise that is measured
     law = _law(best, n0, d0)
     tails = [50 * (1 - level), 50 * (1 + level)]
     names = [field.name for field in fields(Law)]
@@ -173,12 +174,12 @@ def _starts(y: np.ndarray) -> list[np.ndarray]:
     return [np.array(theta) for theta in itertools.product(e, term, rate, term, rate)]
 
 
-def _best(n: np.ndarray, d: np.ndarray, y: np.ndarray, starts: list[np.ndarray]) -> np.ndarray:
-    """The best of L-BFGS from the most promising starts -> theta [5]."""
+def _best(n: np.ndarray, d: np.ndarray, y: np.ndarray, starts: list[np.ndarray], close: float = 1e-12) -> np.ndarray:
+    """The best of L-BFGS from the most promising starts -> theta [5]. It stops at a change `close` of the loss."""
     shift = np.array([y.min(), 0, 0, 0, 0])
     bounds = [(low + s, high + s) for (low, high), s in zip(BOUNDS, shift, strict=True)]
     starts = sorted(starts, key=lambda theta: _loss(theta, n, d, y)[0])[:STARTS]
-    options = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-12, "gtol": 1e-6}
+    options = {"maxiter": 2000, "maxfun": 4000, "ftol": close, "gtol": 1e-6}
     results = [
         minimize(_loss, start, (n, d, y), method="L-BFGS-B", jac=True, bounds=bounds, options=options)
         for start in starts

@@ -87,8 +87,8 @@ def _markdown(block: Block) -> str:
         case Points(items):
             return "\n".join(f"- {_plain(item)}" for item in items)
         case Table(head, rows):
-            lines = [head, ["---"] * len(head), *rows]
-            return "\n".join("| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+            lines = ([_plain(cell).replace("|", "\\|") for cell in line] for line in (head, ["---"] * len(head), *rows))
+            return "\n".join("| " + " | ".join(line) + " |" for line in lines)
         case Figure(file, caption):
             return f"![{_plain(caption)}]({file.name})\n\n*{_plain(caption)}*"
 

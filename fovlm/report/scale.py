@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 from fovlm.report.collect import Evidence, Run
 from fovlm.report.compare import LEVEL, Difference
-from fovlm.report.fits import Fit, Optimum, fit_law, parabola, student
+from fovlm.report.fits import STEEPEST, Fit, Optimum, fit_law, parabola, student
 
 ARCHS = {"F": "foveated, 1 token a frame", "B": "multi-token, 16 tokens a frame"}
 POINTS, SIZES = 8, 3  # of a law of five parameters; sizes and budgets
 WIDEST = 0.3  # of the interval of the exponent, that a statement about growth is made of it
+EDGE = 0.99  # of the highest exponent that the fit looks for: an interval that comes so near is open
 SURE = 0.95  # of the draws that have their lowest point inside the sizes
 PAIRS = 6  # cells of both architectures, that a trend is drawn through them
 OPTIMUM_RULE = (
@@ -25,7 +26,8 @@ OPTIMUM_RULE = (
 LAW_RULE = (
     f"L(N, D) = E + A / N^alpha + B / D^beta by the Huber loss of log L (delta 1e-3), L-BFGS from a grid of starts, "
     f"bootstrap intervals of {LEVEL:.0%}. Fitted to at least {POINTS} cells of {SIZES} sizes and {SIZES} budgets. How "
-    f"the best size grows with compute is decided when the interval of its exponent is at most {WIDEST} wide."
+    f"the best size grows with compute is decided when the interval of its exponent is at most {WIDEST} wide and those "
+    f"of alpha and beta end below {STEEPEST:g}, where the search ends."
 )
 TREND_RULE = (
     f"log(loss of F / loss of B) over log FLOPs, a straight line through at least {PAIRS} pairs of cells over {SIZES} "
@@ -70,7 +72,8 @@ class Grid:
 
     @property
     def budgets(self) -> list[str]:
-        return sorted({cell.budget for cell in self.cells}, key=lambda b: min(c.flops for c in self.cells if c.budget == b))
+        least = {c.budget: c.flops for c in sorted(self.cells, key=lambda c: -c.flops)}
+        return sorted(least, key=lambda budget: least[budget])
 
     @property
     def archs(self) -> list[str]:
@@ -94,7 +97,8 @@ def grid(evidence: Evidence, draws: int = 200) -> Grid | None:
         for budget in found.budgets:
             cells = found.of(arch, budget)
             if len(cells) >= SIZES:
-                spread = None if found.noise is None else found.noise * statistics.fmean(c.loss for c in cells)
+                seeds = min(len(c.losses) for c in cells) ** 0.5
+                spread = found.noise and found.noise * statistics.fmean(c.loss for c in cells) / seeds
                 found.optima[arch, budget] = parabola([c.N for c in cells], [c.loss for c in cells], spread)
         cells = found.of(arch)
         sizes, budgets = {c.size for c in cells}, {c.budget for c in cells}
@@ -128,8 +132,12 @@ def law_text(found: Grid, arch: str) -> str:
     """How the best size grows with compute, or why that is not known."""
     if arch in found.unfitted:
         return f"not decided: {found.unfitted[arch]}, which is too few for five parameters"
-    low, high = found.fits[arch].intervals["exponent"]
-    told = f"N grows as C^{found.fits[arch].law.exponent:.2f} [{low:.2f}, {high:.2f}]"
+    fit = found.fits[arch]
+    low, high = fit.intervals["exponent"]
+    told = f"N grows as C^{fit.law.exponent:.2f} [{low:.2f}, {high:.2f}]"
+    open_ = [name for name in ("alpha", "beta") if fit.intervals[name][1] > EDGE * STEEPEST]
+    if open_:
+        return f"not decided, the data set no limit to {' and '.join(open_)}: {told}"
     return told if high - low <= WIDEST else f"not decided, the interval is too wide: {told}"
 
 
@@ -140,15 +148,13 @@ def trend_text(found: Grid) -> str:
     count = f"F has the lower loss in {better} of {len(pairs)} cells"
     if found.trend is None or found.trend.low is None:
         return f"not decided: {len(pairs)} pairs of cells; {PAIRS} over {SIZES} budgets are needed. {count}"
-    told = (
-        f"the loss of F over that of B changes by {math.expm1(found.trend.value * math.log(10)):+.1%} for ten times the "
-        f"compute [{math.expm1(found.trend.low * math.log(10)):+.1%}, "
-        f"{math.expm1((found.trend.high or 0.0) * math.log(10)):+.1%}]"
-    )
+    trend = (found.trend.value, found.trend.low, found.trend.high or 0.0)
+    change, low, high = (f"{math.expm1(slope * math.log(10)):+.1%}" for slope in trend)
+    told = f"the loss of F over that of B changes by {change} for ten times the compute [{low}, {high}]"
     if not found.trend.excludes_zero:
         return f"not decided: {told}. {count}"
-    gains = "gains on" if found.trend.value < 0 else "falls behind"
-    return f"F {gains} B with scale: {told}. {count}"
+    gaining = "F gains on B" if found.trend.value < 0 else "B gains on F"
+    return f"{gaining} with scale: {told}. {count}"
 
 
 def _cell(size: str, budget: str, arch: str, runs: list[Run]) -> Cell:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fovlm.report.collect import Evidence, Run
 from fovlm.report.decide import Answer
+from fovlm.report.fits import Fit
 from fovlm.report.scale import Grid
 
 CURVES = ("loss", "val_loss", "loss_fine", "loss_coarse", "fine_over_coarse", "attention_entropy", "grad_norm")
@@ -58,11 +59,17 @@ def write(out: Path, evidence: Evidence, found: list[Answer], cells: Grid | None
         out / "fits.csv",
         ("arch", "parameter", "value", "low", "high", "points"),
         (
-            (arch, name, value, *fit.intervals[name], fit.points)
+            (arch, name, value, *interval, fit.points)
             for arch, fit in cells.fits.items()
-            for name, value in {**vars(fit.law), "exponent": fit.law.exponent}.items()
+            for name, (value, interval) in parts(fit).items()
         ),
     )
+
+
+def parts(fit: Fit) -> dict[str, tuple[float, tuple[float, float]]]:
+    """(value, interval) of a law's parameters and of the exponent of the best size, by name."""
+    values = {**vars(fit.law), "exponent": fit.law.exponent}
+    return {name: (value, fit.intervals[name]) for name, value in values.items()}
 
 
 def overview(runs: Sequence[Run]) -> tuple[Sequence[str], list[tuple[str, ...]]]:

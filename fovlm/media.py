@@ -145,6 +145,8 @@ def video_stream(container) -> av.VideoStream:
     if not container.streams.video:
         raise BadSample("video without frames")
     stream = container.streams.video[0]
+    if stream.codec_context is None:  # FFmpeg has no decoder for it, or its description is damaged
+        raise BadSample("undecodable video")
     refuse_absurd(stream.codec_context.width, stream.codec_context.height)
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # sizes may change in the middle of a stream
     stream.codec_context.thread_count = 1

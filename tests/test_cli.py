@@ -187,6 +187,15 @@ def test_the_status_reaches_the_shell_and_a_reader_that_has_enough_is_no_error()
     assert done.stderr.count("\n") == 1
 
 
+def test_a_camera_is_watched_frame_by_frame(capsys, folder, film):
+    assert main(["look", "--live", film, "what ?", "--tokens", "3", "-m", folder]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in told if line.startswith("frame ")] == ["frame 1", "frame 2", "frame 3"]
+    assert told[1].startswith("what ?  ")
+    assert told[-1].startswith("3 frames seen, 3 tokens kept")
+    assert "no camera 97" in mistake(capsys, "look", "--live", "97", "-m", folder)
+
+
 def test_the_demo_tells_what_it_needs(capsys, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "fovlm.see.demo", raising=False)

@@ -9,6 +9,7 @@ Letters: B conversations, S text tokens, f frames of a conversation, T visual to
 """
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fovlm.batch import EMPTY, Sample, collate
 from fovlm.encoder import Cache
 from fovlm.errors import UserError, nearest
 from fovlm.stream import Stream
+from fovlm.watch import RESERVE, FrameStream
 
 MODES = {
     "foveated": ("coarse_only", "coarse_fine", "autoregressive"),
@@ -50,10 +52,10 @@ class FoveatedGenerationMixin(GenerationMixin):
     ) -> Any:
         """Answer B conversations, as `FoveatedProcessor` gives them -> the answers' token ids i64 [B, new tokens].
 
-        input_ids, attention_mask i64 [B, S] (padded on the left); frames u8 [B, f, 3, s, s]; looks i64 [B, f], how often
-        each frame is looked at (0: padding; unless told once); prompt i64 [B], tokens ahead of the frames. `mode` is one
-        of MODES. `options` are those of transformers: max_new_tokens (256 unless told), do_sample, num_beams, streamer
-        and so on. Answers end where the context does. Raises UserError when a conversation leaves no room for one.
+        input_ids, attention_mask i64 [B, S] (padded on the left); frames u8 [B, f, 3, s, s]; looks i64 [B, f], how
+        often each frame is looked at (0: padding; unless told once); prompt i64 [B], tokens ahead of the frames. `mode`
+        is one of MODES. `options` are those of transformers: max_new_tokens (256 unless told), do_sample, num_beams,
+        streamer and so on. Answers end where the context does. Raises UserError when there is no room for one.
         """
         x, mask = self.embed(input_ids, attention_mask, frames, looks, prompt, mode)
         settings, options = self.settings(context_of(self.config) - x.shape[1], generation_config, options)
@@ -109,6 +111,17 @@ class FoveatedGenerationMixin(GenerationMixin):
         x = torch.stack([torch.cat([row.new_zeros(longest - len(row), row.shape[1]), row]) for row in rows])
         kept = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=x.device)
         return x, kept
+
+    def stream(
+        self,
+        frames: Iterable[Any] | None = None,
+        processor: Any = None,
+        question: str | None = None,
+        full: str = "stop",
+        reserve: int = RESERVE,
+    ) -> FrameStream:
+        """Frames one at a time, and questions at any time: see `watch.py`, whose arguments these are."""
+        return FrameStream(self, processor, frames, question, full, reserve)
 
     def _visual_tokens(self, samples: "list[Shown]", mode: str) -> list[Tensor]:
         """The visual tokens [looks * T, E] of each conversation."""

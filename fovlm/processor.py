@@ -152,7 +152,7 @@ class FoveatedProcessor(ProcessorMixin):
         return "\n".join(words), seen
 
     def video(self, given: Any) -> Seen:
-        """A path or frames -> u8 frames of the model's size, each looked at once; at most `max_frames`. Raises UserError."""
+        """A path or frames -> frames of the model's size, at most `max_frames`, looked at once. Raises UserError."""
         frames = self._read(given) if isinstance(given, (str, Path)) else self._frames(given)
         return frames, [1] * len(frames)
 
@@ -230,7 +230,7 @@ def _is_frames(given: Sequence[Any]) -> bool:
 
 
 def _pixels(picture: Any) -> np.ndarray:
-    """A picture, array or tensor, [3, h, w] or [h, w, 3], u8 or floats from 0 to 1 -> u8 [h, w, 3]. Raises UserError."""
+    """A picture, array or tensor [3, h, w] or [h, w, 3], u8 or floats of 0 to 1 -> u8 [h, w, 3]. Raises UserError."""
     if hasattr(picture, "convert"):  # a Pillow image
         picture = picture.convert("RGB")
     pixels = picture.cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture)
@@ -238,7 +238,7 @@ def _pixels(picture: Any) -> np.ndarray:
         pixels = pixels.transpose(1, 2, 0)
     if pixels.ndim != 3 or pixels.shape[-1] != 3:
         raise UserError(f"a frame is [3, height, width] or [height, width, 3], not {list(pixels.shape)}")
-    if np.issubdtype(pixels.dtype, np.floating) and pixels.size and 0 <= pixels.min() and pixels.max() <= 1:
+    if np.issubdtype(pixels.dtype, np.floating) and pixels.size and pixels.min() >= 0 and pixels.max() <= 1:
         pixels = (pixels * 255).round().astype(np.uint8)
     if pixels.dtype != np.uint8:
         raise UserError(f"a frame's pixels are u8 from 0 to 255 or floats from 0 to 1, not {pixels.dtype}")

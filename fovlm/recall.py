@@ -51,6 +51,10 @@ class Layer(DynamicLayer):
         self.keep(end)
         return self.keys, self.values
 
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(how many keys there will be, 0): no more than now when a token goes over another."""
+        return self.get_seq_length() + (query_length if self.put_at is None else 0), 0
+
     def keep(self, n: int) -> None:
         """The first n tokens are what there is."""
         self.keys, self.values = (room[:, :, :n] for room in self.rooms)

@@ -25,18 +25,25 @@ def eval_(
         str, typer.Option(help="coarse_only, coarse_fine, autoregressive; unless told, all that the model has.")
     ] = "",
     controls: Annotated[str, typer.Option(help="Beside each set: blind, shuffled, repeated, foreign.")] = "",
-    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the sets are; unless told, FOVLM_DATA.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the sets are; unless told, FOVLM_DATA.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Results; unless told, eval/NAME-OF-MODEL.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only N samples of each set, drawn by hash.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Only N samples of each set, drawn by hash.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=2, metavar="N", help="Samples whose frames are encoded together.")] = 4,
     frames: Annotated[int, typer.Option(min=1, metavar="N", help="Most frames of a video.")] = 64,
     letters: Annotated[
-        bool, typer.Option("--letters", help="List the options in the question and score their letters, not their texts.")
+        bool,
+        typer.Option("--letters", help="List the options in the question and score their letters, not their texts."),
     ] = False,
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Go on without the questions whose videos are not there.")
     ] = False,
-    shard: Annotated[str, typer.Option(metavar="I/N", help="Do part I (from 0) of N; the last part merges them all.")] = "",
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Do part I (from 0) of N; the last part merges them all.")
+    ] = "",
 ) -> None:
     """Score a model on prepared shards and on benchmarks.
 
@@ -60,6 +67,7 @@ def eval_(
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with console.status("loading the model"):
         import torch
+        from transformers.utils.logging import disable_progress_bar
 
         from fovlm.config import data_root
         from fovlm.exams import tables
@@ -67,6 +75,7 @@ def eval_(
         from fovlm.exams.records import write
         from fovlm.exams.subject import open_subject
 
+        disable_progress_bar()  # ours is on already
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
         part = part_of(shard)

@@ -1,9 +1,9 @@
 """Controls: the same questions with something taken away. What a model still gets right then, it did not see.
 
-    blind     no frames at all: what the words give away
-    shuffled  the frames in a random order: what can be told without time
-    repeated  one frame in place of all: what a single picture tells
-    foreign   each look has the query of another sample's look, with that one's question and clip: what the gaze is worth
+blind     no frames at all: what the words give away
+shuffled  the frames in a random order: what can be told without time
+repeated  one frame in place of all: what a single picture tells
+foreign   each look has the query of another sample's look, with that one's question and clip: what the gaze is worth
 """
 
 import hashlib

@@ -48,7 +48,9 @@ class Asked:
     part: tuple[int, int] = (0, 1)  # this rank, of how many
 
 
-def examine(subject: Subject, asked: Asked, say: Callable[[str], None] = print, bar: Progress | None = None) -> list[Result]:
+def examine(
+    subject: Subject, asked: Asked, say: Callable[[str], None] = print, bar: Progress | None = None
+) -> list[Result]:
     """Score all sets; returns the results of those that are complete, in order. Raises UserError."""
     modes, form = modes_of(subject, asked.modes), form_of(subject, asked)
     ways.check(asked.controls)
@@ -79,7 +81,9 @@ def form_of(subject: Subject, asked: Asked) -> Form:
     return Form(chat, config.frame_size, config.image_frames, asked.most, asked.letters)
 
 
-def examine_one(subject: Subject, exam: Exam, asked: Asked, modes: list[str], bar: Progress | None = None) -> list[Result]:
+def examine_one(
+    subject: Subject, exam: Exam, asked: Asked, modes: list[str], bar: Progress | None = None
+) -> list[Result]:
     """Score one set under every control in every mode, and merge what is complete."""
     records: dict[tuple[str, str], Record] = {}
     facts = {

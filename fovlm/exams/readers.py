@@ -83,7 +83,9 @@ def scienceqa(where: Path) -> Iterator[Question]:
         data = image.get("bytes") if isinstance(image, dict) else image
         hint = str(row.get("hint") or "").strip()
         if not isinstance(answer, int) or not 0 <= answer < len(options):
-            raise UserError(f"{file}, row {number}: its answer {answer!r} is not a number of its {len(options)} choices")
+            raise UserError(
+                f"{file}, row {number}: its answer {answer!r} is not a number of its {len(options)} choices"
+            )
         yield Question(
             id=f"{file.stem}/{number}",
             category=str(row.get("subject") or "all"),
@@ -186,7 +188,9 @@ def _find(root: Path, name: str, hint: str) -> Path:
     here = _films(root)
     found = [path for path in here.get(Path(name).stem, []) if path.as_posix().endswith("/" + name)]
     # A video may be in another container than the annotations say (MVBench is also published all in MP4).
-    found = found or [p for p in here.get(Path(name).stem, []) if p.with_suffix("").as_posix().endswith("/" + _bare(name))]
+    found = found or [
+        p for p in here.get(Path(name).stem, []) if p.with_suffix("").as_posix().endswith("/" + _bare(name))
+    ]
     near = [path for path in found if hint and hint in path.as_posix()]
     return (near or found or [root / hint / name])[0]
 

@@ -67,6 +67,8 @@ def _of_run(folder: Path) -> tuple[FoveatedVLM, PreTrainedTokenizerBase, Experim
     try:
         model.load_state_dict(read_weights(path))
     except RuntimeError as error:
-        raise UserError(f"{path}: its weights are not those of its model ({' '.join(str(error).split())[:160]})") from error
+        raise UserError(
+            f"{path}: its weights are not those of its model ({' '.join(str(error).split())[:160]})"
+        ) from error
     own = run / "tokenizer"
     return model, load_tokenizer(str(own) if own.is_dir() else tokenizer_of(experiment)), experiment

@@ -40,7 +40,10 @@ def parts_tables(results: Sequence[Result]) -> list[tuple[str, Table]]:
 def text(table: Table) -> list[str]:
     """Aligned lines: the first column to the left, the others to the right."""
     wide = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, wide, strict=True))) for row in table]
+    return [
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, wide, strict=True)))
+        for row in table
+    ]
 
 
 def markdown(titled: Sequence[tuple[str, Table]]) -> str:

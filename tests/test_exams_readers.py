@@ -1,0 +1,138 @@
+"""Readers of published annotation files: what they make of records as published, and of what is wrong in them."""
+
+import json
+
+import pytest
+from tiny import picture, video
+
+from fovlm.errors import UserError
+from fovlm.exams.question import Question, drawn, frames_of, hash_of, unmarked
+from fovlm.exams.readers import READERS
+
+pyarrow = pytest.importorskip("pyarrow", reason="the extra [data]")
+
+
+def parquet(path, rows):
+    from pyarrow import Table
+    from pyarrow import parquet as files
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_table(Table.from_pylist(rows), path)
+
+
+def mvbench(folder):
+    (folder / "json").mkdir()
+    record = {"question": "What moves?", "candidates": ["A ball", "A cube"], "answer": "A cube"}
+    (folder / "json/moving_count.json").write_text(json.dumps([record | {"video": "video_1.mp4"}]))
+    (folder / "json/action_sequence.json").write_text(json.dumps([record | {"video": "same.mp4", "start": 2.0, "end": 4.0}]))
+    (folder / "json/episodic_reasoning.json").write_text(json.dumps([record | {"video": "house/clip_00", "start": 0, "end": 1}]))
+    (folder / "json/state_change.json").write_text(json.dumps([record | {"video": "same.mp4"}]))
+    for name in ("clevrer/video_validation/video_1.webm", "star/Charades_v1_480/same.mp4", "perception/videos/same.mp4"):
+        (folder / "video" / name).parent.mkdir(parents=True)
+        (folder / "video" / name).write_bytes(video(6, format=name[-4:].strip(".") if name.endswith("mp4") else "mp4"))
+    frames = folder / "video/tvqa/frames_fps3_hq/house/clip_00"
+    frames.mkdir(parents=True)
+    for n in range(9):
+        (frames / f"{n:05d}.jpg").write_bytes(picture(20 * n))
+
+
+def test_mvbench_finds_each_tasks_own_videos_and_their_parts(tmp_path):
+    mvbench(tmp_path)
+    found = {q.category: q for q in READERS["mvbench"](tmp_path)}
+    assert list(found) == ["action_sequence", "episodic_reasoning", "moving_count", "state_change"]
+    assert [q.missing for q in found.values()] == [None] * 4
+    assert "star" in str(found["action_sequence"].media[0])
+    assert "perception" in str(found["state_change"].media[0])
+    assert found["moving_count"].media[0].suffix == ".webm"  # published in several containers
+    assert (found["state_change"].id, found["state_change"].answer) == ("state_change/0", 1)
+    assert len(frames_of(found["state_change"], 16, 64)) == 6
+    part = frames_of(found["action_sequence"], 16, 64)
+    assert [round(float(f.float().mean()) / 10) for f in part] == [2, 3, 4]  # the grey level tells the second
+    assert len(frames_of(found["episodic_reasoning"], 16, 64)) == 5  # one second and a half at three a second
+    one = list(READERS["mvbench"](tmp_path / "json/state_change.json"))
+    assert [(q.id, q.missing) for q in one] == [("state_change/0", None)]
+
+
+def test_videomme(tmp_path):
+    row = {
+        "video_id": "001", "duration": "short", "domain": "Knowledge", "sub_category": "Astronomy", "url": "u", "videoID": "fFj",
+        "question_id": "001-1", "task_type": "Counting Problem", "question": "How many?", "answer": "C",
+        "options": ["A. One.", "B. Two.", "C. Three.", "D. Four."],
+    }  # fmt: skip
+    parquet(tmp_path / "videomme/test-00000-of-00001.parquet", [row])
+    (q,) = READERS["videomme"](tmp_path)
+    assert (q.id, q.category, q.options[2], q.answer) == ("001-1", "Counting Problem", "Three.", 2)
+    assert q.extra == {"duration": "short", "domain": "Knowledge"}
+    assert q.missing is not None
+    assert q.missing.name == "fFj.mp4"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/fFj.mp4").write_bytes(video(1))
+    READERS["videomme"].__globals__["_films"].cache_clear()
+    (q,) = READERS["videomme"](tmp_path)
+    assert q.missing is None
+
+
+def test_scienceqa(tmp_path):
+    row = {"image": {"bytes": picture(9), "path": None}, "question": "Which?", "choices": ["a", "b"], "answer": 1, "hint": "Look.", "subject": "natural science", "topic": "biology", "grade": "grade2"}
+    parquet(tmp_path / "data/test-0.parquet", [row, row | {"image": None, "hint": ""}])
+    parquet(tmp_path / "data/train-0.parquet", [row])
+    with_picture, without = READERS["scienceqa"](tmp_path)
+    assert (with_picture.question, with_picture.answer, with_picture.category) == ("Look.\nWhich?", 1, "natural science")
+    assert with_picture.asked(letters=True) == "Look.\nWhich?\nA. a\nB. b\nAnswer with the letter."
+    assert with_picture.answers(letters=True) == ["A", "B"]
+    assert frames_of(with_picture, 16, 64).shape == (1, 3, 16, 16)
+    assert (without.media, without.extra["shows"]) == ((), "text only")
+    parquet(tmp_path / "bad/test.parquet", [row | {"answer": 2}])
+    with pytest.raises(UserError, match="row 0: its answer 2 is not a number of its 2 choices"):
+        list(READERS["scienceqa"](tmp_path / "bad"))
+    parquet(tmp_path / "worse/test.parquet", [{"question": "?", "answer": 1}])
+    with pytest.raises(UserError, match="no column 'choices'"):
+        list(READERS["scienceqa"](tmp_path / "worse"))
+
+
+def test_pope_in_both_editions(tmp_path):
+    lines = [{"question_id": n, "image": f"COCO_{n}.jpg", "text": "Is there a dog in the image?", "label": l} for n, l in ((1, "yes"), (2, "no"))]
+    for kind in ("random", "adversarial"):
+        (tmp_path / f"coco_pope_{kind}.json").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    (tmp_path / "val2014").mkdir()
+    (tmp_path / "val2014/COCO_1.jpg").write_bytes(picture(3))
+    found = list(READERS["pope"](tmp_path))
+    assert [(q.id, q.category, q.answer) for q in found[:2]] == [("adversarial/1", "adversarial", 0), ("adversarial/2", "adversarial", 1)]
+    assert [q.missing is None for q in found] == [True, False, True, False]
+    parquet(tmp_path / "p/Full/test.parquet", [{"id": "0", "question_id": "1", "question": "Is it?", "answer": "yes", "image": {"bytes": picture(1), "path": "x"}, "category": "popular"}])
+    (q,) = READERS["pope"](tmp_path / "p")
+    assert (q.category, q.options, q.answer) == ("popular", ("yes", "no"), 0)
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"question": "?", "candidates": ["a"], "answer": "a"}, "question 0: no 'video'"),
+        ({"video": "x.mp4", "question": "?", "candidate": ["a"], "answer": "a"}, "did you mean 'candidate'"),
+        ({"video": "x.mp4", "question": "?", "candidates": ["a"], "answer": "b"}, "is not one of its candidates"),
+        ({"video": "../x.mp4", "question": "?", "candidates": ["a"], "answer": "a"}, "leads out of the folder"),
+    ],
+)
+def test_what_is_wrong_is_told_with_file_and_number(tmp_path, record, told):
+    (tmp_path / "task.json").write_text(json.dumps([record]))
+    with pytest.raises(UserError, match=told) as error:
+        list(READERS["mvbench"](tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_an_empty_folder_is_a_mistake(tmp_path, name):
+    with pytest.raises(UserError, match="holds no"):
+        list(READERS[name](tmp_path))
+    with pytest.raises(UserError, match="no such file or folder"):
+        list(READERS[name](tmp_path / "nowhere"))
+
+
+def test_sets_have_a_hash_of_their_content_and_small_ones_are_drawn_alike():
+    made = [Question(f"q{n}", "c", (), "?", ("a", "b"), 0) for n in range(50)]
+    assert drawn(made, 9) == drawn(made, 9) != made[:9]
+    assert [q.id for q in drawn(made, 9)] == sorted((q.id for q in drawn(made, 9)), key=lambda i: int(i[1:]))
+    other = [*made[:-1], Question("q49", "c", (), "?", ("a", "b"), 1)]
+    assert hash_of(made) == hash_of(list(made)) != hash_of(other)
+    assert unmarked(["A. x", "B. y"]) == ("x", "y")
+    assert unmarked(["A. x", "A. y"]) == ("A. x", "A. y")

@@ -125,7 +125,7 @@ def test_an_evaluation_set_is_stratified_frozen_and_kept_apart(tmp_path):
     pattern = str(tmp_path / "?" / "train-*.tar")
     val = tmp_path / "val"
     manifest = draw(pattern, val, "val", 15, 0, 1, QUIET)
-    assert manifest.strata == {"image vqa": 10, "text rare": 1, "text talk": 4}
+    assert manifest.strata == {"image vqa": 9, "text rare": 1, "text talk": 5}
     assert sorted(p.name for p in val.glob("*.tar")) == ["val-image-00000.tar", "val-text-00000.tar"]
     assert hash_of([make_index(p) for p in sorted(val.glob("*.tar"))]) == manifest.hash == books.load(val).hash
     assert looked_at(val / "*.tar").problems == 0
@@ -179,15 +179,11 @@ def test_shares_are_exact_and_nobody_is_left_out():
 
 def test_the_commands_status_and_its_mistakes(damaged, tmp_path, capsys):
     pattern = str(damaged / "train-{00000..00000}.tar")
-    with pytest.raises(SystemExit) as ended:
-        main(["check", pattern, "--workers", "1"])
-    assert ended.value.code == 1
+    assert main(["check", pattern, "--workers", "1"]) == 1
     told = capsys.readouterr().out
     assert "empty answer" in told
     assert "undecodable picture" in told
-    with pytest.raises(SystemExit) as ended:
-        main(["check", pattern, "--workers", "1", "--repair", str(tmp_path / "clean")])
-    assert ended.value.code == 0
+    assert main(["check", pattern, "--workers", "1", "--repair", str(tmp_path / "clean")]) == 0
     assert main(["check", pattern, "--repair", str(tmp_path / "clean")]) == 2
     with pytest.raises(UserError, match=r"did you mean 'train-00000\.tar'"):
         shards_of([str(damaged / "train-0000.tar")])

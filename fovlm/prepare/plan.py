@@ -30,15 +30,16 @@ class Task:
 
 def plan(blocks: list[Block], per_shard: int, seed: int) -> list[Task]:
     """Deal all rows of the blocks into shards of about `per_shard` rows."""
+    if not blocks:
+        return []
+    order = permutation(len(blocks), seed, "blocks")
+    rows = np.array([blocks[at].rows for at in order])
+    windows = max(1, int(rows.sum()) // (WINDOW * per_shard))
+    number = (rows.cumsum() - rows) * windows // rows.sum()  # of the window that each block falls into
     tasks: list[Task] = []
-    window: list[Block] = []
-    held = 0
-    for number, at in enumerate(permutation(len(blocks), seed, "blocks")):
-        window.append(blocks[at])
-        held += blocks[at].rows
-        if held >= WINDOW * per_shard or number == len(blocks) - 1:
-            tasks += _deal(window, held, per_shard, seed, len(tasks))
-            window, held = [], 0
+    for n in np.unique(number):
+        window = [blocks[at] for at in order[number == n]]
+        tasks += _deal(window, int(rows[number == n].sum()), per_shard, seed, len(tasks))
     return tasks
 
 

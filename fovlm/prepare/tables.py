@@ -30,7 +30,7 @@ class Block:
     rows: int
     place: int = 0
     length: int = 0
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  # the columns of a CSV; the files of a sidecar block
 
 
 def find_tables(where: Path, formats: tuple[str, ...]) -> list[Path]:
@@ -108,9 +108,8 @@ def read_block(block: Block, columns: tuple[str, ...]) -> list[Row | str]:
         data = file.read(block.length)
     if block.format == "jsonl":
         return [_row_of(line) for line in data.splitlines() if line.strip()]
-    header = _header(block.file)
     lines = (line.decode("utf-8", "replace") for line in data.splitlines(keepends=True))
-    return [_csv_row(header, cells) for cells in csv.reader(lines) if cells]
+    return [_csv_row(block.names, cells) for cells in csv.reader(lines) if cells]
 
 
 def pick(row: Row, *names: str) -> Any:
@@ -129,13 +128,12 @@ def _row_of(line: bytes, more: Row | None = None) -> Row | str:
     return row | (more or {}) if isinstance(row, dict) else "malformed JSON"
 
 
-def _csv_row(header: list[str], cells: list[str]) -> Row | str:
+def _csv_row(header: tuple[str, ...], cells: list[str]) -> Row | str:
     if len(cells) != len(header):
         return "a row with too many or too few cells"
     return dict(zip(header, cells, strict=True))
 
 
-@functools.lru_cache(maxsize=8)
 def _header(file: Path) -> list[str]:
     with open(file, encoding="utf-8-sig", newline="") as lines:
         return next(csv.reader(lines), [])
@@ -167,11 +165,11 @@ def _line_blocks(file: Path, kind: str) -> tuple[list[str], list[Block]]:
         for end in ends:
             rows += 1
             if rows % LINES == 0:
-                blocks.append(Block(file, kind, rows - LINES, LINES, begun, end - begun))
+                blocks.append(Block(file, kind, rows - LINES, LINES, begun, end - begun, tuple(columns)))
                 begun = end
             place = end
     if rows % LINES:
-        blocks.append(Block(file, kind, rows - rows % LINES, rows % LINES, begun, place - begun))
+        blocks.append(Block(file, kind, rows - rows % LINES, rows % LINES, begun, place - begun, tuple(columns)))
     if kind == "jsonl" and blocks:
         first = next((row for row in read_block(blocks[0], ()) if isinstance(row, dict)), None)
         if first is None:

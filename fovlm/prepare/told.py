@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fovlm.prepare import manifest as books
 from fovlm.prepare.audit import Audit
@@ -67,7 +67,7 @@ def tell_audit(console: Console, found: Audit) -> None:
         table.add_row(*what, str(good[what] + bad[what]), str(frames[what]), str(bad[what]))
     console.print(table)
     if causes:
-        table = Table("problem", "count", "for example")
+        table = Table("problem", "count", Column("for example", overflow="fold"))
         for cause, count in causes.most_common():
             table.add_row(cause, str(count), example[cause])
         console.print(table)

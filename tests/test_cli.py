@@ -18,10 +18,8 @@ from fovlm.processor import FoveatedProcessor
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> str:
+def saved_model(out: Path) -> str:
     """A tiny model that says one word of its vocabulary after the other, as a folder."""
-    out = tmp_path_factory.mktemp("models") / "tiny"
     model = models.tiny_model()
     model.config.llm_config.tie_word_embeddings = model.llm.config.tie_word_embeddings = False
     model.llm.lm_head.weight = torch.nn.Parameter(model.llm.get_input_embeddings().weight.detach().roll(1, 0))
@@ -30,6 +28,11 @@ def folder(tmp_path_factory) -> str:
     words.backend_tokenizer.decoder = decoders.Fuse()  # spaces are tokens of their own
     FoveatedProcessor.from_parts(words, model.config).save_pretrained(out)
     return str(out)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> str:
+    return saved_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

@@ -154,7 +154,7 @@ def look(
 
 def demo(
     model: ModelFolder = "",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Where on this machine it is served.")] = 7860,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Unless told, the first free one from 7860 on.")] = 0,
     examples: Annotated[str, typer.Option(metavar="DIR", help="A folder of clips to choose from.")] = "",
     tokens: Tokens = 128,
     frames: Frames = 64,

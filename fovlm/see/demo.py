@@ -24,7 +24,8 @@ from fovlm.see.gaze import gaze_of
 from fovlm.see.page import write_page
 
 LARGEST = "1gb"  # of an uploaded file
-FRAME_HEIGHT = 860  # pixels of the gaze's frame in the page
+# The gaze's frame gets the height of what is in it.
+FIT = "this.style.height = this.contentDocument.documentElement.scrollHeight + 8 + 'px'"
 CSS = """
 .fovlm-strip {display: flex; gap: 4px; overflow-x: auto; padding-bottom: 6px}
 .fovlm-strip figure {margin: 0; flex: none; text-align: center; font-size: 11px; opacity: .85}
@@ -34,7 +35,9 @@ footer {display: none !important}
 """
 
 
-def app(model: Any, processor: Any, title: str, examples: list[Path], tokens: int, frames: int, mode: str | None) -> gr.Blocks:
+def app(
+    model: Any, processor: Any, title: str, examples: list[Path], tokens: int, frames: int, mode: str | None
+) -> gr.Blocks:
     """The page. A clip is read when it is chosen; the answer streams, and the gaze follows it."""
     size = model.config.frame_size
 
@@ -52,16 +55,17 @@ def app(model: Any, processor: Any, title: str, examples: list[Path], tokens: in
     def picked(event: gr.SelectData) -> str:
         return str(examples[event.index])
 
-    def asked(path: str | None, question: str, other: str, fps: float) -> Iterator[tuple[str, str]]:
-        if not question.strip():
+    def asked(path: str | None, question: str | None, other: str | None, fps: float) -> Iterator[tuple[str, str]]:
+        questions = [text.strip() for text in (question, other) if text and text.strip()]
+        if not questions:
             raise gr.Error("Ask something.", print_exception=False)
         clip, text = read(path, fps), ""
         yield "…", ""
         try:
-            for piece in answer(model, processor, clip, question, tokens, mode=mode):
+            for piece in answer(model, processor, clip, questions[0], tokens, mode=mode):
                 text += piece
                 yield text, ""
-            questions = [question, other] if other.strip() else [question]
+            yield text, "<small>drawing where it looked …</small>"
             gazes = [gaze_of(model, processor, clip, each, tokens, mode=mode) for each in questions]
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
@@ -73,9 +77,15 @@ def app(model: Any, processor: Any, title: str, examples: list[Path], tokens: in
             with gr.Column(scale=2):
                 file = gr.File(label="A video, animation or picture", elem_id="clip", height=150)
                 if examples:
-                    thumbs = [(_thumb(path, size), path.stem) for path in examples]
                     gallery = gr.Gallery(
-                        thumbs, label="or one of these", columns=4, height=220, allow_preview=False, elem_id="examples"
+                        [_thumb(path, size) for path in examples],
+                        label="or one of these",
+                        show_label=False,
+                        columns=4,
+                        height=min(25 + 120 * -(-len(examples) // 4), 265),
+                        allow_preview=False,
+                        buttons=[],
+                        elem_id="examples",
                     )
                     gallery.select(picked, None, file)
             with gr.Column(scale=3):
@@ -100,19 +110,19 @@ def serve(
     tokens: int = 128,
     frames: int = 64,
     mode: str | None = None,
-    port: int = 7860,
+    port: int = 0,
     wait: bool = True,
 ) -> str:
     """Serve the page on this machine until Ctrl-C (or return at once, unless `wait`) -> its address.
 
-    Raises UserError when the port is taken.
+    `port` 0 is the first that is free from 7860 on. Raises UserError when the port is taken.
     """
     page = app(model, processor, title, examples, tokens, frames, mode)
     theme = gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     try:
         _, address, _ = page.queue().launch(
             server_name="127.0.0.1",
-            server_port=port,
+            server_port=port or None,
             prevent_thread_lock=True,
             quiet=True,
             share=False,
@@ -123,7 +133,7 @@ def serve(
             css=CSS,
         )
     except OSError as error:
-        raise UserError(f"port {port} is taken: another --port") from error
+        raise UserError(f"port {port or '7860 and those behind it'} is taken: give another --port") from error
     if wait:
         print(f"fovlm: open {address} in a browser on this machine; Ctrl-C ends", flush=True)
         page.block_thread()
@@ -145,7 +155,7 @@ def framed(gazes: list[Any]) -> str:
     """The page of `fovlm look` in a frame of its own: its styles and scripts stay inside."""
     with tempfile.TemporaryDirectory() as folder:
         text = write_page(gazes, Path(folder) / "look.html").read_text(encoding="utf-8")
-    return f'<iframe class="fovlm-gaze" height="{FRAME_HEIGHT}" srcdoc="{html.escape(text)}"></iframe>'
+    return f'<iframe class="fovlm-gaze" height="860" onload="{FIT}" srcdoc="{html.escape(text)}"></iframe>'
 
 
 def _jpeg(frame: Any) -> str:

@@ -43,6 +43,8 @@ DOORS = {
     "simplejpeg": {"fovlm.media"},
     "av": {"fovlm.media", "fovlm.footage"},
     "pyarrow": {"fovlm.prepare.tables"},
+    "gradio": {"fovlm.see.demo"},
+    "typer": {module for module in MODULES if module.startswith("fovlm.cli.")},
 }
 # Names inside Hugging Face's Dinov2Model, which change between releases.
 DINOV2_NAMES = ("layer_scale1", "layer_scale2", "lambda1", "patch_embeddings", "transformers.models.dinov2")

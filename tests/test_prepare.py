@@ -2,7 +2,6 @@
 
 import csv
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import tiny
 from rich.console import Console
 
 from fovlm.bad import BadSample
+from fovlm.cli.main import main
 from fovlm.config import Source as Declared
 from fovlm.dataset import Dataset
 from fovlm.errors import UserError
@@ -335,7 +335,7 @@ def test_mistakes_are_told_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"holds no \*\.parquet"):
         made("cauldron", tmp_path, tmp_path / "out")
     table(tmp_path / "x.csv", ["video", "caption"], [["a", "b"]])
-    with pytest.raises(UserError, match=r"none of the 1 videos .* looked in .*video.* --videos DIR"):
+    with pytest.raises(UserError, match=r"none of the 1 videos .*looked in .*/video, .*--videos DIR"):
         made("openvid", file, tmp_path / "out")
     (tmp_path / "z.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(UserError, match="no readable parquet"):
@@ -354,14 +354,11 @@ def test_a_row_without_a_value_is_bad_not_fatal(tmp_path):
         list(smoltalk.make({"messages": None}, replace(Job("smoltalk", tmp_path, tmp_path))))
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, capsys):
     jsonl(tmp_path / "talk.jsonl", conversations(4))
-    arguments = ["prepare", "smoltalk", str(tmp_path / "talk.jsonl"), str(tmp_path / "out"), "--workers", "1"]
-    done = subprocess.run([sys.executable, "-m", "fovlm", *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert 'smoltalk: {kind: text, shards: "out/train-00000.tar"}' in done.stdout
-    done = subprocess.run(
-        [sys.executable, "-m", "fovlm", "prepare", "openvd", "a", "b"], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "did you mean 'openvid'?" in done.stderr
+    assert main(["prepare", "smoltalk", str(tmp_path / "talk.jsonl"), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert 'smoltalk: {kind: text, shards: "out/train-00000.tar"}' in capsys.readouterr().out
+    assert main(["prepare", "openvd", "a", "b"]) == 2
+    told = capsys.readouterr()
+    assert (told.out, told.err.count("\n")) == ("", 1)
+    assert "did you mean 'openvid'?" in told.err

@@ -30,7 +30,8 @@ from matplotlib import pyplot as plt
 CLIPS = 10
 MOST_LOOKS = 8  # of a clip, evenly spaced
 SEARCHED = 1000  # positions among which clips are looked for: a set may hold text or images for the most part
-WIDEST = 224  # pixels of a drawn frame
+DRAWN = (112, 224)  # pixels of a drawn frame: at least, at most
+GAP = 4  # pixels between two
 
 
 def watched(val_set: Dataset, clips: int = CLIPS) -> list[Sample]:
@@ -66,11 +67,11 @@ def save_maps(
     step: int,
     device: torch.device | str = "cpu",
 ) -> Path | None:
-    """Draw where the samples are looked at after `step` steps -> the picture's path in `folder`; None without samples.
+    """Draw where a model of `step` steps looks in the samples -> the picture's path in `folder`; None without samples.
 
-    Beside it an .npz: `coarse` and (foveated) `fine` f16 [layers, k, H, N] (N: CLS, then the patches by row); of each of
-    the k looks `clip` i64 [k], the number of its clip, and `look` i64 [k], its number there; `keys` and `texts` name the
-    clips.
+    Beside it an .npz: `coarse` and (foveated) `fine` f16 [layers, k, H, N] (N: CLS, then the patches by row); of each
+    of the k looks `clip` i64 [k], the number of its clip, and `look` i64 [k], its number there; `keys` and `texts` name
+    the clips.
     """
     if not samples:
         return None
@@ -112,28 +113,29 @@ def _text(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _draw(weights: dict[str, list[torch.Tensor]], frames: list[torch.Tensor], texts: list[str], path: Path) -> None:
-    size = min(frames[0].shape[-1], WIDEST)
-    columns = max(map(len, frames))
-    figure, axes = plt.subplots(
-        len(texts), 1, figsize=(1.2 * columns, len(texts) * (1.2 * len(weights) + 0.25)), squeeze=False
-    )
-    for number, axis in enumerate(axes[:, 0]):
-        # One picture for a whole clip: an axis for each frame takes seconds.
-        rows = [np.hstack(list(paint(frames[number], maps(w[number]), size))) for w in weights.values()]
-        picture = np.full((size * len(rows), size * columns, 3), 255, np.uint8)
-        picture[:, : rows[0].shape[1]] = np.vstack(rows)
-        axis.imshow(picture, interpolation="bilinear")
-        axis.set_title(
-            f"{' above '.join(weights)}   {texts[number]}" if number == 0 else texts[number],
-            fontsize=7,
-            loc="left",
-            pad=2,
-            parse_math=False,
-        )
+    size = max(min(frames[0].shape[-1], DRAWN[1]), DRAWN[0])
+    looks = max(map(len, frames))
+    columns = max(1, MOST_LOOKS // looks)  # of clips
+    rows = -(-len(texts) // columns)
+    wide, high = looks * size + (looks - 1) * GAP, len(weights) * (size + GAP) - GAP
+    figure, axes = plt.subplots(rows, columns, squeeze=False)
+    figure.set_size_inches(11, 11 / columns * high / wide * rows + 0.3 * rows)
+    for axis in axes.flat:
         axis.axis("off")
+    for number, axis in enumerate(axes.flat[: len(texts)]):
+        # One picture for a whole clip: an axis for each frame takes seconds.
+        picture = np.full((high, wide, 3), 255, np.uint8)
+        for row, w in enumerate(weights.values()):
+            for column, painted in enumerate(paint(frames[number], maps(w[number]), size)):
+                top, left = row * (size + GAP), column * (size + GAP)
+                picture[top : top + size, left : left + size] = painted
+        axis.imshow(picture, interpolation="antialiased")
+        axis.set_title(texts[number], fontsize=8, loc="left", pad=3, parse_math=False)
+    figure.text(0.01, 0.002, f"rows of a clip: {', then '.join(weights)}; means over layers and heads", fontsize=7)
     # Fixed margins: a layout that makes room for a long question would shrink the frames.
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.005, top=1 - 0.25 / len(texts) / 2, hspace=0.12)
-    figure.savefig(path, dpi=110)
+    top = 1 - 0.25 / figure.get_figheight()
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=top, wspace=0.04, hspace=0.3 * rows / 11)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

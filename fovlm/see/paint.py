@@ -10,8 +10,8 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 STOPS = ((46, 8, 120), (170, 32, 128), (250, 90, 60), (255, 185, 40), (255, 255, 170))  # evenly spaced, red green blue
-DARKEN = 0.55  # of the picture's light that is taken away
-ALPHA = 0.85  # how much of the picture the brightest light hides
+DARKEN = 0.45  # of the picture's light that is taken away
+ALPHA = 0.75  # how much of the picture the brightest light hides
 
 
 def maps(weights: Tensor, layer: int | None = None, head: int | None = None) -> Tensor:

@@ -1,5 +1,7 @@
 """Run folders as the journal writes them, without training: for the tests of the report."""
 
+import copy
+import functools
 import json
 import math
 from pathlib import Path
@@ -63,7 +65,7 @@ def write_run(
 
 def experiment_of(name: str, seed: int, *over: dict[str, Any]) -> Experiment:
     """Quickstart under another name and seed, with settings over it."""
-    values = config.load("quickstart").model_dump()
+    values = copy.deepcopy(_quickstart())
     for settings in (*over, {"train": {"seed": seed}}):
         for section, new in settings.items():
             values[section] |= new
@@ -82,9 +84,7 @@ def write_grid(root: Path, noise: float = 0.0) -> None:
     for b, budget in enumerate((4e11, 1.6e12, 6.4e12)):
         for s, (size, width) in enumerate(widths.items()):
             for arch, role in (("F", "LR1"), ("B", "B1")):
-                llm = config.load("quickstart").model.llm
-                assert isinstance(llm, dict)
-                model = {"llm": llm | {"hidden_size": width, "intermediate_size": 2 * width}}
+                model = {"llm": _quickstart()["model"]["llm"] | {"hidden_size": width, "intermediate_size": 2 * width}}
                 bowl = 1.0 - 0.2 * b + 0.1 * (s - 0.5 - 0.5 * b) ** 2
                 loss = bowl * (1.0 if arch == "F" else 1.2 - 0.05 * b) * (1 + noise * math.sin(7 * b + 3 * s))
                 settings = {"model": model | ({"visual": "multi_token"} if arch == "B" else {}),
@@ -92,3 +92,8 @@ def write_grid(root: Path, noise: float = 0.0) -> None:
                 cost = 1e8 * width / 32
                 write_run(root, f"nano-{size}-C{b + 1}-{arch}", loss, 0, role, settings, samples=int(budget / cost),
                           flops_per_sample=cost)  # fmt: skip
+
+
+@functools.cache
+def _quickstart() -> dict[str, Any]:
+    return config.load("quickstart").model_dump()

@@ -79,8 +79,8 @@ def _ablations(evidence: Evidence, found: list[Answer], out: Path) -> list[Block
     blocks: list[Block] = []
     floor = _fact(evidence, BLIND)
     for roles, name, caption in (
-        ([r for r in NAMES if r not in PICTURES], "losses", "Final validation loss: a dot for each seed, mean and "
-         "standard deviation below them."),
+        ([r for r in NAMES if r not in PICTURES], "losses", "Final validation loss: a dot for each seed, their mean "
+         "and range below."),
         (PICTURES, "losses_pictures", "The same on picture data, which has a validation set of its own."),
     ):  # fmt: skip
         drawn = figures.final_losses(evidence, roles, out / f"{name}.svg", None if roles == PICTURES else floor)

@@ -115,6 +115,7 @@ def answers(evidence: Evidence) -> tuple[list[Answer], list[str]]:
             answer.notes.append(f"Seed spread known: {known[1]:.3g} nats, that of {known[0]}.")
         if question.title == "Foveation":
             answer.notes.extend(_in_deployment(evidence))
+            answer.notes.extend(_for_less(evidence, "LR1", "A6"))
         found.append(answer)
     both = equal_flops(evidence)
     if both:
@@ -239,6 +240,18 @@ def _in_deployment(evidence: Evidence) -> list[str]:
         return []
     told = interval(welch(deployed, static))
     return [f"LR1 frame by frame, as deployed, less A6: {told} nats ({len(deployed)} and {len(static)} seeds)."]
+
+
+def _for_less(evidence: Evidence, dear: str, cheap: str) -> list[str]:
+    """The dearer side read at the FLOPs that the cheaper one ends with. A note: its schedule has not ended there."""
+    ends = [run.samples * run.flops_per_sample for run in evidence.side(cheap)]
+    there = [v for run in evidence.side(dear) if (v := loss_at(run, min(ends))) is not None]
+    if not there:
+        return []
+    told = interval(welch(there, [run.loss for run in evidence.side(cheap)]))
+    return [
+        f"{dear} after as many FLOPs as {cheap} had in all, its learning rate not yet down, less {cheap}: {told} nats."
+    ]
 
 
 def _row(evidence: Evidence, role: str, one: Side, verdict: Verdict) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The charts of the report, as SVG: one colour and one marker for each role in all of them, fit for print.
 
-Each function draws into a file and returns it, or None when it has nothing to show. Bars are standard deviations over
-seeds, bands go from the lowest to the highest seed.
+Each function draws into a file and returns it, or None when it has nothing to show. Bars and bands go from the lowest
+to the highest seed.
 """
 
 import math
@@ -39,7 +39,7 @@ WIDE = 20  # a ratio of losses beyond which their axis is logarithmic
 
 @STYLED
 def final_losses(evidence: Evidence, roles: Sequence[str], path: Path, floor: float | None = None) -> Path | None:
-    """Final validation loss of each role: every seed a dot, their mean and deviation beside. `floor`: blind loss."""
+    """Final validation loss of each role: every seed a dot, their mean and range below. `floor`: blind loss."""
     sides = [(role, evidence.side(role)) for role in roles if evidence.side(role)]
     if not sides:
         return None
@@ -49,8 +49,9 @@ def final_losses(evidence: Evidence, roles: Sequence[str], path: Path, floor: fl
         losses = [run.loss for run in runs]
         axis.plot(losses, [row] * len(losses), marker, color=colour, alpha=0.7, markeredgewidth=0, markersize=6)
         if len(losses) > 1:
-            mean, spread = statistics.fmean(losses), statistics.stdev(losses)
-            axis.errorbar(mean, row + 0.24, xerr=spread, fmt="|", color=colour, capsize=2, markersize=8)
+            mean = statistics.fmean(losses)
+            reach = [[mean - min(losses)], [max(losses) - mean]]
+            axis.errorbar(mean, row + 0.26, xerr=reach, fmt="|", color=colour, capsize=2, markersize=8)
     if floor is not None:
         axis.axvline(floor, color="black", linewidth=0.8, linestyle=":", label="best without a picture")
         axis.legend(loc="upper left", bbox_to_anchor=(0, 1.0 + 0.5 / len(sides)), borderaxespad=0)
@@ -96,8 +97,8 @@ def over_flops(evidence: Evidence, roles: Sequence[str], path: Path) -> Path | N
         _band(axis, found, *STYLE[role], NAMES[role])
     budget = min(curve[-1][0] for found in curves.values() for curve in found)
     axis.axvline(budget, color="black", linewidth=0.8, linestyle=":")
-    axis.annotate("equal FLOPs", (budget, 1), (3, -2), xycoords=("data", "axes fraction"), fontsize=8, rotation=90,
-                  textcoords="offset points", va="top")  # fmt: skip
+    axis.annotate("equal FLOPs", (budget, 0.5), (3, 0), xycoords=("data", "axes fraction"), fontsize=8, rotation=90,
+                  textcoords="offset points", va="center")  # fmt: skip
     axis.set_xlabel("training FLOPs, forward and backward")
     axis.set_ylabel("validation loss, nats per token")
     axis.set_xscale("log")
@@ -117,7 +118,7 @@ def iso_flop(grid: Grid, path: Path) -> Path | None:
             cells = grid.of(arch, budget)
             if not cells:
                 continue
-            spread = [statistics.stdev(c.losses) if len(c.losses) > 1 else 0.0 for c in cells]
+            spread = [[c.loss - min(c.losses) for c in cells], [max(c.losses) - c.loss for c in cells]]
             axis.errorbar([c.N for c in cells], [c.loss for c in cells], yerr=spread, fmt=marker, color=colour,
                           capsize=2)  # fmt: skip
             fit = grid.optima.get((arch, budget))

@@ -16,8 +16,9 @@ from scipy.optimize import minimize
 from scipy.special import stdtrit
 
 DELTA = 1e-3  # of the Huber loss: about 0.1 % of the loss
-FEW = 20  # points; below it residuals are resampled, for a resample of so few points often lacks a size or a budget
+FEW = 20  # points; a resample of fewer often lacks a size or a budget, so that they are disturbed instead
 STARTS = 24  # of the grid, those with the lowest loss, are followed to the end
+NORMAL = 1.96  # what Student's quantile comes to with many degrees of freedom
 STEEPEST = 4.0  # the highest exponent looked for
 # Bounds of log E (less log of the lowest loss), log A, alpha, log B, beta, where N and D are 1 at their mean.
 BOUNDS = ((-8.0, 1.0), (-12.0, 6.0), (1e-3, STEEPEST), (-12.0, 6.0), (1e-3, STEEPEST))
@@ -55,26 +56,39 @@ class Fit:
 
 
 def fit_law(
-    N: Sequence[float], D: Sequence[float], L: Sequence[float], draws: int = 200, level: float = 0.95, seed: int = 0
+    N: Sequence[float],
+    D: Sequence[float],
+    L: Sequence[float],
+    noise: float = 0.0,
+    draws: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> Fit:
     """Fit the law to losses L > 0 at sizes N and amounts of data D, with bootstrap intervals from `draws` refits.
 
-    Points are resampled; fewer than `FEW` points keep their places, and their residuals are resampled, widened for the
-    five parameters they were fitted with. Raises ValueError for fewer than six points or a loss that is not above 0.
+    Points are resampled. Fewer than `FEW` keep their places, and normal noise is added to the fitted log losses: that
+    of the residuals, widened for the five parameters they were fitted with and multiplied by Student's factor for their
+    few degrees of freedom, or `noise` (of log L, as measured over seeds) where that is more. Raises ValueError for
+    fewer than six points or a number that is not above 0.
     """
-    n, d, y = (np.log(np.asarray(v, float)) for v in (N, D, L))
-    if len(y) < 6 or not np.isfinite([n, d, y]).all():
+    if len(L) < 6 or min(*N, *D, *L) <= 0:
         raise ValueError("a law of five parameters wants six points or more, all numbers above 0")
+    n, d, y = (np.log(np.asarray(v, float)) for v in (N, D, L))
     n0, d0 = n.mean(), d.mean()
     n, d = n - n0, d - d0
     best = _best(n, d, y, _starts(y))
     rng = np.random.default_rng(seed)
     fitted = _predict(best, n, d)[0]
-    residuals = (y - fitted) * np.sqrt(len(y) / (len(y) - 5))
+    freedom = len(y) - 5
+    left = float(np.sqrt(((y - fitted) ** 2).sum() / freedom)) * student(level, freedom) / NORMAL
+    scale = max(left, noise)
     found = []
     for _ in range(draws):
-        pick = rng.integers(0, len(y), len(y))
-        data = (n[pick], d[pick], y[pick]) if len(y) >= FEW else (n, d, fitted + residuals[pick])
+        if len(y) >= FEW:
+            pick = rng.integers(0, len(y), len(y))
+            data = n[pick], d[pick], y[pick]
+        else:
+            data = n, d, fitted + scale * rng.standard_normal(len(y))
         found.append(_law(_best(*data, [best], 1e-8), n0, d0))  # far below the noise that is measured
     law = _law(best, n0, d0)
     tails = [50 * (1 - level), 50 * (1 + level)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from fovlm.report.collect import Evidence, Run
 from fovlm.report.compare import LEVEL, Difference
-from fovlm.report.fits import STEEPEST, Fit, Optimum, fit_law, parabola, student
+from fovlm.report.fits import FEW, STEEPEST, Fit, Optimum, fit_law, parabola, student
 
 ARCHS = {"F": "foveated, 1 token a frame", "B": "multi-token, 16 tokens a frame"}
 POINTS, SIZES = 8, 3  # of a law of five parameters; sizes and budgets
@@ -25,7 +25,9 @@ OPTIMUM_RULE = (
 )
 LAW_RULE = (
     f"L(N, D) = E + A / N^alpha + B / D^beta by the Huber loss of log L (delta 1e-3), L-BFGS from a grid of starts, "
-    f"bootstrap intervals of {LEVEL:.0%}. Fitted to at least {POINTS} cells of {SIZES} sizes and {SIZES} budgets. How "
+    f"bootstrap intervals of {LEVEL:.0%} (fewer than {FEW} points are not resampled: noise is added to the fitted "
+    f"losses, that of the residuals or of the seeds, whichever is more). Fitted to at least {POINTS} cells of {SIZES} "
+    f"sizes and {SIZES} budgets. How "
     f"the best size grows with compute is decided when the interval of its exponent is at most {WIDEST} wide and those "
     f"of alpha and beta end below {STEEPEST:g}, where the search ends."
 )
@@ -106,7 +108,7 @@ def grid(evidence: Evidence, draws: int = 200) -> Grid | None:
             found.unfitted[arch] = f"{len(cells)} cells of {len(sizes)} sizes and {len(budgets)} budgets"
         else:
             data = [c.N for c in cells], [c.D for c in cells], [c.loss for c in cells]
-            found.fits[arch] = fit_law(*data, draws=draws)
+            found.fits[arch] = fit_law(*data, noise=found.noise or 0.0, draws=draws)
     found.trend = _trend(found)
     return found
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -259,7 +260,7 @@ def open_model(
     check_folder(folder)
     try:
         model = FoveatedVLM.from_pretrained(folder, dtype=types[dtype] if isinstance(dtype, str) else dtype)
-    except (OSError, ValueError, RuntimeError) as error:  # safetensors' own error is a ValueError or a RuntimeError
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: the model does not load: {' '.join(str(error).split())[:200]}") from error
     load_tokenizer(str(folder))
     return model.eval().to(device), FoveatedProcessor.from_pretrained(folder)

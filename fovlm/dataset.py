@@ -178,12 +178,16 @@ class Dataset:
                 bad = bad or Bad(str(error), shelf.name, index.path.name, index.key[row])
         return [], bad
 
-    def about(self, position: int) -> tuple[dict[str, Any], str]:
-        """The JSON of the sample at `position` itself, and what it shows: one of MEDIA. Raises BadSample."""
+    def kind(self, position: int) -> str:
+        """What the sample at `position` itself shows: one of MEDIA."""
         shelf, shard, row = self._find(position)
-        index = shelf.indices[shard]
-        files = _read_members(index, row)
-        return parse_json(next(files[m] for m in files if m.extension == "json")), MEDIA[index.media[row]]
+        return MEDIA[shelf.indices[shard].media[row]]
+
+    def record(self, position: int) -> dict[str, Any]:
+        """The JSON of the sample at `position` itself. Raises BadSample."""
+        shelf, shard, row = self._find(position)
+        files = _read_members(shelf.indices[shard], row)
+        return parse_json(next(files[m] for m in files if m.extension == "json"))
 
     def _find(self, position: int) -> tuple[Shelf, int, int]:
         """Position -> (source, shard, row)."""

@@ -28,6 +28,7 @@ from fovlm.generation import context_of
 from fovlm.text import Chat
 
 ENCODED = 32  # frames that are walked through the encoder at once
+NEAR = 64  # items among which another clip is looked for
 Result = dict[str, Any]
 
 
@@ -108,7 +109,7 @@ def examine_one(
     total = sum(map(len, chunks))
     task = bar.add_task(exam.name, total=total, completed=total - sum(map(len, left))) if bar else None
     for items in _ahead(exam, left):
-        score_chunk(subject, items, records)
+        score_chunk(subject, exam, items, records)
         if bar and task is not None:
             bar.advance(task, len(items))
     found = []
@@ -146,11 +147,17 @@ def _ahead(exam: Exam, chunks: list[range]) -> Iterator[list[tuple[int, Item | s
             yield ready
 
 
-def score_chunk(subject: Subject, items: list[tuple[int, Item | str]], records: dict[tuple[str, str], Record]) -> None:
+def score_chunk(
+    subject: Subject, exam: Exam, items: list[tuple[int, Item | str]], records: dict[tuple[str, str], Record]
+) -> None:
     """Encode the frames of a chunk once, and add its lines to every record that lacks them."""
     whole = [item for _, item in items if isinstance(item, Item)]
     views = views_of(subject, whole)
-    others = {item.number: _other(item, whole, views) for item in whole}
+    others: dict[int, View | None] = {}
+    if any(control == "foreign" for control, _ in records):
+        others = {
+            item.number: _other(item, whole, views) or _elsewhere(subject, exam, item, items[-1][0]) for item in whole
+        }
     blind: dict[int, Line] = {}  # without frames all modes are one
     for (control, mode), record in records.items():
         for number, item in items:
@@ -159,9 +166,9 @@ def score_chunk(subject: Subject, items: list[tuple[int, Item | str]], records: 
             if isinstance(item, str):
                 record.add({"n": number, "left_out": item})
             elif control == "foreign" and others[number] is None and views[number] is not None:
-                record.add({"n": number, "id": item.id, "left_out": "no other clip in its batch"})
+                record.add({"n": number, "id": item.id, "left_out": "there is no other clip near it"})
             else:
-                view = ways.under(control, views[number], others[number], item.id)
+                view = ways.under(control, views[number], others.get(number), item.id)
                 line = blind.get(number) if view is None else None
                 line = line or _line(subject, item, view, mode)
                 if view is None:
@@ -194,6 +201,17 @@ def _other(item: Item, items: list[Item], views: dict[int, View | None]) -> View
     at = items.index(item)
     around = [*items[at + 1 :], *items[:at]]
     return next((views[other.number] for other in around if len(other.frames) and other.clip != item.clip), None)
+
+
+def _elsewhere(subject: Subject, exam: Exam, item: Item, behind: int) -> View | None:
+    """The same from behind the chunk, for an item whose chunk shows nothing else; costs one more encoding."""
+    if not len(item.frames):
+        return None
+    for step in range(1, min(len(exam), NEAR) + 1):
+        other = exam.item((behind + step) % len(exam))
+        if isinstance(other, Item) and len(other.frames) and other.clip != item.clip:
+            return views_of(subject, [other])[other.number]
+    return None
 
 
 def _line(subject: Subject, item: Item, view: View | None, mode: str) -> Line:

@@ -114,7 +114,8 @@ class Fovlm(lmms):
             view = View(encode(model, inputs["frames"][0].to(model.device)), looks, ahead)
         nll = score(model, visual(model, view, self.mode), texts)
         most = max(int((text.weight > 0).sum()) for text in texts)
-        greedy = model.generate(**inputs.to(model.device), max_new_tokens=most, mode=self.mode, do_sample=False)[0].cpu()
+        inputs = inputs.to(model.device)
+        greedy = model.generate(**inputs, max_new_tokens=most, mode=self.mode, do_sample=False)[0].cpu()
         answers = [text.tokens[text.weight > 0] for text in texts]
         same = [len(greedy) >= len(a) and bool((greedy[: len(a)] == a).all()) for a in answers]
         return [(float(one.double().sum()), equal) for one, equal in zip(nll, same, strict=True)]

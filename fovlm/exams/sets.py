@@ -18,10 +18,13 @@ from fovlm.bad import BadSample
 from fovlm.config import Source
 from fovlm.dataset import Dataset
 from fovlm.errors import UserError, nearest
-from fovlm.exams.question import Question, drawn, frames_of, hash_of
+from fovlm.exams.question import drawn, frames_of, hash_of
 from fovlm.exams.readers import READERS
+from fovlm.index import MEDIA, open_indices
+from fovlm.shards import cache_root, find_shards
 from fovlm.text import Chat, Text
 
+KIND = ", "  # between the name of a source and the kind of its samples
 Say = Callable[[str], None]
 
 
@@ -126,13 +129,14 @@ def _still(shown: Path | bytes) -> bool:
 
 
 class Shards:
-    """Samples whose answer's loss is measured. `patterns` are shards by the name of their source."""
+    """Samples whose answer's loss is measured, of any kind. `sources` are by name."""
 
-    def __init__(self, name: str, patterns: dict[str, Source], form: Form, limit: int | None):
+    def __init__(self, name: str, sources: dict[str, Source], form: Form, limit: int | None):
         self.name, self.left_out, self.protocol = name, {}, "loss of the answer"
+        kinds = _by_kind(sources)
         self.data = Dataset(
-            patterns,
-            dict.fromkeys(patterns, 1.0),
+            kinds,
+            dict.fromkeys(kinds, 1.0),
             form.chat,
             frame_size=form.frame_size,
             max_frames=form.most,
@@ -141,7 +145,9 @@ class Shards:
         counts = [self.data.samples[source] for source in self.data.mix.names]
         # Sources take turns, so among the first `turns` positions are all samples of each, and what repeats.
         turns = range(max(counts) * len(counts))
-        once = [p for p in turns for source, number in [self.data.mix(p)] if number < counts[source]]
+        there = [p for p in turns for source, number in [self.data.mix(p)] if number < counts[source]]
+        of = [kinds[name].kind for name in self.data.mix.names]
+        once = [p for p in there if of[self.data.mix(p)[0]] in (self.data.kind(p), "preference")]
         self.positions = sorted(sorted(once, key=_rank)[:limit])
         digest = f"{self.data.scored_hash(len(once))}{self.positions if len(self.positions) < len(once) else ''}"
         self.hash = hashlib.blake2b(digest.encode(), digest_size=16).hexdigest()
@@ -154,13 +160,13 @@ class Shards:
         if bad is not None or len(samples) != 1:
             return bad.cause if bad is not None else "a preference pair has no one answer"
         (sample,) = samples
-        record, kind = self.data.about(self.positions[number])
+        record, kind = self.data.record(self.positions[number]), self.data.kind(self.positions[number])
         f = len(sample.frames)
         return Item(
             number=number,
             id=sample.key,
             category="",
-            source=str(record.get("source") or sample.source),
+            source=str(record.get("source") or sample.source.partition(KIND)[0]),
             modality=kind,
             clip=sample.key,
             frames=sample.frames,
@@ -168,6 +174,17 @@ class Shards:
             texts=[Text(sample.tokens, sample.weight, sample.prompt)],
             answer=None,
         )
+
+
+def _by_kind(sources: dict[str, Source]) -> dict[str, Source]:
+    """A source for each kind of sample that there is: shards drawn for evaluation hold several."""
+    found: dict[str, Source] = {}
+    for name, source in sources.items():
+        indices = open_indices(find_shards(name, source.shards), cache_root())
+        for kind in [k for n, k in enumerate(MEDIA) if any((index.media == n).any() for index in indices)]:
+            of = "preference" if source.kind == "preference" else kind
+            found[f"{name}{KIND}{kind}"] = source.model_copy(update={"kind": of})
+    return found
 
 
 def _rank(position: int) -> bytes:

@@ -20,7 +20,9 @@ class Fovlm:
     INTERLEAVE: ClassVar[bool] = False
     VIDEO_LLM: ClassVar[bool] = True
 
-    def __init__(self, model_path: str, mode: str | None = None, max_new_tokens: int = 128, max_frames: int = 64, **_: Any):
+    def __init__(
+        self, model_path: str, mode: str | None = None, max_new_tokens: int = 128, max_frames: int = 64, **_: Any
+    ):
         super().__init__()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.processor = open_model(model_path, device=device)

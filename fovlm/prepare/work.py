@@ -1,12 +1,22 @@
 """`fovlm prepare`: plan the shards, have workers make those that are missing, keep the books."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from fovlm.errors import UserError
 from fovlm.index import replace_file
@@ -50,7 +60,7 @@ def prepare(job: Job, workers: int, console: Console) -> Manifest:
     rejected_file = job.out / books.REJECTED
     kept = _kept(rejected_file, manifest)
     _write(rejected_file, kept)
-    with rejected_file.open("a", encoding="utf-8") as log, _Bar(console, missing) as bar:
+    with rejected_file.open("a", encoding="utf-8") as log, _Bar(console, missing, job.out) as bar:
         for shard, rejected in each(make_shard, [(job, task) for task in missing], workers):
             log.write(_lines(rejected))  # ahead of the manifest: lines of a shard that it doesn't name are dropped
             log.flush()
@@ -139,15 +149,29 @@ def _lines(rejected: Rejected) -> str:
     return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rejected)
 
 
+class _Growing(ProgressColumn):
+    """How large the unfinished shards are by now: a shard of videos takes minutes, and should not look like a halt."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+
+    def render(self, task: Any) -> Text:
+        size = 0
+        for file in self.folder.glob("*.tar.unfinished"):
+            with suppress(FileNotFoundError):  # finished meanwhile
+                size += file.stat().st_size
+        return Text(f"+ {size / 1e6:.1f} MB" if size else "")
+
+
 class _Bar:
     """A bar where somebody looks, a line for each shard where nobody does."""
 
-    def __init__(self, console: Console, tasks: list[Task]):
+    def __init__(self, console: Console, tasks: list[Task], out: Path):
         self.console = console
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("rows  {task.fields[shown]}"))
-        self.progress = Progress(
-            TextColumn("preparing"), *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console
-        )
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("rows {task.fields[shown]}"), _Growing(out))
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        self.progress = Progress(TextColumn("preparing"), *columns, *times, console=console, refresh_per_second=2)
         self.task = self.progress.add_task("", total=sum(task.rows for task in tasks), shown="")
         self.left, self.live = len(tasks), console.is_terminal and bool(tasks)
 

@@ -170,10 +170,10 @@ class FoveatedProcessor(ProcessorMixin):
 
     def _frames(self, given: Any) -> Tensor:
         """Pictures in memory -> u8 [f, 3, s, s], at most `max_frames` of them, evenly spaced."""
-        if isinstance(given, Tensor) and given.dtype == torch.uint8 and given.shape[1:] == (3, *2 * (self.frame_size,)):
-            return given[media.spread(len(given), self.max_frames)]
         if not isinstance(given, (Tensor, np.ndarray, list, tuple)) or not len(given):
             raise UserError("no frames: a video is a path, or a tensor, an array or a list of one picture or more")
+        if isinstance(given, Tensor) and given.dtype == torch.uint8 and given.shape[1:] == (3, *2 * (self.frame_size,)):
+            return given[media.spread(len(given), self.max_frames)]
         chosen = [_pixels(given[n]) for n in media.spread(len(given), self.max_frames)]
         return torch.from_numpy(np.stack([media.fit(p, self.frame_size) for p in chosen])).permute(0, 3, 1, 2)
 

@@ -1,0 +1,356 @@
+"""The ordinary interface: what the processor makes is what training sees, and answers are those of the scored model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import FRAME, VOCABULARY, tiny_model
+from safetensors import safe_open
+from tiny import picture, tokenizer, video
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+from fovlm import FoveatedProcessor, FoveatedVLM, open_model
+from fovlm.batch import Sample, Size, collate
+from fovlm.errors import UserError
+from fovlm.stream import autoregressive
+from fovlm.text import Chat
+
+QUESTION = "what is this ?"
+
+
+def frames(count: int, seed: int = 0) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, FRAME, FRAME), dtype=torch.uint8, generator=random)
+
+
+def says(text: str, **shown) -> list[dict]:
+    parts = [{"type": kind, kind: what} for kind, what in shown.items()]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def model_of(**settings) -> FoveatedVLM:
+    """A tiny model that knows when an answer ends and can be told apart from others by what it says."""
+    model = tiny_model(**settings).eval()
+    with torch.no_grad():
+        model.llm.get_input_embeddings().weight.mul_(30)  # else every answer is one token again and again
+    words = tokenizer()
+    assert len(words) <= VOCABULARY
+    model.generation_config = GenerationConfig(eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id)
+    return model
+
+
+def processor_of(model: FoveatedVLM) -> FoveatedProcessor:
+    return FoveatedProcessor.from_parts(tokenizer(), model.config)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A saved model with its processor."""
+    model = model_of(prompt="before", image_frames=3)
+    model.save_pretrained(tmp_path / "model")
+    processor_of(model).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# -- the processor ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["before", "after"])
+def test_tokens_are_those_of_training(prompt):
+    processor = processor_of(model_of(prompt=prompt))
+    inputs = processor(messages=says(QUESTION, video=frames(3)))
+    trained = Chat(tokenizer(), prompt, "answer", 999).text({"user": QUESTION, "assistant": "red"}, None, True)
+    answer_at = int(trained.weight.argmax())
+    assert inputs["input_ids"][0].tolist() == trained.tokens[:answer_at].tolist()
+    assert inputs["prompt"].tolist() == [trained.prompt]
+    assert (trained.prompt > 0) == (prompt == "before")
+    asked = Chat(tokenizer(), prompt, "answer", 999).ask(QUESTION, True)
+    assert inputs["input_ids"][0].tolist() == asked.tokens.tolist()
+    assert asked.prompt == trained.prompt
+
+
+def test_conversations_go_on_and_keep_their_frames_where_they_were_shown():
+    processor = processor_of(model_of(prompt="before"))
+    first = processor(messages=says(QUESTION, video=frames(2)))
+    turns = [*says(QUESTION, video=frames(2)), {"role": "assistant", "content": "red"}, *says("is it blue ?")]
+    more = processor(messages=turns)
+    n = first["input_ids"].shape[1]
+    assert more["prompt"] == first["prompt"]
+    assert more["looks"].tolist() == [[1, 1]]
+    assert more["input_ids"][0, :n].tolist() == first["input_ids"][0].tolist()
+    assert processor.decode(more["input_ids"][0, n:]).split()[2:6] == ["is", "it", "blue", "?"]
+
+
+def test_frames_come_in_many_forms(tmp_path):
+    processor = processor_of(model_of(image_frames=4))
+    shown = frames(3)
+    same = [shown, shown.numpy(), shown.permute(0, 2, 3, 1).numpy(), list(shown), shown.float() / 255]
+    for given in same:
+        inputs = processor(messages=says(QUESTION, video=given))
+        assert torch.equal(inputs["frames"], shown[None]), type(given)
+    (tmp_path / "a.mp4").write_bytes(video(3, size=32))
+    (tmp_path / "a.jpg").write_bytes(picture(200, 40))
+    seen = processor(messages=says(QUESTION, video=tmp_path / "a.mp4"))
+    assert seen["frames"].shape == (1, 3, 3, FRAME, FRAME)
+    assert seen["looks"].tolist() == [[1, 1, 1]]
+    seen = processor(messages=says(QUESTION, image=str(tmp_path / "a.jpg")))
+    assert seen["frames"].shape == (1, 1, 3, FRAME, FRAME)
+    assert seen["looks"].tolist() == [[4]]
+    tall = np.full((2, 90, 40, 3), 7, np.uint8)
+    assert processor(text=QUESTION, videos=tall)["frames"].shape == (1, 2, 3, FRAME, FRAME)
+    assert processor(text=QUESTION, images=[tall[0], tall[1]])["looks"].tolist() == [[4, 4]]
+    long = processor(text=QUESTION, videos=frames(1).expand(100, -1, -1, -1))
+    assert long["looks"].sum() == processor.max_frames
+
+
+def test_a_batch_is_padded_on_the_left():
+    processor = processor_of(model_of())
+    inputs = processor(text=[QUESTION, "red ?", "is it ?"], videos=[frames(2), None, frames(3)])
+    assert inputs["frames"].shape[:2] == (3, 3)
+    assert inputs["looks"].tolist() == [[1, 1, 0], [0, 0, 0], [1, 1, 1]]
+    mask = inputs["attention_mask"]
+    assert mask[:, -1].all()
+    assert not mask[1, 0]
+    assert (mask.diff() >= 0).all()
+    assert "frames" not in processor(text="is it ?")
+
+
+@pytest.mark.parametrize(
+    ("call", "says_so"),
+    [
+        ({"messages": says("", video=frames(1))}, "without words"),
+        ({"messages": says(QUESTION, vidoe=frames(1))}, "did you mean 'video'"),
+        ({"messages": says(QUESTION, video=frames(0))}, "no frames"),
+        ({"messages": says(QUESTION, video="nowhere.mp4")}, "no such file"),
+        ({"messages": says(QUESTION, video=torch.zeros(1, 4, 9, 9))}, "a frame is"),
+        ({"messages": says(QUESTION, video=frames(1).int())}, "pixels are u8"),
+        ({"messages": [{"role": "assistant", "content": "red"}]}, "ends with what the user says"),
+        ({"messages": says(QUESTION, image=frames(1)[0]) * 2}, "one turn"),
+        ({"text": [QUESTION, QUESTION], "videos": [frames(1)]}, "2 texts and 1 videos"),
+        ({}, "either messages, or text"),
+    ],
+)
+def test_a_mistake_is_one_line(call, says_so):
+    with pytest.raises(UserError, match=says_so) as told:
+        processor_of(model_of())(**call)
+    assert "\n" not in str(told.value)
+
+
+# -- generate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["before", "after"])
+@pytest.mark.parametrize("mode", ["autoregressive", "coarse_fine", "coarse_only"])
+def test_the_first_token_is_the_likeliest_by_the_scored_model(mode, prompt):
+    model = model_of(prompt=prompt, image_frames=2)
+    processor = processor_of(model)
+    for shown in ({"video": frames(3)}, {"image": frames(1)[0]}, {}):
+        inputs = processor(messages=says(QUESTION, **shown))
+        out = model.generate(
+            **inputs, mode=mode, max_new_tokens=1, output_logits=True, return_dict_in_generate=True, do_sample=False
+        )
+        looks = int(inputs["looks"].sum()) if shown else 0
+        seen = inputs["frames"][0].repeat(looks // len(inputs["frames"][0]), 1, 1, 1) if shown else frames(0)
+        nll = []
+        for word in range(VOCABULARY):
+            tokens = torch.cat([inputs["input_ids"][0], torch.tensor([word])])
+            sample = Sample("", "", seen, looks, tokens, torch.ones(len(tokens)), int(inputs["prompt"]))
+            size = Size(max(1, len(seen)), max(1, looks), len(tokens), sample.prompt)  # a pack has a frame at least
+            batch = collate([sample], size, FRAME)
+            if mode == "autoregressive":
+                scores = autoregressive(model, batch)
+            else:
+                scores = model(batch, visual="coarse" if mode == "coarse_only" else None)
+            nll.append(scores[-1].item())
+            if word >= 7:
+                break
+        expected = -out.logits[0][0].log_softmax(-1)[: len(nll)]
+        torch.testing.assert_close(torch.tensor(nll), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("visual", ["foveated", "coarse", "multi_token"])
+@pytest.mark.parametrize("prompt", ["before", "after"])
+def test_a_batch_answers_as_each_alone(visual, prompt):
+    model = model_of(visual=visual, prompt=prompt, image_frames=3)
+    processor = processor_of(model)
+    asked = [
+        says(QUESTION, video=frames(5)),
+        says("red ?"),
+        says("is it blue or red here ?", image=frames(1, 1)[0]),
+        says(QUESTION, video=frames(2, 2)),
+        says(QUESTION, video=frames(5, 3)),
+    ]
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
+    together = model.generate(**processor(messages=asked), **settings)
+    for row, messages in enumerate(asked):
+        alone = model.generate(**processor(messages=messages), **settings)
+        assert together.sequences[row].tolist() == alone.sequences[0].tolist()
+        for both, one in zip(together.logits, alone.logits, strict=True):
+            torch.testing.assert_close(both[row], one[0], rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_seen_matters():
+    model = model_of()
+    inputs = processor_of(model)(text=[QUESTION] * 2, videos=[frames(2), frames(2, 1)])
+    x, mask = model.embed(**inputs)
+    assert mask.all()
+    assert not torch.allclose(x[0], x[1])
+
+
+def test_usual_arguments():
+    model = model_of()
+    inputs = processor_of(model)(messages=says(QUESTION, video=frames(2)))
+    assert model.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape == (1, 3)
+    assert model.generate(**inputs, max_new_tokens=3, num_beams=3, num_return_sequences=2).shape[0] == 2
+    torch.manual_seed(0)
+    wild = {
+        tuple(model.generate(**inputs, max_new_tokens=3, do_sample=True, temperature=50.0, top_p=0.9)[0].tolist())
+        for _ in range(4)
+    }
+    assert len(wild) > 1
+    settings = GenerationConfig(max_new_tokens=2, min_new_tokens=2)
+    assert model.generate(**inputs, generation_config=settings).shape == (1, 2)
+    first = int(model.generate(**inputs, max_new_tokens=1)[0, 0])
+    assert model.generate(**inputs, max_new_tokens=5, eos_token_id=first).tolist() == [[first]]
+
+    class Streamer:
+        def __init__(self):
+            self.told, self.ended = [], False
+
+        def put(self, ids):
+            self.told += ids.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    streamer = Streamer()
+    out = model.generate(**inputs, max_new_tokens=4, streamer=streamer)
+    assert streamer.told == out[0].tolist()
+    assert streamer.ended
+
+
+def test_a_question_longer_than_the_context_is_one_line_and_answers_end_with_it():
+    model = model_of()
+    model.config.llm_config.max_position_embeddings = 60
+    processor = processor_of(model)
+    with pytest.raises(UserError, match=r"\d+ tokens of text and 2 of frames .* context of 60"):
+        model.generate(**processor(text="red " * 80, videos=frames(2)))
+    inputs = processor(text="red", videos=frames(2))
+    room = 60 - 2 - inputs["input_ids"].shape[1]
+    assert model.generate(**inputs, max_new_tokens=500, min_new_tokens=room).shape[1] == room
+    with pytest.raises(UserError, match="did you mean 'coarse_fine'"):
+        model.generate(**inputs, mode="coarse_fin")
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_process_needs_nothing_but_the_folder(folder):
+    """In fp32 and bf16, by our names and by the Auto classes."""
+    code = f"""
+import torch
+from fovlm import FoveatedProcessor, FoveatedVLM
+from transformers import AutoModelForImageTextToText, AutoProcessor
+processor = FoveatedProcessor.from_pretrained({str(folder)!r})
+inputs = processor(text={QUESTION!r}, videos=torch.full((2, 3, {FRAME}, {FRAME}), 9, dtype=torch.uint8))
+for dtype in (torch.float32, torch.bfloat16):
+    model = FoveatedVLM.from_pretrained({str(folder)!r}, dtype=dtype).eval()
+    assert model.dtype == dtype
+    print(model.generate(**inputs, max_new_tokens=4)[0].tolist())
+model = AutoModelForImageTextToText.from_pretrained({str(folder)!r}).eval()
+print(model.generate(**inputs, max_new_tokens=4)[0].tolist())
+assert type(AutoProcessor.from_pretrained({str(folder)!r})) is FoveatedProcessor
+"""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model, processor = open_model(folder)
+    shown = torch.full((2, 3, FRAME, FRAME), 9, dtype=torch.uint8)
+    expected = model.generate(**processor(text=QUESTION, videos=shown), max_new_tokens=4)[0].tolist()
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert answers[0] == answers[2] == expected
+    assert len(answers[1]) > 0
+
+
+def test_saving_and_loading_changes_nothing_and_keeps_tied_weights_once(folder, tmp_path):
+    model, processor = open_model(folder)
+    model.save_pretrained(tmp_path / "again")
+    processor.save_pretrained(tmp_path / "again")
+    with safe_open(tmp_path / "again" / "model.safetensors", "pt") as file:
+        assert len([name for name in file.keys() if "embed_tokens" in name or "lm_head" in name]) == 1  # noqa: SIM118
+    again, other = open_model(tmp_path / "again")
+    assert again.llm.get_input_embeddings().weight is again.llm.get_output_embeddings().weight
+    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert other.to_dict() == processor.to_dict()
+    assert other.image_frames == 3
+    assert other.prompt == "before"
+    assert again.generation_config.eos_token_id == model.generation_config.eos_token_id is not None
+    assert isinstance(AutoModel.from_pretrained(tmp_path / "again"), FoveatedVLM)
+    (tmp_path / "again" / "processor_config.json").unlink()
+    assert AutoProcessor.from_pretrained(tmp_path / "again").image_frames == 3  # from config.json
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "again", dtype="auto")
+
+
+def test_both_go_to_the_hub(folder, monkeypatch):
+    """By inheritance; the network is a stub that keeps the names of what would be sent."""
+    import huggingface_hub
+
+    sent: dict[str, set[str]] = {}
+
+    def commit(self, repo_id, operations, **options):
+        sent.setdefault(repo_id, set()).update(operation.path_in_repo for operation in operations)
+
+    def create(self, repo_id, **options):
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", commit)
+    for module in [m for name, m in sys.modules.items() if name.startswith("transformers")]:
+        for name, stub in (("create_repo", create), ("create_commit", commit)):
+            if name in vars(module):
+                monkeypatch.setattr(module, name, lambda *a, stub=stub, **k: stub(None, *a, **k))
+        if "create_branch" in vars(module):
+            monkeypatch.setattr(module, "create_branch", lambda *a, **k: None)
+    for part in open_model(folder):
+        part.push_to_hub("me/clip")
+    assert {"config.json", "generation_config.json", "model.safetensors"} <= sent["me/clip"]
+    assert {"processor_config.json", "tokenizer.json", "tokenizer_config.json"} <= sent["me/clip"]
+
+
+def test_what_is_no_model_is_told_in_one_line(folder, tmp_path):
+    def told(path: Path | str) -> str:
+        with pytest.raises(UserError) as error:
+            open_model(path)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "did you mean 'model'" in told(folder.parent / "modle")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert f"fovlm convert {tmp_path / 'run'} OUT" in told(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in told(tmp_path / "empty")
+    assert "is a file" in told(folder / "config.json")
+    with pytest.raises(UserError, match="dtype is auto, bf16 or fp32"):
+        open_model(folder, "fp23")
+    weights = folder / "model.safetensors"
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    weights.rename(folder / "model-00001-of-00002.safetensors")
+    assert "missing: model-00002-of-00002.safetensors;" in told(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    assert "missing: model.safetensors;" in told(folder)
+    weights.write_bytes(b"\0" * 100)
+    assert "does not load" in told(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    assert "type 'llama'" in told(folder)
+
+
+def test_asking_for_the_package_alone_stays_light():
+    code = "import sys, fovlm; fovlm.__version__; assert 'torch' not in sys.modules; fovlm.FoveatedVLM"
+    root = Path(__file__).resolve().parent.parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0

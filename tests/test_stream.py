@@ -1,0 +1,210 @@
+"""A stream sees what `generate` sees, forgets the questions it was asked, and costs one token a frame."""
+
+import pytest
+import torch
+from models import FRAME
+from test_interface import QUESTION, frames, model_of, processor_of, says
+from transformers import DynamicCache
+
+from fovlm.errors import UserError
+from fovlm.recall import CHUNK, Recall
+from fovlm.stream import Stream
+
+OTHER = "is it red or blue here ?"
+
+
+def watch(model, **settings):
+    if model.config.prompt == "before":
+        settings.setdefault("question", QUESTION)
+    return model.stream(processor=processor_of(model), **settings)
+
+
+def small(context: int, **settings):
+    """A model with a context of so many tokens."""
+    model = model_of(**settings)
+    model.config.llm_config.max_position_embeddings = context
+    return model
+
+
+@pytest.mark.parametrize("prompt", ["before", "after"])
+@pytest.mark.parametrize("visual", ["foveated", "coarse"])
+def test_an_answer_is_that_of_generate(prompt, visual):
+    model = model_of(prompt=prompt, visual=visual)
+    processor, shown = processor_of(model), frames(5)
+    stream = model.stream(iter(shown), processor, question=QUESTION)
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6}
+    for count in stream:
+        if count in (2, 5):
+            inputs = processor(messages=says(QUESTION, video=shown[:count]))
+            assert stream.ask(**settings) == processor.batch_decode(model.generate(**inputs, **settings))[0]
+            beams = stream.ask(num_beams=3, **settings)
+            assert beams == processor.batch_decode(model.generate(**inputs, num_beams=3, **settings))[0]
+
+
+@pytest.mark.parametrize("prompt", ["before", "after"])
+@pytest.mark.parametrize("full", ["stop", "slide"])
+def test_a_question_leaves_no_trace(prompt, full):
+    """Bit for bit, past the growth of the buffers and, when it slides, past the end of the window."""
+    model = small(CHUNK + 70, prompt=prompt)
+    reserve = 30 if full == "stop" else CHUNK
+    shown = frames(8)
+    quiet, asked = (watch(model, full=full, reserve=reserve) for _ in range(2))
+    number = CHUNK + 3 if full == "stop" else 80
+    said = set()
+    for i in range(number):
+        state = quiet.see(shown[i % 8])
+        other = asked.see(shown[i % 8])
+        assert torch.equal(state, other), i
+        if i in (3, CHUNK - 30, number - 2):
+            said.add(asked.ask(OTHER, max_new_tokens=12, min_new_tokens=12))
+            asked.ask(QUESTION, max_new_tokens=3, do_sample=True, num_beams=2)
+        assert asked.tokens == quiet.tokens
+    for a, b in zip(quiet._stream.memory.layers, asked._stream.memory.layers, strict=True):
+        assert torch.equal(a.keys, b.keys)
+        assert torch.equal(a.values, b.values)
+    assert said
+
+
+def test_a_question_that_fails_leaves_no_trace():
+    model = small(64)
+    stream = watch(model, reserve=30)
+    stream.see(frames(1)[0])
+    with pytest.raises(UserError, match=r"question is too long: its \d+ tokens and the 1 of the stream"):
+        stream.ask("red " * 60)
+
+    class Broken:
+        def put(self, ids):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        stream.ask(QUESTION, streamer=Broken())
+    assert stream.tokens == 1
+
+
+def test_memory_grows_by_one_token_a_frame_and_nothing_else():
+    model = model_of()
+    llm = model.config.llm_config
+    head = llm.hidden_size // llm.num_attention_heads
+    stream = watch(model)
+    sizes = []
+    for i in range(6):
+        stream.see(frames(1, i)[0])
+        sizes.append(stream.nbytes)
+    assert sizes[0] == 2 * llm.num_hidden_layers * llm.num_key_value_heads * head * 4
+    assert sizes == [sizes[0] * (i + 1) for i in range(6)]
+    tensors = [x for x in vars(stream).values() if isinstance(x, torch.Tensor)]
+    assert not tensors
+    assert stream._kept == []
+    for _ in range(CHUNK):
+        stream.see(frames(1)[0])
+    for layer in stream._stream.memory.layers:
+        assert [room.shape[2] for room in layer.rooms] == [2 * CHUNK] * 2
+
+
+def test_a_full_context_says_so_with_numbers():
+    model = small(50)
+    stream = watch(model, reserve=40)
+    assert stream.room == stream.window == 10
+    for i in range(10):
+        stream.see(frames(1, i)[0])
+    assert stream.room == 0
+    with pytest.raises(UserError, match="context of 50 tokens is full: 10 frames and 0 words, with 40 kept"):
+        stream.see(frames(1)[0])
+    assert len(stream.ask(QUESTION, max_new_tokens=4, min_new_tokens=4)) > 0
+
+
+def test_sliding_is_attention_to_the_last_frames():
+    """With the frames first: one pass over all that was ever seen, each frame attending to a window of them."""
+    model, W = small(30), 6
+    stream = watch(model, full="slide", reserve=30 - W)
+    tokens, states = [], []
+    model.llm.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    for i in range(20):
+        states.append(stream.see(frames(1, i)[0]))
+        assert stream.tokens == min(i + 1, W)
+    x = torch.cat(tokens, dim=1)
+    model.llm.base_model._forward_pre_hooks.clear()
+    ago = torch.arange(20)[:, None] - torch.arange(20)[None, :]
+    mask = ((ago >= 0) & (ago < W))[None, None]
+    with torch.no_grad():
+        expected = model.llm.base_model(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state[0]
+    torch.testing.assert_close(torch.stack(states), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sliding_keeps_the_question_right_before_the_oldest_frame():
+    """In a language model of one layer nothing is remembered of dropped frames, so a fresh one sees the same."""
+    model, W = small(60, prompt="before"), 5
+    model.llm.base_model.layers = model.llm.base_model.layers[:1]
+    model.llm.config.num_hidden_layers = 1
+    head = watch(model, reserve=9).head
+    stream = watch(model, full="slide", reserve=60 - head - W)
+    embedded = []
+    handle = model.llm.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: embedded.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    for i in range(13):
+        state = stream.see(frames(1, i)[0])
+    handle.remove()
+    words = processor_of(model)(messages=says(QUESTION, video=frames(1)))["input_ids"][:, :head]
+    with torch.no_grad():
+        x = torch.cat([model.llm.get_input_embeddings()(words), *embedded[-W:]], dim=1)
+        fresh = model.llm.base_model(inputs_embeds=x, use_cache=False).last_hidden_state[0]
+        torch.testing.assert_close(state, fresh[-1], rtol=1e-4, atol=1e-5)
+        other = Stream(model)
+        other._read(x)
+    # An answer, too, is what it would be in a fresh context that holds the question and the last frames.
+    answer = stream.ask(max_new_tokens=5, min_new_tokens=5)
+    tail = stream._rest[None]
+    out = model.llm.generate(
+        input_ids=tail,
+        attention_mask=torch.ones(1, x.shape[1] + tail.shape[1]),
+        past_key_values=other.memory,
+        max_new_tokens=5,
+        min_new_tokens=5,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=0,
+    )
+    assert answer == stream.processor.decode(out[0, tail.shape[1] :])
+
+
+def test_what_cannot_be_streamed_is_told():
+    with pytest.raises(UserError, match="multi_token"):
+        model_of(visual="multi_token").stream()
+    with pytest.raises(UserError, match="question ahead of the frames"):
+        model_of(prompt="before").stream()
+    with pytest.raises(UserError, match="did you mean 'slide'"):
+        model_of().stream(full="slid")
+    with pytest.raises(UserError, match="no room for a frame"):
+        small(40).stream(reserve=40)
+    stream = model_of().stream()
+    stream.see(frames(1)[0])
+    with pytest.raises(UserError, match="need the processor"):
+        stream.ask(QUESTION)
+    with pytest.raises(UserError, match="without a question"):
+        watch(model_of()).ask()
+
+
+def test_frames_of_any_kind_are_fitted():
+    model = model_of()
+    stream = watch(model)
+    grey = torch.full((3, 2 * FRAME, 3 * FRAME), 90, dtype=torch.uint8)
+    state = stream.see(grey)
+    assert torch.equal(state, watch(model).see(grey[:, :FRAME, :FRAME]))
+
+
+def test_the_cache_is_an_ordinary_one_that_does_not_copy():
+    ours, theirs = Recall(1), DynamicCache()
+    random = torch.Generator().manual_seed(0)
+    for n in (5, 1, CHUNK, 1, 2 * CHUNK, 1):
+        new = [torch.randn(2, 3, n, 4, generator=random) for _ in range(2)]
+        before = ours.layers[0].rooms[0] if n == 1 else None
+        for mine, other in zip(ours.update(*new, 0), theirs.update(*new, 0), strict=True):
+            assert torch.equal(mine, other)
+        if before is not None:
+            assert ours.layers[0].rooms[0] is before, "there was room for it"
+        assert len(ours) == theirs.get_seq_length()
+    ours.forget(4)
+    assert len(ours) == 4
+    assert torch.equal(ours.layers[0].keys, theirs.layers[0].keys[:, :, :4])

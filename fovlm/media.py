@@ -200,8 +200,9 @@ def encode_video(frames: Iterable[np.ndarray], fps: float) -> bytes:
             stream.options = {"crf": "18"}
         else:
             stream.bit_rate = 4_000_000
-        for pixels in frames:
-            stream.height, stream.width = pixels.shape[:2]
+        for n, pixels in enumerate(frames):
+            if n == 0:
+                stream.height, stream.width = pixels.shape[:2]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
         container.mux(stream.encode())
     return out.getvalue()

@@ -5,7 +5,7 @@ the numbers as CSV: runs.csv, decisions.csv, curves.csv, grid.csv, fits.csv.
 """
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -170,7 +170,7 @@ def _grid(cells: Grid | None, out: Path) -> list[Block]:
     return blocks
 
 
-def _bests(cells: Grid) -> list[tuple[str, ...]]:
+def _bests(cells: Grid) -> Sequence[tuple[str, ...]]:
     """The lowest loss of each architecture among the sizes of a budget."""
     rows = []
     for budget in cells.budgets:
@@ -186,9 +186,9 @@ def _laws(cells: Grid) -> list[Block]:
         told = [f"{value:.3g} [{low:.3g}, {high:.3g}]" for value, (low, high) in tables.parts(fit).values()]
         rows.append((ARCHS[arch], str(fit.points), *told, f"{fit.spread:.2%}"))
     head = ("architecture", "points", "E", "A", "alpha", "B", "beta", "best N grows as C to the", "residual")
-    said: list[Block] = [Bold(f"{ONE[arch]}: {(told := law_text(cells, arch))}", not told.startswith("not decided"))
-                         for arch in cells.archs]  # fmt: skip
-    return said + ([Table(head, rows)] if rows else [])
+    said = {arch: law_text(cells, arch) for arch in cells.archs}
+    blocks: list[Block] = [Bold(f"{ONE[a]}: {text}", not text.startswith("not decided")) for a, text in said.items()]
+    return blocks + ([Table(head, rows)] if rows else [])
 
 
 def _end(evidence: Evidence) -> list[Block]:

@@ -59,7 +59,7 @@ class Answer:
     rule: str
     verdict: Verdict
     head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -30,9 +30,9 @@ def write(out: Path, evidence: Evidence, found: list[Answer], cells: Grid | None
         out / "decisions.csv",
         ("question", "winner", "verdict", "rival", "more_than_best", "low", "high"),
         (
-            (answer.title, answer.verdict.winner, answer.verdict.text, rival, d.value, d.low, d.high)
+            (answer.title, answer.verdict.winner, answer.verdict.text, *numbers)
             for answer in found
-            for rival, d in (answer.verdict.differences or {"": _Nothing()}).items()
+            for numbers in _differences(answer)
         ),
     )
     _csv(
@@ -72,7 +72,7 @@ def parts(fit: Fit) -> dict[str, tuple[float, tuple[float, float]]]:
     return {name: (value, fit.intervals[name]) for name, value in values.items()}
 
 
-def overview(runs: Sequence[Run]) -> tuple[Sequence[str], list[tuple[str, ...]]]:
+def overview(runs: Sequence[Run]) -> tuple[Sequence[str], Sequence[tuple[str, ...]]]:
     """Head and rows of the table of all runs."""
     head = ("run", "what it asks", "seed", "val loss", "parameters", "samples", "FLOPs", "minutes")
     rows = [
@@ -83,10 +83,10 @@ def overview(runs: Sequence[Run]) -> tuple[Sequence[str], list[tuple[str, ...]]]
     return head, rows
 
 
-class _Nothing:
-    """Stands for the difference of an answer that has none."""
-
-    value = low = high = None
+def _differences(answer: Answer) -> list[tuple[Any, ...]]:
+    """A line for each rival; one empty line for an answer without."""
+    known = answer.verdict.differences.items()
+    return [(rival, d.value, d.low, d.high) for rival, d in known] or [("", None, None, None)]
 
 
 def _csv(file: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

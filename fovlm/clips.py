@@ -97,7 +97,7 @@ def _read_folder(folder: Path, size: int, most: int) -> Clip:
     for n in media.spread(len(files), most):
         try:
             with files[n].open("rb") as file:
-                kind = footage.kind_of(file)
+                kind = footage.kind_of(file) or ""
                 seen = footage.decode_some(file, kind if kind in media.PICTURES.values() else "JPEG", size, 1)
         except (BadSample, OSError) as error:
             causes.append(f"{files[n].name}: {_told(str(error), None)}")

@@ -190,6 +190,36 @@ def test_the_status_reaches_the_shell_and_a_reader_that_has_enough_is_no_error()
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("questions", [[], ["what ?"], ["what ?", "is it red ?"]], ids=len)
+def test_looks_are_written_as_page_film_sheet_and_weights(capsys, folder, film, tmp_path, questions):
+    out = tmp_path / "look"
+    assert main(["look", film, *questions, "--tokens", "3", "--layer", "1", "--out", str(out), "-m", folder]) == 0
+    said = capsys.readouterr().out
+    names = ["look-1", "look-2"] if len(questions) == 2 else ["look"]
+    assert {path.name for path in out.iterdir()} == {
+        "look.html",
+        *(f"{name}.{kind}" for name in names for kind in ("mp4", "png", "npz")),
+    }
+    assert all(question in said for question in [*questions, str(out / "look.html")])
+    assert "this model has layers 0 to 2" in mistake(capsys, "look", film, "--layer", "3", "-m", folder)
+    assert "is a file" in mistake(capsys, "look", film, "--out", film, "-m", folder)
+
+
+def test_the_command_runs_from_any_folder(tmp_path):
+    python = tmp_path / "a project" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$PYTHONPATH" "$@"\n')
+    python.chmod(0o755)
+    subprocess.run(
+        ["bash", "-c", f". {ROOT}/scripts/env.sh; _make_command"], cwd=tmp_path / "a project", check=True, timeout=60
+    )
+    (tmp_path / "fovlm").symlink_to(python.parent / "fovlm")
+    done = subprocess.run(["./fovlm", "ask", "a b"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    where, *rest = done.stdout.strip().rsplit(" -m ", 1)
+    assert Path(where.split(":")[0]).resolve() == (tmp_path / "a project").resolve()
+    assert rest == ["fovlm ask a b"]
+
+
 def test_a_camera_is_watched_frame_by_frame(capsys, folder, film):
     assert main(["look", "--live", film, "what ?", "--tokens", "3", "-m", folder]) == 0
     told = capsys.readouterr().out.splitlines()

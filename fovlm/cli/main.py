@@ -5,13 +5,16 @@ Commands import what they need when they run, so that `fovlm --help` is there at
 
 import os
 import sys
+from typing import Any
 
 import typer
 
 from fovlm.cli import data, evidence, report, run, use
 from fovlm.errors import EXIT_USER_ERROR, UserError, nearest
 
-ClickException = typer.BadParameter.__mro__[2]  # of the click that this release of typer brings or uses
+ClickException: type[Exception] = typer.BadParameter.__mro__[
+    2
+]  # of the click that this release of typer brings or uses
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
 app = typer.Typer(
@@ -19,7 +22,6 @@ app = typer.Typer(
     help="Video language models that spend one token on each frame and decide where to look.\n\n"
     "A first question: `fovlm ask clip.mp4 'What happens?' --model FOLDER`. Each command tells more with `--help`.",
     add_completion=False,
-    suggest_commands=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,  # a traceback is for bugs, and then a plain one
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -51,12 +53,12 @@ def _mistake(line: str) -> int:
     return EXIT_USER_ERROR
 
 
-def _usage(error) -> str:
+def _usage(error: Any) -> str:
     """What click found wrong, where it is told right."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "fovlm"
     said = " ".join(error.format_message().split()).rstrip(".")
-    if said.startswith("No such command"):
+    if context and said.startswith("No such command"):
         word = said.split("'")[1]
         said = f"no command '{word}'{nearest(word, context.command.commands)}"
     return f"{said[:1].lower()}{said[1:]}; see {command} --help"

@@ -119,6 +119,8 @@ def look(
         return
     if not video:
         raise UserError("look at what? fovlm look VIDEO [QUESTION], or --live 0 for a camera")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: give a folder")
     if len(asked) > 2:
         raise UserError(f"{len(asked)} questions: one, or two to compare (each in quotes)")
     with waiting("loading the model"):
@@ -133,7 +135,7 @@ def look(
         clip = read_clip(video, net.config.frame_size, frames, fps)
     tell(clip)
     gazes = []
-    for question in asked or [None]:
+    for question in asked or [""]:
         with waiting(f"looking at {count(len(clip.frames), 'frame')}" + (f": {question}" if question else "")):
             gazes.append(gaze_of(net, processor, clip, question, tokens, mode=mode or None))
         if question:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
@@ -35,19 +35,13 @@ from fovlm.dataset import tokenizer_of
 from fovlm.encoder import Dinov2Config, released_name
 from fovlm.errors import EXIT_USER_ERROR, UserError, nearest
 from fovlm.model import FoveatedConfig, FoveatedVLM, find_weights
-from fovlm.probe import Probe, by_sample, mean_nll, snug
 from fovlm.processor import FoveatedProcessor
 from fovlm.tensors import Plan, byte_size, write_tensors
 from fovlm.text import load_tokenizer, template
+from fovlm.verified import check
 from fovlm.zero import ZeroWeights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# How far the mean over the probe's tokens of |nll as written - nll as recorded| may be, in nats. The model is asked in
-# the type that the engine had where it can be: the same weights then, and another device's rounding at most. When fp32
-# weights are written as bf16, every weight moves by up to 1/256 of itself, and that is a change of the model, not an
-# error: seen 0.001 to 0.02, while a tied weight lost or a frozen layer left at random gives 0.5 and more.
-TOLERANCE = {"float32": 2e-3, "bfloat16": 5e-2}
-ROUNDED = 0.1
 RELEASE_AFTER = 256 << 20  # bytes read from the mapped shards before their memory is given back
 say = Console(stderr=True, highlight=False, soft_wrap=True).print
 
@@ -190,7 +184,9 @@ def _model(
     stored = ZeroWeights(source.path / ENGINE, trust)
     write_weights(out, config, stored, dtype, largest)
     write_texts(out, config, words, dtype)
-    checked = _check(out, source, dtype)
+    with _progress() as bar:
+        bar.add_task("loading and asking what was written", total=None)
+        checked = check(out, source.path, dtype)
     (out / "README.md").write_text(
         card(
             name,
@@ -296,9 +292,9 @@ def write_weights(out: Path, config: FoveatedConfig, stored: Weights, dtype: tor
 
 def write_texts(out: Path, config: FoveatedConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
     """config.json, generation_config.json, tokenizer and processor. Raises UserError."""
-    config._name_or_path = ""  # a folder of this machine
-    for part in (config.llm_config, config.dino_config):
-        setattr(part, "_name_or_path", "")
+    parts: list[Any] = [config, config.llm_config, config.dino_config]
+    for part in parts:
+        part._name_or_path = ""  # a folder of this machine
     config.architectures, config.dtype = [FoveatedVLM.__name__], dtype
     config.save_pretrained(out)
     _, _, tail = template(tokenizer)
@@ -310,51 +306,6 @@ def write_texts(out: Path, config: FoveatedConfig, tokenizer: PreTrainedTokenize
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ids[0],
     ).save_pretrained(out)
     FoveatedProcessor.from_parts(tokenizer, config).save_pretrained(out)
-
-
-# -- is it the same model? --------------------------------------------------------------------------------------------
-
-
-def _check(out: Path, source: Source, dtype: torch.dtype) -> str:
-    """Load what was written and ask it what the engine was asked. Returns what to say. Raises UserError."""
-    probe = Probe.load(source.path)
-    trained = getattr(torch, probe.precision) if probe else dtype
-    # bf16 weights rounded from fp32 masters are exactly those that bf16 training computed with.
-    computed = torch.bfloat16 if torch.bfloat16 in (dtype, trained) else torch.float32
-    with _progress() as bar:
-        bar.add_task("loading and asking what was written", total=None)
-        model = load(out, computed)
-        if probe is None:
-            return (
-                "Not verified: this checkpoint is from before the engine recorded a probe (it has no "
-                "probe.safetensors). It loads, and every weight of the model was found in the shards."
-            )
-        nll = answers(model, probe)
-    apart = float((torch.cat(nll) - torch.cat(probe.nll)).abs().mean())
-    limit = TOLERANCE[probe.precision] if computed == trained else ROUNDED
-    ours, theirs = mean_nll(nll), probe.mean
-    numbers = (
-        f"nll {ours:.6f} as converted ({str(computed).removeprefix('torch.')}), {theirs:.6f} as recorded in training "
-        f"({probe.precision}), {apart:.2g} apart on the mean token of {len(probe.samples)} samples"
-    )
-    if not apart <= limit:  # NaN is no match either
-        raise UserError(f"{source.path}: the converted model is not the trained one: {numbers}; {limit:g} is allowed")
-    return f"Verified: {numbers} ({limit:g} is allowed)."
-
-
-def load(folder: Path, dtype: torch.dtype) -> FoveatedVLM:
-    """A written model, loaded as anyone would; a weight that is missing or left over is a UserError."""
-    model, told = FoveatedVLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    if wrong := [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in told[kind]]:
-        raise UserError(f"the written model does not load: {', '.join(map(str, sorted(wrong)[:5]))}")
-    return model.eval()
-
-
-def answers(model: FoveatedVLM, probe: Probe) -> list[torch.Tensor]:
-    """The model's nll of the probe's samples."""
-    batch = snug(probe.samples, model.config.tokens_per_look)
-    with torch.no_grad():
-        return by_sample(model(batch), batch, len(probe.samples))
 
 
 # -- to a universal checkpoint ----------------------------------------------------------------------------------------

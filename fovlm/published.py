@@ -24,13 +24,14 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from fovlm.card import imported_card
-from fovlm.convert import DTYPES, load, refuse_occupied, staged, write_texts, write_weights
+from fovlm.convert import DTYPES, refuse_occupied, staged, write_texts, write_weights
 from fovlm.encoder import Dinov2Config, config_of, released_name
 from fovlm.errors import UserError, nearest
 from fovlm.geometry import local_folder
 from fovlm.model import FoveatedConfig, check_vocabulary
 from fovlm.tensors import byte_size
 from fovlm.text import load_tokenizer
+from fovlm.verified import load
 from fovlm.zero import load_pickled
 
 DINO, LLM = "encoder.dino.", "llm."

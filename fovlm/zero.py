@@ -102,14 +102,16 @@ class ZeroWeights:
             paddings = ordered[0].get("param_alignment_paddings") or [[0] * len(group) for group in groups]
             for i, group in enumerate(groups):
                 self._by_group(group, [flat[i] for flat in flats], paddings[i], count)
-        frozen = head.get("frozen_param_shapes") or {}
-        for name, shape in frozen.items():
-            parts = [_field(path, file, "frozen_param_fragments")[name].flatten() for file in files]
-            self._add(name, tuple(shape), parts if stage == 3 else parts[:1])
         module = head.get("module") or {}
-        for name in _field(path, head, "buffer_names"):
-            if name in module:  # those that are no part of a state dict are listed too
-                self._add(name, tuple(module[name].shape), [module[name].flatten()])
+        if stage < 3:  # whole beside the shards; stage 1 lists its frozen parameters nowhere else
+            rest = [name for name in module if name not in self.shapes and name not in self.ties]
+        else:
+            rest = [name for name in _field(path, head, "buffer_names") if name in module]
+            for name, shape in (head.get("frozen_param_shapes") or {}).items():
+                parts = [_field(path, file, "frozen_param_fragments")[name].flatten() for file in files]
+                self._add(name, tuple(shape), parts)
+        for name in rest:
+            self._add(name, tuple(module[name].shape), [module[name].flatten()])
 
     def _by_group(self, shapes: Shapes, parts: list[Tensor], padding: list[int], count: int) -> None:
         """Stages 1 and 2: the parameters of a group stand one behind the other in the ranks' parts together."""

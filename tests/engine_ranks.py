@@ -9,14 +9,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from models import pack, sample, tiny_model
+from safetensors.torch import save_file
+from zero_files import experiment
 
 from fovlm import checkpoint, ranks
 from fovlm.batch import Batch
 from fovlm.config import Optim
-from fovlm.engine import Engine, load_weights, start, to_universal
+from fovlm.engine import Engine, load_weights, start, universal_for
 from fovlm.errors import UserError
+from fovlm.probe import Question
 
 OPTIM = Optim(lr_connector=1e-3, lr_dino=5e-4, lr_llm=2e-3, weight_decay=0.0)
 # Every pattern of kinds over two ranks, with unequal numbers of tokens: step by step, two packs each.
@@ -68,7 +72,11 @@ def main() -> None:
         first = run(trained, 0, 5)
         checkpoints = checkpoint.Checkpoints(out / f"zero{stage}")
         state = checkpoint.State(step=5, world_size=ranks.world(), zero_stage=stage)
-        path = trained.save(checkpoints, state, "name: test", best=True)
+        settings_of_run = experiment(tiny_model(), out / f"zero{stage}" / "tokenizer").dump()
+        probe = Question(
+            [sample("probe", 3), sample("words", text=9)], pack([sample("probe", 3), sample("words", text=9)])
+        )
+        path = trained.save(checkpoints, state, settings_of_run, best=True, probe=probe)
         again = engine(device, stage, seed=1)
         again.load(path)
         found[f"zero{stage}"] = {"first": first, "on": run(trained, 5, 8), "resumed": run(again, 5, 8)}
@@ -77,13 +85,16 @@ def main() -> None:
         theirs = checkpoint.Checkpoints(other / f"zero{stage}").newest_good(checkpoint.verify, print)
         assert theirs is not None
         try:
-            universal = to_universal(theirs, out / f"universal{stage}")
+            ready = other / f"universal{stage}"  # what `fovlm convert --to universal` made of it, for one of the stages
+            universal = universal_for(ready if ready.is_dir() else theirs, out / f"universal{stage}")
         except UserError as error:
             found[f"zero{stage}"]["refused"] = str(error)
             continue
         moved = engine(device, stage, seed=2, checkpoint={"load_universal": True})
         moved.load(theirs, universal)
         found[f"zero{stage}"]["moved"] = run(moved, 5, 8)
+    for stage in (2, 3):
+        unusual(device, stage, out / f"unusual{stage}")
     found["bf16"] = {"first": run(engine(device, 2, bf16=True), 0, 5)}
     found["not finite"] = not_finite(engine(device, 2))
     warm = tiny_model(seed=4)
@@ -91,6 +102,22 @@ def main() -> None:
     found["warm"] = float(warm(packs(0)[0]).sum().detach())
     if ranks.rank() == 0:
         (out / "found.json").write_text(json.dumps(found))
+
+
+def unusual(device: torch.device, stage: int, folder: Path) -> None:
+    """Save a model with a frozen backbone and a buffer, in bf16 with its optimizer offloaded; and what it holds."""
+    model = tiny_model(seed=6)
+    model.freeze(dino=False, llm=True)
+    model.connector.register_buffer("seen", torch.arange(5))
+    given = settings(stage, bf16=True, zero_force_ds_cpu_optimizer=False)
+    given["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    trained = Engine(model, OPTIM, given, device)
+    run(trained, 0, 2)
+    trained.save(checkpoint.Checkpoints(folder), checkpoint.State(step=2, zero_stage=stage), "name: test", best=True)
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
+        if ranks.rank() == 0:
+            truth = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            save_file(truth, folder / "truth.safetensors")
 
 
 def not_finite(trained: Engine) -> dict[str, Any]:

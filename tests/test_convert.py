@@ -18,6 +18,7 @@ from fovlm.errors import EXIT_USER_ERROR, UserError
 from fovlm.model import FoveatedVLM
 from fovlm.probe import Probe, mean_nll
 from fovlm.tensors import byte_size
+from fovlm.verified import answers
 from fovlm.zero import ZeroWeights
 
 EMBEDDINGS, HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
@@ -185,10 +186,12 @@ def test_missing_and_damaged_shards_are_named(tmp_path, stage):
     shard = path / checkpoint.ENGINE / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     content = shard.read_bytes()
     shard.unlink()
-    with pytest.raises(UserError, match="zero_pp_rank_1_mp_rank_00_optim_states.pt is missing"):
+    with pytest.raises(UserError, match=r"zero_pp_rank_1_mp_rank_00_optim_states\.pt is missing"):
         convert.convert(tmp_path / "run", tmp_path / "out")
     reseal(path)  # as if it had never been listed
-    with pytest.raises(UserError, match="zero_pp_rank_1_mp_rank_00_optim_states.pt missing, of the shards of 3 ranks"):
+    with pytest.raises(
+        UserError, match=r"zero_pp_rank_1_mp_rank_00_optim_states\.pt missing, of the shards of 3 ranks"
+    ):
         convert.convert(tmp_path / "run", tmp_path / "out")
     shard.write_bytes(content[:-2000])
     reseal(path)
@@ -266,7 +269,7 @@ def test_a_probes_answers_do_not_depend_on_the_pack(tmp_path):
     probe = Probe.load(path)
     assert probe is not None
     assert [s.key for s in probe.samples] == [s.key for s in SAMPLES]
-    torch.testing.assert_close(torch.cat(convert.answers(tiny_model(seed=3), probe)), torch.cat(probe.nll))
+    torch.testing.assert_close(torch.cat(answers(tiny_model(seed=3), probe)), torch.cat(probe.nll))
     assert abs(mean_nll(probe.nll) - probe.mean) < 1e-12
 
 

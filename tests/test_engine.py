@@ -3,21 +3,37 @@ skipped by all. One start for each number of ranks."""
 
 import json
 import math
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from engine_ranks import OPTIM, packs
 from launch import run_ranks
 from models import tiny_model
+from safetensors.torch import load_file
 
+from fovlm import checkpoint
+from fovlm import convert as convert_module
+from fovlm.convert import convert
+from fovlm.model import FoveatedVLM
 from fovlm.objectives import text_loss, text_weight
+from fovlm.probe import Probe
+from fovlm.verified import answers
+from fovlm.zero import ZeroWeights
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[int, dict]:
+def folders(tmp_path_factory) -> dict[int, Path]:
     folders = {world: tmp_path_factory.mktemp(f"ranks{world}") for world in (1, 2)}
     run_ranks(1, ["tests/engine_ranks.py", str(folders[1])])
+    convert(folders[1] / "zero2", folders[1] / "universal2", to="universal")
     run_ranks(2, ["tests/engine_ranks.py", str(folders[2]), str(folders[1])])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def found(folders) -> dict[int, dict]:
     return {world: json.loads((folder / "found.json").read_text()) for world, folder in folders.items()}
 
 
@@ -67,6 +83,36 @@ def test_a_resumed_run_goes_on_bit_for_bit(found, world, stage):
 def test_a_resume_on_another_number_of_ranks_goes_on_exactly(found, stage):
     for on, moved in zip(found[1][stage]["on"], found[2][stage]["moved"], strict=True):
         assert math.isclose(on["loss"], moved["loss"], rel_tol=2e-7)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_a_converted_checkpoint_answers_as_the_engine_recorded(folders, world, stage, tmp_path):
+    """What DeepSpeed itself wrote; tests/test_convert.py has the rest on files of our own making."""
+    tiny.tokenizer().save_pretrained(folders[world] / stage / "tokenizer")
+    out = convert(folders[world] / stage, tmp_path / "out", dtype="fp32")
+    probe = Probe.load(convert_module.find(folders[world] / stage).path)
+    assert probe is not None
+    model = FoveatedVLM.from_pretrained(out)
+    torch.testing.assert_close(torch.cat(answers(model, probe)), torch.cat(probe.nll))
+    untrained = torch.cat(answers(tiny_model(), probe))
+    assert (untrained - torch.cat(probe.nll)).abs().mean() > 1e-2, "or an untrained model would pass"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_frozen_tied_and_buffers_come_out_of_deepspeeds_own_files(folders, world, stage):
+    """A frozen backbone and a buffer, trained in bf16 with fp32 masters and an offloaded optimizer."""
+    truth = load_file(folders[world] / f"unusual{stage}" / "truth.safetensors")
+    path = checkpoint.Checkpoints(folders[world] / f"unusual{stage}").folder / "step-00000002"
+    weights = ZeroWeights(path / checkpoint.ENGINE)
+    names = {*weights.shapes, *weights.ties}
+    assert names == set(truth)
+    for name, value in truth.items():
+        read = weights.read(name)
+        trained = name.startswith(("connector.", "encoder.")) and value.is_floating_point() and "mask" not in name
+        assert read.dtype == (torch.float32 if trained else value.dtype), name
+        assert torch.equal(read.to(value.dtype), value), name
 
 
 def test_zero3_on_another_number_of_ranks_is_refused(found):

@@ -52,14 +52,15 @@ def write_shards(folder: Path, model: nn.Module, stage: int, world: int, dtype: 
         torch.save({"optimizer_state_dict": optimizer}, folder / f"{bf16}{name}_optim_states.pt")
         if stage < 3 and rank:
             continue
+        listed = frozen if stage > 1 else {}  # as DeepSpeed does it: in stage 1 they are in "module" alone
         torch.save(
             {
                 "module": {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()},
                 "buffer_names": buffers,
                 "param_shapes": [{k: v.shape for k, v in group.items()} for group in trained],
                 "shared_params": ties,
-                "frozen_param_shapes": {k: v.shape for k, v in frozen.items()},
-                "frozen_param_fragments": {k: part(v, rank, world) if stage == 3 else v for k, v in frozen.items()},
+                "frozen_param_shapes": {k: v.shape for k, v in listed.items()},
+                "frozen_param_fragments": {k: part(v, rank, world) if stage == 3 else v for k, v in listed.items()},
             },
             folder / (f"{name}_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"),
         )

@@ -39,7 +39,7 @@ def watched(val_set: Dataset, clips: int = CLIPS) -> list[Sample]:
 
     A pure function of the set: no rank, step or pack comes into it.
     """
-    once = min(sum(val_set.samples.values()), SEARCHED)
+    once = min(len(val_set.samples) * max(val_set.samples.values()), SEARCHED)  # sources are mixed evenly
     found: dict[tuple[str, str], Sample] = {}
     for position in range(once):
         if len(found) < clips and val_set.size(position).frames:

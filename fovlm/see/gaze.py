@@ -194,7 +194,7 @@ def _tokens(processor: Any, ids: list[int], prompt: int, looks: int, new: list[i
     start = "".join(bare).find(sought)  # -1 where a letter takes several tokens, none of which can be written alone
     at, words = 0, []
     for text, letters in zip(texts, bare, strict=True):
-        asked = letters and start >= 0 and at < start + len(sought) and at + len(letters) > start
+        asked = 0 <= start < at + len(letters) and at < start + len(sought) and (letters or at > start)
         words.append(Token("question" if asked else "template", text))
         at += len(letters)
     seen = [Token("frame", f"frame {n + 1}", n) for n in range(looks)]

@@ -1,8 +1,8 @@
 """One HTML page that shows a gaze, or two side by side, and needs nothing else: no network, no other file.
 
-Pictures are JPEGs in it, and weights one byte a patch: a film of 64 frames, 12 layers and 6 heads takes about 5 MB with
-one question and 7 MB with two. `page.html` is the page, `page.js` what moves in it. Questions and answers are strangers'
-words: they reach the page as JSON without a `<`, are shown as text, and only our own script may run (by its hash).
+Pictures are JPEGs in it, and weights one byte a patch. `page.html` is the page, `page.js` what moves in it.
+Questions and answers are strangers' words: they reach the page as JSON without a `<`, are shown as text, and only our
+own script may run (by its hash).
 """
 
 import base64
@@ -89,7 +89,7 @@ def _data(gazes: list[Gaze]) -> dict[str, Any]:
 
 
 def _weights(weights: np.ndarray) -> dict[str, Any]:
-    """[layers, K, H, N] -> u8 of the patches, and for each layer, look and head what 255 stands for, CLS and entropy."""
+    """[layers, K, H, N] -> u8 of the patches; for each layer, look and head what 255 means, CLS and entropy."""
     patches = weights[..., 1:].astype(np.float32)
     most = patches.max(-1).clip(1e-12)
     return {

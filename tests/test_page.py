@@ -90,7 +90,7 @@ def test_everything_that_can_be_moved_moves_the_overlay(opened):
     page.locator("#chart").click(position={"x": 850, "y": 50})
     assert page.locator("#at").input_value() == "4"
     page.locator("#play").click()
-    page.wait_for_function("document.getElementById('at').value === '1'")
+    playwright.expect(page.locator("#at")).to_have_value("1")
 
 
 def test_two_questions_have_two_panes_and_one_for_coarse(opened):

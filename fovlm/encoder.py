@@ -67,7 +67,7 @@ def parts(layer: Any) -> Parts:
     return Parts(layer.norm1, *projections, layer.layer_scale1, layer.norm2, layer.mlp, layer.layer_scale2)
 
 
-# How transformers before 5.18 named what `parts` names, which is also how DINOv2's weights are released.
+# How older releases of transformers named what `parts` names, which is also how DINOv2's weights are released.
 RELEASED_NAMES = {
     "attention.q_proj.": "attention.attention.query.",
     "attention.k_proj.": "attention.attention.key.",

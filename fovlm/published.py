@@ -2,7 +2,7 @@
 
 Its state dict has these names (deep query, Q = 384, visual_scale 0.14); beside them what becomes of each:
 
-    encoder.dino.*               encoder.dino.*         DINOv2, as transformers names it, now or before 5.18
+    encoder.dino.*               encoder.dino.*         DINOv2, as transformers names it, now or in older releases
     encoder.query_input_proj.*   connector.query_in     Q -> D
     encoder.output_proj.*        folded                 D -> D, behind the encoder's final norm
     dino_to_llm.*                connector.to_llm       D -> E

@@ -43,8 +43,9 @@ CHECKED = (
 def write_report(words: Iterable[str], out: Path, title: str = "What the runs say") -> Path:
     """Write the report on the runs that the words name into `out`; returns the HTML file. Raises UserError as
     `collect` does."""
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading the runs", total=4)
         evidence = collect(words)
         out.mkdir(parents=True, exist_ok=True)

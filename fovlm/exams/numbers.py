@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from fovlm.exams.records import Line
@@ -51,8 +52,12 @@ def numbers(lines: Iterable[Line]) -> dict[str, Any]:
         found["by_category"] = _by(scored, lambda line: line["category"], _accuracy)
         found["by_modality"] = _by(scored, lambda line: line["modality"], _accuracy)
         for key in sorted({key for line in scored for key in line.get("extra", {})}):
-            found[f"by_{key}"] = _by(scored, lambda line, key=key: line.get("extra", {}).get(key, "-"), _accuracy)
+            found[f"by_{key}"] = _by(scored, partial(_extra, key=key), _accuracy)
     return found
+
+
+def _extra(line: Line, key: str) -> str:
+    return str(line.get("extra", {}).get(key, "-"))
 
 
 def _accuracy(lines: list[Line]) -> dict[str, Any]:

@@ -118,8 +118,8 @@ def _pope_parquet(where: Path) -> Iterator[Question]:
     for file, number, row in _parquet(where, ("question", "answer", "image")):
         text, label, image = _columns(file, number, row, "question", "answer", "image")
         category = str(row.get("category") or "all")
-        data = image.get("bytes") if isinstance(image, dict) else image
-        yield _yes_or_no(f"{category}/{row.get('id', number)}", category, bytes(data), text, label, file, number)
+        data = bytes(image["bytes"] if isinstance(image, dict) else image)
+        yield _yes_or_no(f"{category}/{row.get('id', number)}", category, data, text, label, file, number)
 
 
 def _yes_or_no(key: str, category: str, shown: Path | bytes, text: str, label: str, file: Path, n: int) -> Question:

@@ -132,7 +132,8 @@ class Shards:
     """Samples whose answer's loss is measured, of any kind. `sources` are by name."""
 
     def __init__(self, name: str, sources: dict[str, Source], form: Form, limit: int | None):
-        self.name, self.left_out, self.protocol = name, {}, "loss of the answer"
+        self.name, self.protocol = name, "loss of the answer"
+        self.left_out: dict[str, int] = {}
         kinds = _by_kind(sources)
         self.data = Dataset(
             kinds,

@@ -218,7 +218,7 @@ def _whole(file: BinaryIO, format: str) -> tuple[BinaryIO, bool]:
 
 def _decode_animation(file: BinaryIO, format: str, size: int, most: int, fps: float) -> Seen:
     frames: list[np.ndarray] = []
-    read, begins, ends = 0, 0.0, 0.0
+    read, begins, ends, moves = 0, 0.0, 0.0, False
     file, whole = _whole(file, format)
 
     def show(until: float) -> None:
@@ -228,8 +228,9 @@ def _decode_animation(file: BinaryIO, format: str, size: int, most: int, fps: fl
     try:
         with Image.open(file, formats=[format]) as image:
             refuse_absurd(*image.size)
+            moves = getattr(image, "is_animated", False)
             with suppress(EOFError):  # how Pillow tells the end
-                while True:
+                while not read or most > 1:
                     image.seek(read)
                     following = opaque(image)
                     if read:
@@ -248,4 +249,4 @@ def _decode_animation(file: BinaryIO, format: str, size: int, most: int, fps: fl
     show(until=begins + 2e-6)  # as of videos: the last one counts at its beginning
     kept = spread(len(frames), most)
     note = "" if whole else f"the file is cut short or damaged: read {read} pictures, {ends:.1f} seconds"
-    return Seen(torch.from_numpy(np.stack([frames[n] for n in kept])), [n / fps for n in kept], note, still=read == 1)
+    return Seen(torch.from_numpy(np.stack([frames[n] for n in kept])), [n / fps for n in kept], note, still=not moves)

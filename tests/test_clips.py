@@ -101,6 +101,8 @@ def test_animations_are_watched_like_videos(tmp_path, format):
     assert grey(clip) == [0, 1, 2]
     assert len(read_clip(path, 16, fps=10).frames) == 30
     assert read_clip(path, 16, most=2).seconds == [0, 2]
+    assert read_clip(path, 16, most=1).seconds == [0]
+    assert not read_clip(path, 16, most=1).still
     assert len(read_clip(saved(tmp_path / "b", animation(format, frames=5)), 16).frames) == 1
     cut = read_clip(saved(tmp_path / "cut", path.read_bytes()[:-60]), 16)
     assert cut.seconds == [0, 1, 2]
@@ -110,6 +112,7 @@ def test_animations_are_watched_like_videos(tmp_path, format):
 def test_one_picture_is_one_frame(tmp_path):
     clip = read_clip(saved(tmp_path / "a.jpg", tiny.picture(70)), 16)
     assert clip.frames.shape == (1, 3, 16, 16)
+    assert clip.still
     assert clip.seconds == [0]
 
 

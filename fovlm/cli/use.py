@@ -232,7 +232,8 @@ def bench(context: typer.Context) -> None:
     """Check the kernels against their reference on this machine, then time them.
 
     Example: `fovlm bench query --shapes small:64 --repeat 20`. All that follows goes to `python -m
-    kernels.bench`; `python -m kernels.bench --help` lists it.
+    kernels.bench`; `python -m kernels.bench --help` lists it. How long a
+    stream of frames takes: `python -m benchmarks.stream MODEL`, in the project's folder.
     """
     with waiting("starting"):
         from kernels.bench import main

@@ -10,6 +10,7 @@ ranks and whatever a pack holds.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -94,14 +95,10 @@ def save_maps(
     texts = [_text(sample, tokenizer) for sample in samples]
     path = folder / f"step-{step:08d}.png"
     _draw(weights, frames, texts, path)
-    np.savez_compressed(
-        path.with_suffix(".npz"),
-        clip=np.array(clip),
-        look=np.array(look),
-        keys=np.array([sample.key for sample in samples]),
-        texts=np.array(texts),
-        **{name: torch.cat(parts, dim=1).half().numpy() for name, parts in weights.items()},
-    )
+    arrays: dict[str, Any] = {name: torch.cat(parts, dim=1).half().numpy() for name, parts in weights.items()}
+    arrays |= {"clip": np.array(clip), "look": np.array(look)}
+    arrays |= {"keys": np.array([sample.key for sample in samples]), "texts": np.array(texts)}
+    np.savez_compressed(path.with_suffix(".npz"), **arrays)
     _write_index(folder)
     return path
 

@@ -1,6 +1,7 @@
 """A gaze for papers: a contact sheet, frames in rows with coarse looks above fine ones; and the raw weights."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -69,16 +70,11 @@ def save_weights(gaze: Gaze, path: str | Path) -> Path:
     """Write the weights as an .npz and return its path; its `axes` says what the arrays are."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    words = {name: np.array(getattr(gaze, name)) for name in ("question", "answer", "clip", "model", "mode")}
-    np.savez_compressed(
-        path,
-        frames=gaze.frames.numpy(),
-        seconds=np.array(gaze.seconds),
-        axes=np.array(AXES),
-        **{name: w.astype(np.float16) for name, w in gaze.weights.items()},
-        **{f"entropy_{name}": e for name, e in gaze.entropy.items()},
-        **words,
-    )
+    arrays: dict[str, Any] = {name: w.astype(np.float16) for name, w in gaze.weights.items()}
+    arrays |= {f"entropy_{name}": spread for name, spread in gaze.entropy.items()}
+    arrays |= {name: np.array(getattr(gaze, name)) for name in ("question", "answer", "clip", "model", "mode")}
+    arrays |= {"frames": gaze.frames.numpy(), "seconds": np.array(gaze.seconds), "axes": np.array(AXES)}
+    np.savez_compressed(path, **arrays)
     return path
 
 

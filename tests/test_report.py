@@ -183,6 +183,8 @@ def test_runs_are_found_by_folder_glob_name_and_group(tmp_path, monkeypatch):
         collect(["F1"])
     with pytest.raises(UserError, match="no finished run"):
         collect([str(tmp_path / "runs.csv")])
+    with pytest.raises(UserError, match="no folder of runs: .*nowhere"):
+        collect([str(tmp_path / "nowhere")])
 
 
 def test_an_unrecorded_set_is_told_from_the_settings(tmp_path):

@@ -183,6 +183,8 @@ def _folders(word: str) -> list[Path]:
             inside = sorted(p.parent for p in root.glob(f"{word}/experiment.yaml"))
             if inside:
                 return inside
+    if Path(word).is_absolute() or word.startswith("."):
+        raise UserError(f"no run folder, and no folder of runs: {word}")
     try:
         names = [name for _, name in many_plan.select([word])]
     except UserError as error:

@@ -100,8 +100,8 @@ def test_student_quantiles():
     reason="wants FOVLM_CHINCHILLA=svg_extracted_data.csv of github.com/Besiroglu/data; it names no licence",
 )
 def test_published_points_give_the_published_law():
-    """Besiroglu et al. 2024 (arXiv 2404.10102, table 1), with standard errors: their 240 of 245 points, D = C / 6N,
-    without the five of fewest tokens a parameter."""
+    """Besiroglu et al. 2024 (arXiv 2404.10102): their 240 of 245 points, D = C / 6N, without the five of fewest tokens a
+    parameter. Their estimates lie within our intervals, and the exponents are theirs within 2 %."""
     with Path(os.environ["FOVLM_CHINCHILLA"]).open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     N, C, L = (np.array([float(row[key]) for row in rows]) for key in ("Model Size", "Training FLOP", "loss"))
@@ -109,8 +109,8 @@ def test_published_points_give_the_published_law():
     kept = np.argsort(D / N)[5:]
     assert len(kept) == 240
     fit = fit_law(N[kept], D[kept], L[kept], draws=40)
-    published = {"E": (1.8172, 0.03), "A": (482.01, 124.58), "alpha": (0.3478, 0.02), "B": (2085.43, 1293.23),
-                 "beta": (0.3658, 0.02)}  # fmt: skip
-    for name, (value, error) in published.items():
-        assert abs(getattr(fit.law, name) - value) < error, name
+    published = {"E": 1.8172, "A": 482.01, "alpha": 0.3478, "B": 2085.43, "beta": 0.3658}
+    for name, value in published.items():
         assert fit.intervals[name][0] < value < fit.intervals[name][1], name
+    for name in ("E", "alpha", "beta"):
+        assert getattr(fit.law, name) == pytest.approx(published[name], rel=0.02), name

@@ -183,7 +183,7 @@ def test_runs_are_found_by_folder_glob_name_and_group(tmp_path, monkeypatch):
         collect(["F1"])
     with pytest.raises(UserError, match="no finished run"):
         collect([str(tmp_path / "runs.csv")])
-    with pytest.raises(UserError, match="no folder of runs: .*nowhere"):
+    with pytest.raises(UserError, match=r"no folder of runs: .*nowhere"):
         collect([str(tmp_path / "nowhere")])
 
 

@@ -42,6 +42,7 @@ DOORS = {
     "PIL": {"fovlm.media", "fovlm.footage"},
     "simplejpeg": {"fovlm.media"},
     "av": {"fovlm.media", "fovlm.footage"},
+    "matplotlib": {"fovlm.attention_maps", "fovlm.see.sheet", "fovlm.report.figures", "kernels.bench"},
     "pyarrow": {"fovlm.prepare.tables"},
     "gradio": {"fovlm.see.demo"},
     "scipy": {"fovlm.report.fits"},

@@ -11,6 +11,9 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 
 from fovlm.clips import Clip
 
+# What two questions to a model with `prompt: after` show.
+ALIKE = "this model was trained with the question behind the frames: it looks alike whatever is asked"
+
 
 class Stopped(StoppingCriteria):
     """Ends `generate` at its next token once nobody reads on."""

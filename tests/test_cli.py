@@ -194,7 +194,8 @@ def test_the_status_reaches_the_shell_and_a_reader_that_has_enough_is_no_error()
 def test_looks_are_written_as_page_film_sheet_and_weights(capsys, folder, film, tmp_path, questions):
     out = tmp_path / "look"
     assert main(["look", film, *questions, "--tokens", "3", "--layer", "1", "--out", str(out), "-m", folder]) == 0
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    assert ("it looks alike whatever is asked" in told) == (len(questions) == 2)  # the question is behind the frames
     names = ["look-1", "look-2"] if len(questions) == 2 else ["look"]
     assert {path.name for path in out.iterdir()} == {
         "look.html",

@@ -124,6 +124,7 @@ def look(
     if len(asked) > 2:
         raise UserError(f"{len(asked)} questions: one, or two to compare (each in quotes)")
     with waiting("loading the model"):
+        from fovlm.answer import ALIKE
         from fovlm.clips import read_clip
         from fovlm.see.gaze import gaze_of
         from fovlm.see.movie import write_movie
@@ -140,6 +141,8 @@ def look(
             gazes.append(gaze_of(net, processor, clip, question, tokens, mode=mode or None))
         if question:
             print(f"{question}\n  {gazes[-1].answer}")
+    if len(gazes) == 2 and net.config.prompt == "after":
+        print(f"fovlm: {ALIKE}", file=sys.stderr, flush=True)
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for n, gaze in enumerate(gazes, start=1):

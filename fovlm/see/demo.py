@@ -17,7 +17,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 
 from fovlm import media
-from fovlm.answer import answer
+from fovlm.answer import ALIKE, answer
 from fovlm.clips import Clip, read_clip
 from fovlm.errors import UserError
 from fovlm.see.gaze import gaze_of
@@ -31,6 +31,7 @@ CSS = """
 .fovlm-strip figure {margin: 0; flex: none; text-align: center; font-size: 11px; opacity: .85}
 .fovlm-strip img {height: 84px; border-radius: 4px; display: block}
 .fovlm-gaze {width: 100%; border: 1px solid var(--border-color-primary); border-radius: 8px; background: white}
+#examples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important}
 footer {display: none !important}
 """
 
@@ -69,7 +70,8 @@ def app(
             gazes = [gaze_of(model, processor, clip, each, tokens, mode=mode) for each in questions]
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        yield text, framed(gazes)
+        alike = len(gazes) == 2 and model.config.prompt == "after"
+        yield text, (f"<small>{ALIKE}</small>" if alike else "") + framed(gazes)
 
     with gr.Blocks(title=f"fovlm · {title}", analytics_enabled=False) as page:
         gr.Markdown(f"## Where does it look?\n**{title}** spends one token on each frame, and decides where to look.")

@@ -61,7 +61,7 @@ class FrameStream:
             self._rest = text.tokens[text.prompt :]
             with torch.no_grad():
                 self._stream.words(text.tokens[None, : text.prompt].to(model.device))
-            self._kept = [layer.keys.float() for layer in self._stream.memory.layers]
+            self._kept = [layer.keys.to(torch.float32, copy=True) for layer in self._stream.memory.layers]
         if self.window < 1:
             raise UserError(
                 f"a context of {self.context} tokens with {self.head} ahead of the frames and {reserve} kept for "

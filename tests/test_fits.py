@@ -100,8 +100,8 @@ def test_student_quantiles():
     reason="wants FOVLM_CHINCHILLA=svg_extracted_data.csv of github.com/Besiroglu/data; it names no licence",
 )
 def test_published_points_give_the_published_law():
-    """Besiroglu et al. 2024 (arXiv 2404.10102): their 240 of 245 points, D = C / 6N, without the five of fewest tokens a
-    parameter. Their estimates lie within our intervals, and the exponents are theirs within 2 %."""
+    """Besiroglu et al. 2024 (arXiv 2404.10102): their 240 of 245 points, D = C / 6N, without the five of fewest tokens
+    a parameter. Their estimates lie within our intervals, and the exponents are theirs within 2 %."""
     with Path(os.environ["FOVLM_CHINCHILLA"]).open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     N, C, L = (np.array([float(row[key]) for row in rows]) for key in ("Model Size", "Training FLOP", "loss"))

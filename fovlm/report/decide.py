@@ -227,7 +227,7 @@ def _gap(base: tuple[int, Difference] | None) -> Verdict:
     if seeds < SEEDS:
         return Verdict(None, f"not decided ({seeds} of {SEEDS} seeds of {BASELINE}): {interval(difference)} nats", {})
     if not difference.excludes_zero:
-        return Verdict(None, f"not decided: no gap seen, {interval(difference)} nats", {})
+        return Verdict(None, f"not decided: the interval holds 0, {interval(difference)} nats", {})
     worse = "worse" if difference.value > 0 else "better"
     return Verdict("gap", f"{BASELINE} is {worse} frame by frame: {interval(difference)} nats", {})
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from rich.progress import track
 
@@ -75,10 +76,11 @@ class Fovlm(lmms):
         return answers
 
     @torch.no_grad()
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any]) -> list[Any]:
         """(loss of the continuation: a sum in nats, least is best; whether greedy decoding gives it) of each request.
 
-        The requests of one question, its options, share one encoding of its frames.
+        The requests of one question, its options, share one encoding of its frames. Each pair is wrapped as a result:
+        lmms-eval 0.7.3 makes a string of a bare one, on which its own multiple choice then fails.
         """
         groups: dict[tuple[Any, ...], list[int]] = {}
         for number, request in enumerate(requests):
@@ -94,7 +96,7 @@ class Fovlm(lmms):
                 continuations.append(said if isinstance(said, str) else said(self.task_dict[task][split][doc]))
             shown = self._shown(requests[numbers[0]].args[2], task, split, doc)
             found |= dict(zip(numbers, self._losses(words, shown, continuations), strict=True))
-        return [found[number] for number in range(len(requests))]
+        return [GenerationResult(text=found[number]) for number in range(len(requests))]
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         """Not offered: the model was trained on one question about a clip."""

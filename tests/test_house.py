@@ -2,11 +2,13 @@
 
 import ast
 import functools
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from packaging.requirements import Requirement
 
 try:
@@ -15,6 +17,7 @@ except ModuleNotFoundError:  # Python 3.10
     tomllib = None
 
 from fovlm import config, runs
+from fovlm.cli.main import app
 from fovlm.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,7 +181,7 @@ def _commands() -> list[str]:
 
 def test_documented_commands_exist():
     for command in _commands():
-        words = command.split()
+        words = shlex.split(command)
         while words and "=" in words[0]:
             words.pop(0)  # an environment variable
         if words[:1] == ["./launch.sh"]:
@@ -194,6 +197,12 @@ def test_documented_commands_exist():
             assert all(f"\n{target}:" in targets for target in words[1:] if "=" not in target), command
         elif words[:2] == ["python", "-m"] and words[2].startswith(("fovlm", "kernels")):
             assert words[2] in MODULES or f"{words[2]}.__main__" in MODULES, command
+        elif words[:1] == ["fovlm"]:
+            known = typer.main.get_command(app).commands
+            assert words[1] in known, command
+            taken = known[words[1]].params
+            options = {o for p in taken for o in (*p.opts, *p.secondary_opts, "--help")}
+            assert {word for word in words if word.startswith("-") and word != "-"} <= options, command
 
 
 def test_runs_start_from_runs_that_exist():

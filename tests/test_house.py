@@ -49,7 +49,6 @@ DOORS = {
     "pyarrow": {"fovlm.prepare.tables"},
     "gradio": {"fovlm.see.demo"},
     "scipy": {"fovlm.report.fits"},
-    "matplotlib": {"fovlm.attention_maps", "fovlm.see.sheet", "fovlm.report.figures", "kernels.bench"},
     "typer": {module for module in MODULES if module.startswith("fovlm.cli.")},
 }
 # Names inside Hugging Face's Dinov2Model, which change between releases.

@@ -39,6 +39,7 @@ from fovlm.encoder import Cache, Dinov2Config, Dinov2Model, Encoder, load_dino
 from fovlm.errors import UserError
 from fovlm.generation import FoveatedGenerationMixin
 from fovlm.geometry import local_folder
+from fovlm.recall import ATTENTION
 
 POOLED = 4  # multi_token: the patches are pooled to 4 x 4 tokens a frame
 NLL_CHUNK = 1024  # text tokens whose logits are held at once: 1024 x 49152 in fp32 is 200 MB
@@ -135,8 +136,8 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
             raise ValueError(f"visual is one of {VISUALS}, not {config.visual!r}")
         self.llm = llm if llm is not None else AutoModelForCausalLM.from_config(config.llm_config)
         self.encoder = Encoder(dino if dino is not None else Dinov2Model(config.dino_config), deep=config.deep_query)
-        for backbone in (self.llm, self.encoder.dino):  # what is handed in lost its choice to super().__init__
-            backbone.set_attn_implementation("sdpa")
+        self.llm.set_attn_implementation(ATTENTION)  # what is handed in lost its choice to super().__init__
+        self.encoder.dino.set_attn_implementation("sdpa")
         self.connector = Connector(
             config.query_dim, self.encoder.width, config.llm_config.hidden_size, config.visual_scale
         )

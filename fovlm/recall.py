@@ -7,17 +7,25 @@ tokens at a time and a token is written into its place, so a frame costs the sam
 Attention does not care in which order keys are stored: each carries its position inside (rotary embeddings). So a full
 window slides by writing the newest frame over the oldest one.
 
+One token that asks a long memory is also where PyTorch's grouped attention is slow on a CPU: it repeats the keys, or
+walks them once for each head that shares them. `attend` takes the heads that share keys as so many rows of one query.
+At 4,000 tokens of SmolLM2-135M in bf16 that is 0.6 ms a layer in place of 5, with the same bits.
+
 Letters: B conversations, G key heads, n tokens, d head width.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Cache
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 CHUNK = 256  # tokens
+ATTENTION = "sdpa_rows"  # the name of `attend` for transformers
 
 
 class Layer(DynamicLayer):
@@ -93,3 +101,22 @@ class Recall(Cache):
         for number, layer in enumerate(self.layers):
             copy.update(*(x.repeat_interleave(times, dim=0) for x in (layer.keys, layer.values)), number)
         return copy
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' "sdpa" for queries [B, H, s, d] over keys and values [B, G, n, d] -> ([B, s, H, d], None).
+
+    One unmasked token (s = 1) goes its own way, see the module.
+    """
+    B, H, s, d = query.shape
+    if s > 1 or attention_mask is not None or torch.is_grad_enabled():
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    rows = query.reshape(B, key.shape[1], H // key.shape[1], d)
+    seen = nnf.scaled_dot_product_attention(rows, key, value, scale=options.get("scaling"))
+    return seen.reshape(B, 1, H, d), None
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -5,12 +5,21 @@ import torch
 from models import FRAME
 from test_interface import QUESTION, frames, model_of, processor_of, says
 from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from fovlm import recall
 from fovlm.errors import UserError
-from fovlm.recall import CHUNK, Recall
+from fovlm.recall import Recall, attend
 from fovlm.stream import Stream
 
 OTHER = "is it red or blue here ?"
+CHUNK = 16
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    """Buffers grow often."""
+    monkeypatch.setattr(recall, "CHUNK", CHUNK)
 
 
 def watch(model, **settings):
@@ -45,17 +54,17 @@ def test_an_answer_is_that_of_generate(prompt, visual):
 @pytest.mark.parametrize("full", ["stop", "slide"])
 def test_a_question_leaves_no_trace(prompt, full):
     """Bit for bit, past the growth of the buffers and, when it slides, past the end of the window."""
-    model = small(CHUNK + 70, prompt=prompt)
-    reserve = 30 if full == "stop" else CHUNK
+    model = small(CHUNK + 90, prompt=prompt)
+    reserve = 40 if full == "stop" else 70
     shown = frames(8)
     quiet, asked = (watch(model, full=full, reserve=reserve) for _ in range(2))
-    number = CHUNK + 3 if full == "stop" else 80
+    number = CHUNK + 10 if full == "stop" else 60
     said = set()
     for i in range(number):
         state = quiet.see(shown[i % 8])
         other = asked.see(shown[i % 8])
         assert torch.equal(state, other), i
-        if i in (3, CHUNK - 30, number - 2):
+        if i in (3, CHUNK - 4, number - 2):
             said.add(asked.ask(OTHER, max_new_tokens=12, min_new_tokens=12))
             asked.ask(QUESTION, max_new_tokens=3, do_sample=True, num_beams=2)
         assert asked.tokens == quiet.tokens
@@ -208,3 +217,14 @@ def test_the_cache_is_an_ordinary_one_that_does_not_copy():
     ours.forget(4)
     assert len(ours) == 4
     assert torch.equal(ours.layers[0].keys, theirs.layers[0].keys[:, :, :4])
+
+
+def test_one_token_attends_as_transformers_has_it():
+    random = torch.Generator().manual_seed(0)
+    layer = model_of().llm.base_model.layers[0].self_attn
+    query = torch.randn(2, 4, 1, 8, generator=random)
+    key, value = (torch.randn(2, 2, 9, 8, generator=random) for _ in range(2))
+    with torch.no_grad():
+        ours, theirs = (f(layer, query, key, value, None, scaling=0.3) for f in (attend, sdpa_attention_forward))
+    torch.testing.assert_close(ours[0], theirs[0])
+    assert ours[0].shape == (2, 1, 4, 8)

@@ -39,7 +39,7 @@ class FoveatedGenerationMixin(GenerationMixin):
     encoder: Any
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -141,13 +141,13 @@ class FoveatedGenerationMixin(GenerationMixin):
         for number, (sample, times) in enumerate(samples):
             shapes.setdefault((sample.prompt, tuple(times)), []).append(number)
         found: dict[int, Tensor] = {}
-        for (prompt, times), numbers in shapes.items():
+        for (prompt, looks), numbers in shapes.items():
             stream = Stream(self)
-            if prompt and times:
+            if prompt and looks:
                 stream.words(torch.stack([samples[i][0].tokens[:prompt] for i in numbers]))
             seen = [torch.zeros(len(numbers), 0, self.config.llm_config.hidden_size, device=self.llm.device)]
             pictures = [samples[i][0].frames for i in numbers]
-            for cache, again in zip(self._encoded(pictures), times, strict=True):
+            for cache, again in zip(self._encoded(pictures), looks, strict=True):
                 for _ in range(again):
                     token = stream.see(cache)
                     stream.read(token[:, None])

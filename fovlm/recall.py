@@ -33,6 +33,7 @@ class Layer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
+        self.is_initialized: bool = False
         self.rooms: list[Tensor] = []  # buffers of keys and of values, [B, G, at least n, d]
         self.put_at: int | None = None  # where the next token is written over an old one
 

@@ -1,7 +1,7 @@
 """Whatever a person points at, as frames: a video, an animation, a picture, a folder of pictures.
 
-The frames are those that training takes (one a second, at most `most`, evenly spaced when longer). Damaged files give
-what decodes and a note that says how much; a mistake is one line.
+The frames are those that training takes (one a second, at most `most`, evenly spaced when longer), upright as the
+camera was held. Damaged files give what decodes and a note that says how much; a mistake is one line.
 """
 
 import re
@@ -38,6 +38,13 @@ def read_clip(path: str | Path, size: int, most: int = 64, fps: float = 1.0) -> 
     path = Path(path)
     if "://" in str(path) or str(path).startswith(("http:/", "https:/")):
         raise UserError(f"{path} is an address: download it first and give the file")
+    try:
+        return _read(path, size, most, fps)
+    except OSError as error:
+        raise UserError(f"{_short(path)} cannot be read: {error.strerror or error}") from error
+
+
+def _read(path: Path, size: int, most: int, fps: float) -> Clip:
     if not path.exists():
         if not path.parent.is_dir():
             raise UserError(f"no such folder: {path.parent}")
@@ -55,8 +62,6 @@ def read_clip(path: str | Path, size: int, most: int = 64, fps: float = 1.0) -> 
             seen = footage.decode_some(file, kind, size, most, fps)
     except BadSample as error:
         raise UserError(f"{path}: {_told(str(error), kind)}") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     return Clip(seen.frames, seen.seconds, path.name, seen.note, still=seen.still)
 
 
@@ -65,15 +70,22 @@ def films(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")
-    files = sorted((p for p in folder.iterdir() if p.is_file()), key=_natural)
     found = []
-    for path in files:
-        with path.open("rb") as file:
-            if footage.kind_of(file):
-                found.append(path)
+    try:
+        for path in sorted((p for p in folder.iterdir() if p.is_file()), key=_natural):
+            with path.open("rb") as file:
+                if footage.kind_of(file):
+                    found.append(path)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror or error}") from error
     if not found:
         raise UserError(f"{folder} holds nothing to watch (what can be read: {KINDS})")
     return found
+
+
+def _short(path: Path) -> str:
+    """A path that one line can tell: a question in the place of a file may be long."""
+    return text if len(text := str(path)) <= 100 else f"{text[:100]}..."
 
 
 def _told(cause: str, kind: str | None) -> str:

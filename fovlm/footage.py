@@ -44,6 +44,7 @@ MAGIC = (  # offset, bytes, Pillow's name of a picture's format or FFmpeg's of a
     (0, b"FLV", "flv"),
     (0, b"OggS", "ogg"),
 )
+ORIENTATION = 0x0112  # Exif 2.32, table 4: 1 is upright, 2 to 8 are turned or mirrored
 LATE = 0.2  # seconds that a shown frame may be older than the packet that belongs there; beyond, that packet is lost
 CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}"), "win32": ("dshow", "video={}")}
 
@@ -73,13 +74,28 @@ def decode_some(file: BinaryIO, kind: str, size: int, most: int, fps: float = 1.
     """
     if kind in ("JPEG", "PNG"):
         extension = next(e for e, format in PICTURES.items() if format == kind)
-        return Seen(decode_pictures([(extension, file.read())], size), [0.0], "", still=True)
+        data = file.read()
+        frames = decode_pictures([(extension, data)], size)
+        return Seen(_upright(frames, data) if kind == "JPEG" else frames, [0.0], "", still=True)
     if kind in ("WEBP", "GIF"):
         return _decode_animation(file, kind, size, most, fps)
     try:
         return _decode_damaged(file, kind, size, most, fps)
     except (av.FFmpegError, ValueError) as error:
         raise error if isinstance(error, BadSample) else BadSample("undecodable video") from error
+
+
+def _upright(frames: Tensor, data: bytes) -> Tensor:
+    """Square frames u8 [f, 3, s, s] of a JPEG as it was meant: telephones store how they were held."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            turn = image.getexif().get(ORIENTATION, 1)
+    except (Image.DecompressionBombWarning, OSError, SyntaxError, ValueError, struct.error):
+        return frames  # the pixels decode; what is said about them doesn't
+    if turn in (5, 6, 7, 8):  # rows and columns are swapped
+        frames = frames.transpose(2, 3)
+    flips = [dim for dim, turns in ((2, (3, 4, 7, 8)), (3, (2, 3, 6, 7))) if turn in turns]
+    return frames.flip(flips).contiguous()
 
 
 def _decode_damaged(file: BinaryIO, kind: str, size: int, most: int, fps: float) -> Seen:
@@ -183,9 +199,14 @@ def camera(source: str, size: int, fps: float = 1.0) -> Iterator[Tensor]:
         else:
             with open(source, "rb") as file:
                 kind = kind_of(file)
+            if kind is None or kind in (*PICTURES.values(), "GIF"):
+                raise BadSample(f"{source} is no video and no camera; cameras are numbered from 0")
             container = av.open(source, format=kind)
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise BadSample(f"no camera {source} ({getattr(error, 'strerror', None) or error})") from error
+        if isinstance(error, BadSample):
+            raise
+        why = getattr(error, "strerror", None) or error
+        raise BadSample(f"no {'camera' if live else 'video'} {source} ({why}); cameras are numbered from 0") from error
     with container:
         stream, due = video_stream(container), -1.0
         for picture in _decode_left(container, stream):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import test_media
 import tiny
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fovlm import footage, media
 from fovlm.bad import BadSample
@@ -159,3 +159,23 @@ def test_a_camera_gives_a_frame_a_second_and_a_missing_one_is_told(tmp_path):
     assert [round(float(frame.float().mean()) / 10) for frame in frames] == [0, 1, 2, 3]
     with pytest.raises(BadSample, match="no camera 97"):
         next(footage.camera("97", 16))
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile film.mp4")  # FFmpeg would open what it names
+    with pytest.raises(BadSample, match="is no video and no camera"):
+        next(footage.camera(str(tmp_path / "list.mp4"), 16))
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_photo_is_shown_as_the_telephone_was_held(tmp_path, turn):
+    corners = Image.fromarray(np.kron(np.array([[0, 80], [160, 240]], np.uint8), np.ones((16, 16), np.uint8)))
+    exif = Image.Exif()
+    exif[footage.ORIENTATION] = turn
+    corners.convert("RGB").save(tmp_path / "a.jpg", exif=exif, quality=95)
+    with Image.open(tmp_path / "a.jpg") as stored:
+        meant = np.asarray(ImageOps.exif_transpose(stored).convert("L").resize((2, 2), Image.Resampling.BOX), np.int64)
+    seen = read_clip(tmp_path / "a.jpg", 32).frames[0, 0].float().reshape(2, 16, 2, 16).mean((1, 3)).numpy()
+    assert np.abs(seen - meant).max() < 10
+
+
+def test_a_path_that_the_system_refuses_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"\.\.\. cannot be read: File name too long"):
+        read_clip(tmp_path / ("x" * 300), 16)

@@ -1,7 +1,8 @@
 """One question about one clip, and the answer piece by piece: what `fovlm ask` and the demo have in common."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Event
 from typing import Any
 
@@ -33,21 +34,19 @@ def inputs_for(model: Any, processor: Any, clip: Clip, question: str) -> Any:
 
 
 def answer(model: Any, processor: Any, clip: Clip, question: str, max_new_tokens: int, **options: Any) -> Iterator[str]:
-    """The answer in pieces, as they are made; `options` go to `generate`. Raises UserError, as that does.
+    """The answer in pieces, as they are made; `options` go to `generate`. Raises UserError, as that does."""
+    inputs = inputs_for(model, processor, clip, question)
+    return pieces(processor, partial(model.generate, **inputs, max_new_tokens=max_new_tokens, **options))
+
+
+def pieces(processor: Any, work: Callable[..., Any]) -> Iterator[str]:
+    """What `work(streamer=..., stopping_criteria=...)` says, in pieces as they are made; raises what that raises.
 
     Closing the iterator ends the work.
     """
-    inputs = inputs_for(model, processor, clip, question)
     streamer, stopped = TextIteratorStreamer(processor.tokenizer, skip_special_tokens=True), Stopped()
     pool = ThreadPoolExecutor(1)
-    made = pool.submit(
-        model.generate,
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        streamer=streamer,
-        stopping_criteria=[stopped],
-        **options,
-    )
+    made = pool.submit(work, streamer=streamer, stopping_criteria=[stopped])
     made.add_done_callback(lambda _: streamer.end())  # also when it fails
     try:
         yield from streamer

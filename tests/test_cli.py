@@ -202,7 +202,12 @@ def test_looks_are_written_as_page_film_sheet_and_weights(capsys, folder, film, 
         *(f"{name}.{kind}" for name in names for kind in ("mp4", "png", "npz")),
     }
     assert all(question in said for question in [*questions, str(out / "look.html")])
-    assert "this model has layers 0 to 2" in mistake(capsys, "look", film, "--layer", "3", "-m", folder)
+    new = str(tmp_path / "new")
+    assert "this model has layers 0 to 2" in mistake(
+        capsys, "look", film, "what ?", "--layer", "3", "--out", new, "-m", folder
+    )
+    assert not Path(new).exists()
+    assert "cannot be made" in mistake(capsys, "look", film, "what ?", "--out", f"{film}/new", "-m", folder)
     assert "is a file" in mistake(capsys, "look", film, "--out", film, "-m", folder)
 
 

@@ -1,6 +1,7 @@
 """The demo in a real browser: a clip is uploaded, a question answered, the gaze moves; no errors, nothing from afar."""
 
 import shutil
+import tempfile
 
 import pytest
 import test_cli
@@ -31,9 +32,12 @@ def examples(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(model, examples):
-    address = demo.serve(*model, "tiny", examples, tokens=6, port=0, wait=False)
-    yield address
+def address(model, examples, tmp_path_factory):
+    broken = examples[0].with_name("broken.mp4")
+    broken.write_bytes(examples[0].read_bytes()[:300])
+    with pytest.MonkeyPatch.context() as patch:  # examples lie where Gradio by itself serves nothing
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+        yield demo.serve(*model, "tiny", [broken, *examples], tokens=6, port=0, wait=False)
     demo.gr.close_all()
 
 

@@ -42,7 +42,9 @@ def gaze(question: str | None = QUESTION, mode: str | None = None, shown: Clip |
 def test_fine_weights_are_those_of_the_looks_that_generate_takes(prompt, monkeypatch):
     model = tiny_model(prompt=prompt).eval()
     processor = FoveatedProcessor.from_parts(tiny.tokenizer(), model.config)
-    found = gaze_of(model, processor, clip(), QUESTION, 4)
+    heard: list[tuple[int, int]] = []
+    found = gaze_of(model, processor, clip(), QUESTION, 4, told=lambda done, of: heard.append((done, of)))
+    assert heard == [(8, FILM), (FILM, FILM)]
     taken, look = [], model.look
 
     def recorded(query, cache, frame_of_look=None):

@@ -1,7 +1,7 @@
 """Using a trained model: ask, look, demo, convert, import, bench."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
 
 def ask(
     video: Video,
-    question: Annotated[str, typer.Argument(help="What to ask, in quotes.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask, in quotes.")],
     model: ModelFolder = "",
     tokens: Tokens = 128,
     frames: Frames = 64,
@@ -129,21 +129,26 @@ def look(
         from fovlm.see.gaze import gaze_of
         from fovlm.see.movie import write_movie
         from fovlm.see.page import write_page
-        from fovlm.see.sheet import save_weights, write_sheet
+        from fovlm.see.sheet import check_choice, save_weights, write_sheet
 
         net, processor = open_(model, frames)
+    dino = net.config.dino_config
+    check_choice(dino.num_hidden_layers if net.config.deep_query else 1, dino.num_attention_heads, layer, head)
     with waiting(f"reading {Path(video).name}"):
         clip = read_clip(video, net.config.frame_size, frames, fps)
     tell(clip)
+    try:  # ahead of the work
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror or error}") from error
     gazes = []
     for question in asked or [""]:
-        with waiting(f"looking at {count(len(clip.frames), 'frame')}" + (f": {question}" if question else "")):
-            gazes.append(gaze_of(net, processor, clip, question, tokens, mode=mode or None))
+        with waiting(f"looking at {count(len(clip.frames), 'frame')}" + (f": {question}" if question else "")) as told:
+            gazes.append(gaze_of(net, processor, clip, question, tokens, mode=mode or None, told=told))
         if question:
             print(f"{question}\n  {gazes[-1].answer}")
     if len(gazes) == 2 and net.config.prompt == "after":
         print(f"fovlm: {ALIKE}", file=sys.stderr, flush=True)
-    out.mkdir(parents=True, exist_ok=True)
     written = []
     for n, gaze in enumerate(gazes, start=1):
         name = "look" if len(gazes) == 1 else f"look-{n}"
@@ -259,16 +264,27 @@ def open_(folder: str, frames: int) -> tuple[Any, Any]:
 
 
 @contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """A spinner with the time on the terminal's error stream, gone when done; nothing where there is no terminal."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+def waiting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A spinner with the time on the terminal's error stream, gone when done; nothing where there is no terminal.
 
+    It becomes a bar once it is told how much is done, of how much.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    bar = BarColumn()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        progress.add_task(what, total=None)
-        yield
+        task = progress.add_task(escape(what), total=None)
+
+        def told(done: int, of: int) -> None:
+            if bar not in progress.columns:
+                progress.columns = (*progress.columns, bar)
+            progress.update(task, completed=done, total=of)
+
+        yield told
 
 
 def tell(clip: Any) -> None:

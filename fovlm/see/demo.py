@@ -7,8 +7,10 @@ Nothing goes out to the network: no analytics, no fonts or scripts from elsewher
 import base64
 import html
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 
 from fovlm import media
-from fovlm.answer import ALIKE, answer
+from fovlm.answer import ALIKE, answer, pieces
 from fovlm.clips import Clip, read_clip
 from fovlm.errors import UserError
-from fovlm.see.gaze import gaze_of
+from fovlm.see.gaze import Gaze, gaze_of
 from fovlm.see.page import write_page
 
 LARGEST = "1gb"  # of an uploaded file
@@ -41,6 +43,8 @@ def app(
 ) -> gr.Blocks:
     """The page. A clip is read when it is chosen; the answer streams, and the gaze follows it."""
     size = model.config.frame_size
+    shown = [(path, thumb) for path in examples if (thumb := _thumb(path, size)) is not None]
+    examples = [path for path, _ in shown]
 
     def read(path: str | None, fps: float) -> Clip:
         if not path:
@@ -61,13 +65,27 @@ def app(
         if not questions:
             raise gr.Error("Ask something.", print_exception=False)
         clip, text = read(path, fps), ""
+        gazes: list[Gaze] = []
+
+        def look(question: str, **options: Any) -> None:
+            gazes.append(gaze_of(model, processor, clip, question, tokens, mode, **options))
+
+        blind = model.config.visual == "multi_token"  # it sees all of every frame alike
         yield "…", ""
         try:
-            for piece in answer(model, processor, clip, questions[0], tokens, mode=mode):
+            if blind:
+                said = answer(model, processor, clip, questions[0], tokens, mode=mode)
+            else:
+                said = pieces(processor, partial(look, questions[0]))
+            for piece in said:
                 text += piece
                 yield text, ""
+            if blind:
+                yield text, "<small>this model sees all of every frame alike: it has no gaze to show</small>"
+                return
             yield text, "<small>drawing where it looked …</small>"
-            gazes = [gaze_of(model, processor, clip, each, tokens, mode=mode) for each in questions]
+            for each in questions[1:]:
+                look(each)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
         alike = len(gazes) == 2 and model.config.prompt == "after"
@@ -80,7 +98,7 @@ def app(
                 file = gr.File(label="A video, animation or picture", elem_id="clip", height=150)
                 if examples:
                     gallery = gr.Gallery(
-                        [_thumb(path, size) for path in examples],
+                        [thumb for _, thumb in shown],
                         label="or one of these",
                         show_label=False,
                         columns=4,
@@ -131,6 +149,7 @@ def serve(
             ssr_mode=False,
             footer_links=[],
             max_file_size=LARGEST,
+            allowed_paths=[str(path.absolute()) for path in examples],  # which may lie anywhere
             theme=theme,
             css=CSS,
         )
@@ -165,5 +184,9 @@ def _jpeg(frame: Any) -> str:
 
 
 def _thumb(path: Path, size: int) -> Any:
-    """The first frame u8 [size, size, 3]."""
-    return read_clip(path, size, 1).frames[0].permute(1, 2, 0).numpy()
+    """The first frame u8 [size, size, 3], or None where nothing decodes: that clip is not on offer."""
+    try:
+        return read_clip(path, size, 1).frames[0].permute(1, 2, 0).numpy()
+    except UserError as error:
+        print(f"fovlm: left out: {error}", file=sys.stderr, flush=True)
+        return None

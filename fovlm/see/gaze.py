@@ -9,6 +9,7 @@ Beside the `fine` looks stand the `coarse` ones, those of the static query. Lett
 film; a picture may be looked at several times), H heads, N CLS and patches, S text tokens, Q query width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,12 +71,15 @@ def gaze_of(
     question: str | None = None,
     max_new_tokens: int = 128,
     mode: str | None = None,
+    told: Callable[[int, int], None] = lambda done, of: None,
+    **options: Any,
 ) -> Gaze:
     """Watch the clip, answer the question (greedily, unless the model's generation config says otherwise), and tell.
 
     Fine looks are those of deployment; mode `coarse_fine` takes those of the parallel passes, `coarse_only` leaves them
-    out, as does a `coarse` model in any mode. Raises UserError for a multi_token model, which has no query, for an
-    unknown mode, and when the question does not fit into the context.
+    out, as does a `coarse` model in any mode. `told` hears how many looks are done, of how many; `options` go to
+    `generate` (a streamer, say). Raises UserError for a multi_token model, which has no query, for an unknown mode, and
+    when the question does not fit into the context.
     """
     visual = model.config.visual
     if visual == "multi_token":
@@ -91,8 +95,9 @@ def gaze_of(
     check_context(model.config, len(number_of), len(ids))
     ids, frames = ids.to(model.device), frames.to(model.device)
     query = _parallel_queries(model, frames[number_of], ids, prompt) if mode == "coarse_fine" else None
-    visual_tokens, weights = _watch(model, frames, times, ids[:prompt], mode, query)
-    new = _answer(model, ids, prompt, visual_tokens, max_new_tokens) if question else []
+    visual_tokens, weights = _watch(model, frames, times, ids[:prompt], mode, query, told)
+    options["max_new_tokens"] = max_new_tokens
+    new = _answer(model, ids, prompt, visual_tokens, options) if question else []
     seconds = [clip.seconds[n] for n in media.spread(len(clip.seconds), len(frames))]
     return Gaze(
         frames=frames[number_of].cpu(),
@@ -119,7 +124,13 @@ def _shown(model: Any, processor: Any, clip: Clip, question: str) -> tuple[Tenso
 
 
 def _watch(
-    model: Any, frames: Tensor, times: list[int], ahead: Tensor, mode: str, query: Tensor | None
+    model: Any,
+    frames: Tensor,
+    times: list[int],
+    ahead: Tensor,
+    mode: str,
+    query: Tensor | None,
+    told: Callable[[int, int], None],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Look at the frames -> visual tokens [K, E], attention weights f32 [layers, K, H, N] by name.
 
@@ -138,11 +149,8 @@ def _watch(
         k = len(frame_of_look)
         static = connector.q_static.expand(k, -1)
         weights.setdefault("coarse", []).append(_weights(model, static, cache, frame_of_look))
-        if mode == "coarse_only":
-            tokens.append(connector.token(model.look(static, cache, frame_of_look)))
-            continue
-        if query is not None:
-            asked = query[done : done + k]
+        if mode == "coarse_only" or query is not None:
+            asked = static if query is None else query[done : done + k]
             tokens.append(connector.token(model.look(asked, cache, frame_of_look)))
         else:
             asked = torch.empty(k, connector.q_first.shape[0], dtype=connector.q_first.dtype, device=frames.device)
@@ -150,8 +158,10 @@ def _watch(
                 asked[n] = connector.q_first if stream.hidden is None else connector.to_query(stream.hidden)[0]
                 tokens.append(stream.see(cache.frames(slice(frame, frame + 1))))
                 stream.read(tokens[-1][:, None])
-        weights.setdefault("fine", []).append(_weights(model, asked, cache, frame_of_look))
+        if mode != "coarse_only":
+            weights.setdefault("fine", []).append(_weights(model, asked, cache, frame_of_look))
         done += k
+        told(done, sum(times))
     return torch.cat(tokens), {name: torch.cat(parts, dim=1) for name, parts in weights.items()}
 
 
@@ -169,7 +179,7 @@ def _parallel_queries(model: Any, shown: Tensor, ids: Tensor, prompt: int) -> Te
     return model.queries(batch, tokens)
 
 
-def _answer(model: Any, ids: Tensor, prompt: int, visual: Tensor, most: int) -> list[int]:
+def _answer(model: Any, ids: Tensor, prompt: int, visual: Tensor, options: dict[str, Any]) -> list[int]:
     """What the language model's own `generate` says to these tokens, as `FoveatedVLM.generate` asks it.
 
     That one would watch the clip a second time.
@@ -178,8 +188,8 @@ def _answer(model: Any, ids: Tensor, prompt: int, visual: Tensor, most: int) -> 
     x = torch.cat([words[:prompt], visual.to(words.dtype), words[prompt:]])[None]
     mask = torch.ones(x.shape[:2], dtype=torch.int64, device=x.device)
     room = context_of(model.config) - x.shape[1]
-    settings, _ = model.settings(room, None, {"max_new_tokens": most})
-    return model.llm.generate(inputs_embeds=x, attention_mask=mask, generation_config=settings)[0].tolist()
+    settings, left = model.settings(room, None, options)
+    return model.llm.generate(inputs_embeds=x, attention_mask=mask, generation_config=settings, **left)[0].tolist()
 
 
 def _tokens(processor: Any, ids: list[int], prompt: int, looks: int, new: list[int], question: str) -> list[Token]:

@@ -18,7 +18,10 @@ from torch import Tensor
 from fovlm.bad import BadSample
 from fovlm.errors import UserError
 from fovlm.footage import camera
+from fovlm.generation import context_of
+from fovlm.see.gaze import ANYTHING
 from fovlm.see.paint import entropy, maps, paint
+from fovlm.watch import RESERVE
 
 ASK_EVERY = 10  # frames between two answers to the same question
 SIDE = 44  # pixels of a drawn picture's side, at most
@@ -34,8 +37,9 @@ def watch(
     """
     if len(questions) > 1 and model.config.prompt == "before":
         raise UserError("this model was trained with one question ahead of the frames: give one")
-    ahead = questions[0] if questions else "What happens?"
-    stream = model.stream(processor=processor, question=ahead, full="slide")
+    ahead = questions[0] if questions else ANYTHING
+    reserve = min(RESERVE, context_of(model.config) // 2)
+    stream = model.stream(processor=processor, question=ahead, full="slide", reserve=reserve)
     console = Console()
     answers: dict[str, str] = {}
     state = None
@@ -60,7 +64,7 @@ def watch(
                 else:
                     print(line, *(f"{q}  {answers[q]}" for q in asked), sep="\n", flush=True)
     except BadSample as error:
-        raise UserError(f"{error}; cameras are numbered from 0") from error
+        raise UserError(str(error)) from error
     except KeyboardInterrupt:
         pass
     print(f"{stream.seen} frames seen, {stream.tokens} tokens kept ({stream.nbytes / 2**20:.1f} MB)")

@@ -81,6 +81,11 @@ def save_weights(gaze: Gaze, path: str | Path) -> Path:
 def check(gaze: Gaze, layer: int | None, head: int | None) -> None:
     """Refuse a layer or head that is not there; they count from 0. Raises UserError."""
     layers, _, heads, _ = gaze.weights["coarse"].shape
+    check_choice(layers, heads, layer, head)
+
+
+def check_choice(layers: int, heads: int, layer: int | None, head: int | None) -> None:
+    """The same for a model of so many layers and heads, ahead of any look."""
     for what, number, count in (("layer", layer, layers), ("head", head, heads)):
         if number is not None and not 0 <= number < count:
             raise UserError(f"{what} {number}: this model has {what}s 0 to {count - 1}")

@@ -1,6 +1,7 @@
 """The report decides what the runs support and nothing else, and refuses runs that can't be compared."""
 
 import csv
+import json
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from run_folders import experiment_of, write_grid, write_run, write_seeds
 from fovlm.errors import UserError
 from fovlm.report import decide as questions
 from fovlm.report import scale
-from fovlm.report.build import write_report
+from fovlm.report.build import BLIND, _limits, write_report
 from fovlm.report.collect import collect
 from fovlm.report.compare import Side, decide, paired, welch
 from fovlm.report.decide import answers, differing, loss_at
@@ -272,3 +273,24 @@ def test_a_damaged_summary_or_table_does_not_end_the_report(tmp_path):
     assert [run.name for run in evidence.runs] == ["nano-LR1"]
     assert len(evidence.runs[0].rows) == 8
     assert "not finished" in dict(evidence.left_out)["nano-A1"]
+
+
+def test_a_loss_that_is_no_number_leaves_its_run_out(tmp_path):
+    """One NaN among the seeds would make any side the best."""
+    write_seeds(tmp_path, "LR1", [0.5, float("nan"), 0.52])
+    write_seeds(tmp_path, "A6", [0.9, 0.95, 0.99])
+    evidence = collect([str(tmp_path)])
+    assert ("nano-LR1-s1", "has no validation loss") in evidence.left_out
+    assert not verdicts(tmp_path)["Foveation"].decided
+
+
+def test_limits_are_told_runs_that_did_not_learn_to_see_by_name(tmp_path):
+    write_seeds(tmp_path, "LR1", [0.5, 0.51, 0.52])
+    write_seeds(tmp_path, "A6", [1.65, 1.2, 1.8])
+    for file in tmp_path.glob("*/run_summary.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {BLIND: 1.66}))
+    told = " ".join(_limits(collect([str(tmp_path)]).runs))
+    assert "2 runs end less than 2% below" in told
+    assert ": nano-A6, nano-A6-s2." in told
+    assert "initial weights alone" in told
+    assert "random weights in 6 of 6 runs" in told

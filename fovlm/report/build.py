@@ -29,6 +29,7 @@ from fovlm.report.scale import (
 )
 
 BLIND = "validation loss without a picture, at best"  # what the embedded task writes into a summary (`hunt_data.py`)
+AT_FLOOR = 0.02  # of that loss: a run that is no further below it has not learned to see
 LOOKS = ("fine looks on the asked object", "coarse looks on the asked object", "looks on it by chance")
 ONE = {"F": "foveated (F)", "B": "multi-token (B)"}
 LOOKING = ("LR1", "A1", "A6")  # whose gaze is shown
@@ -72,7 +73,34 @@ def _summary(evidence: Evidence, found: list[Answer], cells: Grid | None, unaske
         rows += [("One token against sixteen as scale grows", trend_text(cells))] if len(cells.archs) == 2 else []
     told = f"{len(evidence.runs)} finished runs. Losses are final validation losses in nats per token, lower is better."
     blocks: list[Block] = [Text(told), Heading("Decisions"), Table(("question", "answer"), rows)]
+    limits = _limits(evidence.runs)
+    blocks += [Bold("What these answers do not cover:"), Points(limits)] if limits else []
     return blocks + ([Text("Not asked, for want of finished runs: " + "; ".join(unasked) + ".")] if unasked else [])
+
+
+def _limits(runs: Sequence[Run]) -> list[str]:
+    """What a reader must know before taking an answer further than the runs go."""
+    told = []
+    fresh = [run for run in runs if isinstance(run.experiment.model.llm, dict) and not run.experiment.model.init_from]
+    if fresh:
+        told.append(
+            f"The backbones start from random weights in {len(fresh)} of {len(runs)} runs: what it costs to freeze "
+            "them, and which rates are best, may be otherwise with pretrained ones."
+        )
+    if len({run.seed for run in runs}) > 1 and len({run.experiment.data.seed for run in runs}) == 1:
+        told.append(
+            "Seeds differ in the initial weights alone: their samples and the order of them are the same, so the "
+            "intervals hold nothing of what other data would change."
+        )
+    floors = {run.val_set: float(run.summary[BLIND]) for run in runs if run.summary.get(BLIND)}  # not all record it
+    lost = [run for run in runs if run.val_set in floors and run.loss > (1 - AT_FLOOR) * floors[run.val_set]]
+    if lost:
+        told.append(
+            f"{len(lost)} runs end less than {AT_FLOOR:.0%} below the best loss without a picture, or above it: "
+            f"{', '.join(run.name for run in lost)}. They have not learned to see in their budget, and which of two "
+            "such runs is lower says nothing about seeing."
+        )
+    return told
 
 
 def _ablations(evidence: Evidence, found: list[Answer], out: Path) -> list[Block]:

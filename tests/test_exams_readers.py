@@ -149,3 +149,19 @@ def test_sets_have_a_hash_of_their_content_and_small_ones_are_drawn_alike():
     assert hash_of(made) == hash_of(list(made)) != hash_of(other)
     assert unmarked(["A. x", "B. y"]) == ("x", "y")
     assert unmarked(["A. x", "A. y"]) == ("A. x", "A. y")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"question_id": 1, "image": ', "line 2 is not JSON"),
+        ('[{"question_id": 1}]', "line 2 is not a JSON object"),
+        ('{"image": "a.jpg", "text": 7, "label": "yes"}', "question 1: 'text' is '7', not a text"),
+        ('{"image": "a.jpg", "text": "Is it?", "label": true}', "question 1: 'label' is 'True', not a text"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, line, said):
+    good = '{"image": "a.jpg", "text": "Is it?", "label": "yes"}'
+    (tmp_path / "coco_pope_random.json").write_text(f"{good}\n{line}\n")
+    with pytest.raises(UserError, match=said):
+        list(READERS["pope"](tmp_path))

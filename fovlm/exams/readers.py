@@ -46,7 +46,7 @@ def mvbench(where: Path) -> Iterator[Question]:
             name, text, options, answer = _columns(file, number, row, "video", "question", "candidates", "answer")
             if answer not in options:
                 raise UserError(f"{file}, question {number}: its answer '{answer}' is not one of its candidates")
-            part = (float(row["start"]), float(row["end"])) if row.get("end") is not None else None
+            part = (float(row.get("start") or 0), float(row["end"])) if row.get("end") is not None else None
             yield Question(
                 id=f"{file.stem}/{number}",
                 category=file.stem,
@@ -107,8 +107,7 @@ def pope(where: Path) -> Iterator[Question]:
         return
     for file in lines:
         category = next((c for c in ("random", "popular", "adversarial") if c in file.stem), file.stem)
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        for number, row in enumerate(rows):
+        for number, row in enumerate(_json_lines(file)):
             name, text, label = _columns(file, number, row, "image", "text", "label")
             key = f"{category}/{row.get('question_id', number)}"
             yield _yes_or_no(key, category, _find(file.parent, name, ""), text, label, file, number)
@@ -143,6 +142,20 @@ def _json_list(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file with one JSON object a line. Raises UserError with the line's number from 1."""
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{file}, line {number} is not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{file}, line {number} is not a JSON object with one question")
+        yield row
+
+
 def _parquet(where: Path, needs: tuple[str, ...]) -> Iterator[tuple[Path, int, dict[str, Any]]]:
     """(file, row number, row) of the test split's tables, or of all when no name says so. Raises UserError."""
     files = tables.find_tables(where, ("parquet",))
@@ -163,11 +176,16 @@ ALL = (
 )  # fmt: skip
 
 
+WORDS = ("question", "text", "label", "video")  # columns whose values are texts; an image may be one
+
+
 def _columns(file: Path, number: int, row: dict[str, Any], *names: str) -> list[Any]:
     for name in names:
         if row.get(name) is None:
             near = nearest(name, row)
             raise UserError(f"{file}, question {number}: no '{name}'{near}; it has: {', '.join(map(str, row))}")
+        if name in WORDS and not isinstance(row[name], str):
+            raise UserError(f"{file}, question {number}: '{name}' is {str(row[name])[:40]!r}, not a text")
     return [row[name] for name in names]
 
 

@@ -37,8 +37,8 @@ def paint(frames: Tensor, grid: Tensor, size: int | None = None) -> np.ndarray:
     """
     size = size or frames.shape[-1]
     pictures = nnf.interpolate(frames.float(), (size, size), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
-    light = smooth(grid, size)
-    light = (light / light.amax((1, 2), keepdim=True).clamp(min=1e-12)).numpy()
+    maps = smooth(grid, size)
+    light = (maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)).numpy()
     at = np.linspace(0, 1, len(STOPS))
     colour = np.stack([np.interp(light, at, [stop[c] for stop in STOPS]) for c in range(3)], axis=-1)
     alpha = ALPHA * light[..., None]

@@ -98,8 +98,11 @@ def refuse_occupied(out: Path) -> None:
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` at the end, or goes when anything fails."""
-    out.resolve().parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.resolve().parent))
+    try:
+        out.resolve().parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.resolve().parent))
+    except OSError as error:
+        raise UserError(f"{out}: no folder can be made there ({error.strerror}); give another") from error
     try:
         yield staging
         staging.chmod(0o755)

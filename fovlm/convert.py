@@ -11,6 +11,7 @@ gets its name at the very end: OUT is whole and checked, or not there.
 """
 
 import argparse
+import errno
 import json
 import shutil
 import sys
@@ -109,6 +110,10 @@ def staged(out: Path) -> Iterator[Path]:
         if out.is_dir():
             out.rmdir()
         staging.rename(out)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{out}: the disk is full; nothing is left of it: make room, or give another folder") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -189,7 +194,7 @@ def _model(
     write_texts(out, config, words, dtype)
     with _progress() as bar:
         bar.add_task("loading and asking what was written", total=None)
-        checked = check(out, source.path, dtype)
+        checked = check(out, source.path, dtype, ZeroWeights(source.path / ENGINE, trust))
     (out / "README.md").write_text(
         card(
             name,

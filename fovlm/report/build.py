@@ -74,7 +74,7 @@ def _summary(evidence: Evidence, found: list[Answer], cells: Grid | None, unaske
     told = f"{len(evidence.runs)} finished runs. Losses are final validation losses in nats per token, lower is better."
     blocks: list[Block] = [Text(told), Heading("Decisions"), Table(("question", "answer"), rows)]
     limits = _limits(evidence.runs)
-    blocks += [Bold("What these answers do not cover:"), Points(limits)] if limits else []
+    blocks += [Text("What these answers do not cover:"), Points(limits)] if limits else []
     return blocks + ([Text("Not asked, for want of finished runs: " + "; ".join(unasked) + ".")] if unasked else [])
 
 

@@ -127,7 +127,8 @@ def test_a_file_that_cannot_be_watched(capsys, folder, film, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["ask", "look"])
-def test_a_question_longer_than_the_context(capsys, folder, film, name):
+def test_a_question_longer_than_the_context(capsys, folder, film, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where `look` makes its folder
     assert "no room for an answer in the context of 2048" in mistake(capsys, name, film, "is it " * 1100, "-m", folder)
 
 

@@ -37,15 +37,16 @@ class Stream:
 
     def see(self, cache: Cache) -> Tensor:
         """The visual token [B, E] of the next look at one frame of each conversation."""
-        connector, frames = self.model.connector, len(cache.layers[0][0])
-        visual = self.model.config.visual
-        if visual == "coarse":
-            query = connector.q_static.expand(frames, -1)
-        elif self.hidden is None:
-            query = connector.q_first.expand(frames, -1)
-        else:
-            query = connector.to_query(self.hidden)
-        return connector.token(self.model.look(query, cache))
+        return self.model.connector.token(self.model.look(self.query(len(cache.layers[0][0])), cache))
+
+    def query(self, conversations: int) -> Tensor:
+        """What the next look asks with, [B, Q]: the state so far, q_first before there is any, or always q_static."""
+        connector = self.model.connector
+        if self.model.config.visual == "coarse":
+            return connector.q_static.expand(conversations, -1)
+        if self.hidden is None:
+            return connector.q_first.expand(conversations, -1)
+        return connector.to_query(self.hidden)
 
     def read(self, visual: Tensor) -> Tensor:
         """Read visual tokens [B, k, E] -> the hidden states behind each."""

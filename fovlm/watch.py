@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from fovlm.encoder import Cache
 from fovlm.errors import UserError, nearest
 from fovlm.stream import Model, Stream
 from fovlm.text import conversation
@@ -50,6 +51,7 @@ class FrameStream:
         self.model, self.processor, self.frames, self.question = model, processor, frames, question
         self.full, self.reserve = full, reserve
         self.seen = 0  # frames
+        self._last: tuple[Tensor, Cache] | None = None  # the newest look's query and frame, to show where it went
         self._stream = Stream(model)
         self._kept: list[Tensor] = []  # the keys of the words ahead of the frames, as read, of each layer
         self.head = 0  # words ahead of the frames
@@ -96,10 +98,19 @@ class FrameStream:
             memory.put_at(self.head + self.seen % W)
             self._turn(self.seen - W + 1)
         cache = self.model.encoder.encode_only(frame[None].to(self.model.device))
+        self._last = self._stream.query(1), cache
         hidden = self._stream.look(cache, self.head + self.seen)
         memory.put_at(None)
         self.seen += 1
         return hidden[0]
+
+    @torch.no_grad()
+    def weights(self) -> Tensor:
+        """Where the newest frame was looked at: attention weights f32 [layers, 1, H, N]. None seen yet: ValueError."""
+        if self._last is None:
+            raise ValueError("no frame has been seen")
+        query, cache = self._last
+        return self.model.encoder.look_weights(self.model.connector.query_in(query), cache).float()
 
     def _turn(self, places: int) -> None:
         """Have the words ahead of the frames stand `places` later than they were read."""

@@ -8,8 +8,10 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fovlm import recall
+from fovlm.clips import Clip
 from fovlm.errors import UserError
 from fovlm.recall import Recall, attend
+from fovlm.see.gaze import gaze_of
 from fovlm.stream import Stream
 
 OTHER = "is it red or blue here ?"
@@ -228,3 +230,17 @@ def test_one_token_attends_as_transformers_has_it():
         ours, theirs = (f(layer, query, key, value, None, scaling=0.3) for f in (attend, sdpa_attention_forward))
     torch.testing.assert_close(ours[0], theirs[0])
     assert ours[0].shape == (2, 1, 4, 8)
+
+
+@pytest.mark.parametrize("prompt", ["before", "after"])
+def test_a_stream_shows_the_look_that_made_the_token(prompt):
+    model = model_of(prompt=prompt)
+    shown, stream = frames(3), watch(model)
+    with pytest.raises(ValueError, match="no frame"):
+        stream.weights()
+    seen = []
+    for frame in shown:
+        stream.see(frame)
+        seen.append(stream.weights())
+    gaze = gaze_of(model, processor_of(model), Clip(shown, [0.0, 1.0, 2.0], "clip", ""), QUESTION, max_new_tokens=1)
+    torch.testing.assert_close(torch.cat(seen, dim=1), torch.as_tensor(gaze.weights["fine"]).float())

@@ -155,7 +155,7 @@ def _watch(
         else:
             asked = torch.empty(k, connector.q_first.shape[0], dtype=connector.q_first.dtype, device=frames.device)
             for n, frame in enumerate(frame_of_look.tolist()):
-                asked[n] = connector.q_first if stream.hidden is None else connector.to_query(stream.hidden)[0]
+                asked[n] = stream.query(1)[0]
                 tokens.append(stream.see(cache.frames(slice(frame, frame + 1))))
                 stream.read(tokens[-1][:, None])
         if mode != "coarse_only":

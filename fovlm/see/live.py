@@ -42,14 +42,13 @@ def watch(
     stream = model.stream(processor=processor, question=ahead, full="slide", reserve=reserve)
     console = Console()
     answers: dict[str, str] = {}
-    state = None
     frames = camera(source, model.config.frame_size, fps)
     try:
         with Live(console=console, auto_refresh=False, transient=True) as live:
             for frame in frames:
                 begun = time.perf_counter()
-                weights = look_weights(model, frame, state)
-                state = stream.see(frame)
+                stream.see(frame)
+                weights = stream.weights().cpu()
                 took = time.perf_counter() - begun
                 spread = float(entropy(weights).mean())
                 line = (
@@ -69,21 +68,6 @@ def watch(
         pass
     print(f"{stream.seen} frames seen, {stream.tokens} tokens kept ({stream.nbytes / 2**20:.1f} MB)")
     return stream.seen
-
-
-@torch.no_grad()
-def look_weights(model: Any, frame: Tensor, state: Tensor | None) -> Tensor:
-    """Attention weights f32 [layers, 1, H, N] of the next look at a frame, asked for by the state [E] before it.
-
-    The first look of a model whose question stands ahead of the frames is shown as if nothing had been asked.
-    """
-    connector = model.connector
-    if model.config.visual == "coarse":
-        query = connector.q_static
-    else:
-        query = connector.q_first if state is None else connector.to_query(state)
-    cache = model.encoder.encode_only(frame[None].to(model.device))
-    return model.encoder.look_weights(connector.query_in(query[None]), cache).float().cpu()
 
 
 def pictures(frame: Tensor, weights: Tensor, side: int) -> Columns:

@@ -308,6 +308,10 @@ def test_both_go_to_the_hub(folder, monkeypatch):
     def create(self, repo_id, **options):
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
+    def no_card(*args, **options):
+        raise huggingface_hub.utils.EntryNotFoundError("a new repository has no card yet")
+
+    monkeypatch.setattr(huggingface_hub.ModelCard, "load", no_card)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", commit)
     for module in [m for name, m in sys.modules.items() if name.startswith("transformers")]:

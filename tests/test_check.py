@@ -177,6 +177,11 @@ def test_shares_are_exact_and_nobody_is_left_out():
         allocate(there, 3)
 
 
+def test_shares_end_where_a_small_kind_is_taken_whole():
+    shares = allocate({"one": 1, "some": 10, "others": 10}, 20)
+    assert sum(shares.values()) == 20 and shares["one"] == 1
+
+
 def test_the_commands_status_and_its_mistakes(damaged, tmp_path, capsys):
     pattern = str(damaged / "train-{00000..00000}.tar")
     assert main(["check", pattern, "--workers", "1"]) == 1

@@ -96,6 +96,10 @@ def prepare(
             skip_missing=skip_missing,
         )  # fmt: skip
         tell_manifest(console, out, make(job, workers, console), kind)
+    except OSError as error:  # a full disk, a folder that may not be written to
+        raise UserError(
+            f"{error.filename or out}: {error.strerror or error}; when that is mended, the same command goes on"
+        ) from error
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
         os._exit(EXIT_STOPPED)  # at once: workers end with this process, and only whole shards have their names
@@ -127,20 +131,22 @@ def check(
 
     from rich.console import Console
 
+    from fovlm.errors import UserError
     from fovlm.prepare.audit import audit
     from fovlm.prepare.repair import repair as write
     from fovlm.prepare.told import tell_audit
 
     console = Console(highlight=False)
     workers = workers or os.cpu_count() or 1
-    if repair is not None and repair.exists() and any(repair.iterdir()):
-        from fovlm.errors import UserError
-
-        raise UserError(f"--repair {repair}: the folder is not empty; give a new one")
+    if repair is not None and repair.exists() and (not repair.is_dir() or any(repair.iterdir())):
+        raise UserError(f"--repair {repair}: it is there and not an empty folder; give a new one")
     found = audit(patterns, against or [], workers, pictures, console)
     tell_audit(console, found)
     if repair is not None:
-        left = write(found, repair, console)
+        try:
+            left = write(found, repair, console)
+        except OSError as error:  # a full disk, a folder that may not be written to
+            raise UserError(f"--repair {repair}: {error.strerror or error}") from error
         console.print(f"{left} samples in {repair}")
     elif found.problems:
         raise typer.Exit(1)

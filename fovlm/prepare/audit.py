@@ -67,7 +67,8 @@ class Audit:
 def audit(patterns: list[str], against: list[str], workers: int, decode: bool, console: Console) -> Audit:
     """Scan the shards of the patterns, those of `against` left out. Raises UserError for a pattern without any."""
     other = shards_of(against) if against else []
-    paths = [path for path in shards_of(patterns) if path not in other]
+    itself = {path.resolve() for path in other}
+    paths = [path for path in shards_of(patterns) if path.resolve() not in itself]
     if not paths:
         raise UserError("--against names the same shards: nothing is left to check")
     scans = scan_all(paths, workers, decode, console, "checking")

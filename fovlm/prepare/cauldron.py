@@ -15,6 +15,10 @@ from fovlm.prepare.tables import Row, pick
 def make(row: Row, job: Job) -> Iterator[Made]:
     """The picture with each of its exchanges, or the first."""
     images, texts = pick(row, "images"), pick(row, "texts")
+    if not isinstance(images, list):
+        raise BadSample("images are not a list")
+    if not isinstance(texts, list) or not all(isinstance(text, dict) for text in texts):
+        raise BadSample("texts are not a list of {user, assistant, source}")
     if len(images) != 1:
         raise BadSample("several pictures in one row" if len(images) > 1 else "no picture")
     jpeg = picture(images[0], job)

@@ -11,7 +11,7 @@ from fovlm.bad import BadSample
 from fovlm.prepare.job import Job
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".webp", ".gif")  # tried for a video named without one
-BESIDE = ("", "video", "videos", "clips")  # folders under the raw data in which videos are looked for
+BESIDE = ("", "video", "videos", "video_folder", "clips")  # folders under the raw data in which videos are looked for
 
 
 def find_video(name: object, job: Job) -> Path:
@@ -21,13 +21,20 @@ def find_video(name: object, job: Job) -> Path:
         raise BadSample("the video's path leads out of the folder")
     for folder in video_folders(job):
         file = folder / relative
-        if file.is_file():
+        if _is_file(file):
             return file
         if relative.suffix.lower() not in SUFFIXES:
             for suffix in SUFFIXES:
-                if (with_suffix := file.with_name(file.name + suffix)).is_file():
+                if _is_file(with_suffix := file.with_name(file.name + suffix)):
                     return with_suffix
     raise BadSample("no such video file")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for a file, a folder that may not be read
+        return False
 
 
 def video_folders(job: Job) -> list[Path]:
@@ -58,10 +65,13 @@ def picture(image: Any, job: Job) -> bytes:
     if not data and isinstance(image, dict):
         data = image.get("path")
     if isinstance(data, str):
-        if Path(data).is_absolute() or ".." in Path(data).parts or not (job.folder / data).is_file():
+        if Path(data).is_absolute() or ".." in Path(data).parts or not _is_file(job.folder / data):
             raise BadSample("no such picture file")
-        data = (job.folder / data).read_bytes()
-    if not data:
+        try:
+            data = (job.folder / data).read_bytes()
+        except OSError as error:
+            raise BadSample("unreadable file") from error
+    if not data or not isinstance(data, bytes):
         raise BadSample("no picture")
     file = io.BytesIO(data)
     kind = footage.kind_of(file)

@@ -61,6 +61,7 @@ class Source:
     prompt: str = ""  # asked of samples without a question
     turns: str = "first"
     rows: Callable[[Path, bool], list[Row]] | None = None  # in place of tables: (where, skip missing files) -> all rows
+    whole: str = ""  # the table or folder that has all rows which others beside it have again
     sidecars: bool = False  # a JSON beside each video will do in place of a table
 
 

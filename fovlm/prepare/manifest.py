@@ -4,9 +4,13 @@ The manifest is written anew after every shard, so it names exactly the shards t
 resume needs. Nothing in it depends on when, where, or on how many workers it was made.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -86,6 +90,24 @@ def load(folder: Path) -> Manifest | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}): remove it, and every shard is made again") from error
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Two commands must not write into one folder at the same time. Raises UserError while another one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY)  # the lock is on the folder itself, and ends with this process
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(opened)
+        raise UserError(f"another command is writing into {folder}: wait for it, or take another folder") from None
+    except OSError:
+        pass  # some network file systems have no locks on folders
+    try:
+        yield
+    finally:
+        os.close(opened)
 
 
 def open_or_new(folder: Path, settings: dict[str, Any], inputs: list[dict[str, Any]]) -> Manifest:

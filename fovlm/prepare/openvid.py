@@ -23,4 +23,5 @@ SOURCE = Source(
     ("video", "caption"),
     make,
     "Describe the video.",
+    whole="OpenVid-1M.csv",  # beside it the card has OpenVidHD.csv, a part of it
 )

@@ -26,9 +26,9 @@ TRANSCRIPT = {"user": "User", "assistant": "Assistant"}
 def make(row: Row, job: Job) -> Iterator[Made]:
     """The first exchange, or each with those before it; nothing for a conversation of another stage."""
     messages = pick(row, "messages")
+    system, exchanges = _exchanges(messages)
     if job.stage and stage_of(messages) != job.stage:
         return
-    system, exchanges = _exchanges(messages)
     source = str(row.get("source") or "smoltalk")
     before: list[str] = []
     for user, assistant in exchanges[:1] if job.turns == "first" else exchanges:
@@ -45,9 +45,11 @@ def stage_of(messages: Any) -> int:
 
 def _exchanges(messages: Any) -> tuple[str, list[tuple[str, str]]]:
     """(system message, [(user, assistant)]). Raises BadSample for anything but turns that alternate."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("content") or "", str) for m in messages
+    ):
         raise BadSample("messages are not a list of {role, content}")
-    system, turns = "", [(m.get("role"), str(m.get("content") or "").strip()) for m in messages]
+    system, turns = "", [(m.get("role"), (m.get("content") or "").strip()) for m in messages]
     if turns and turns[0][0] == "system":
         system, turns = turns[0][1], turns[1:]
     pairs = list(zip(turns[::2], turns[1::2]))  # a last question without an answer is left out
@@ -58,4 +60,4 @@ def _exchanges(messages: Any) -> tuple[str, list[tuple[str, str]]]:
     return system, [(user[1], assistant[1]) for user, assistant in pairs]
 
 
-SOURCE = Source("smoltalk", "text", ("parquet", "jsonl"), (("messages",),), ("messages", "source"), make)
+SOURCE = Source("smoltalk", "text", ("parquet", "jsonl"), (("messages",),), ("messages", "source"), make, whole="all")

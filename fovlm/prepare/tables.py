@@ -49,6 +49,16 @@ def find_tables(where: Path, formats: tuple[str, ...]) -> list[Path]:
     raise UserError(f"{where} holds no {kinds}: give the folder that does, or the file itself")
 
 
+def refuse_twice(tables: list[Path], raw: Path, whole: str) -> None:
+    """`whole` is a file or folder that has all rows of the others. Raises UserError when it is read beside them."""
+    within = {table: table.relative_to(raw).parts for table in tables}
+    parts = [table for table in tables if whole not in within[table]]
+    if parts and len(parts) < len(tables):
+        place = next(names for names in within.values() if whole in names)
+        at = raw.joinpath(*place[: place.index(whole) + 1])
+        raise UserError(f"{parts[0]} has rows that {at} has too, and each would come twice: give {at} as IN")
+
+
 def _tables_in(folder: Path, name: str) -> list[Path]:
     if name == "parquet":
         return sorted(folder.rglob("*.parquet"))
@@ -107,7 +117,7 @@ def read_block(block: Block, columns: tuple[str, ...]) -> list[Row | str]:
         file.seek(block.place)
         data = file.read(block.length)
     if block.format == "jsonl":
-        return [_row_of(line) for line in data.splitlines() if line.strip()]
+        return [_row_of(line) for line in data.split(b"\n") if line.strip()]
     lines = (line.decode("utf-8", "replace") for line in data.splitlines(keepends=True))
     return [_csv_row(block.names, cells) for cells in csv.reader(lines) if cells]
 
@@ -135,7 +145,7 @@ def _csv_row(header: tuple[str, ...], cells: list[str]) -> Row | str:
 
 
 def _header(file: Path) -> list[str]:
-    with open(file, encoding="utf-8-sig", newline="") as lines:
+    with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
         return next(csv.reader(lines), [])
 
 

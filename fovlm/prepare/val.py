@@ -37,15 +37,22 @@ def draw(pattern: str, out: Path, name: str, samples: int, seed: int, workers: i
     scans = scan_all(paths, workers, False, console, "reading")
     settings = {"source": "val", "samples": samples, "seed": seed, "name": name}
     inputs = [{"file": path.name, "checksum": checksum} for path, checksum in ((s.path, s.checksum) for s in scans)]
-    manifest = books.open_or_new(out, settings, inputs)
-    if manifest.complete:
-        _verify(manifest, out)
-        console.print("this set is drawn already, and unchanged")
-        return manifest
+    with books.alone(out):
+        manifest = books.open_or_new(out, settings, inputs)
+        if manifest.complete:
+            _verify(manifest, out)
+            console.print("this set is drawn already, and unchanged")
+        else:
+            _draw(scans, out, manifest)
+    return manifest
+
+
+def _draw(scans: list[Scan], out: Path, manifest: Manifest) -> None:
+    """Draw as the manifest's settings say, and write it all."""
+    samples, seed, name = (manifest.settings[key] for key in ("samples", "seed", "name"))
     strata = _strata(scans, seed)
     shares = allocate({stratum: len(drawn) for stratum, drawn in strata.items()}, samples)
     chosen = {stratum: drawn[: shares[stratum]] for stratum, drawn in strata.items()}
-    out.mkdir(parents=True, exist_ok=True)
     taken: list[dict[str, Any]] = []
     for kind in sorted({kind for kind, _ in chosen}):
         some = sorted((d for (k, _), drawn in chosen.items() if k == kind for d in drawn), key=lambda d: d[0])
@@ -55,7 +62,6 @@ def draw(pattern: str, out: Path, name: str, samples: int, seed: int, workers: i
     replace_file(out / TAKEN, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in taken).encode())
     manifest.complete = True
     manifest.save(out)
-    return manifest
 
 
 def allocate(there: dict[Any, int], samples: int) -> dict[Any, int]:
@@ -72,8 +78,8 @@ def allocate(there: dict[Any, int], samples: int) -> dict[Any, int]:
     order = sorted(there, key=lambda s: (-(samples * there[s] % total), str(s)))
     while (left := samples - sum(shares.values())) != 0:
         if left > 0:
-            for stratum in order[:left]:
-                shares[stratum] += shares[stratum] < there[stratum]
+            for stratum in [s for s in order if shares[s] < there[s]][:left]:
+                shares[stratum] += 1
         else:
             shares[max(shares, key=lambda s: (shares[s], str(s)))] -= 1
     return shares

@@ -15,6 +15,7 @@ from fovlm.prepare.tables import Row, pick
 VIDEO = (
     "video",
     "file_name",
+    "video_name",
     "videoid",
     "video_id",
     "id",

@@ -27,7 +27,7 @@ from fovlm.prepare.make import Rejected, all_rows, checksum_of, excluded, make_s
 from fovlm.prepare.manifest import Manifest, Shard
 from fovlm.prepare.plan import Task, plan
 from fovlm.prepare.sources import source_of
-from fovlm.prepare.tables import LINES, Block, blocks_of, find_tables, sidecar_blocks
+from fovlm.prepare.tables import LINES, Block, blocks_of, find_tables, refuse_twice, sidecar_blocks
 from fovlm.prepare.workers import each
 from fovlm.text import load_tokenizer, template
 
@@ -50,7 +50,11 @@ def prepare(job: Job, workers: int, console: Console) -> Manifest:
     job = replace(job, prompt=job.prompt or source.prompt)
     _check(job, source)
     blocks = _blocks(job, source)
-    job.out.mkdir(parents=True, exist_ok=True)
+    with books.alone(job.out):
+        return _make(job, blocks, workers, console)
+
+
+def _make(job: Job, blocks: list[Block], workers: int, console: Console) -> Manifest:
     manifest = books.open_or_new(job.out, _settings(job), _inputs(job, blocks))
     tasks = plan(blocks, job.per_shard, job.seed)
     missing = [task for task in tasks if shard_path(job, task.number).name not in manifest.shards]
@@ -62,20 +66,23 @@ def prepare(job: Job, workers: int, console: Console) -> Manifest:
     _write(rejected_file, kept)
     with rejected_file.open("a", encoding="utf-8") as log, _Bar(console, missing, job.out) as bar:
         for shard, rejected in each(make_shard, [(job, task) for task in missing], workers):
+            if not shard.samples and set(shard.rejected) == {"no such video file"}:  # ahead of the books: it is to be made again
+                where = ", ".join(str(folder) for folder in video_folders(job))
+                raise UserError(
+                    f"none of the {shard.rows} videos of a shard is there (looked in {where}): give --videos DIR"
+                )
             log.write(_lines(rejected))  # ahead of the manifest: lines of a shard that it doesn't name are dropped
             log.flush()
             kept += rejected
             manifest.shards[shard.name] = shard
             manifest.save(job.out)
             bar.show(shard, manifest)
-            if not shard.samples and set(shard.rejected) == {"no such video file"}:
-                where = ", ".join(str(folder) for folder in video_folders(job))
-                raise UserError(
-                    f"none of the {shard.rows} videos of a shard is there (looked in {where}): give --videos DIR"
-                )
     if not manifest.total("samples"):
         cause = next(iter(manifest.rejected), "there are no rows")
-        raise UserError(f"no sample could be made of the {manifest.total('rows')} rows in {job.raw}; mostly: {cause}")
+        told = f"no sample could be made of the {manifest.total('rows')} rows in {job.raw}; mostly: {cause}"
+        manifest.shards.clear()  # once that is mended, all are made again
+        manifest.save(job.out)
+        raise UserError(told)
     _write(rejected_file, kept)
     manifest.complete = True
     manifest.save(job.out)
@@ -104,7 +111,10 @@ def _blocks(job: Job, source: Source) -> list[Block]:
         return [Block(job.raw, "rows", n, min(LINES, rows - n)) for n in range(0, rows, LINES)]
     if source.sidecars and (blocks := sidecar_blocks(job.raw, source.formats)):
         return blocks
-    return [block for table in find_tables(job.raw, source.formats) for block in blocks_of(table, source.needs)]
+    tables = find_tables(job.raw, source.formats)
+    if source.whole:
+        refuse_twice(tables, job.folder, source.whole)
+    return [block for table in tables for block in blocks_of(table, source.needs)]
 
 
 def _settings(job: Job) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class ZeroWeights:
                 self._by_group(group, [flat[i] for flat in flats], paddings[i], count)
         module = head.get("module") or {}
         if stage < 3:  # whole beside the shards; stage 1 lists its frozen parameters nowhere else
-            rest = [name for name in module if name not in self.shapes and name not in self.ties]
+            rest = [name for name in module if name not in self._pieces and name not in self.ties]
         else:
             rest = [name for name in _field(path, head, "buffer_names") if name in module]
             for name, shape in (head.get("frozen_param_shapes") or {}).items():

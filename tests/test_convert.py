@@ -92,6 +92,16 @@ def test_buffers_keep_their_type(tmp_path, stage):
     assert torch.equal(weights.read(HEAD), model.llm.lm_head.weight)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_all_is_still_there_when_the_files_were_mapped_anew(tmp_path, stage):
+    """As happens every 256 MB; frozen weights and buffers are found in other places than the trained ones."""
+    weights = ZeroWeights(write_run(tmp_path / "run", tiny_model(seed=3), stage=stage) / "engine")
+    before = {name: weights.read(name) for name in weights.shapes}
+    weights.release()
+    assert all(torch.equal(weights.read(name), before[name]) for name in weights.shapes)
+    assert "encoder.dino.embeddings.mask_token" in before
+
+
 @pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_each_type_is_held_against_what_was_recorded(tmp_path, dtype, trained):

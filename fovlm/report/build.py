@@ -55,7 +55,9 @@ def write_report(words: Iterable[str], out: Path, title: str = "What the runs sa
         cells = grid(evidence)
         progress.update(task, completed=2, description="drawing")
         blocks = [Heading(title, 1), *_summary(evidence, found, cells, unasked), *_ablations(evidence, found, out)]
-        blocks += _training(evidence, out) + _gaze(evidence, out) + _grid(cells, out) + _end(evidence)
+        blocks += (
+            _training(evidence, out) + _gaze(evidence, out) + _grid(cells, _seeing(evidence), out) + _end(evidence)
+        )
         progress.update(task, completed=3, description="writing")
         (out / "report.md").write_text(markdown(blocks), encoding="utf-8")
         html = out / "report.html"
@@ -70,7 +72,8 @@ def _summary(evidence: Evidence, found: list[Answer], cells: Grid | None, unaske
         rows += [(f"Best size at {budget}, {ONE[arch]}", optimum_text(cells, arch, budget)) for arch in cells.archs
                  for budget in cells.budgets if cells.of(arch, budget)]  # fmt: skip
         rows += [(f"Growth of the best size, {ONE[arch]}", law_text(cells, arch)) for arch in cells.archs]
-        rows += [("One token against sixteen as scale grows", trend_text(cells))] if len(cells.archs) == 2 else []
+        if len(cells.archs) == 2:
+            rows.append(("One token against sixteen as scale grows", trend_text(cells, _seeing(evidence))))
     told = f"{len(evidence.runs)} finished runs. Losses are final validation losses in nats per token, lower is better."
     blocks: list[Block] = [Text(told), Heading("Decisions"), Table(("question", "answer"), rows)]
     limits = _limits(evidence.runs)
@@ -168,7 +171,7 @@ def _gaze(evidence: Evidence, out: Path) -> list[Block]:
     return [Heading("Where it looks"), *table, *blocks] if table or blocks else []
 
 
-def _grid(cells: Grid | None, out: Path) -> list[Block]:
+def _grid(cells: Grid | None, seeing: float | None, out: Path) -> list[Block]:
     if cells is None:
         return []
     blocks: list[Block] = [Heading("Scale: iso-FLOP curves and the best size of a budget")]
@@ -189,7 +192,7 @@ def _grid(cells: Grid | None, out: Path) -> list[Block]:
     blocks += [Figure(drawn, "Measured losses against the fitted law.")] if drawn else []
     blocks += [Text(f"Rule: {LAW_RULE}"), Text(CHECKED)]
     if len(cells.archs) == 2:
-        told = trend_text(cells)
+        told = trend_text(cells, seeing)
         blocks += [Heading("Scale: one token against sixteen"), Bold(told, not told.startswith("not decided"))]
         drawn = figures.one_or_sixteen(cells, out / "one_or_sixteen.svg")
         blocks += [Figure(drawn, "Loss of the foveated model over that of the multi-token model of the same size and "
@@ -240,6 +243,12 @@ def _count(evidence: Evidence, val_set: str) -> str:
     runs = [run for run in evidence.runs if run.val_set == val_set]
     scored = {run.summary["val_samples"] for run in runs if run.summary.get("val_samples")}
     return f"{len(runs)} runs" + (f", {'/'.join(map(str, sorted(scored)))} samples scored" if scored else "")
+
+
+def _seeing(evidence: Evidence) -> float | None:
+    """The loss below which a run has learned to see, where the best one without a picture is known."""
+    floors = {float(run.summary[BLIND]) for run in evidence.runs if run.summary.get(BLIND)}
+    return (1 - AT_FLOOR) * min(floors) if floors else None
 
 
 def _fact(evidence: Evidence, key: str) -> float | None:

@@ -145,7 +145,7 @@ def confounds(evidence: Evidence, roles: Sequence[str], varies: Sequence[str]) -
     other = sorted(path for path in paths if not any(_under(path, part) for part in varies))
     said = [f"the runs also differ in {', '.join(other)}"] if other else []
     hashes = {run.summary.get("data_hash") for run in runs}
-    if len(hashes) > 1 and "data.train" not in varies:
+    if len(hashes) > 1 and not {"data.train", "data.image_frames"} & set(varies):  # the hash holds both
         said.append("the runs were trained on different data")
     return "; ".join(said)
 

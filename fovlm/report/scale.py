@@ -33,7 +33,8 @@ LAW_RULE = (
 )
 TREND_RULE = (
     f"log(loss of F / loss of B) over log FLOPs, a straight line through at least {PAIRS} pairs of cells over {SIZES} "
-    f"budgets: decided when the {LEVEL:.0%} interval of its slope (Student) does not hold 0. Cells of one budget are "
+    f"budgets: decided when the {LEVEL:.0%} interval of its slope (Student) does not hold 0 and all cells have learned "
+    "to see (their loss is clearly below the best without a picture, where that is known). Cells of one budget are "
     "taken as independent."
 )
 
@@ -143,8 +144,11 @@ def law_text(found: Grid, arch: str) -> str:
     return told if high - low <= WIDEST else f"not decided, the interval is too wide: {told}"
 
 
-def trend_text(found: Grid) -> str:
-    """Whether one token gains on sixteen with compute, and how often it is the better."""
+def trend_text(found: Grid, floor: float | None = None) -> str:
+    """Whether one token gains on sixteen with compute, and how often it is the better.
+
+    Cells whose loss is not below `floor` (nats) have not learned to see: a trend through them is not one of scale.
+    """
     pairs = found.pairs()
     better = sum(f.loss < b.loss for f, b in pairs)
     count = f"F has the lower loss in {better} of {len(pairs)} cells"
@@ -155,6 +159,11 @@ def trend_text(found: Grid) -> str:
     told = f"the loss of F over that of B changes by {change} for ten times the compute [{low}, {high}]"
     if not found.trend.excludes_zero:
         return f"not decided: {told}. {count}"
+    if floor is not None and (blind := sum(max(f.loss, b.loss) > floor for f, b in pairs)):
+        return (
+            f"not decided: in {blind} of the cells a side has not learned to see, so this is the trend of when that "
+            f"begins: {told}. {count}"
+        )
     gaining = "F gains on B" if found.trend.value < 0 else "B gains on F"
     return f"{gaining} with scale: {told}. {count}"
 

@@ -21,6 +21,7 @@ from fovlm.errors import UserError, nearest
 # new: nothing to go on from; begun: a checkpoint, or something else that the run itself judges; changed: what is there
 # was made under other settings.
 Standing = Literal["new", "begun", "finished", "changed"]
+FEW = 12  # names in a message
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ def select(patterns: Iterable[str], only: str = "", folder: Path = runs.EXPERIME
     found = [pair for pattern in patterns for pair in _matches(pattern, groups, everything)]
     kept = [(group, name) for group, name in dict.fromkeys(found) if only in name or fnmatchcase(name, only)]
     if not kept:
-        raise UserError(f"--filter {only}: none of {', '.join(name for _, name in dict.fromkeys(found))}")
+        names = [name for _, name in dict.fromkeys(found)]
+        told = ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
+        raise UserError(f"--filter {only}: none of {told}{nearest(only, names)}")
     return kept
 
 

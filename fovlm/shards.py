@@ -114,12 +114,18 @@ def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> None:
     """Write one tar of samples as they come; it gets its name when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "wb") as file:
-        writer = webdataset.TarWriter(file, encoder=False, mtime=0)
-        for sample in samples:
-            writer.write({name: _encoded(value) for name, value in sample.items()})
-        writer.close()
-    os.replace(unfinished, path)
+    try:
+        with open(unfinished, "wb") as file:
+            writer = webdataset.TarWriter(file, encoder=False, mtime=0)
+            try:
+                for sample in samples:
+                    writer.write({name: _encoded(value) for name, value in sample.items()})
+            finally:
+                writer.close()
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)  # on a full disk, what it holds is wanted back
+        raise
 
 
 def _encoded(value: Any) -> Any:

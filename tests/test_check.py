@@ -179,7 +179,8 @@ def test_shares_are_exact_and_nobody_is_left_out():
 
 def test_shares_end_where_a_small_kind_is_taken_whole():
     shares = allocate({"one": 1, "some": 10, "others": 10}, 20)
-    assert sum(shares.values()) == 20 and shares["one"] == 1
+    assert sum(shares.values()) == 20
+    assert shares["one"] == 1
 
 
 def test_the_commands_status_and_its_mistakes(damaged, tmp_path, capsys):
@@ -190,5 +191,6 @@ def test_the_commands_status_and_its_mistakes(damaged, tmp_path, capsys):
     assert "undecodable picture" in told
     assert main(["check", pattern, "--workers", "1", "--repair", str(tmp_path / "clean")]) == 0
     assert main(["check", pattern, "--repair", str(tmp_path / "clean")]) == 2
+    assert main(["check", pattern, "--repair", str(damaged / "train-00000.tar")]) == 2
     with pytest.raises(UserError, match=r"did you mean 'train-00000\.tar'"):
         shards_of([str(damaged / "train-0000.tar")])

@@ -417,7 +417,7 @@ def test_tables_that_repeat_each_other_are_not_read_together(tmp_path):
     talk = [{"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}]
     for name in ("all", "part"):
         parquet(tmp_path / "talk" / "data" / name / "train-0.parquet", talk)
-    with pytest.raises(UserError, match="would come twice: give .*/data/all as IN"):
+    with pytest.raises(UserError, match=r"would come twice: give .*/data/all as IN"):
         made("smoltalk", tmp_path / "talk", tmp_path / "chats")
     assert made("smoltalk", tmp_path / "talk" / "data" / "all", tmp_path / "chats").total("samples") == 1
 

@@ -72,7 +72,7 @@ def prepare(
     from fovlm.errors import EXIT_STOPPED, UserError, nearest
     from fovlm.prepare.job import Job
     from fovlm.prepare.sources import source_of
-    from fovlm.prepare.told import tell_manifest
+    from fovlm.prepare.told import tell_drawn, tell_manifest
     from fovlm.prepare.work import prepare as make
 
     console = Console(highlight=False, soft_wrap=True)
@@ -81,7 +81,7 @@ def prepare(
         if source == "val":
             from fovlm.prepare.val import draw
 
-            tell_manifest(console, out, draw(raw, out, name or "val", samples, seed, workers, console))
+            tell_drawn(console, out, draw(raw, out, name or "val", samples, seed, workers, console))
             return
         kind = source_of(source)
         for option, value, allowed in (

@@ -11,6 +11,8 @@ from fovlm.prepare.audit import Audit
 from fovlm.prepare.job import Source
 from fovlm.prepare.manifest import Manifest
 
+PROMPTS = {"video": "Describe the video.", "image": "Describe the picture."}  # of samples without a question
+
 
 def tell_manifest(console: Console, out: Path, manifest: Manifest, source: Source | None = None) -> None:
     """Totals, what was rejected, and the line that declares the source."""
@@ -33,6 +35,24 @@ def tell_manifest(console: Console, out: Path, manifest: Manifest, source: Sourc
         console.print("as a line under data.sources of an experiment (the path is below FOVLM_DATA):")
         line = f'  {told}: {{kind: {source.kind}, shards: "{out.name}/{pattern_of(shards)}"{prompt}}}'
         console.print(line, markup=False)
+
+
+def tell_drawn(console: Console, out: Path, manifest: Manifest) -> None:
+    """What `fovlm prepare val` has drawn, the lines that declare it, and that training must be kept apart from it."""
+    tell_manifest(console, out, manifest)
+    by_kind: dict[str, list[str]] = {}
+    for name in sorted(manifest.shards):
+        by_kind.setdefault(name.rpartition("-")[0].rpartition("-")[2], []).append(name)
+    console.print("as lines under data.sources of an experiment (the path is below FOVLM_DATA):")
+    for kind, shards in by_kind.items():
+        prompt = f", prompt: {PROMPTS[kind]}" if kind in PROMPTS else ""
+        line = f'  {out.name}_{kind}: {{kind: {kind}, shards: "{out.name}/{pattern_of(shards)}"{prompt}}}'
+        console.print(line, markup=False)
+    console.print(
+        f"the shards it was drawn from still hold these samples: before training on them, "
+        f"fovlm check 'SHARDS' --against '{out}/*.tar' --repair FOLDER",
+        markup=False,
+    )
 
 
 def pattern_of(names: list[str]) -> str:

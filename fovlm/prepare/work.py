@@ -66,7 +66,8 @@ def _make(job: Job, blocks: list[Block], workers: int, console: Console) -> Mani
     _write(rejected_file, kept)
     with rejected_file.open("a", encoding="utf-8") as log, _Bar(console, missing, job.out) as bar:
         for shard, rejected in each(make_shard, [(job, task) for task in missing], workers):
-            if not shard.samples and set(shard.rejected) == {"no such video file"}:  # ahead of the books: it is to be made again
+            # Ahead of the books, so that such a shard is made again.
+            if not shard.samples and set(shard.rejected) == {"no such video file"}:
                 where = ", ".join(str(folder) for folder in video_folders(job))
                 raise UserError(
                     f"none of the {shard.rows} videos of a shard is there (looked in {where}): give --videos DIR"

@@ -1,0 +1,80 @@
+"""Raw data as it is published, in miniature, and what was prepared of it: for the tests of prepare."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from rich.console import Console
+
+from fovlm.index import make_index
+from fovlm.prepare import manifest as books
+from fovlm.prepare.audit import members_of
+from fovlm.prepare.job import Job
+from fovlm.prepare.sources import SOURCES
+from fovlm.prepare.work import prepare
+
+QUIET = Console(quiet=True)
+VIDEO = tiny.video(3)  # 0, 1 and 2 s
+
+
+def parquet(file: Path, rows: list[dict], group: int = 4) -> Path:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=group)
+    return file
+
+
+def jsonl(file: Path, rows: list[dict]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def table(file: Path, header: list[str], rows: list[list[str]]) -> Path:
+    with file.open("w", newline="") as out:
+        csv.writer(out).writerows([header, *rows])
+    return file
+
+
+def made(source: str, raw: Path, out: Path, workers: int = 1, **more) -> books.Manifest:
+    more.setdefault("turns", SOURCES[source].turns)
+    return prepare(Job(source, raw, out, size=16, **more), workers, QUIET)
+
+
+def samples_of(out: Path) -> list[tuple[str, dict, list[str]]]:
+    """(key, record, extensions of the pictures) of all samples, in the order of the shards."""
+    found = []
+    for path in sorted(out.glob("*.tar")):
+        index, data = make_index(path), path.read_bytes()
+        assert not index.broken
+        for row, key in enumerate(index.key):
+            at = int(index.offset[row])
+            files = members_of(data[at : at + int(index.length[row])])
+            record = next(json.loads(content) for member, content in files.items() if member.extension == "json")
+            found.append((key, record, [member.extension for member in files if member.extension != "json"]))
+    return found
+
+
+def bytes_of(out: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.suffix in (".tar", ".json", ".jsonl")
+    }
+
+
+def conversations(n: int) -> list[dict]:
+    return [
+        {"messages": [{"role": "user", "content": f"what is {i} ?"}, {"role": "assistant", "content": f"it is {i}"}]}
+        for i in range(n)
+    ]
+
+
+def openvid(folder: Path) -> Path:
+    (folder / "video").mkdir(parents=True)
+    for name in ("a.mp4", "b.mp4"):
+        (folder / "video" / name).write_bytes(VIDEO)
+    (folder / "video" / "cut.mp4").write_bytes(VIDEO[: len(VIDEO) // 2])
+    rows = [["a.mp4", 'red, "blue"\nred', "5"], ["b.mp4", "blue", "4"], ["cut.mp4", "no", "4"], ["gone.mp4", "no", "4"]]
+    table(folder / "OpenVid-1M.csv", ["video", "caption", "aesthetic score"], [*rows, ["a.mp4", " ", "5"]])
+    return folder

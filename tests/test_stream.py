@@ -232,6 +232,35 @@ def test_one_token_attends_as_transformers_has_it():
     assert ours[0].shape == (2, 1, 4, 8)
 
 
+def test_in_bf16_one_token_asks_whole_buffers(monkeypatch):
+    """Their length changes once in CHUNK tokens, and what stands behind the last token is not seen."""
+    model = model_of().to(torch.bfloat16)
+    asked: list[tuple[int, int]] = []
+    products = recall._two_products
+
+    def noted(rows, key, value, mask, scale):
+        n = int(mask.sum())
+        assert bool(mask[..., :n].all())
+        asked.append((key.shape[2], n))
+        spoiled = [x.clone() for x in (key, value)]
+        for x in spoiled:
+            x[:, :, n:] = 99.0
+        seen = products(rows, key, value, mask, scale)
+        assert torch.equal(seen, products(rows, *spoiled, mask, scale))
+        wide = [x.double() for x in (rows, key[:, :, :n], value[:, :, :n])]
+        exact = torch.softmax(wide[0] @ wide[1].mT * scale, dim=-1) @ wide[2]
+        assert float((seen - exact).norm() / exact.norm()) < 0.01  # bf16 has 8 bits
+        return seen
+
+    monkeypatch.setattr(recall, "_two_products", noted)
+    stream = watch(model)
+    for i in range(2 * CHUNK + 3):
+        stream.see(frames(1, i)[0])
+    layers = model.config.llm_config.num_hidden_layers
+    lengths = [n for n in range(2, 2 * CHUNK + 4) if n % CHUNK]  # a full buffer needs no mask
+    assert asked == [(-(-n // CHUNK) * CHUNK, n) for n in lengths for _ in range(layers)]
+
+
 @pytest.mark.parametrize("prompt", ["before", "after"])
 def test_a_stream_shows_the_look_that_made_the_token(prompt):
     model = model_of(prompt=prompt)

@@ -167,6 +167,7 @@ class Experiment(Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     note: str = ""
+    seeds: Count = 1  # how often `fovlm run` repeats it, each time with other first weights
     engine: str = "zero2"  # a file of ds_configs
     model: Model = Model()
     data: Data = Data()
@@ -191,8 +192,8 @@ class Experiment(Strict):
 
     @property
     def hash(self) -> str:
-        """16 hex digits of all that a checkpoint depends on: not the name, the note, the journal and `HOW`."""
-        exclude: dict[str, Any] = {"name": True, "note": True, "journal": True, **HOW}
+        """16 hex digits of all that a checkpoint depends on: not the name, note, seeds, journal and `HOW`."""
+        exclude: dict[str, Any] = {"name": True, "note": True, "seeds": True, "journal": True, **HOW}
         what = json.dumps(self.model_dump(exclude=exclude), sort_keys=True)
         return hashlib.sha256(what.encode()).hexdigest()[:16]
 

@@ -77,22 +77,25 @@ def _matches(pattern: str, groups: dict[str, list[str]], everything: list[tuple[
 
 
 def plan(
-    chosen: Iterable[tuple[str, str]], overrides: list[str], seeds: int = 1, folder: Path = runs.EXPERIMENTS
+    chosen: Iterable[tuple[str, str]], overrides: list[str], seeds: int | None = None, folder: Path = runs.EXPERIMENTS
 ) -> list[Planned]:
-    """The runs with their settings; with `seeds`, then the whole list once more for each further seed.
+    """The runs with their settings, then those once more that are to be repeated, as often as each one's file says.
 
-    Repeat number s of NAME is called NAME-s1, NAME-s2 ... and has `train.seed` raised by s: other first weights, the
-    same samples in the same order. Raises UserError for settings that cannot be, before anything runs.
+    `seeds` repeats all of them so often instead. Repeat number s of NAME is called NAME-s1, NAME-s2 ... and has
+    `train.seed` raised by s: other first weights, the same samples in the same order. Raises UserError for settings
+    that cannot be, before anything runs.
     """
-    chosen = list(chosen)
+    first = [(group, name, config.load(name, overrides, folder)) for group, name in chosen]
+    times = [seeds or experiment.seeds for _, _, experiment in first]
     for word in overrides:
-        if word.startswith(("name=", "journal.folder=")) and (len(chosen) > 1 or seeds > 1):
+        if word.startswith(("name=", "journal.folder=")) and sum(times) > 1:
             raise UserError(f"command line: {word}: several runs would write into one folder")
     planned = []
-    for repeat in range(seeds):
-        for group, name in chosen:
+    for repeat in range(max(times, default=0)):
+        for (group, name, experiment), most in zip(first, times, strict=True):
+            if repeat >= most:
+                continue
             words = [name, *overrides]
-            experiment = config.load(name, overrides, folder)
             if repeat:
                 words += [f"name={experiment.name}-s{repeat}", f"train.seed={experiment.train.seed + repeat}"]
                 experiment = config.load(name, words[1:], folder)

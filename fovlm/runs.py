@@ -24,7 +24,7 @@ from fovlm.errors import EXIT_USER_ERROR, UserError, nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ROOT / "experiments"
-SECTIONS = ("note", "engine", "model", "data", "optim", "train", "journal")
+SECTIONS = ("note", "seeds", "engine", "model", "data", "optim", "train", "journal")
 FORMS = ("base", "runs", "grid")
 WHOLE = {("data", "train"), ("model", "llm"), ("model", "dino")}  # a mix or a model is read in one place
 ONE_OF: dict[tuple[str, ...], set[str]] = {("train",): {"samples", "steps", "flops"}}

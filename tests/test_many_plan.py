@@ -56,6 +56,13 @@ def test_seeds_repeat_the_list_with_other_weights_and_the_same_data():
     assert len({run.experiment.hash for run in runs}) == 6
 
 
+def test_a_file_says_how_often_its_runs_are_repeated():
+    runs = plan(select(["nano-A6", "nano-D1"]), ["train.steps=9"])
+    assert [run.name for run in runs] == ["nano-A6", "nano-D1", "nano-A6-s1", "nano-A6-s2"]
+    assert [run.name for run in plan(select(["nano-A6"]), [], seeds=1)] == ["nano-A6"]
+    assert runs[0].experiment.hash == plan(select(["nano-A6"]), ["train.steps=9", "seeds=1"])[0].experiment.hash
+
+
 def test_settings_that_cannot_be_are_told_before_anything_runs():
     with pytest.raises(UserError, match="lr_llm"):
         plan(select(["LR1"]), ["optim.lr_lm=1"])

@@ -16,7 +16,9 @@ def run(
         typer.Argument(metavar="PATTERN... [section.key=value ...]", help="`ablations/*`, `LR1 A1`, `135M-*`"),
     ] = None,
     only: Annotated[str, typer.Option("--filter", help="Keep the runs with this in their name.")] = "",
-    seeds: Annotated[int, typer.Option(min=1, help="Repeats of each run: NAME, NAME-s1, NAME-s2 ...")] = 1,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Repeats of each run: NAME, NAME-s1 ...; unless told, as its file says.")
+    ] = None,
     gpus: Annotated[str, typer.Option(help="GPUs to share out, like 0,1,2,3; unless told, each run has all.")] = "",
     per_run: Annotated[int, typer.Option(min=1, help="GPUs for each run.")] = 1,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time on the CPU.")] = None,

@@ -29,7 +29,7 @@ from fovlm.report.compare import (
 BASELINE = "LR1"
 SAMPLES_APART = 0.02  # of the samples seen; sides further apart than this did not see "equal samples"
 # Settings that are no difference between sides: seeds, and how a run is carried out (`config.HOW`).
-APART_FROM = {"name", "note", "journal", "train.seed", "engine"}
+APART_FROM = {"name", "note", "seeds", "journal", "train.seed", "engine"}
 APART_FROM |= {f"{section}.{key}" for section, keys in HOW.items() for key in keys}
 NAMES = {
     "F1": "F1, both backbones frozen", "F2": "F2, language model frozen", "LR1": "LR1, baseline",

@@ -148,8 +148,17 @@ def test_an_evaluation_set_is_stratified_frozen_and_kept_apart(tmp_path):
         draw(pattern, val, "val", 16, 0, 1, QUIET)
     shard = val / "val-text-00000.tar"
     shard.write_bytes(shard.read_bytes().replace(b"it is", b"it IS"))
-    with pytest.raises(UserError, match="is not what was drawn"):
-        draw(pattern, val, "val", 15, 0, 1, QUIET)
+    for spoil in (lambda: None, shard.unlink):
+        spoil()
+        with pytest.raises(UserError, match="is not what was drawn"):
+            draw(pattern, val, "val", 15, 0, 1, QUIET)
+
+
+def test_an_evaluation_set_is_not_drawn_past_a_damaged_shard(tmp_path):
+    paths = write_shards(tmp_path / "train-%02d.tar", [text(f"t{n}", f"it is {n}") for n in range(20)], 10)
+    paths[1].write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"train-01\.tar: not a readable tar"):
+        draw(str(tmp_path / "train-*.tar"), tmp_path / "val", "val", 5, 0, 1, QUIET)
 
 
 def test_a_later_prepare_can_leave_out_the_evaluation_set(tmp_path):

@@ -29,21 +29,25 @@ Drawn = tuple[str, Scan, Entry]  # rank, where it comes from, what it is
 def draw(pattern: str, out: Path, name: str, samples: int, seed: int, workers: int, console: Console) -> Manifest:
     """Write OUT/NAME-KIND-00000.tar ..., stratified by kind and source; the manifest, whose hash names the set.
 
-    A set that is there already is kept as it is, and checked. Raises UserError when it was drawn otherwise.
+    A set that is there already is kept as it is, and checked. Raises UserError when it was drawn otherwise, when it is
+    not what was drawn, and for a shard that cannot be read.
     """
     paths = [path for path in shards_of([pattern]) if path.parent.resolve() != out.resolve()]
     if not paths:
         raise UserError(f"'{pattern}' names no shards outside {out}")
     scans = scan_all(paths, workers, False, console, "reading")
+    if bad := next((scan for scan in scans if scan.cause), None):
+        raise UserError(f"{bad.path}: {bad.cause}; make it again, or leave it out of the pattern")
     settings = {"source": "val", "samples": samples, "seed": seed, "name": name}
     inputs = [{"file": path.name, "checksum": checksum} for path, checksum in ((s.path, s.checksum) for s in scans)]
     with books.alone(out):
+        before = books.load(out)  # as it was left; what is opened below is without the shards that are gone
         manifest = books.open_or_new(out, settings, inputs)
-        if manifest.complete:
-            _verify(manifest, out)
+        if before is not None and before.complete:
+            _verify(before, out)
             console.print("this set is drawn already, and unchanged")
-        else:
-            _draw(scans, out, manifest)
+            return before
+        _draw(scans, out, manifest)
     return manifest
 
 
@@ -121,5 +125,5 @@ def _write(path: Path, some: list[Drawn], manifest: Manifest, taken: list[dict[s
 def _verify(manifest: Manifest, out: Path) -> None:
     """A frozen set must be what it was. Raises UserError."""
     for name, shard in manifest.shards.items():
-        if checksum_of(out / name) != shard.checksum:
+        if not (out / name).is_file() or checksum_of(out / name) != shard.checksum:
             raise UserError(f"{out / name} is not what was drawn: restore it, or draw a new set into another folder")

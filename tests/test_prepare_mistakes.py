@@ -99,6 +99,26 @@ def test_videos_that_were_not_found_are_made_once_they_are(tmp_path):
     assert (found.total("samples"), found.complete) == (1, True)
 
 
+def test_a_data_set_that_is_partly_there_is_prepared_as_far_as_it_goes(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "v0.mp4").write_bytes(VIDEO)
+    table(raw / "OpenVid-1M.csv", ["video", "caption"], [[f"v{n}.mp4", "Red."] for n in range(12)])
+    found = made("openvid", raw, tmp_path / "out", per_shard=3)
+    assert (found.total("samples"), found.rejected) == (1, {"no such video file": 11})
+    for n in range(12):
+        (raw / f"v{n}.mp4").write_bytes(VIDEO)
+    found = made("openvid", raw, tmp_path / "out", per_shard=3)
+    assert (found.total("samples"), found.rejected) == (10, {"no such video file": 2})  # those of a shard that had some
+
+
+def test_a_part_without_any_conversation_says_so(tmp_path):
+    raw = jsonl(tmp_path / "talk.jsonl", conversations(1))
+    stage = next(s for s in (1, 2, 3) if s != smoltalk.stage_of(conversations(1)[0]["messages"]))
+    with pytest.raises(UserError, match=f"of the 1 rows in .*mostly: they are of other stages than {stage}"):
+        made("smoltalk", raw, tmp_path / "out", stage=stage)
+
+
 def test_what_could_not_be_read_at_all_is_made_once_it_can(tmp_path):
     (tmp_path / "a.webm").write_bytes(b"not yet")
     table(tmp_path / "t.csv", ["video", "caption"], [["a.webm", "Red."]])

@@ -11,6 +11,7 @@ from fovlm.bad import BadSample
 from fovlm.prepare.job import Job
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".webp", ".gif")  # tried for a video named without one
+NO_VIDEO = "no such video file"
 BESIDE = ("", "video", "videos", "video_folder", "clips")  # folders under the raw data in which videos are looked for
 
 
@@ -27,7 +28,7 @@ def find_video(name: object, job: Job) -> Path:
             for suffix in SUFFIXES:
                 if _is_file(with_suffix := file.with_name(file.name + suffix)):
                     return with_suffix
-    raise BadSample("no such video file")
+    raise BadSample(NO_VIDEO)
 
 
 def _is_file(path: Path) -> bool:

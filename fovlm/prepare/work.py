@@ -21,7 +21,7 @@ from rich.text import Text
 from fovlm.errors import UserError
 from fovlm.index import replace_file
 from fovlm.prepare import manifest as books
-from fovlm.prepare.frames import video_folders
+from fovlm.prepare.frames import NO_VIDEO, video_folders
 from fovlm.prepare.job import Job, Source
 from fovlm.prepare.make import Rejected, all_rows, checksum_of, excluded, make_shard, shard_path
 from fovlm.prepare.manifest import Manifest, Shard
@@ -56,6 +56,8 @@ def prepare(job: Job, workers: int, console: Console) -> Manifest:
 
 def _make(job: Job, blocks: list[Block], workers: int, console: Console) -> Manifest:
     manifest = books.open_or_new(job.out, _settings(job), _inputs(job, blocks))
+    # A download that went on meanwhile: shards that had none of their videos are made again.
+    manifest.shards = {name: shard for name, shard in manifest.shards.items() if not _without_videos(shard)}
     tasks = plan(blocks, job.per_shard, job.seed)
     missing = [task for task in tasks if shard_path(job, task.number).name not in manifest.shards]
     if len(missing) < len(tasks):
@@ -66,12 +68,8 @@ def _make(job: Job, blocks: list[Block], workers: int, console: Console) -> Mani
     _write(rejected_file, kept)
     with rejected_file.open("a", encoding="utf-8") as log, _Bar(console, missing, job.out) as bar:
         for shard, rejected in each(make_shard, [(job, task) for task in missing], workers):
-            # Ahead of the books, so that such a shard is made again.
-            if not shard.samples and set(shard.rejected) == {"no such video file"}:
-                where = ", ".join(str(folder) for folder in video_folders(job))
-                raise UserError(
-                    f"none of the {shard.rows} videos of a shard is there (looked in {where}): give --videos DIR"
-                )
+            if _without_videos(shard):
+                console.print(f"{shard.name}: none of its {shard.rows} videos is there")
             log.write(_lines(rejected))  # ahead of the manifest: lines of a shard that it doesn't name are dropped
             log.flush()
             kept += rejected
@@ -79,8 +77,12 @@ def _make(job: Job, blocks: list[Block], workers: int, console: Console) -> Mani
             manifest.save(job.out)
             bar.show(shard, manifest)
     if not manifest.total("samples"):
-        cause = next(iter(manifest.rejected), "there are no rows")
-        told = f"no sample could be made of the {manifest.total('rows')} rows in {job.raw}; mostly: {cause}"
+        rows, other = manifest.total("rows"), f"they are of other stages than {job.stage}" if job.stage else "nothing"
+        cause = next(iter(manifest.rejected), other if rows else "there are no rows")
+        told = f"no sample could be made of the {rows} rows in {job.raw}; mostly: {cause}"
+        if cause == NO_VIDEO:
+            where = ", ".join(str(folder) for folder in video_folders(job))
+            told = f"none of the {manifest.rejected[cause]} videos is there (looked in {where}): give --videos DIR"
         manifest.shards.clear()  # once that is mended, all are made again
         manifest.save(job.out)
         raise UserError(told)
@@ -88,6 +90,10 @@ def _make(job: Job, blocks: list[Block], workers: int, console: Console) -> Mani
     manifest.complete = True
     manifest.save(job.out)
     return manifest
+
+
+def _without_videos(shard: Shard) -> bool:
+    return not shard.samples and set(shard.rejected) == {NO_VIDEO}
 
 
 def _check(job: Job, source: Source) -> None:

@@ -1,5 +1,6 @@
 """Odd rows, other encodings, missing files and mistakes of people: prepare counts them or says them in a line."""
 
+import json
 import sys
 from dataclasses import replace
 
@@ -73,6 +74,8 @@ def test_a_row_of_the_wrong_type_is_rejected_and_the_others_are_made(tmp_path):
     texts = [{"user": "What?", "assistant": "Red.", "source": "s"}]
     parquet(tmp_path / "c.parquet", [{"images": [picture], "texts": t} for t in (texts, [None])])
     assert made("cauldron", tmp_path / "c.parquet", tmp_path / "c").total("samples") == 1
+    empty = parquet(tmp_path / "e.parquet", [{"images": [picture], "texts": t} for t in (texts, [])])
+    assert made("cauldron", empty, tmp_path / "e").rejected == {"no texts": 1}
     parquet(tmp_path / "i.parquet", [{"images": 5, "texts": texts}])
     with pytest.raises(UserError, match="images are not a list"):
         made("cauldron", tmp_path / "i.parquet", tmp_path / "i")
@@ -80,6 +83,16 @@ def test_a_row_of_the_wrong_type_is_rejected_and_the_others_are_made(tmp_path):
     jsonl(tmp_path / "r.jsonl", [pair | {"image": image} for image in (5, "x" * 300, "folder.mp4")])
     with pytest.raises(UserError, match="no sample could be made of the 3 rows"):
         made("rlaif-v", tmp_path / "r.jsonl", tmp_path / "r")
+
+
+def test_the_first_row_need_not_have_every_column(tmp_path):
+    (tmp_path / "a.webm").write_bytes(VIDEO)
+    rows = [{"video": "a"}, {"video": "a", "answer": "Red."}]
+    jsonl(tmp_path / "t.jsonl", rows)
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    for name in ("t.jsonl", "t.json"):
+        found = made("videos", tmp_path / name, tmp_path / f"out-{name}")
+        assert (found.total("samples"), found.rejected) == (1, {"no answer": 1})
 
 
 def test_a_csv_of_another_encoding_is_read(tmp_path):

@@ -21,6 +21,8 @@ def make(row: Row, job: Job) -> Iterator[Made]:
         raise BadSample("texts are not a list of {user, assistant, source}")
     if len(images) != 1:
         raise BadSample("several pictures in one row" if len(images) > 1 else "no picture")
+    if not texts:
+        raise BadSample("no texts")
     jpeg = picture(images[0], job)
     for text in texts[:1] if job.turns == "first" else texts:
         record = {part: str(text.get(part) or "").strip() for part in ("user", "assistant", "source")}

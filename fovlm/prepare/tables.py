@@ -7,7 +7,7 @@ are found by one pass over the files that keeps nothing but places, so a table o
 import csv
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -82,7 +82,7 @@ def blocks_of(file: Path, needs: tuple[tuple[str, ...], ...]) -> list[Block]:
             columns, blocks = _parquet_blocks(file)
         elif kind == "json":
             rows = _whole_json(file)
-            columns, blocks = list(rows[0]) if rows else [], [Block(file, kind, 0, len(rows))] if rows else []
+            columns, blocks = _keys(rows[:LINES]), [Block(file, kind, 0, len(rows))] if rows else []
         else:
             columns, blocks = _line_blocks(file, kind)
     except OSError as error:
@@ -97,10 +97,20 @@ def blocks_of(file: Path, needs: tuple[tuple[str, ...], ...]) -> list[Block]:
 
 
 def sidecar_blocks(folder: Path, formats: tuple[str, ...]) -> list[Block]:
-    """One JSON file beside each video, as video2dataset writes them. Empty when there are none, or a table as well."""
-    if not folder.is_dir() or any(_tables_in(folder, name) for name in formats):
+    """One JSON file beside each video, as video2dataset writes them. Empty when there are none, or a table as well.
+
+    video2dataset also leaves NAME.parquet and NAME_stats.json beside its folders: an account of the download.
+    """
+    if not folder.is_dir() or any(_tables_in(folder, name) for name in formats if name != "parquet"):
         return []
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.json"))
+    files = [p for p in folder.rglob("*.json") if not p.name.endswith("_stats.json")]
+    if (
+        "parquet" in formats
+        and _tables_in(folder, "parquet")
+        and not any(p.with_suffix(".mp4").is_file() for p in files)
+    ):
+        return []
+    names = sorted(str(p.relative_to(folder)) for p in files)
     starts = range(0, len(names), LINES)
     return [Block(folder, "sidecar", i, len(part := names[i : i + LINES]), names=tuple(part)) for i in starts]
 
@@ -181,11 +191,15 @@ def _line_blocks(file: Path, kind: str) -> tuple[list[str], list[Block]]:
     if rows % LINES:
         blocks.append(Block(file, kind, rows - rows % LINES, rows % LINES, begun, place - begun, tuple(columns)))
     if kind == "jsonl" and blocks:
-        first = next((row for row in read_block(blocks[0], ()) if isinstance(row, dict)), None)
-        if first is None:
+        columns = _keys(read_block(blocks[0], ()))
+        if not columns:
             raise UserError(f"{file} is not JSONL: none of its first lines is a JSON object")
-        columns = list(first)
     return columns, blocks
+
+
+def _keys(rows: Sequence[Row | str]) -> list[str]:
+    """What rows of JSON have between them: one without a value may leave out its key."""
+    return list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
 
 
 def _jsonl_ends(file: BinaryIO) -> Iterator[int]:

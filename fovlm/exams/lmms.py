@@ -57,6 +57,11 @@ class Fovlm(lmms):
             raise UserError(f"mode={mode}{nearest(mode, modes)}: this model has {', '.join(modes)}")
         self.mode = mode or modes[-1]
 
+    @property
+    def device(self) -> torch.device:
+        """Where lmms-eval gathers the numbers of several ranks."""
+        return self.accelerator.device
+
     @torch.no_grad()
     def generate_until(self, requests: list[Any]) -> list[str]:
         """An answer to each request, greedy unless the task says otherwise, cut at the task's stop words."""
@@ -64,15 +69,10 @@ class Fovlm(lmms):
         for request in self._with_bar(requests):
             words, settings, doc_to_visual, doc, task, split = request.args
             inputs = self.processor(messages=self._asked(words, self._shown(doc_to_visual, task, split, doc)))
-            options = {name: settings[name] for name in SAMPLING if settings.get(name) is not None}
-            options["do_sample"] = bool(options.get("do_sample", options.get("temperature", 0) > 0))
-            if not options["do_sample"]:
-                options = {name: options[name] for name in ("num_beams", "do_sample") if name in options}
+            options = _sampling(settings)
             most = int(settings.get("max_new_tokens", settings.get("max_gen_toks", 128)))
             made = self.model.generate(**inputs.to(self.model.device), max_new_tokens=most, mode=self.mode, **options)
-            answer = _until(self.processor.batch_decode(made)[0], settings.get("until") or ())
-            answers.append(answer)
-            self.cache_hook.add_partial("generate_until", (words, settings), answer)
+            answers.append(_until(self.processor.batch_decode(made)[0], settings.get("until") or ()))
         return answers
 
     @torch.no_grad()
@@ -80,7 +80,8 @@ class Fovlm(lmms):
         """(loss of the continuation: a sum in nats, least is best; whether greedy decoding gives it) of each request.
 
         The requests of one question, its options, share one encoding of its frames. Each pair is wrapped as a result:
-        lmms-eval 0.7.3 makes a string of a bare one, on which its own multiple choice then fails.
+        lmms-eval 0.7.3 makes a string of a bare one, on which its own multiple choice then fails. With `--use_cache`
+        they are computed again, since what that gives back is a bare one.
         """
         groups: dict[tuple[Any, ...], list[int]] = {}
         for number, request in enumerate(requests):
@@ -96,7 +97,7 @@ class Fovlm(lmms):
                 continuations.append(said if isinstance(said, str) else said(self.task_dict[task][split][doc]))
             shown = self._shown(requests[numbers[0]].args[2], task, split, doc)
             found |= dict(zip(numbers, self._losses(words, shown, continuations), strict=True))
-        return [GenerationResult(text=found[number]) for number in range(len(requests))]
+        return [GenerationResult(text=_Pair(found[number])) for number in range(len(requests))]
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         """Not offered: the model was trained on one question about a clip."""
@@ -123,8 +124,11 @@ class Fovlm(lmms):
         return [(float(one.double().sum()), equal) for one, equal in zip(nll, same, strict=True)]
 
     def _shown(self, doc_to_visual: Any, task: str, split: str, doc: int) -> list[Any]:
-        visuals = doc_to_visual(self.task_dict[task][split][doc]) if doc_to_visual else None
-        return list(visuals or [])
+        """What a task shows. Several pictures whose looks go beyond `max_frames` are the frames of one video."""
+        visuals = list((doc_to_visual(self.task_dict[task][split][doc]) if doc_to_visual else None) or [])
+        pictures = len(visuals) > 1 and all(hasattr(one, "convert") for one in visuals)
+        many = len(visuals) * self.processor.image_frames > self.processor.max_frames
+        return [visuals] if pictures and many else visuals
 
     def _asked(self, words: str, shown: Visuals) -> list[dict[str, Any]]:
         parts = [{"type": kind, kind: what} for what in shown for kind in [_kind(what)]]
@@ -134,8 +138,30 @@ class Fovlm(lmms):
         return iter(track(list(work), description=f"fovlm, {self.mode}", disable=self.rank != 0, transient=True))
 
 
+class _Pair(tuple[float, bool]):
+    """A loss and whether it is the greedy answer's. `strip` is what the cache of lmms-eval 0.7.3 asks of any result:
+    an empty one is not kept.
+    """
+
+    __slots__ = ()
+
+    def strip(self) -> str:
+        return ""
+
+
+def _sampling(settings: dict[str, Any]) -> dict[str, Any]:
+    """A task's settings as `generate` takes them: greedy unless it samples at a temperature."""
+    options = {name: settings[name] for name in SAMPLING if settings.get(name) is not None}
+    sample = bool(options.get("do_sample", options.get("temperature", 0) > 0)) and options.get("temperature", 1) > 0
+    if not sample:
+        options = {name: options[name] for name in ("num_beams",) if name in options}
+    return options | {"do_sample": sample}
+
+
 def _kind(shown: Any) -> str:
-    """video or image: tasks hand over pictures, and the paths of videos or pictures."""
+    """video or image: tasks hand over pictures, lists of them, and the paths of videos or pictures."""
+    if isinstance(shown, list):
+        return "video"
     if isinstance(shown, (str, Path)):
         return "image" if Path(shown).suffix[1:].lower() in media.PICTURES else "video"
     if isinstance(shown, dict):

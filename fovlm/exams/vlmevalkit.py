@@ -1,8 +1,8 @@
 """An adapter for VLMEvalKit, which has no plug-in hook: its model list must be told by hand (docs/evaluation.md).
 
-Not tested against the package. Follows its documented interface for models (docs/en/Development.md of VLMEvalKit): a
-class with `INTERLEAVE` and `generate_inner(message, dataset)`, where a message is a list of parts
-{"type": "text" | "image" | "video", "value": words or a path}.
+Follows its interface for models (`vlmeval.vlm.base.BaseModel`): a class with `INTERLEAVE` and `generate_inner(message,
+dataset)`, where a message is a list of parts {"type": "text" | "image" | "video", "value": words or a path}. What was
+run with the package itself is in docs/log.md.
 """
 
 from typing import Any, ClassVar

@@ -4,6 +4,7 @@ import pytest
 import tiny
 
 from fovlm import config, many_cost
+from fovlm.cli.main import main
 from fovlm.dataset import open_dataset
 from fovlm.errors import UserError
 from fovlm.many_plan import plan, select
@@ -186,3 +187,22 @@ def test_sizes_are_those_of_the_shards_where_they_are_indexed(shards, bare, monk
 
 def test_spans():
     assert [span(s) for s in (4.6, 75, 3700)] == ["0:05", "1:15", "1:01:40"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--per-run", "2"], "--gpus: give both"),
+        (["--gpus", "0", "--jobs", "2"], "not both"),
+        (["--dry-run", "--flops-per-second", "0"], "must be above 0"),
+        (["--dry-run", "--price", "-1"], "not below it"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_runs(capsys, words, told):
+    assert main(["run", "LR1", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_filter_that_keeps_nothing_names_a_few():
+    with pytest.raises(UserError, match=r"none of F1, .*, D1 and \d+ more$"):
+        select(["ablations", "scaling"], "zzz")

@@ -53,7 +53,7 @@ def prepare(
     most: Annotated[
         int, typer.Option(min=1, max=999, help="Frames of a video; longer ones are thinned out evenly.")
     ] = 64,
-    samples: Annotated[int, typer.Option(min=1, help="For val: how many to draw.")] = 10_000,
+    samples: Annotated[int | None, typer.Option(min=1, help="For val: how many to draw; 10,000 unless told.")] = None,
 ) -> None:
     """Turn raw data into shards.
 
@@ -77,13 +77,17 @@ def prepare(
 
     console = Console(highlight=False, soft_wrap=True)
     workers = workers or os.cpu_count() or 1
+    if Path(name).name != name:
+        raise UserError(f"--name {name}: the start of the shards' names, without a folder")
     try:
         if source == "val":
             from fovlm.prepare.val import draw
 
-            tell_drawn(console, out, draw(raw, out, name or "val", samples, seed, workers, console))
+            tell_drawn(console, out, draw(raw, out, name or "val", samples or 10_000, seed, workers, console))
             return
         kind = source_of(source)
+        if samples is not None:
+            raise UserError(f"--samples is for val; of {source} all is made")
         for option, value, allowed in (
             ("--tokenize", tokenize, ("stage1", "sft")),
             ("--turns", turns, ("first", "each")),

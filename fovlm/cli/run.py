@@ -40,6 +40,8 @@ def run(
     patterns, overrides = [w for w in words if "=" not in w], [w for w in words if "=" in w]
     if (flops_per_second is not None and flops_per_second <= 0) or (price is not None and price < 0):
         raise UserError("--flops-per-second must be above 0, and --price not below it")
+    if per_run > 1 and not gpus:
+        raise UserError("--per-run shares out the GPUs of --gpus: give both")
     if gpus and (jobs or ranks):
         raise UserError("--gpus, or --jobs and --ranks for the CPU: not both")
     planned = plan(select(patterns, only), overrides, seeds)

@@ -97,7 +97,9 @@ def _without_videos(shard: Shard) -> bool:
 
 
 def _check(job: Job, source: Source) -> None:
-    """What would otherwise fail in every worker. Raises UserError."""
+    """What would otherwise fail in every worker, or spoil what is there. Raises UserError."""
+    if job.out.resolve() == job.folder.resolve():
+        raise UserError(f"{job.out} holds the raw data: take another folder for OUT")
     if job.tokenize:
         if source.kind == "preference":
             raise UserError("--tokenize: a preference pair has two answers, which token_ids cannot hold; leave it out")

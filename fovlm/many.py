@@ -117,7 +117,8 @@ class Many:
         return self.results
 
     def _judge(self, again: bool) -> None:
-        """Take out what is finished, and what would mix with other settings."""
+        """Take out what is finished or would mix with other settings. Raises UserError for a damaged runs.csv."""
+        many_table.read(run_root())  # while nothing runs that it would end
         rows = {}
         for run in list(self.waiting):
             how = standing(run)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fovlm.config import Experiment
+from fovlm.errors import UserError
 from fovlm.many_plan import Planned, summary_of
 
 FILE = "runs.csv"
@@ -24,12 +25,15 @@ COLUMNS = (
 
 
 def read(root: Path) -> dict[str, dict[str, str]]:
-    """The rows of `root`/runs.csv by the run's name; none when there is no file."""
+    """The rows of `root`/runs.csv by the run's name; none when there is no file. Raises UserError for a damaged one."""
     file = root / FILE
     if not file.is_file():
         return {}
-    with file.open(newline="", encoding="utf-8") as f:
-        return {row["name"]: row for row in csv.DictReader(f)}
+    try:
+        with file.open(newline="", encoding="utf-8") as f:
+            return {row["name"]: dict.fromkeys(COLUMNS, "") | row for row in csv.DictReader(f)}
+    except (KeyError, ValueError, csv.Error) as error:
+        raise UserError(f"{file} is damaged ({error!r}): move it away; `fovlm run` writes it anew") from error
 
 
 def write(root: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:

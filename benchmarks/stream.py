@@ -1,9 +1,12 @@
-"""An hour of video through one stream: python -m benchmarks.stream MODEL [--frames 3600] [--pictures FOLDER]
+"""An hour of video through one stream: python -m benchmarks.stream MODEL [--pictures FOLDER] [--frames N | --turns N]
 
 MODEL is a converted model's folder, or DINO,LLM: two folders of backbones, with a random connector between them. Every
 frame is another one, cut and mirrored from the pictures of a folder (noise without one). Times are those of the
 processor (one thread): on a shared machine wall time says who else is there. Encoding is told apart from the look and
 the language model, which alone could grow with the stream. Writes benchmarks/results/stream_cpu.csv.
+
+`--turns N` asks whether a frame costs the same late as early, where others use the machine too: streams of LENGTHS
+frames take turns, a frame each, N times, so that what disturbs one disturbs all. Writes stream_turns_cpu.csv there.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import resource
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +24,10 @@ from fovlm import media
 from fovlm.config import Model
 from fovlm.model import FoveatedVLM, build
 from fovlm.processor import open_model
+from fovlm.watch import FrameStream
 
-RESULTS = Path(__file__).parent / "results" / "stream_cpu.csv"
+RESULTS = Path(__file__).parent / "results"
+LENGTHS = (100, 1000, 2000, 3000, 4000)
 WINDOW = 100  # frames in a row of the table
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -47,6 +53,39 @@ def frames(folder: str | None, size: int, random: np.random.Generator):
         yield torch.cat([left[:, :, :at], right[:, :, at:].flip(2)], dim=2)
 
 
+@torch.no_grad()
+def turns(model: FoveatedVLM, source: Any, number: int, out: Path) -> None:
+    """Time a frame of streams of different lengths, in turns, and write a row for each."""
+    streams = {n: model.stream() for n in LENGTHS}
+    E = model.config.llm_config.hidden_size
+    for n, stream in streams.items():  # what came before is noise of a visual token's size: only its length matters
+        stream.see(next(source))
+        stream._stream.read(torch.randn(1, n - 2, E).to(model.llm.dtype) * model.config.visual_scale)
+        _back_to(stream, n - 1)
+    times: dict[int, list[float]] = {n: [] for n in LENGTHS}
+    for turn in range(number + 1):
+        for n, stream in streams.items():
+            shown, start = next(source), time.process_time()
+            stream.see(shown)
+            if turn:  # the first one warms up
+                times[n].append(time.process_time() - start)
+            _back_to(stream, n - 1)
+    first = statistics.median(times[LENGTHS[0]])
+    with out.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["frames", "frame_ms", "least_ms", "to_first", "turns"])
+        for n, taken in times.items():
+            median = statistics.median(taken)
+            row = [n, f"{median * 1000:.1f}", f"{min(taken) * 1000:.1f}", f"{median / first:.3f}", number]
+            table.writerow(row)
+            print("frame {}: median {} ms, least {} ms, {} of the first".format(*row[:4]))
+
+
+def _back_to(stream: FrameStream, n: int) -> None:
+    stream._stream.memory.forget(n)
+    stream.seen = n
+
+
 def main() -> None:
     """Run the stream and write a row for every WINDOW frames."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -56,12 +95,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", choices=TYPES)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--encode-every", type=int, default=1, help="encode only every so many-th frame (faster)")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--turns", type=int, default=0)
+    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     model = load(given.model, TYPES[given.dtype], given.size)
-    stream = model.stream()
     source = frames(given.pictures, model.config.frame_size, np.random.default_rng(0))
+    if given.turns:
+        turns(model, source, given.turns, given.out or RESULTS / "stream_turns_cpu.csv")
+        return
+    stream = model.stream()
     spent = {"encode": 0.0}
     encode_only, kept = model.encoder.encode_only, []
 
@@ -75,7 +118,7 @@ def main() -> None:
     model.encoder.encode_only = timed
     rows, encode, rest = [], [], []
     wall, busy = time.time(), time.process_time()
-    with given.out.open("w", newline="") as file:
+    with (given.out or RESULTS / "stream_cpu.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["frames", "encode_ms", "look_and_read_ms", "stream_mb", "peak_rss_mb", "cpu_s", "wall_s"])
         for _ in range(given.frames):

@@ -5,6 +5,7 @@ camera was held. Damaged files give what decodes and a note that says how much; 
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,22 +30,25 @@ class Clip:
     still: bool = False  # one picture, not a film
 
 
-def read_clip(path: str | Path, size: int, most: int = 64, fps: float = 1.0) -> Clip:
+def read_clip(
+    path: str | Path, size: int, most: int = 64, fps: float = 1.0, told: Callable[[int, int], None] | None = None
+) -> Clip:
     """A video, animation, picture or folder of pictures -> frames of `size` pixels, at most `most` of them.
 
     `fps` frames are taken a second (training takes one). The pictures of a folder come in natural order (2 before 10),
-    each a frame. Raises UserError when the path leads nowhere or to nothing that can be seen.
+    each a frame. `told` hears how many frames of a video are read, of how many. Raises UserError when the path leads
+    nowhere or to nothing that can be seen.
     """
     path = Path(path)
     if "://" in str(path) or str(path).startswith(("http:/", "https:/")):
         raise UserError(f"{path} is an address: download it first and give the file")
     try:
-        return _read(path, size, most, fps)
+        return _read(path, size, most, fps, told)
     except OSError as error:
         raise UserError(f"{_short(path)} cannot be read: {error.strerror or error}") from error
 
 
-def _read(path: Path, size: int, most: int, fps: float) -> Clip:
+def _read(path: Path, size: int, most: int, fps: float, told: Callable[[int, int], None] | None) -> Clip:
     if not path.exists():
         if not path.parent.is_dir():
             raise UserError(f"no such folder: {path.parent}")
@@ -59,7 +63,7 @@ def _read(path: Path, size: int, most: int, fps: float) -> Clip:
             if kind is None:
                 what = "is no video or picture" if path.stat().st_size else "is empty"
                 raise UserError(f"{path} {what} (what can be read: {KINDS})")
-            seen = footage.decode_some(file, kind, size, most, fps)
+            seen = footage.decode_some(file, kind, size, most, fps, told)
     except BadSample as error:
         raise UserError(f"{path}: {_told(str(error), kind)}") from error
     return Clip(seen.frames, seen.seconds, path.name, seen.note, still=seen.still)

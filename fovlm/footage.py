@@ -9,7 +9,7 @@ import struct
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import BinaryIO, NamedTuple
 
@@ -45,6 +45,7 @@ MAGIC = (  # offset, bytes, Pillow's name of a picture's format or FFmpeg's of a
     (0, b"OggS", "ogg"),
 )
 ORIENTATION = 0x0112  # Exif 2.32, table 4: 1 is upright, 2 to 8 are turned or mirrored
+Told = Callable[[int, int], None] | None  # hears how many frames are read, of how many
 LATE = 0.2  # seconds that a shown frame may be older than the packet that belongs there; beyond, that packet is lost
 CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}"), "win32": ("dshow", "video={}")}
 
@@ -66,7 +67,7 @@ def kind_of(file: BinaryIO) -> str | None:
     return next((kind for offset, magic, kind in MAGIC if head[offset:].startswith(magic)), None)
 
 
-def decode_some(file: BinaryIO, kind: str, size: int, most: int, fps: float = 1.0) -> Seen:
+def decode_some(file: BinaryIO, kind: str, size: int, most: int, fps: float = 1.0, told: Told = None) -> Seen:
     """A person's video, animation or picture of the kind that `kind_of` tells -> the frames that decode.
 
     `fps` frames a second, or `most` evenly spaced ones of a longer video; each is the one on screen at that time. What
@@ -80,7 +81,7 @@ def decode_some(file: BinaryIO, kind: str, size: int, most: int, fps: float = 1.
     if kind in ("WEBP", "GIF"):
         return _decode_animation(file, kind, size, most, fps)
     try:
-        return _decode_damaged(file, kind, size, most, fps)
+        return _decode_damaged(file, kind, size, most, fps, told)
     except (av.FFmpegError, ValueError) as error:
         raise error if isinstance(error, BadSample) else BadSample("undecodable video") from error
 
@@ -98,7 +99,7 @@ def _upright(frames: Tensor, data: bytes) -> Tensor:
     return frames.flip(flips).contiguous()
 
 
-def _decode_damaged(file: BinaryIO, kind: str, size: int, most: int, fps: float) -> Seen:
+def _decode_damaged(file: BinaryIO, kind: str, size: int, most: int, fps: float, told: Told) -> Seen:
     with av.open(file, format=kind) as container:
         stream = video_stream(container)
         stamps, claimed = _stamps(container, stream), _claimed_seconds(container, stream)
@@ -114,6 +115,8 @@ def _decode_damaged(file: BinaryIO, kind: str, size: int, most: int, fps: float)
         for n, picture in _pictures_left(container, stream, [start + at for at in wanted], stamps):
             seen.append(_small(picture, size))
             seconds.append(wanted[n])
+            if told:
+                told(n + 1, len(wanted))
     if not seen:
         raise BadSample("undecodable video")
     notes = []

@@ -9,7 +9,7 @@ Letters: B conversations, S text tokens, f frames of a conversation, T visual to
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class FoveatedGenerationMixin(GenerationMixin):
         prompt: Tensor | None = None,
         mode: str | None = None,
         generation_config: GenerationConfig | None = None,
+        told: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Any:
         """Answer B conversations, as `FoveatedProcessor` gives them -> the answers' token ids i64 [B, new tokens].
@@ -55,9 +56,10 @@ class FoveatedGenerationMixin(GenerationMixin):
         input_ids, attention_mask i64 [B, S] (padded on the left); frames u8 [B, f, 3, s, s]; looks i64 [B, f], how
         often each frame is looked at (0: padding; unless told once); prompt i64 [B], tokens ahead of the frames. `mode`
         is one of MODES. `options` are those of transformers: max_new_tokens (256 unless told), do_sample, num_beams,
-        streamer and so on. Answers end where the context does. Raises UserError when there is no room for one.
+        streamer and so on. `told` hears how many frames are seen, of how many, where they are seen one by one. Answers
+        end where the context does. Raises UserError when there is no room for one.
         """
-        x, mask = self.embed(input_ids, attention_mask, frames, looks, prompt, mode)
+        x, mask = self.embed(input_ids, attention_mask, frames, looks, prompt, mode, told)
         settings, options = self.settings(context_of(self.config) - x.shape[1], generation_config, options)
         return self.llm.generate(inputs_embeds=x, attention_mask=mask, generation_config=settings, **options)
 
@@ -80,6 +82,7 @@ class FoveatedGenerationMixin(GenerationMixin):
         looks: Tensor | None = None,
         prompt: Tensor | None = None,
         mode: str | None = None,
+        told: Callable[[int, int], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What the language model reads, [B, L, E] padded on the left, and its mask i64 [B, L]. Raises UserError.
 
@@ -100,7 +103,7 @@ class FoveatedGenerationMixin(GenerationMixin):
         ]
         for sample, times in samples:
             check_context(self.config, sum(times), len(sample.tokens))
-        tokens = self._visual_tokens(samples, mode or modes[-1])
+        tokens = self._visual_tokens(samples, mode or modes[-1], told)
         words = self.llm.get_input_embeddings()
         rows = [
             torch.cat([w[: s.prompt], v.to(w.dtype), w[s.prompt :]])
@@ -123,10 +126,12 @@ class FoveatedGenerationMixin(GenerationMixin):
         """Frames one at a time, and questions at any time: see `watch.py`, whose arguments these are."""
         return FrameStream(self, processor, frames, question, full, reserve)
 
-    def _visual_tokens(self, samples: "list[Shown]", mode: str) -> list[Tensor]:
+    def _visual_tokens(
+        self, samples: "list[Shown]", mode: str, told: Callable[[int, int], None] | None
+    ) -> list[Tensor]:
         """The visual tokens [looks * T, E] of each conversation."""
         if mode == "autoregressive":
-            return self._frame_by_frame(samples)
+            return self._frame_by_frame(samples, told)
         if not any(sum(times) for _, times in samples):
             return [self.llm.get_input_embeddings().weight[:0] for _ in samples]
         T = self.config.tokens_per_look
@@ -135,12 +140,13 @@ class FoveatedGenerationMixin(GenerationMixin):
         tokens = self.visual_tokens(batch, "coarse" if mode == "coarse_only" else self.config.visual)
         return list(tokens.split([s.looks * T for s in flat]))
 
-    def _frame_by_frame(self, samples: "list[Shown]") -> list[Tensor]:
+    def _frame_by_frame(self, samples: "list[Shown]", told: Callable[[int, int], None] | None) -> list[Tensor]:
         """Conversations of one shape go together, so that none of them is padded."""
         shapes: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for number, (sample, times) in enumerate(samples):
             shapes.setdefault((sample.prompt, tuple(times)), []).append(number)
         found: dict[int, Tensor] = {}
+        done, most = 0, sum(len(looks) for _, looks in shapes)
         for (prompt, looks), numbers in shapes.items():
             stream = Stream(self)
             if prompt and looks:
@@ -152,6 +158,9 @@ class FoveatedGenerationMixin(GenerationMixin):
                     token = stream.see(cache)
                     stream.read(token[:, None])
                     seen.append(token[:, None].float())
+                done += 1
+                if told:
+                    told(done, most)
             found |= dict(zip(numbers, torch.cat(seen, dim=1), strict=True))
         return [found[number] for number in range(len(samples))]
 

@@ -257,7 +257,10 @@ def open_model(
     types = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
     if isinstance(dtype, str) and dtype not in types:
         raise UserError(f"dtype is auto, bf16 or fp32, not '{dtype}'{nearest(dtype, types)}")
-    check_folder(folder)
+    try:
+        check_folder(folder)
+    except OSError as error:  # no permission, or a name that is none
+        raise UserError(f"{str(folder)[:100]} cannot be read: {error.strerror or error}") from error
     try:
         model = FoveatedVLM.from_pretrained(folder, dtype=types[dtype] if isinstance(dtype, str) else dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -191,9 +191,14 @@ def import_published(
         )
     if not tokenizer and isinstance(llm, dict):
         raise UserError(f"{path}: which tokenizer it was trained with cannot be told: give --tokenizer FOLDER")
+    encoder: Any = _configured("dino", dino, Dinov2Config) if dino else stored.dino
+    if frame_size % encoder.patch_size:
+        raise UserError(
+            f"--frame-size {frame_size}: no multiple of the encoder's patches of {encoder.patch_size} pixels"
+        )
     config = FoveatedConfig(
         _configured("llm", llm, LlamaConfig),
-        _configured("dino", dino, Dinov2Config) if dino else stored.dino,
+        encoder,
         prompt=prompt,
         frame_size=frame_size,
         query_dim=stored.shape("connector.q_static")[0],

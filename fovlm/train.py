@@ -337,6 +337,7 @@ class Run:
         self.journal.say(f"run folder: {folder}")
         if (folder / "maps").is_dir():
             self.journal.say(f"where it looked: {folder / 'maps' / 'index.html'}")
+        self.journal.say(f"a model to use: fovlm convert {folder} OUT")
         if task:
             self.journal.say("next: ./launch.sh --list shows every run, README.md how to train on shards of your own")
         told = {mode: asdict(score) for mode, score in scores.items()}

@@ -35,6 +35,7 @@ _KNOWN = [
     (_StandIn, "deepspeed.utils.tensor_fragment.fragment_address"),
 ]
 Shapes = dict[str, tuple[int, ...]]
+ZIP = b"PK\x03\x04"  # how zip archives begin (APPNOTE.TXT 6.3, section 4.3.7)
 STATE = "optimizer_state_dict"  # of a rank's optimizer file
 
 
@@ -149,6 +150,9 @@ def load_pickled(path: Path, trust: bool = False) -> Any:
     With `trust` it is unpickled freely.
     """
     try:
+        with path.open("rb") as file:
+            if file.read(len(ZIP)) != ZIP:
+                raise ValueError("no file that torch.save has written since its release 1.6")
         with torch.serialization.safe_globals([] if trust else list(_KNOWN)):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust)
     except pickle.UnpicklingError as error:

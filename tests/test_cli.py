@@ -236,6 +236,21 @@ def test_a_camera_is_watched_frame_by_frame(capsys, folder, film):
     assert "no camera 97" in mistake(capsys, "look", "--live", "97", "-m", folder)
 
 
+@pytest.mark.parametrize("option", ["--out", "--layer", "--mode"])
+def test_options_without_an_effect_on_a_camera_are_refused(capsys, film, folder, option):
+    told = mistake(capsys, "look", "--live", film, option, "1", "-m", folder)
+    assert told == f"fovlm: {option} has no effect with --live: a camera is shown in the terminal, nothing is kept\n"
+
+
+def test_a_universal_checkpoint_takes_no_type(capsys, tmp_path):
+    words = ("convert", "run", str(tmp_path / "out"), "--to", "universal")
+    assert "--shard-size has no effect with --to universal" in mistake(capsys, *words, "--shard-size", "1GB")
+
+
+def test_what_is_no_folder_at_all_is_told_in_a_line(capsys, film):
+    assert "File name too long" in mistake(capsys, "ask", film, "what ?", "-m", "x" * 300)
+
+
 def test_the_demo_tells_what_it_needs(capsys, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "fovlm.see.demo", raising=False)

@@ -199,6 +199,10 @@ def test_results_of_another_model_or_set_are_not_mixed(tmp_path, quiz):
         examine(subject(1), asked(tmp_path, modes=["coarse_only"]))
     with pytest.raises(UserError, match="set_hash"):
         examine(subject(), asked(tmp_path, modes=["coarse_only"], limit=3))
+    other = subject()
+    other.model.config.image_frames += 1
+    with pytest.raises(UserError, match="results with image_frames"):
+        examine(other, asked(tmp_path, modes=["coarse_only"]))
     with pytest.raises(UserError, match="did you mean 'coarse_fine'"):
         examine(subject(), asked(tmp_path, modes=["coarse_fin"]))
 

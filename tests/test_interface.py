@@ -227,8 +227,9 @@ def test_usual_arguments():
         def end(self):
             self.ended = True
 
-    streamer = Streamer()
-    out = model.generate(**inputs, max_new_tokens=4, streamer=streamer)
+    streamer, done = Streamer(), []
+    out = model.generate(**inputs, max_new_tokens=4, streamer=streamer, told=lambda *counts: done.append(counts))
+    assert done == [(1, 2), (2, 2)]
     assert streamer.told == out[0].tolist()
     assert streamer.ended
 

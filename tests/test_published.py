@@ -146,6 +146,20 @@ def test_what_is_no_such_model_is_refused_and_leaves_nothing(tmp_path, words, ca
     assert [f.name for f in tmp_path.iterdir()] == ["model.pt"]
 
 
+def test_a_file_that_torch_did_not_write_is_called_so(tmp_path, words):
+    for data in (b"", b"epoch,loss\n"):
+        (tmp_path / "model.pt").write_bytes(data)
+        with pytest.raises(UserError, match=r"no file that torch\.save"):
+            import_published(tmp_path / "model.pt", tmp_path / "out", tokenizer=str(words))
+
+
+def test_frames_must_divide_into_patches(tmp_path, words):
+    state, model = published(tiny_model())
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(UserError, match="--frame-size 30: no multiple of the encoder's patches of 7 pixels"):
+        import_published(tmp_path / "model.pt", tmp_path / "out", **like(model, words) | {"frame_size": 30})
+
+
 def test_a_pickle_with_code_in_it_is_not_run(tmp_path, words):
     mark = tmp_path / "mark"
 

@@ -8,8 +8,8 @@ import typer
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the app."""
-    app.command(name="prepare")(prepare)
-    app.command(name="check")(check)
+    app.command(name="prepare", rich_help_panel="Data")(prepare)
+    app.command(name="check", rich_help_panel="Data")(check)
 
 
 def prepare(

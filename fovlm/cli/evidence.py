@@ -12,7 +12,7 @@ from fovlm.errors import UserError
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the app."""
-    app.command(name="eval", rich_help_panel="Evidence")(eval_)
+    app.command(name="eval", rich_help_panel="Training and evidence")(eval_)
 
 
 def eval_(

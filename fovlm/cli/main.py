@@ -20,13 +20,14 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 app = typer.Typer(
     name="fovlm",
     help="Video language models that spend one token on each frame and decide where to look.\n\n"
-    "A first question: `fovlm ask clip.mp4 'What happens?' --model FOLDER`. Each command tells more with `--help`.",
+    "A first question: `fovlm ask clip.mp4 'What happens?' --model FOLDER`. Each command tells more with `--help`. "
+    "One run is trained with `./launch.sh NAME`.",
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,  # a traceback is for bugs, and then a plain one
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (use, data, run, evidence, report):
+for part in (data, run, evidence, report, use):  # the order of the work, and of --help
     part.register(app)
 
 

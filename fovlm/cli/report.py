@@ -8,7 +8,7 @@ import typer
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command(name="report")(report)
+    app.command(name="report", rich_help_panel="Training and evidence")(report)
 
 
 def report(

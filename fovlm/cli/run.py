@@ -7,7 +7,7 @@ import typer
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command(name="run")(run)
+    app.command(name="run", rich_help_panel="Training and evidence")(run)
 
 
 def run(

@@ -30,10 +30,8 @@ How = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the app."""
-    app.command(rich_help_panel=PANEL)(ask)
-    app.command(rich_help_panel=PANEL)(look)
-    app.command(rich_help_panel=PANEL)(demo)
-    app.command(rich_help_panel=PANEL)(convert)
+    for command in (convert, ask, look, demo):
+        app.command(rich_help_panel=PANEL)(command)
     app.command("import", rich_help_panel=PANEL)(import_)
     app.command(rich_help_panel=PANEL, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
         bench
@@ -62,8 +60,8 @@ def ask(
         from fovlm.clips import read_clip
 
         net, processor = open_(model, frames)
-    with waiting(f"reading {Path(video).name}"):
-        clip = read_clip(video, net.config.frame_size, frames, fps)
+    with waiting(f"reading {Path(video).name}") as told:
+        clip = read_clip(video, net.config.frame_size, frames, fps, told)
     tell(clip)
     options: dict[str, Any] = {"mode": mode or None}
     if temperature:
@@ -71,8 +69,8 @@ def ask(
 
         torch.manual_seed(seed)
         options |= {"do_sample": True, "temperature": temperature}
-    pieces = answer(net, processor, clip, question, tokens, **options)
-    with waiting(f"looking at {count(len(clip.frames), 'frame')}"):
+    with waiting(f"looking at {count(len(clip.frames), 'frame')}") as told:
+        pieces = answer(net, processor, clip, question, tokens, told=told, **options)
         first = next(pieces, "")
     print(first, end="", flush=True)
     for piece in pieces:
@@ -81,6 +79,7 @@ def ask(
 
 
 def look(
+    context: typer.Context,
     video: Annotated[str, typer.Argument(metavar="VIDEO", help="What to look at; with --live nothing.")] = "",
     questions: Annotated[
         list[str] | None, typer.Argument(metavar="[QUESTION] [OTHER]", help="One, or two to compare their gazes.")
@@ -111,6 +110,8 @@ def look(
     """
     asked = questions or []
     if live:
+        if odd := given(context, "out", "layer", "head", "frames", "mode"):
+            raise UserError(f"--{odd} has no effect with --live: a camera is shown in the terminal, nothing is kept")
         from fovlm.see.live import watch
 
         with waiting("loading the model"):
@@ -134,8 +135,8 @@ def look(
         net, processor = open_(model, frames)
     dino = net.config.dino_config
     check_choice(dino.num_hidden_layers if net.config.deep_query else 1, dino.num_attention_heads, layer, head)
-    with waiting(f"reading {Path(video).name}"):
-        clip = read_clip(video, net.config.frame_size, frames, fps)
+    with waiting(f"reading {Path(video).name}") as told:
+        clip = read_clip(video, net.config.frame_size, frames, fps, told)
     tell(clip)
     try:  # ahead of the work
         out.mkdir(parents=True, exist_ok=True)
@@ -189,6 +190,7 @@ def demo(
 
 
 def convert(
+    context: typer.Context,
     source: Annotated[
         str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder or name, or a checkpoint.")
     ],
@@ -206,6 +208,8 @@ def convert(
 
     Example: `fovlm convert runs/LR1 converted/LR1`
     """
+    if to == "universal" and (odd := given(context, "dtype", "shard_size", "tokenizer", "trust")):
+        raise UserError(f"--{odd} has no effect with --to universal: a checkpoint keeps what training needs, as it is")
     with waiting("starting"):
         from fovlm.convert import convert as work
     print(work(source, out, dtype, shard_size, trust, step or None, to, tokenizer or None))
@@ -223,6 +227,9 @@ def import_(
     prompt: Annotated[
         str, typer.Option(help="Where the question stands in its training: after the frames, or before.")
     ] = "after",
+    frame_size: Annotated[int, typer.Option(min=14, help="Pixels of a frame's side in its training.")] = 224,
+    visual_scale: Annotated[float, typer.Option(help="Factor of its visual tokens.")] = 0.14,
+    shard_size: Annotated[str, typer.Option(help="Largest file, like 4GB or 500MB.")] = "4GB",
     trust: Annotated[
         bool, typer.Option("--trust", help="Unpickle files freely: runs whatever code they hold.")
     ] = False,
@@ -233,7 +240,8 @@ def import_(
     """
     with waiting("reading the weights"):
         from fovlm.published import import_published
-    print(import_published(source, out, llm or None, dino or None, tokenizer or None, prompt, dtype=dtype, trust=trust))
+    names = (llm or None, dino or None, tokenizer or None)
+    print(import_published(source, out, *names, prompt, frame_size, visual_scale, dtype, shard_size, trust))
 
 
 def bench(context: typer.Context) -> None:
@@ -261,6 +269,12 @@ def open_(folder: str, frames: int) -> tuple[Any, Any]:
     net, processor = open_model(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     processor.max_frames = frames
     return net, processor
+
+
+def given(context: typer.Context, *names: str) -> str:
+    """The first of these options that was given on the command line, as it is written there; "" when none was."""
+    said = (name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE")
+    return next(said, "").replace("_", "-")
 
 
 @contextmanager

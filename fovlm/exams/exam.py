@@ -87,6 +87,7 @@ def examine_one(
 ) -> list[Result]:
     """Score one set under every control in every mode, and merge what is complete."""
     records: dict[tuple[str, str], Record] = {}
+    reads = subject.model.config
     facts = {
         "set": exam.name,
         "set_hash": exam.hash,
@@ -94,6 +95,7 @@ def examine_one(
         "protocol": exam.protocol,
         "model": subject.name,
         "weights": subject.weights,
+        **{name: getattr(reads, name) for name in ("prompt", "rounds", "image_frames", "frame_size", "visual_scale")},
         "most_frames": asked.most,
         "batch": asked.batch,
         "precision": str(subject.model.dtype).removeprefix("torch."),

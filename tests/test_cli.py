@@ -248,7 +248,17 @@ def test_a_universal_checkpoint_takes_no_type(capsys, tmp_path):
 
 
 def test_what_is_no_folder_at_all_is_told_in_a_line(capsys, film):
-    assert "File name too long" in mistake(capsys, "ask", film, "what ?", "-m", "x" * 300)
+    long = "x" * 300
+    for words in (
+        ("ask", film, "what ?", "-m", long),
+        ("look", film, "--out", long),
+        ("convert", long, "out"),
+        ("import", long, "out"),
+        ("import", film, long),
+        ("check", long),
+        ("eval", long),
+    ):
+        assert "File name too long" in mistake(capsys, *words)
 
 
 def test_the_demo_tells_what_it_needs(capsys, folder, monkeypatch):

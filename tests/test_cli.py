@@ -255,7 +255,6 @@ def test_what_is_no_folder_at_all_is_told_in_a_line(capsys, film):
         ("convert", long, "out"),
         ("import", long, "out"),
         ("import", film, long),
-        ("check", long),
         ("eval", long),
     ):
         assert "File name too long" in mistake(capsys, *words)

@@ -7,6 +7,7 @@ import pytest
 import tiny
 from rich.console import Console
 
+from fovlm import config
 from fovlm.cli.main import main
 from fovlm.errors import UserError
 from fovlm.index import hash_of, make_index
@@ -16,7 +17,7 @@ from fovlm.prepare.job import Job
 from fovlm.prepare.repair import repair
 from fovlm.prepare.val import allocate, draw
 from fovlm.prepare.work import prepare
-from fovlm.shards import write_shards
+from fovlm.shards import find_shards, write_shards
 
 QUIET = Console(quiet=True)
 
@@ -159,6 +160,34 @@ def test_an_evaluation_set_is_not_drawn_past_a_damaged_shard(tmp_path):
     paths[1].write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"train-01\.tar: not a readable tar"):
         draw(str(tmp_path / "train-*.tar"), tmp_path / "val", "val", 5, 0, 1, QUIET)
+
+
+def test_the_documented_commands_end_in_the_folders_that_the_ablations_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FOVLM_DATA", str(tmp_path / "data"))
+    clips = [tiny.clip(f"clip{n}", 2) | {"001.jpg": tiny.picture(9 * n)} for n in range(12)]
+    for folder, samples in {"openvid": clips, "cauldron": [image(f"p{n}", 9 * n) for n in range(12)]}.items():
+        write_shards(Path("pool") / folder / "train-%05d.tar", samples, 6)
+    assert main(["prepare", "val", "pool/*/train-*.tar", "data/val", "--samples", "8", "--workers", "1"]) == 0
+    for folder in ("openvid", "cauldron"):
+        pattern = f"pool/{folder}/train-*.tar"
+        words = ["check", pattern, "--against", "data/val/*.tar", "--repair", f"data/{folder}", "--workers", "1"]
+        assert main(words) == 0
+    sources = config.load("A8a").data.sources
+    held = {name: find_shards(name, sources[name].shards) for name in ("openvid", "cauldron", "val", "val_cauldron")}
+    assert {name: sum(len(make_index(shard).key) for shard in shards) for name, shards in held.items()} == {
+        "openvid": 8,
+        "cauldron": 8,
+        "val": 4,
+        "val_cauldron": 4,
+    }
+
+
+def test_what_is_shared_with_an_unreadable_set_is_not_called_nothing(tmp_path):
+    (train,) = write_shards(tmp_path / "train-%02d.tar", [text(f"t{n}", f"it is {n}") for n in range(4)])
+    (tmp_path / "val.tar").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"--against .*val\.tar: not a readable tar"):
+        looked_at(train, against=[str(tmp_path / "val.tar")])
 
 
 def test_a_later_prepare_can_leave_out_the_evaluation_set(tmp_path):

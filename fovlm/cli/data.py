@@ -60,10 +60,10 @@ def prepare(
     One frame a second, short side 224, the middle square, JPEG. A killed run goes on where it was when the same command
     is given again. OUT gets NAME-*.tar, manifest.json (what is in them) and rejected.jsonl (what is not, and why).
 
-        fovlm prepare openvid raw/openvid data/openvid
-        fovlm prepare cauldron raw/the_cauldron data/cauldron --workers 16
-        fovlm prepare smoltalk raw/smoltalk data/smoltalk --stage 2
-        fovlm prepare val 'data/*/train-*.tar' data/val --samples 10000
+        fovlm prepare openvid raw/openvid pool/openvid
+        fovlm prepare cauldron raw/the_cauldron pool/cauldron --workers 16
+        fovlm prepare smoltalk raw/smoltalk pool/smoltalk --stage 2
+        fovlm prepare val 'pool/*/train-*.tar' data/val --samples 10000
     """
     import os
 
@@ -129,7 +129,7 @@ def check(
 
     Exit status: 0 nothing found (or repaired), 1 problems found, 2 a mistake in the command.
 
-        fovlm check 'data/openvid/train-*.tar' --against 'data/val/*.tar' --repair data/openvid-clean
+        fovlm check 'pool/openvid/train-*.tar' --against 'data/val/*.tar' --repair data/openvid
     """
     import os
 

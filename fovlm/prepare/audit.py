@@ -65,19 +65,20 @@ class Audit:
 
 
 def audit(patterns: list[str], against: list[str], workers: int, decode: bool, console: Console) -> Audit:
-    """Scan the shards of the patterns, those of `against` left out. Raises UserError for a pattern without any."""
+    """Scan the shards of the patterns, those of `against` left out.
+
+    Raises UserError for a pattern without any, and for one of `against` that cannot be read.
+    """
     other = shards_of(against) if against else []
     itself = {path.resolve() for path in other}
     paths = [path for path in shards_of(patterns) if path.resolve() not in itself]
     if not paths:
         raise UserError("--against names the same shards: nothing is left to check")
+    others = scan_all(other, workers, False, console, "against")
+    if bad := next((scan for scan in others if scan.cause), None):
+        raise UserError(f"--against {bad.path}: {bad.cause}, so what is shared with it cannot be told")
+    taken = {h for s in others for e in s.entries for h in (e.sample, e.pictures)}
     scans = scan_all(paths, workers, decode, console, "checking")
-    taken = {
-        h
-        for s in scan_all(other, workers, False, console, "against")
-        for e in s.entries
-        for h in (e.sample, e.pictures)
-    }
     first: set[str] = set()
     for scan in scans:
         for entry in scan.entries:

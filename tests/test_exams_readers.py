@@ -7,7 +7,7 @@ from tiny import picture, video
 
 from fovlm.errors import UserError
 from fovlm.exams.question import Question, drawn, frames_of, hash_of, unmarked
-from fovlm.exams.readers import READERS
+from fovlm.exams.readers import READERS, questions_of
 
 pyarrow = pytest.importorskip("pyarrow", reason="the extra [data]")
 
@@ -55,6 +55,22 @@ def test_mvbench_finds_each_tasks_own_videos_and_their_parts(tmp_path):
     assert [(q.id, q.missing) for q in one] == [("state_change/0", None)]
 
 
+def test_a_piece_of_a_video_that_is_cut_already_is_taken_whole(tmp_path):
+    row = {
+        "question": "What moves?",
+        "candidates": ["A ball", "A cube"],
+        "answer": "A cube",
+        "start": 10.0,
+        "end": 14.0,
+    }
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json/action_sequence.json").write_text(json.dumps([row | {"video": "a_10.0_14.0.mp4"}]))
+    (tmp_path / "star/Charades_segment").mkdir(parents=True)
+    (tmp_path / "star/Charades_segment/a_10.0_14.0.mp4").write_bytes(video(4))
+    (piece,) = READERS["mvbench"](tmp_path)
+    assert len(frames_of(piece, 16, 64)) == 4
+
+
 def test_videomme(tmp_path):
     row = {
         "video_id": "001", "duration": "short", "domain": "Knowledge", "sub_category": "Astronomy", "url": "u",
@@ -64,7 +80,7 @@ def test_videomme(tmp_path):
     parquet(tmp_path / "videomme/test-00000-of-00001.parquet", [row])
     (q,) = READERS["videomme"](tmp_path)
     assert (q.id, q.category, q.options[2], q.answer) == ("001-1", "Counting Problem", "Three.", 2)
-    assert q.extra == {"duration": "short", "domain": "Knowledge"}
+    assert q.extra == {"duration": "short", "domain": "Knowledge", "sub_category": "Astronomy"}
     assert q.missing is not None
     assert q.missing.name == "fFj.mp4"
     (tmp_path / "data").mkdir()
@@ -94,6 +110,54 @@ def test_scienceqa(tmp_path):
     parquet(tmp_path / "worse/test.parquet", [{"question": "?", "answer": 1}])
     with pytest.raises(UserError, match="no column 'choices'"):
         list(READERS["scienceqa"](tmp_path / "worse"))
+
+
+def test_tables_that_may_be_the_same_questions_are_refused(tmp_path):
+    row = {"image": None, "question": "Which?", "choices": ["a", "b"], "answer": 1}
+    for part in ("FULL", "IMG"):
+        parquet(tmp_path / f"ScienceQA-{part}/test-0.parquet", [row])
+    with pytest.raises(UserError, match=r"ScienceQA-FULL and in .*ScienceQA-IMG, .* give one of them"):
+        questions_of("scienceqa", tmp_path)
+    assert len(questions_of("scienceqa", tmp_path / "ScienceQA-IMG")) == 1
+    row = {"question_id": "001-1", "videoID": "x", "question": "?", "options": ["A. a", "B. b"], "answer": "A"}
+    parquet(tmp_path / "films/test.parquet", [row, row])
+    with pytest.raises(UserError, match="holds question 001-1 twice"):
+        questions_of("videomme", tmp_path / "films")
+
+
+def pope_lines(file, count: int = 2):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    asked = {"text": "Is there a dog in the image?", "label": "yes"}
+    rows = [asked | {"question_id": n, "image": f"COCO_{n}.jpg"} for n in range(1, count + 1)]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+def test_pope_has_its_pictures_beside_the_folders_of_its_questions(tmp_path):
+    """coco/coco_pope_random.json beside val2014, a link as often as not, and beside what LLaVA made of it."""
+    pope_lines(tmp_path / "pope/coco/coco_pope_random.json")
+    (tmp_path / "pope/llava_pope_test.jsonl").write_text(
+        '{"question_id": 1, "image": "COCO_1.jpg", "text": "Is it?"}\n'
+    )
+    (tmp_path / "pictures/val2014").mkdir(parents=True)
+    for n in (1, 2):
+        (tmp_path / f"pictures/val2014/COCO_{n}.jpg").write_bytes(picture(n))
+    (tmp_path / "pope/val2014").symlink_to(tmp_path / "pictures/val2014")
+    for where in ("pope", "pope/coco", "pope/coco/coco_pope_random.json"):
+        found = questions_of("pope", tmp_path / where)
+        assert [(q.id, q.missing) for q in found] == [("random/1", None), ("random/2", None)], where
+
+
+def test_pope_over_other_pictures_is_another_benchmark(tmp_path):
+    for edition in ("coco", "aokvqa", "gqa"):
+        pope_lines(tmp_path / f"POPE/{edition}/{edition}_pope_random.json", {"coco": 1, "aokvqa": 2, "gqa": 3}[edition])
+    assert [len(questions_of("pope", tmp_path / f"POPE{part}")) for part in ("", "/aokvqa", "/gqa")] == [1, 2, 3]
+    (tmp_path / "POPE/coco/coco_pope_random.json").unlink()
+    with pytest.raises(UserError, match="of aokvqa and of gqa, which are benchmarks apart: give the folder of one"):
+        questions_of("pope", tmp_path / "POPE")
+    for copy in ("coco/coco_pope_random.json", "again/coco_pope_random.jsonl"):
+        pope_lines(tmp_path / "POPE" / copy)
+    with pytest.raises(UserError, match="holds question random/1 twice"):
+        questions_of("pope", tmp_path / "POPE")
 
 
 def test_pope_in_both_editions(tmp_path):

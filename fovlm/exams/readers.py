@@ -9,10 +9,14 @@ pictures that are not there are found missing later, all at once. Formats as the
     ScienceQA  *.parquet: image {bytes} or null, question, choices, answer (a number), hint, subject, topic ..
     POPE       coco_pope_{random,popular,adversarial}.json, JSON lines: question_id, image (a file), text, label;
                or the parquet edition: id, question, answer, image, category
+
+`questions_of` is how they are called: it refuses a folder that holds the same questions twice.
 """
 
 import functools
 import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from fovlm.exams.question import LETTERS, Question, unmarked
 from fovlm.prepare import tables
 
 FILMS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif", ".flv", ".jpg", ".jpeg", ".png")
+POPE_FILE = re.compile(r"(?:(.+)_)?pope_(?:seem_)?(random|popular|adversarial)")  # coco_, aokvqa_ or gqa_
 # Where MVBench keeps the videos of a task: several of its sources use the same file names.
 MVBENCH_FOLDERS = {
     "action_sequence": "star/Charades", "action_prediction": "star/Charades", "object_interaction": "star/Charades",
@@ -46,15 +51,18 @@ def mvbench(where: Path) -> Iterator[Question]:
             name, text, options, answer = _columns(file, number, row, "video", "question", "candidates", "answer")
             if answer not in options:
                 raise UserError(f"{file}, question {number}: its answer '{answer}' is not one of its candidates")
-            part = (float(row.get("start") or 0), float(row["end"])) if row.get("end") is not None else None
+            film = _find(root, name, MVBENCH_FOLDERS.get(file.stem, ""))
+            # Pieces are published too, beside rows that still say where in the whole film they were.
+            cut = any(folder.endswith("_segment") for folder in film.relative_to(root).parts[:-1])
+            timed = row.get("end") is not None and not cut
             yield Question(
                 id=f"{file.stem}/{number}",
                 category=file.stem,
-                media=(_find(root, name, MVBENCH_FOLDERS.get(file.stem, "")),),
+                media=(film,),
                 question=text.strip(),
                 options=tuple(map(str, options)),
                 answer=options.index(answer),
-                part=part,
+                part=(float(row.get("start") or 0), float(row["end"])) if timed else None,
             )
 
 
@@ -71,7 +79,7 @@ def videomme(where: Path) -> Iterator[Question]:
             question=text.strip(),
             options=unmarked(options),
             answer=_letter(answer, len(options), file, number),
-            extra={k: str(row[k]) for k in ("duration", "domain") if row.get(k)},
+            extra={k: str(row[k]) for k in ("duration", "domain", "sub_category") if row.get(k)},
         )
 
 
@@ -99,18 +107,44 @@ def scienceqa(where: Path) -> Iterator[Question]:
 
 
 def pope(where: Path) -> Iterator[Question]:
-    """POPE's yes and no questions, of all its files. Raises UserError."""
-    lines = [where] if where.is_file() else sorted(p for e in ("json", "jsonl") for p in where.rglob(f"*pope*.{e}"))
-    lines = [file for file in lines if file.suffix != ".parquet"]
-    if not lines:
+    """POPE's yes and no questions, of all three kinds. Raises UserError.
+
+    It is published over pictures of COCO and, as benchmarks of their own, of A-OKVQA and GQA: where COCO's is there it
+    is that. Pictures are looked for from `where` on; when that is the folder of the annotations, beside it as well.
+    """
+    edition, files = _pope_files(where)
+    if not files:
         yield from _pope_parquet(where)
         return
-    for file in lines:
-        category = next((c for c in ("random", "popular", "adversarial") if c in file.stem), file.stem)
+    roots = [where.parent if where.is_file() else where]
+    above = roots[0].resolve().parent
+    if (where.is_file() or where.name == edition) and above != above.parent:
+        roots.append(above)
+    for file in files:
+        named = POPE_FILE.fullmatch(file.stem)
+        category = named.group(2) if named else file.stem
         for number, row in enumerate(_json_lines(file)):
             name, text, label = _columns(file, number, row, "image", "text", "label")
-            key = f"{category}/{row.get('question_id', number)}"
-            yield _yes_or_no(key, category, _find(file.parent, name, ""), text, label, file, number)
+            places = (_find(root, name, "") for root in roots)
+            shown = next((place for place in places if place.exists()), roots[0] / name)
+            yield _yes_or_no(f"{category}/{row.get('question_id', number)}", category, shown, text, label, file, number)
+
+
+def _pope_files(where: Path) -> tuple[str, list[Path]]:
+    """Which edition, and its annotation files; none where there are only tables. Raises UserError."""
+    editions: dict[str, list[Path]] = {}
+    every = [where] if where.is_file() else sorted(where.rglob("*pope*.json*"))
+    for file in every:
+        named = POPE_FILE.fullmatch(file.stem)
+        if file.suffix in (".json", ".jsonl") and (named or file == where):
+            editions.setdefault((named and named.group(1)) or "coco", []).append(file)
+    if editions and "coco" not in editions and len(editions) > 1:
+        told = f"{where} holds POPE over the pictures of {' and of '.join(editions)}, which are benchmarks apart"
+        raise UserError(f"{told}: give the folder of one")
+    edition = "coco" if "coco" in editions else next(iter(editions), "")
+    if not editions and where.is_dir() and not any(where.rglob("*.parquet")):
+        raise _nothing(where, "coco_pope_*.json and no parquet edition of it")
+    return edition, editions.get(edition, [])
 
 
 def _pope_parquet(where: Path) -> Iterator[Question]:
@@ -130,6 +164,17 @@ def _yes_or_no(key: str, category: str, shown: Path | bytes, text: str, label: s
 READERS: dict[str, Callable[[Path], Iterator[Question]]] = {
     "mvbench": mvbench, "videomme": videomme, "scienceqa": scienceqa, "pope": pope,
 }  # fmt: skip
+
+
+def questions_of(name: str, where: Path) -> list[Question]:
+    """Every question of the benchmark `name`, in order. Raises UserError, also when one is there twice."""
+    questions, ids = list(READERS[name](where)), set()
+    for question in questions:
+        if question.id in ids:
+            told = f"{name}: {where} holds question {question.id} twice"
+            raise UserError(f"{told}, as if it held two downloads of the same: give the folder or file of one")
+        ids.add(question.id)
+    return questions
 
 
 def _json_list(file: Path) -> list[dict[str, Any]]:
@@ -160,6 +205,9 @@ def _parquet(where: Path, needs: tuple[str, ...]) -> Iterator[tuple[Path, int, d
     """(file, row number, row) of the test split's tables, or of all when no name says so. Raises UserError."""
     files = tables.find_tables(where, ("parquet",))
     files = [f for f in files if "test" in f.stem.lower()] or files
+    if len(folders := list(dict.fromkeys(file.parent for file in files))) > 1:
+        told = f"{where} has tables in {folders[0]} and in {folders[1]}, which may hold the same questions"
+        raise UserError(f"{told}: give one of them")
     for file in files:
         number = 0
         for block in tables.blocks_of(file, tuple((name,) for name in needs)):
@@ -172,7 +220,7 @@ def _parquet(where: Path, needs: tuple[str, ...]) -> Iterator[tuple[Path, int, d
 
 ALL = (
     "question", "options", "choices", "answer", "image", "hint", "subject", "topic", "grade", "category", "id",
-    "question_id", "video_id", "videoID", "duration", "domain", "task_type",
+    "question_id", "video_id", "videoID", "duration", "domain", "sub_category", "task_type",
 )  # fmt: skip
 
 
@@ -222,7 +270,7 @@ def _films(root: Path) -> dict[str, list[Path]]:
     """Videos, pictures and folders of pictures below `root`, by their names without endings."""
     found: dict[str, list[Path]] = {}
     folders = set()
-    for path in sorted(root.rglob("*")):
+    for path in sorted(_files(root)):
         if path.suffix.lower() in FILMS:
             found.setdefault(path.stem, []).append(path)
             if path.suffix.lower() in FILMS[-3:]:
@@ -230,6 +278,18 @@ def _films(root: Path) -> dict[str, list[Path]]:
     for folder in sorted(folders):
         found.setdefault(folder.name, []).append(folder)
     return found
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """All files below a folder, also behind links (pictures of COCO are often linked), each real folder once."""
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(folder, name) for name in names)
 
 
 def _nothing(where: Path, wanted: str) -> UserError:

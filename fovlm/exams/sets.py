@@ -19,7 +19,7 @@ from fovlm.config import Source
 from fovlm.dataset import Dataset
 from fovlm.errors import UserError, nearest
 from fovlm.exams.question import drawn, frames_of, hash_of
-from fovlm.exams.readers import READERS
+from fovlm.exams.readers import READERS, questions_of
 from fovlm.index import MEDIA, open_indices
 from fovlm.shards import cache_root, find_shards
 from fovlm.text import Chat, Text
@@ -77,7 +77,7 @@ class Questions:
 
     def __init__(self, name: str, where: Path, form: Form, limit: int | None, skip_missing: bool, say: Say):
         self.name, self.form = name, form
-        every = list(READERS[name](where))
+        every = questions_of(name, where)
         if not every:
             raise UserError(f"{name}: {where} has no questions")
         lost = [q for q in every if q.missing]

@@ -10,7 +10,7 @@ from pathlib import Path
 from fovlm.bad import BadSample
 from fovlm.errors import UserError
 from fovlm.exams.question import Question, frames_of
-from fovlm.exams.readers import READERS
+from fovlm.exams.readers import questions_of
 from fovlm.prepare.frames import jpegs
 from fovlm.prepare.job import Job, Made, Source
 from fovlm.prepare.tables import Row
@@ -44,7 +44,7 @@ def make(row: Row, job: Job) -> Iterator[Made]:
 def _rows(name: str) -> Callable[[Path, bool], list[Row]]:
     def rows(raw: Path, skip_missing: bool) -> list[Row]:
         """All questions. Raises UserError, also when files are missing that may not be."""
-        questions = list(READERS[name](raw))
+        questions = questions_of(name, raw)
         missing = [question.missing for question in questions if question.missing is not None]
         if missing and (not skip_missing or len(missing) == len(questions)):
             told = f"{raw}: the files of {len(missing)} of {len(questions)} questions are missing, first {missing[0]}"

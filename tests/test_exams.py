@@ -74,7 +74,7 @@ def test_an_option_has_the_likelihood_that_it_has_alone(visual, prompt, rounds, 
     one = subject(visual=visual, prompt=prompt, rounds=rounds, image_frames=2)
     examine(one, asked(tmp_path))
     chat = Chat(TOKENIZER, prompt, "answer", 999)
-    form = sets.Form(chat, 28, 2)
+    form = sets.Form(chat, 28, 2, 999)
     for mode in MODES[visual]:
         for line, question in zip(lines(tmp_path / "out/pope", mode), quiz, strict=True):
             frames = sets.frames_of(question, 28, 64)

@@ -164,9 +164,12 @@ def test_benchmarks_come_with_their_options_and_say_what_is_missing(tmp_path):
     (raw / "json").mkdir(parents=True)
     (raw / "video").mkdir()
     row = {"video": "a.mp4", "question": "what ?", "candidates": ["red", "blue"], "answer": "blue"}
-    (raw / "json" / "moving_count.json").write_text(json.dumps([row, row | {"video": "gone.mp4"}]))
+    others = [row | {"video": name} for name in ("gone.mp4", "cut.mkv")]
+    (raw / "json" / "moving_count.json").write_text(json.dumps([row, *others]))
     (raw / "video" / "a.mp4").write_bytes(VIDEO)
-    with pytest.raises(UserError, match="1 of 2 questions are missing"):
+    whole = tiny.video(9, format="matroska")
+    (raw / "video" / "cut.mkv").write_bytes(whole[: len(whole) // 2])  # half of it can be read
+    with pytest.raises(UserError, match="1 of 3 questions are missing"):
         made("mvbench", raw, tmp_path / "out")
     manifest = made("mvbench", raw, tmp_path / "out", skip_missing=True)
     ((_, record, pictures),) = samples_of(tmp_path / "out")
@@ -177,7 +180,7 @@ def test_benchmarks_come_with_their_options_and_say_what_is_missing(tmp_path):
         1,
     )
     assert len(pictures) == 3
-    assert manifest.rejected == {"no such video or picture file": 1}
+    assert manifest.rejected == {"no such video or picture file": 1, "video or picture undecodable or cut short": 1}
 
 
 def test_what_is_made_is_what_training_reads(tmp_path, monkeypatch):

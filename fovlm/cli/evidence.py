@@ -39,7 +39,7 @@ def eval_(
         typer.Option("--letters", help="List the options in the question and score their letters, not their texts."),
     ] = False,
     skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Go on without the questions whose videos are not there.")
+        bool, typer.Option("--skip-missing", help="Go on without questions whose videos cannot be had.")
     ] = False,
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="Do part I (from 0) of N; the last part merges them all.")

@@ -22,7 +22,7 @@ from fovlm.exams import controls as ways
 from fovlm.exams.choice import Encoding, View, encode, score, visual
 from fovlm.exams.numbers import line_of, numbers
 from fovlm.exams.records import Line, Record, agree, write
-from fovlm.exams.sets import Exam, Form, Item, open_exam
+from fovlm.exams.sets import UNCUT, Exam, Form, Item, open_exam
 from fovlm.exams.subject import Subject
 from fovlm.generation import context_of
 from fovlm.text import Chat
@@ -30,6 +30,7 @@ from fovlm.text import Chat
 ENCODED = 32  # frames that are walked through the encoder at once
 NEAR = 64  # items among which another clip is looked for
 Result = dict[str, Any]
+Records = dict[tuple[str, str], Record]  # by control and mode
 
 
 @dataclass
@@ -52,16 +53,23 @@ class Asked:
 def examine(
     subject: Subject, asked: Asked, say: Callable[[str], None] = print, bar: Progress | None = None
 ) -> list[Result]:
-    """Score all sets; returns the results of those that are complete, in order. Raises UserError."""
+    """Score all sets; returns their results in order once the lines of all ranks are there, and none before that.
+
+    Raises UserError.
+    """
     modes, form = modes_of(subject, asked.modes), form_of(subject, asked)
     ways.check(asked.controls)
-    found = []
+    if form.most < asked.most:
+        per_look = f" at {form.per_look} tokens each" if form.per_look > 1 else ""
+        say(f"a clip shows at most {form.most} frames{per_look}: half of the model's context of {form.context}")
     exams = [
         open_exam(spec, asked.data, form, subject.own, asked.limit, asked.skip_missing, say) for spec in asked.sets
     ]  # all of them first: what is missing is told before anything is computed
-    for exam in exams:
-        found += examine_one(subject, exam, asked, modes, bar)
-    return found
+    every = [examine_one(subject, exam, form, asked, modes, bar) for exam in exams]
+    # Only now: another rank may have ended its share of the first set while this one was at the last.
+    merged = [merge(exam, *one) for exam, one in zip(exams, every, strict=True)]
+    found = [result for results in merged for result in results]
+    return found if len(found) == sum(len(records) for _, records in every) else []
 
 
 def modes_of(subject: Subject, wanted: list[str]) -> list[str]:
@@ -77,16 +85,17 @@ def modes_of(subject: Subject, wanted: list[str]) -> list[str]:
 def form_of(subject: Subject, asked: Asked) -> Form:
     """How this model is asked."""
     config = subject.model.config
-    room = context_of(config) - min(asked.most, context_of(config) // 2) * config.tokens_per_look
-    chat = Chat(subject.tokenizer, config.prompt, "answer", max(room, 1))
-    return Form(chat, config.frame_size, config.image_frames, asked.most, asked.letters)
+    context, per_look = context_of(config), config.tokens_per_look
+    chat = Chat(subject.tokenizer, config.prompt, "answer", UNCUT)
+    most = max(min(asked.most, context // 2 // per_look), 1)  # frames leave half of the context to the text
+    return Form(chat, config.frame_size, config.image_frames, context, per_look, most, asked.letters)
 
 
 def examine_one(
-    subject: Subject, exam: Exam, asked: Asked, modes: list[str], bar: Progress | None = None
-) -> list[Result]:
-    """Score one set under every control in every mode, and merge what is complete."""
-    records: dict[tuple[str, str], Record] = {}
+    subject: Subject, exam: Exam, form: Form, asked: Asked, modes: list[str], bar: Progress | None = None
+) -> tuple[Result, Records]:
+    """Score this rank's share of one set under every control in every mode; returns what is said of all, and where."""
+    records: Records = {}
     reads = subject.model.config
     facts = {
         "set": exam.name,
@@ -96,7 +105,7 @@ def examine_one(
         "model": subject.name,
         "weights": subject.weights,
         **{name: getattr(reads, name) for name in ("prompt", "rounds", "image_frames", "frame_size", "visual_scale")},
-        "most_frames": asked.most,
+        "most_frames": form.most,
         "batch": asked.batch,
         "precision": str(subject.model.dtype).removeprefix("torch."),
     }
@@ -114,12 +123,19 @@ def examine_one(
         score_chunk(subject, exam, items, records)
         if bar and task is not None:
             bar.advance(task, len(items))
+    return facts, records
+
+
+def merge(exam: Exam, facts: Result, records: Records) -> list[Result]:
+    """The results of those ways in which all of a set is scored, also written. `set_hash` names what was scored."""
     found = []
     for (control, mode), record in records.items():
         if (lines := record.merge()) is not None:
             counted = numbers(lines)
             missing = exam.left_out | counted.pop("left_out")
             result = facts | {"control": control, "mode": mode, "left_out": missing} | counted
+            if without := {line["n"] for line in lines if "left_out" in line}:
+                result["set_hash"] = exam.hash_without(without)
             write(record.folder / f"{mode}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
             found.append(result)
     return found
@@ -149,9 +165,7 @@ def _ahead(exam: Exam, chunks: list[range]) -> Iterator[list[tuple[int, Item | s
             yield ready
 
 
-def score_chunk(
-    subject: Subject, exam: Exam, items: list[tuple[int, Item | str]], records: dict[tuple[str, str], Record]
-) -> None:
+def score_chunk(subject: Subject, exam: Exam, items: list[tuple[int, Item | str]], records: Records) -> None:
     """Encode the frames of a chunk once, and add its lines to every record that lacks them."""
     whole = [item for _, item in items if isinstance(item, Item)]
     views = views_of(subject, whole)

@@ -75,7 +75,7 @@ def unmarked(options: Sequence[str]) -> tuple[str, ...]:
 def frames_of(question: Question, size: int, most: int) -> Tensor:
     """What a question shows -> u8 [f, 3, size, size]: a frame a second of a video, at most `most`; f is 0 for none.
 
-    Raises UserError naming the question for what cannot be read.
+    Raises UserError naming the question for what cannot be read, or only in part.
     """
     parts = [_frames(m, question, size, most) for m in question.media]
     if not parts:
@@ -91,17 +91,24 @@ def _frames(shown: Path | bytes, question: Question, size: int, most: int) -> Te
         try:
             if kind is None:
                 raise BadSample("neither a video nor a picture")
-            return footage.decode_some(file, kind, size, 1).frames
+            seen = footage.decode_some(file, kind, size, 1)
         except BadSample as error:
             raise UserError(f"question {question.id}: its picture cannot be read: {error}") from error
+        if seen.note:
+            raise UserError(f"question {question.id}: its picture cannot be read: {seen.note}")
+        return seen.frames
     try:
-        if question.part is None:
-            return read_clip(shown, size, most).frames
-        clip = read_clip(shown, size, LONGEST)
+        clip = read_clip(shown, size, most if question.part is None else LONGEST)
     except UserError as error:
         raise UserError(f"question {question.id}: {error}") from error
+    if clip.note:  # what is left of it is not what was asked about
+        raise UserError(f"question {question.id}: {shown}: {clip.note}")
+    if question.part is None:
+        return clip.frames
     scale = FOLDER_FPS if shown.is_dir() else 1.0
     begin, end = question.part
+    if begin > clip.seconds[-1] / scale + 1:
+        raise UserError(f"question {question.id}: {shown} ends before second {begin:g}, where its part begins")
     inside = [n for n, second in enumerate(clip.seconds) if begin - 0.5 <= second / scale <= end + 0.5]
     inside = inside or [min(range(len(clip.seconds)), key=lambda n: abs(clip.seconds[n] / scale - begin))]
     return clip.frames[[inside[n] for n in media.spread(len(inside), most)]]

@@ -6,7 +6,9 @@ pope are benchmarks as downloaded; any other name is shards: a folder, a manifes
 
 import glob
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +27,8 @@ from fovlm.shards import cache_root, find_shards
 from fovlm.text import Chat, Text
 
 KIND = ", "  # between the name of a source and the kind of its samples
+UNCUT = 2**31 - 1  # tokens of a text: what goes beyond a model's context is left out, never scored in part
+TOO_LONG = "longer than the model's context with its frames"
 Say = Callable[[str], None]
 
 
@@ -52,15 +56,24 @@ class Item:
 class Form:
     """How a model is asked: all that decides its tokens and frames, beside the questions."""
 
-    chat: Chat  # with loss "answer", and the model's prompt order
+    chat: Chat  # with loss "answer", the model's prompt order, and nothing cut (UNCUT)
     frame_size: int
     image_frames: int
+    context: int  # positions of the language model
+    per_look: int = 1  # tokens
     most: int = 64  # frames
     letters: bool = False  # options are listed in the question, and their letters are the answers
 
+    def fits(self, texts: list[Text], looks: int) -> bool:
+        """Whether the longest of the texts has room in the context beside so many looks."""
+        return max(len(text.tokens) for text in texts) + looks * self.per_look <= self.context
+
 
 class Exam(Protocol):
-    """A set: its items by number, and what names it. `left_out` says how many questions are not in it, and why."""
+    """A set: its items by number, and what names it. `left_out` says how many questions are not in it, and why.
+
+    `hash` names what is asked, whatever the model: two sets with one hash are the same questions.
+    """
 
     name: str
     hash: str
@@ -69,14 +82,20 @@ class Exam(Protocol):
 
     def __len__(self) -> int: ...
     def item(self, number: int) -> Item | str:
-        """An item, or the reason why there is none."""
+        """An item, or the reason why there is none. Raises UserError."""
+
+    def hash_without(self, numbers: Collection[int]) -> str:
+        """The hash of the set without some of its items: of what was scored."""
 
 
 class Questions:
-    """Multiple choice. Raises UserError for missing videos, unless they are skipped, and for an empty set."""
+    """Multiple choice. Raises UserError for missing videos, unless they are skipped, and for an empty set.
+
+    What is there and cannot be read is found when its turn comes, and treated alike.
+    """
 
     def __init__(self, name: str, where: Path, form: Form, limit: int | None, skip_missing: bool, say: Say):
-        self.name, self.form = name, form
+        self.name, self.form, self.skip = name, form, skip_missing
         every = questions_of(name, where)
         if not every:
             raise UserError(f"{name}: {where} has no questions")
@@ -100,7 +119,12 @@ class Questions:
 
     def item(self, number: int) -> Item | str:
         q, form = self.questions[number], self.form
-        frames = frames_of(q, form.frame_size, form.most)
+        try:
+            frames = frames_of(q, form.frame_size, form.most)
+        except UserError as error:
+            if self.skip:
+                return "their video or picture cannot be read, or only in part"
+            raise UserError(f"{self.name}, {error}; --skip-missing goes on without such questions") from error
         image = len(q.media) == len(frames) and all(_still(m) for m in q.media)
         texts = []
         for option in q.answers(form.letters):
@@ -108,7 +132,10 @@ class Questions:
                 record = {"user": q.asked(form.letters), "assistant": option}
                 texts.append(form.chat.text(record, None, bool(len(frames))))
             except BadSample as error:
-                return f"{error}: the question or an option is empty, or longer than the context"
+                return f"{error}: the question or an option is empty"
+        looks = torch.arange(len(frames)).repeat_interleave(form.image_frames if image else 1)
+        if not form.fits(texts, len(looks)):
+            return TOO_LONG
         return Item(
             number=number,
             id=q.id,
@@ -117,11 +144,14 @@ class Questions:
             modality=("image" if image else "video") if len(frames) else "text",
             clip=q.shown,
             frames=frames,
-            looks=torch.arange(len(frames)).repeat_interleave(form.image_frames if image else 1),
+            looks=looks,
             texts=texts,
             answer=q.answer,
             extra=q.extra,
         )
+
+    def hash_without(self, numbers: Collection[int]) -> str:
+        return hash_of([q for n, q in enumerate(self.questions) if n not in numbers])
 
 
 def _still(shown: Path | bytes) -> bool:
@@ -129,10 +159,13 @@ def _still(shown: Path | bytes) -> bool:
 
 
 class Shards:
-    """Samples whose answer's loss is measured, of any kind. `sources` are by name."""
+    """Samples whose answer's loss is measured, of any kind. `sources` are by name.
+
+    Raises UserError for shards that were tokenized ahead with a loss on every token.
+    """
 
     def __init__(self, name: str, sources: dict[str, Source], form: Form, limit: int | None):
-        self.name, self.protocol = name, "loss of the answer"
+        self.name, self.form, self.protocol = name, form, "loss of the answer"
         self.left_out: dict[str, int] = {}
         kinds = _by_kind(sources)
         self.data = Dataset(
@@ -150,8 +183,14 @@ class Shards:
         of = [kinds[name].kind for name in self.data.mix.names]
         once = [p for p in there if of[self.data.mix(p)[0]] in (self.data.kind(p), "preference")]
         self.positions = sorted(sorted(once, key=_rank)[:limit])
-        digest = f"{self.data.scored_hash(len(once))}{self.positions if len(self.positions) < len(once) else ''}"
-        self.hash = hashlib.blake2b(digest.encode(), digest_size=16).hexdigest()
+        for position in {self.data.mix(p)[0]: p for p in reversed(once)}.values():  # the first one of each source
+            with suppress(BadSample):
+                if _on_every_token(self.data.record(position)):
+                    told = f"{name}: its samples are tokenized for a loss on every token, and an answer's is measured"
+                    raise UserError(f"{told}: make the set with --tokenize sft, or without")
+        # The tokenizer belongs to it, since losses are per token; the prompt order and the frames do not.
+        self.tokens = Chat(form.chat.tokenizer, "after", "answer", UNCUT).hash
+        self.hash = self.hash_without(())
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -162,6 +201,11 @@ class Shards:
             return bad.cause if bad is not None else "a preference pair has no one answer"
         (sample,) = samples
         record, kind = self.data.record(self.positions[number]), self.data.kind(self.positions[number])
+        if _on_every_token(record):
+            return "tokenized for a loss on every token"
+        texts = [Text(sample.tokens, sample.weight, sample.prompt)]
+        if not self.form.fits(texts, sample.looks):
+            return TOO_LONG
         f = len(sample.frames)
         return Item(
             number=number,
@@ -172,9 +216,20 @@ class Shards:
             clip=sample.key,
             frames=sample.frames,
             looks=torch.arange(f) if sample.looks == f else torch.zeros(sample.looks, dtype=torch.int64),
-            texts=[Text(sample.tokens, sample.weight, sample.prompt)],
+            texts=texts,
             answer=None,
         )
+
+    def hash_without(self, numbers: Collection[int]) -> str:
+        kept = [p for n, p in enumerate(self.positions) if n not in numbers]
+        told = {"of": self.data.asked, "tokens": self.tokens, "positions": kept}
+        return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
+
+
+def _on_every_token(record: dict[str, Any]) -> bool:
+    """True for what `--tokenize stage1` makes: without it a question has no weight."""
+    mask = record.get("loss_mask")
+    return isinstance(mask, list) and bool(mask) and all(mask)
 
 
 def _by_kind(sources: dict[str, Source]) -> dict[str, Source]:

@@ -16,7 +16,7 @@ def main_tables(results: Sequence[Result]) -> list[tuple[str, Table]]:
     for protocol in dict.fromkeys(result["protocol"] for result in results):
         mine = [result for result in results if result["protocol"] == protocol]
         found.append((_title(protocol), _main(mine)))
-        if "accuracy" in mine[0]:
+        if any("accuracy" in result for result in mine):  # one of a set without a scored sample has none
             normalised = _main(mine, "accuracy_normalised", "interval_normalised")
             found.append((_title(f"{protocol}, per token"), normalised))
     return found

@@ -28,7 +28,7 @@ def make(row: Row, job: Job) -> Iterator[Made]:
     try:
         frames = frames_of(question, job.size, job.most)
     except UserError as error:
-        raise BadSample("undecodable video or picture") from error
+        raise BadSample("video or picture undecodable or cut short") from error
     record = {
         "user": question.question,
         "assistant": question.options[question.answer],

@@ -99,6 +99,8 @@ def plan(
             if repeat:
                 words += [f"name={experiment.name}-s{repeat}", f"train.seed={experiment.train.seed + repeat}"]
                 experiment = config.load(name, words[1:], folder)
+            if experiment.model.init_from == experiment.name:
+                raise UserError(f"{experiment.name}: model.init_from={experiment.name}: a run cannot start from itself")
             planned.append(Planned(experiment.name, group, tuple(words), experiment))
     names = [run.name for run in planned]
     if twice := next((name for name in names if names.count(name) > 1), None):

@@ -132,6 +132,14 @@ def test_one_after_another_and_what_is_finished_is_skipped(place):
     assert "finished already" in said
 
 
+def test_runs_that_wait_for_one_another_are_told_and_do_not_wait_for_ever(place):
+    file = place.home / "experiments" / "trio.yaml"
+    file.write_text(file.read_text().replace("first in its file", "starts from next, model: {init_from: next}"))
+    results, status, said = place.work("two", "next", "one")
+    assert (results, status) == ({"one": "finished", "two": "blocked", "next": "blocked"}, 1)
+    assert "two: not started: it starts from next, and model.init_from goes in a circle" in said
+
+
 def test_the_table_has_a_row_for_each(place):
     place.behave(one="fail")
     place.work("two", "one", "train.seed=4")

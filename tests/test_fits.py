@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fovlm.report.fits import Law, fit_law, parabola, student
+from fovlm.report.fits import Law, cost_of_size, fit_law, parabola, student
 
 CHINCHILLA = Law(E=1.82, A=482, alpha=0.348, B=2085, beta=0.366)
-NAMES = ("E", "A", "alpha", "B", "beta", "exponent")
+NAMES = ("E", "A", "alpha", "B", "beta")
 
 
 def grid(sizes, amounts):
@@ -21,7 +21,7 @@ def grid(sizes, amounts):
 def test_a_law_without_noise_is_recovered_exactly_in_any_units():
     N, D = grid(np.geomspace(5e7, 1e10, 5), np.geomspace(1e9, 3e11, 5))
     fit = fit_law(N, D, CHINCHILLA.loss(N, D), draws=0)
-    for name in NAMES[:5]:
+    for name in NAMES:
         assert getattr(fit.law, name) == pytest.approx(getattr(CHINCHILLA, name), rel=1e-3), name
     small = fit_law(N / 1e6, D / 1e6, CHINCHILLA.loss(N, D), draws=0).law
     assert small.alpha == pytest.approx(CHINCHILLA.alpha, rel=1e-3)
@@ -37,6 +37,7 @@ def test_intervals_hold_the_truth_under_noise(sizes, noise):
         low, high = fit.intervals[name]
         assert low <= getattr(CHINCHILLA, name) <= high, (name, low, high)
     low, high = fit.intervals["exponent"]
+    assert low <= CHINCHILLA.exponent() <= high
     assert 0 < high - low < 0.3
     assert fit.spread == pytest.approx(noise, rel=0.7)
 
@@ -79,6 +80,35 @@ def test_parabola_finds_the_lowest_point_and_says_how_sure_it_is():
     assert sharp.sure == 1.0
     assert dull.sure < 0.6, "noise as large as the curve tells nothing"
     assert parabola(N, L, None).sure == 0.0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.95], ids=["N times D", "an encoder beside it", "mostly the encoder"])
+def test_the_best_size_grows_as_the_exponent_says_whatever_a_sample_costs(share):
+    """Against the lowest loss over a fine grid of sizes, at two budgets whose best sizes are those of the cells."""
+    ends = np.array([1e8, 3e9])
+    c0 = share / (1 - share) * 6 * ends[0]
+    sizes = np.geomspace(*ends / [3, 1 / 3], 40_001)
+    best = lambda C: sizes[CHINCHILLA.loss(sizes, C / (c0 + 6 * sizes)).argmin()]  # noqa: E731
+    budgets = np.geomspace(1e15, 1e25, 2001)
+    sought = np.array([best(C) for C in budgets])
+    first, last = (budgets[np.abs(np.log(sought / end)).argmin()] for end in ends)
+    measured = np.log(best(last) / best(first)) / np.log(last / first)
+    cells = np.geomspace(*ends, 3)
+    rise, miss = cost_of_size(cells, c0 + 6 * cells)
+    assert miss < 1e-9
+    assert CHINCHILLA.exponent(rise) == pytest.approx(measured, rel=0.02)
+    if share == 0.95:
+        assert CHINCHILLA.exponent() > measured + 0.05, "what N times D would say"
+
+
+def test_costs_that_are_no_line_over_size_are_told():
+    N = np.array([1.5e8, 3.8e8, 1.8e9])
+    assert cost_of_size(N, 6 * N)[0] == pytest.approx(1)
+    assert cost_of_size(N, 6 * N**0.8)[1] > 0.03
+    assert cost_of_size(N, 1e10 + 6 * N + [0, 0, 1e10])[1] > 0.03, "a larger encoder beside the largest"
+    assert cost_of_size(N, [3e9, 2e9, 1e9])[1] == np.inf
+    with pytest.raises(ValueError, match="three different sizes"):
+        cost_of_size([1, 1, 2], [1, 1, 1])
 
 
 @pytest.mark.parametrize("L", [[3.0, 2.0, 1.5], [1.0, 2.0, 1.0]], ids=["still falling", "a hill"])

@@ -5,15 +5,15 @@ import json
 import re
 
 import pytest
-from run_folders import experiment_of, write_grid, write_run, write_seeds
+from run_folders import experiment_of, write_run, write_seeds
 
 from fovlm.errors import UserError
 from fovlm.report import decide as questions
-from fovlm.report import scale
+from fovlm.report.alike import differing
 from fovlm.report.build import BLIND, _limits, write_report
 from fovlm.report.collect import collect
 from fovlm.report.compare import Side, decide, paired, welch
-from fovlm.report.decide import answers, differing, loss_at
+from fovlm.report.decide import answers, loss_at
 
 
 def verdicts(root):
@@ -112,18 +112,54 @@ def test_how_a_run_is_carried_out_is_no_difference():
 
 
 def test_equal_flops_reads_the_dearer_run_where_the_cheaper_one_ends(tmp_path):
-    """The same loss over samples, three times as dear: at equal FLOPs the dear run has seen a third."""
-    write_seeds(tmp_path, "LR1", [0.50, 0.50, 0.51])
+    """Three times as dear: at equal FLOPs the dear run has seen a third, and its loss is not yet that of the end."""
+    write_seeds(tmp_path, "LR1", [0.30, 0.30, 0.31])
     write_seeds(tmp_path, "B1", [0.50, 0.51, 0.50], flops_per_sample=3e8)
-    found = verdicts(tmp_path)
-    assert not found["One token against sixteen, at equal samples"].decided
-    equal = found["One token against sixteen, at equal FLOPs"].verdict
-    assert equal.winner == "LR1"
-    assert equal.differences["B1"].value == pytest.approx(0.5 * 3**0.5 - 0.5, rel=0.15)
+    equal = verdicts(tmp_path)["One token against sixteen, at equal FLOPs"].verdict
+    assert equal.winner == "LR1", "it is below what B1 comes to with three times the FLOPs"
+    assert equal.differences["B1"].value == pytest.approx(0.5 * 3**0.5 - 0.3, rel=0.15)
     run = collect([str(tmp_path)]).side("B1")[0]
     assert loss_at(run, run.samples * 3e8) == pytest.approx(run.loss)
     assert loss_at(run, 1.0) is None
     assert loss_at(run, run.samples * 6e8) is None
+
+
+@pytest.mark.parametrize("dear", [[0.50, 0.51, 0.50], [0.10, 0.11, 0.12]], ids=["no better in the end", "better"])
+def test_a_schedule_cut_short_decides_nothing_against_its_side(tmp_path, dear):
+    """The same loss over samples, three times as dear: what it lacks at a third may be its learning rate alone."""
+    write_seeds(tmp_path, "LR1", [0.50, 0.50, 0.51])
+    write_seeds(tmp_path, "B1", dear, flops_per_sample=3e8)
+    found = verdicts(tmp_path)["One token against sixteen, at equal FLOPs"].verdict
+    if dear[0] < 0.2:
+        assert found.winner == "B1", "read to its disadvantage, and the lower one all the same"
+    else:
+        assert found.winner is None
+        assert found.text.startswith("not decided: B1 was read before its learning rate came down")
+
+
+def test_seeds_of_a_side_that_are_not_alike_decide_nothing(tmp_path):
+    """Not even when they differ in what the question asks about: then a side is two."""
+    write_seeds(tmp_path, "LR1", [0.50, 0.52, 0.51])
+    write_run(tmp_path, "nano-LR2", 0.90, 0, "LR2")
+    write_run(tmp_path, "nano-LR2-s1", 0.95, 1, "LR2", {"optim": {"lr_connector": 4e-2}})
+    write_run(tmp_path, "nano-LR2-s2", 0.99, 2, "LR2")
+    write_seeds(tmp_path, "D1", [0.90, 0.95])
+    write_run(tmp_path, "nano-D1-s2", 0.99, 2, "D1", data_hash="other")
+    found = verdicts(tmp_path)
+    rates, mix = found["Learning-rate ratio"].verdict, found["Data mix"].verdict
+    assert rates.text == "not decided: the seeds of LR2 differ in optim.lr_connector"
+    assert mix.text == "not decided: the seeds of D1 were trained on different data"
+
+
+def test_intervals_are_told_at_the_level_they_are_at(tmp_path):
+    for role in ("LR1", "F1", "F2", "A1"):
+        write_seeds(tmp_path / "runs", role, [0.50, 0.52, 0.51] if role == "LR1" else [0.90, 0.95, 0.99])
+    heads = {title: " ".join(answer.head) for title, answer in verdicts(tmp_path / "runs").items()}
+    assert "[97.5 % interval]" in heads["Freeze strategy"], "two rivals"
+    assert "[95 % interval]" in heads["Deep query"], "one"
+    write_report([str(tmp_path / "runs")], tmp_path / "out")
+    rows = list(csv.DictReader((tmp_path / "out" / "decisions.csv").open()))
+    assert {row["level"] for row in rows if row["question"] == "Freeze strategy"} == {"0.975"}
 
 
 # -- what is read ----------------------------------------------------------------------------------------------------
@@ -194,35 +230,6 @@ def test_an_unrecorded_set_is_told_from_the_settings(tmp_path):
     runs = collect([str(tmp_path)]).runs
     assert runs[0].val_set == runs[1].val_set
     assert runs[0].val_set.startswith("unrecorded")
-
-
-# -- the grid --------------------------------------------------------------------------------------------------------
-
-
-def test_grid_finds_the_best_sizes_and_the_trend(tmp_path):
-    write_grid(tmp_path, 0.002)
-    write_seeds(tmp_path, "LR1", [0.500, 0.501, 0.502])
-    found = scale.grid(collect([str(tmp_path)]), draws=4)
-    assert found.budgets == ["C1", "C2", "C3"]
-    assert len(found.pairs()) == 9
-    assert found.noise_from == "the seeds of LR1"
-    sizes = [found.optima["F", budget].size for budget in found.budgets]
-    assert sizes == sorted(sizes), "the best size grows with the budget"
-    assert re.match(r"N = \S+ \[\S+, \S+\]", scale.optimum_text(found, "F", "C2"))
-    assert found.trend.low > 0, "made so that 16 tokens gain with scale"
-    assert scale.trend_text(found).startswith("B gains on F")
-    assert "9 of 9" in scale.trend_text(found)
-
-
-def test_a_grid_without_seeds_or_with_few_cells_decides_nothing(tmp_path):
-    write_grid(tmp_path)
-    for folder in tmp_path.glob("*-M-*"):
-        (folder / "run_summary.json").unlink()
-    found = scale.grid(collect([str(tmp_path)]), draws=4)
-    assert found.noise is None
-    assert scale.optimum_text(found, "F", "C1").startswith("not decided (2 of 3 sizes)")
-    assert scale.law_text(found, "F").startswith("not decided: 6 cells of 2 sizes")
-    assert found.fits == {}
 
 
 # -- the page --------------------------------------------------------------------------------------------------------

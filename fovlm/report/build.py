@@ -184,7 +184,14 @@ def _grid(cells: Grid | None, seeing: float | None, out: Path) -> list[Block]:
         for budget in cells.budgets
         if cells.of(arch, budget)
     ]
-    noise = "no noise is known" if cells.noise is None else f"{cells.noise:.2%} of a loss, from {cells.noise_from}"
+    noise = (
+        "no noise is known"
+        if cells.noise is None
+        else (
+            f"{cells.noise:.2%} of a loss, from {cells.noise_from} ({cells.freedom} degrees of freedom), widened to "
+            f"{cells.reach:.2%}"
+        )
+    )
     blocks.append(Table(("architecture", "budget", "sizes", "best size"), rows))
     blocks.append(Text(f"Rule: {OPTIMUM_RULE} Noise here: {noise}."))
     blocks += [Heading("Scale: loss as a law of size and data"), *_laws(cells)]
@@ -216,6 +223,7 @@ def _laws(cells: Grid) -> list[Block]:
     rows = []
     for arch, fit in cells.fits.items():
         told = [f"{value:.3g} [{low:.3g}, {high:.3g}]" for value, (low, high) in tables.parts(fit).values()]
+        told += [] if fit.rise is not None else ["-"]
         rows.append((ARCHS[arch], str(fit.points), *told, f"{fit.spread:.2%}"))
     head = ("architecture", "points", "E", "A", "alpha", "B", "beta", "best N grows as C to the", "residual")
     said = {arch: law_text(cells, arch) for arch in cells.archs}
@@ -246,8 +254,8 @@ def _count(evidence: Evidence, val_set: str) -> str:
 
 
 def _seeing(evidence: Evidence) -> float | None:
-    """The loss below which a run has learned to see, where the best one without a picture is known."""
-    floors = {float(run.summary[BLIND]) for run in evidence.runs if run.summary.get(BLIND)}
+    """The loss below which a cell has learned to see, where the best one without a picture is known."""
+    floors = {float(run.summary[BLIND]) for run in evidence.cells if run.summary.get(BLIND)}
     return (1 - AT_FLOOR) * min(floors) if floors else None
 
 

@@ -157,9 +157,8 @@ def collect(words: Iterable[str]) -> Evidence:
         told = "; ".join(f"{name}: {reason}" for name, reason in evidence.left_out[:5])
         raise UserError(f"no finished run to report on ({told or 'no run folder'})")
     for kind in (
-        [run for run in runs if run.role and run.role not in PICTURES],
+        [run for run in runs if run.role not in PICTURES],  # cells too: their noise may be that of LR1
         [run for run in runs if run.role in PICTURES],
-        [run for run in runs if run.is_cell],
     ):
         _same(kind)
     return evidence

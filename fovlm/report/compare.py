@@ -19,7 +19,7 @@ RULE = (
     f"A side is better when it and its rival have at least {SEEDS} seeds each and the {LEVEL:.0%} interval of the "
     "difference of their mean final validation losses (Welch) does not hold 0; among more than two sides the best must "
     "beat each of the others, each interval at the level that keeps all of them together at 95 % (Bonferroni). The "
-    "sides may differ in nothing but what is asked. Otherwise: not decided."
+    "sides may differ in nothing but what is asked, and the seeds of one in nothing. Otherwise: not decided."
 )
 
 
@@ -60,6 +60,7 @@ class Verdict:
     winner: str | None
     text: str
     differences: dict[str, Difference]  # rival -> its loss less that of the best side
+    level: float = LEVEL  # of each of their intervals
 
 
 def welch(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> Difference:
@@ -97,19 +98,19 @@ def decide(sides: Sequence[Side], noise: float | None = None, confounded: str = 
     level = 1 - (1 - LEVEL) / len(rivals)
     differences = {side.name: welch(side.losses, best.losses, level) for side in rivals}
     if confounded:
-        return Verdict(None, f"not decided: {confounded}", differences)
+        return Verdict(None, f"not decided: {confounded}", differences, level)
     few = [side for side in sides if len(side.losses) < SEEDS]
     if few:
         text = f"not decided ({_seeds(few)}; {SEEDS} of each are needed)"
-        return Verdict(None, text + _leaning(best, rivals, noise), differences)
+        return Verdict(None, text + _leaning(best, rivals, noise), differences, level)
     open_ = [name for name, difference in differences.items() if not difference.excludes_zero]
     if open_:
         return Verdict(
             None, f"not decided: {best.name} has the lowest mean, but its interval against {', '.join(open_)} holds 0",
-            differences,
+            differences, level,
         )  # fmt: skip
     beaten = ", ".join(f"{name}, whose loss is {interval(d)} nats higher" for name, d in differences.items())
-    return Verdict(best.name, f"{best.name} is better than {beaten}", differences)
+    return Verdict(best.name, f"{best.name} is better than {beaten}", differences, level)
 
 
 def interval(difference: Difference) -> str:

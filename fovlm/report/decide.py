@@ -1,16 +1,16 @@
 """The questions that the ablations ask, each with its sides, what may differ between them, and the answer.
 
-A question whose sides differ in more than it asks about is not decided, whatever the numbers: the settings that the
-runs recorded are compared key by key (`differing`), and so is the data that they were trained on.
+A question whose sides differ in more than it asks about, or the seeds of a side in anything, is not decided, whatever
+the numbers (`alike.py`).
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
-from fovlm.config import HOW, Experiment
+from fovlm.report.alike import confounds
 from fovlm.report.collect import Evidence, Run
 from fovlm.report.compare import (
     LEVEL,
@@ -28,9 +28,6 @@ from fovlm.report.compare import (
 
 BASELINE = "LR1"
 SAMPLES_APART = 0.02  # of the samples seen; sides further apart than this did not see "equal samples"
-# Settings that are no difference between sides: seeds, and how a run is carried out (`config.HOW`).
-APART_FROM = {"name", "note", "seeds", "journal", "train.seed", "engine"}
-APART_FROM |= {f"{section}.{key}" for section, keys in HOW.items() for key in keys}
 NAMES = {
     "F1": "F1, both backbones frozen", "F2": "F2, language model frozen", "LR1": "LR1, baseline",
     "LR2": "LR2, connector to backbones 100:1", "LR3": "LR3, 3:1", "LR4": "LR4, 1:1",
@@ -89,18 +86,18 @@ QUESTIONS = (
 def answers(evidence: Evidence) -> tuple[list[Answer], list[str]]:
     """The answers to every question that has finished runs on two sides, and the titles of the others."""
     sides = {role: side(evidence, role) for role in NAMES if evidence.side(role)}
+    known = pooled({role: one for role, one in sides.items() if not confounds(evidence, (role,), ())}, BASELINE)
     found, unasked = [], []
     for question in QUESTIONS:
         present = [role for role in question.roles if role in sides]
         if len(present) < 2:
             unasked.append(f"{question.title} ({' and '.join(r for r in question.roles if r not in sides)} missing)")
             continue
-        known = pooled(sides, BASELINE)
         other = confounds(evidence, present, question.varies)
         verdict = decide([sides[role] for role in present], known[1] if known else None, other)
         answer = Answer(
             question.title, question.asks, RULE, verdict,
-            ("side", "seeds", "loss, mean (nats)", "spread over seeds", f"more than the best [{LEVEL:.0%} interval]",
+            ("side", "seeds", "loss, mean (nats)", "spread over seeds", _more(verdict),
              "samples", "FLOPs"),
             [_row(evidence, role, sides[role], verdict) for role in present],
             [question.caution] if question.caution else [],
@@ -131,25 +128,6 @@ def side(evidence: Evidence, role: str) -> Side:
     return Side(role, tuple(run.loss for run in evidence.side(role)))
 
 
-def differing(a: Experiment, b: Experiment) -> list[str]:
-    """Key paths in which two runs differ, apart from seeds and how they are carried out."""
-    fa, fb = _flat(a.model_dump()), _flat(b.model_dump())
-    paths = sorted(key for key in fa.keys() | fb.keys() if fa.get(key) != fb.get(key))
-    return [path for path in paths if not any(_under(path, part) for part in APART_FROM)]
-
-
-def confounds(evidence: Evidence, roles: Sequence[str], varies: Sequence[str]) -> str:
-    """What else differs between sides, in words; "" when nothing does."""
-    runs = [run for role in roles for run in evidence.side(role)]
-    paths = {path for run in runs for path in differing(runs[0].experiment, run.experiment)}
-    other = sorted(path for path in paths if not any(_under(path, part) for part in varies))
-    said = [f"the runs also differ in {', '.join(other)}"] if other else []
-    hashes = {run.summary.get("data_hash") for run in runs}
-    if len(hashes) > 1 and not {"data.train", "data.image_frames"} & set(varies):  # the hash holds both
-        said.append("the runs were trained on different data")
-    return "; ".join(said)
-
-
 def loss_at(run: Run, flops: float) -> float | None:
     """Validation loss at a number of FLOPs: between validations linear in log FLOPs; None before the first or beyond
     the last."""
@@ -168,7 +146,9 @@ def equal_flops(evidence: Evidence) -> Answer | None:
     pair = {role: evidence.side(role) for role in ("LR1", "B1")}
     if not all(pair.values()):
         return None
-    budget = min(run.samples * run.flops_per_sample for runs in pair.values() for run in runs)
+    ends = {role: [run.samples * run.flops_per_sample for run in runs] for role, runs in pair.items()}
+    budget = min(min(ends[role]) for role in ends)
+    cheap, dear = sorted(ends, key=lambda role: statistics.fmean(ends[role]))
     losses = {role: [loss_at(run, budget) for run in runs] for role, runs in pair.items()}
     sides = [Side(role, tuple(v for v in values if v is not None)) for role, values in losses.items()]
     empty = [one.name for one in sides if not one.losses]
@@ -177,6 +157,8 @@ def equal_flops(evidence: Evidence) -> Answer | None:
         verdict = Verdict(None, text, {})
     else:
         verdict = decide(sides, None, confounds(evidence, ("LR1", "B1"), ("model.visual",)))
+        if verdict.winner == cheap and max(ends[dear]) > (1 + SAMPLES_APART) * budget:
+            verdict = _to_the_end(evidence, verdict, cheap, dear)
     rows = [
         (NAMES[one.name], str(len(one.losses)), f"{one.mean:.4f}" if one.losses else "-", f"{budget:.3g}",
          f"{pair[one.name][0].flops_per_sample:.3g}",
@@ -184,16 +166,29 @@ def equal_flops(evidence: Evidence) -> Answer | None:
         for one in sides
     ]  # fmt: skip
     notes = [
-        "The loss of the run that goes on longer is read between its validations, where its learning rate has not yet "
-        "come down: this is to its disadvantage. Only the grid, where every run has a whole schedule for its budget, "
-        "compares at equal FLOPs without it."
+        "The loss of the side that goes on longer is read between its validations, where its learning rate has not yet "
+        "come down: this is to its disadvantage. The other is called better only when it also beats that side's final "
+        "losses, which took more FLOPs. The grid, where every run has a whole schedule for its budget, compares at "
+        "equal FLOPs as it is."
     ]
     if not all(run.summary.get("flops") for runs in pair.values() for run in runs):
         notes.append("FLOPs of a sample were not recorded: upper bounds from the settings are used.")
     return Answer(
         "One token against sixteen, at equal FLOPs", "And with as much computed?", RULE, verdict,
-        ("side", "seeds", "loss there (nats)", "FLOPs", "FLOPs a sample", "more than the best"), rows, notes,
+        ("side", "seeds", "loss there (nats)", "FLOPs", "FLOPs a sample", _more(verdict)), rows, notes,
     )  # fmt: skip
+
+
+def _to_the_end(evidence: Evidence, there: Verdict, cheap: str, dear: str) -> Verdict:
+    """The verdict at the FLOPs of the cheaper side, kept when that side also beats the dearer one's final losses."""
+    if decide([side(evidence, cheap), side(evidence, dear)]).winner == cheap:
+        return there
+    final = interval(welch(side(evidence, dear).losses, side(evidence, cheap).losses))
+    text = (
+        f"not decided: {dear} was read before its learning rate came down, and {cheap} is not better than it is in the "
+        f"end, with more FLOPs ({dear} less {cheap}: {final} nats)"
+    )
+    return Verdict(None, text, there.differences, there.level)
 
 
 def mode_gap(evidence: Evidence) -> Answer | None:
@@ -216,14 +211,17 @@ def mode_gap(evidence: Evidence) -> Answer | None:
         f"A gap is there when the {LEVEL:.0%} interval of the mean difference within {SEEDS} or more seeds of "
         f"{BASELINE} (Student, paired) does not hold 0."
     )
+    verdict = _gap(base, confounds(evidence, (BASELINE,), ()))
     return Answer("Mode gap", "Is the model worse frame by frame, as it is deployed, than as it was trained?", rule,
-                  _gap(base), ("side", "seeds", "autoregressive less coarse_fine (nats)"), rows)  # fmt: skip
+                  verdict, ("side", "seeds", "autoregressive less coarse_fine (nats)"), rows)  # fmt: skip
 
 
-def _gap(base: tuple[int, Difference] | None) -> Verdict:
+def _gap(base: tuple[int, Difference] | None, unlike: str) -> Verdict:
     if base is None:
         return Verdict(None, f"not decided: no run of {BASELINE} was scored in both modes", {})
     seeds, difference = base
+    if unlike:
+        return Verdict(None, f"not decided: {unlike}", {})
     if seeds < SEEDS:
         return Verdict(None, f"not decided ({seeds} of {SEEDS} seeds of {BASELINE}): {interval(difference)} nats", {})
     if not difference.excludes_zero:
@@ -254,6 +252,11 @@ def _for_less(evidence: Evidence, dear: str, cheap: str) -> list[str]:
     ]
 
 
+def _more(verdict: Verdict) -> str:
+    """The head of the column of differences, with the level that each interval is at."""
+    return f"more than the best [{100 * verdict.level:.3g} % interval]"
+
+
 def _row(evidence: Evidence, role: str, one: Side, verdict: Verdict) -> tuple[str, ...]:
     runs = evidence.side(role)
     samples = sum(run.samples for run in runs) / len(runs)
@@ -261,14 +264,3 @@ def _row(evidence: Evidence, role: str, one: Side, verdict: Verdict) -> tuple[st
     more = interval(verdict.differences[role]) if role in verdict.differences else "lowest"
     spread = f"{one.spread:.4f}" if one.spread is not None else "-"
     return (NAMES[role], str(len(one.losses)), f"{one.mean:.4f}", spread, more, f"{samples:,.0f}", f"{flops:.3g}")
-
-
-def _flat(values: dict[str, Any], at: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{at}{key}.") if isinstance(value, dict) else {f"{at}{key}": value}
-    return found
-
-
-def _under(path: str, part: str) -> bool:
-    return path == part or path.startswith(part + ".")

@@ -39,20 +39,31 @@ class Law:
         N, D = np.asarray(N, float), np.asarray(D, float)
         return self.E + self.A * N**-self.alpha + self.B * D**-self.beta
 
-    @property
-    def exponent(self) -> float:
-        """a in "the best size grows as C^a" for FLOPs C proportional to N times D: beta / (alpha + beta)."""
-        return self.beta / (self.alpha + self.beta)
+    def exponent(self, rise: float = 1.0) -> float:
+        """a in "the best size grows as C^a", where a sample costs c0 + c1 N FLOPs; at most `STEEPEST`.
+
+        `rise` is the slope of log FLOPs over log N between the smallest and the largest size (`cost_of_size`). At the
+        best size alpha A / N^alpha = p beta B / D^beta with p = c1 N / (c0 + c1 N) and C = D (c0 + c1 N); from the one
+        size to the other, log C so grows by (alpha + beta rise + 1 - rise) / beta times what log N does. With c0 = 0,
+        where C is N times D, this is the beta / (alpha + beta) of Hoffmann et al.
+        """
+        slower = self.alpha + self.beta * rise + 1 - rise  # 0 or less: there is no best size
+        return self.beta / max(slower, self.beta / STEEPEST)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted law; `intervals` holds (low, high) of each of its parameters and of `exponent`."""
+    """A fitted law; `intervals` holds (low, high) of each of its parameters and, with a `rise`, of `exponent`."""
 
     law: Law
     intervals: dict[str, tuple[float, float]]
     points: int
     spread: float  # standard deviation of log(measured / predicted)
+    rise: float | None
+
+    @property
+    def exponent(self) -> float | None:
+        return None if self.rise is None else self.law.exponent(self.rise)
 
 
 def fit_law(
@@ -63,13 +74,15 @@ def fit_law(
     draws: int = 200,
     level: float = 0.95,
     seed: int = 0,
+    rise: float | None = 1.0,
 ) -> Fit:
     """Fit the law to losses L > 0 at sizes N and amounts of data D, with bootstrap intervals from `draws` refits.
 
     Points are resampled. Fewer than `FEW` keep their places, and normal noise is added to the fitted log losses: that
     of the residuals, widened for the five parameters they were fitted with and multiplied by Student's factor for their
-    few degrees of freedom, or `noise` (of log L, as measured over seeds) where that is more. Raises ValueError for
-    fewer than six points or a number that is not above 0.
+    few degrees of freedom, or `noise` (of log L, as measured over seeds) where that is more. `rise` is for the exponent
+    of the best size (`Law.exponent`), None for none of it. Raises ValueError for fewer than six points or a number that
+    is not above 0.
     """
     if len(L) < 6 or min(*N, *D, *L) <= 0:
         raise ValueError("a law of five parameters wants six points or more, all numbers above 0")
@@ -94,9 +107,29 @@ def fit_law(
     tails = [50 * (1 - level), 50 * (1 + level)]
     names = [field.name for field in fields(Law)]
     columns = dict(zip(names, np.array([astuple(one) for one in found]).reshape(-1, 5).T, strict=True))
-    columns["exponent"] = np.array([one.exponent for one in found])
+    if rise is not None:
+        columns["exponent"] = np.array([one.exponent(rise) for one in found])
     intervals = {k: tuple(np.percentile(v, tails).tolist()) for k, v in columns.items()} if found else {}
-    return Fit(law, intervals, len(y), float((y - fitted).std()))
+    return Fit(law, intervals, len(y), float((y - fitted).std()), rise)
+
+
+def cost_of_size(N: Sequence[float], flops: Sequence[float]) -> tuple[float, float]:
+    """How the FLOPs of a sample grow with size: a line c0 + c1 N, fitted with equal care for each relative to its cost.
+
+    Returns (rise, miss): the slope of log FLOPs over log N between the ends of that line, and how far off it a size is
+    at most, as a share of its FLOPs or of the line's whole rise, whichever is less; 0 and inf where the line does not
+    rise. Raises ValueError for fewer than three different sizes or a number that is not above 0.
+    """
+    n, f = np.asarray(N, float), np.asarray(flops, float)
+    if len(set(N)) < 3 or min(n.min(), f.min()) <= 0:
+        raise ValueError("the cost of a size wants three different sizes, all numbers above 0")
+    c0, c1 = np.linalg.lstsq(np.stack([1 / f, n / f], 1), np.ones_like(f), rcond=None)[0]
+    line = c0 + c1 * n
+    low, high = (float(c0 + c1 * end) for end in (n.min(), n.max()))
+    if c1 <= 0 or low <= 0:
+        return 0.0, np.inf
+    miss = float((np.abs(f - line) / np.minimum(f, high - low)).max())
+    return float(np.log(high / low) / np.log(n.max() / n.min())), miss
 
 
 @dataclass(frozen=True)

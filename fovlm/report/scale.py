@@ -8,28 +8,36 @@ import math
 import statistics
 from dataclasses import dataclass, field
 
+from fovlm.report.alike import confounds, grid_faults, is_scaled
 from fovlm.report.collect import Evidence, Run
 from fovlm.report.compare import LEVEL, Difference
-from fovlm.report.fits import FEW, STEEPEST, Fit, Optimum, fit_law, parabola, student
+from fovlm.report.fits import FEW, NORMAL, STEEPEST, Fit, Optimum, cost_of_size, fit_law, parabola, student
 
 ARCHS = {"F": "foveated, 1 token a frame", "B": "multi-token, 16 tokens a frame"}
 POINTS, SIZES = 8, 3  # of a law of five parameters; sizes and budgets
 WIDEST = 0.3  # of the interval of the exponent, that a statement about growth is made of it
 EDGE = 0.99  # of the highest exponent that the fit looks for: an interval that comes so near is open
+CROOKED = 0.03  # of a size's FLOPs; sizes further off the line of FLOPs over size have no growth told
+FREEDOM = 2  # degrees of it, that a seed spread is taken from: three seeds
 SURE = 0.95  # of the draws that have their lowest point inside the sizes
 PAIRS = 6  # cells of both architectures, that a trend is drawn through them
 OPTIMUM_RULE = (
     "A parabola of loss over log N through the cells of a budget; the noise of a loss is the seed spread of the grid's "
-    "own cells, or else that of the baseline's seeds, relative to its loss. The size is decided when the lowest point "
-    f"is within the range of the sizes in at least {SURE:.0%} of 2000 draws with that noise."
+    "own cells, or else that of the baseline's seeds (when they are as the cells in all but size and length), relative "
+    f"to its loss, with {FREEDOM} degrees of freedom or more (three seeds) and widened by Student's factor for so few. "
+    f"The size is decided when the lowest point is within the range of the sizes in at least {SURE:.0%} of 2000 draws "
+    "with that noise. Cells that differ in more than size, budget and architecture decide nothing here and below."
 )
 LAW_RULE = (
     f"L(N, D) = E + A / N^alpha + B / D^beta by the Huber loss of log L (delta 1e-3), L-BFGS from a grid of starts, "
     f"bootstrap intervals of {LEVEL:.0%} (fewer than {FEW} points are not resampled: noise is added to the fitted "
-    f"losses, that of the residuals or of the seeds, whichever is more). Fitted to at least {POINTS} cells of {SIZES} "
-    f"sizes and {SIZES} budgets. How "
-    f"the best size grows with compute is decided when the interval of its exponent is at most {WIDEST} wide and those "
-    f"of alpha and beta end below {STEEPEST:g}, where the search ends."
+    "losses, that of the residuals or of the seeds, each widened by Student's factor, whichever is more). Fitted to at "
+    f"least {POINTS} cells of {SIZES} sizes and {SIZES} budgets. A sample is taken to cost c0 + c1 N FLOPs, so that "
+    "between the smallest and the largest size the best N grows as C^(beta / (alpha + beta P + 1 - P)), P being the "
+    "slope of log FLOPs a sample over log N: 1 where FLOPs are N times D. Nothing is said of growth where a size is "
+    f"more than {CROOKED:.0%} off that line, of its own FLOPs or of the line's rise. How the best size grows with "
+    f"compute is decided when the interval of that exponent is at most {WIDEST} wide and those of alpha and beta end "
+    f"below {STEEPEST:g}, where the search ends."
 )
 TREND_RULE = (
     f"log(loss of F / loss of B) over log FLOPs, a straight line through at least {PAIRS} pairs of cells over {SIZES} "
@@ -61,17 +69,25 @@ class Grid:
     """Everything of the grid: `optima` by (architecture, budget), `fits` by architecture, and what could not be."""
 
     cells: list[Cell]
-    noise: float | None  # standard deviation of log loss
-    noise_from: str
+    noise: float | None = None  # standard deviation of log loss over seeds
+    noise_from: str = ""
+    freedom: int = 0  # degrees of it, behind the noise
+    fault: str = ""  # why nothing is decided by these cells
     optima: dict[tuple[str, str], Optimum] = field(default_factory=dict)
     fits: dict[str, Fit] = field(default_factory=dict)
     unfitted: dict[str, str] = field(default_factory=dict)  # architecture -> why
+    crooked: dict[str, float] = field(default_factory=dict)  # architecture -> how far FLOPs are off c0 + c1 N
     trend: Difference | None = None  # slope of log(F / B) over log FLOPs
 
     def of(self, arch: str, budget: str | None = None) -> list[Cell]:
         """Cells of an architecture, by size."""
         chosen = [c for c in self.cells if c.arch == arch and budget in (None, c.budget)]
         return sorted(chosen, key=lambda cell: (cell.N, cell.flops))
+
+    @property
+    def reach(self) -> float | None:
+        """The noise, widened by Student's factor for the few seeds that it comes from."""
+        return self.noise and self.noise * student(LEVEL, self.freedom) / NORMAL
 
     @property
     def budgets(self) -> list[str]:
@@ -95,13 +111,16 @@ def grid(evidence: Evidence, draws: int = 200) -> Grid | None:
         by_cell.setdefault((run.size, run.budget, run.arch), []).append(run)
     if not by_cell:
         return None
-    found = Grid([_cell(*key, runs) for key, runs in by_cell.items()], *_noise(list(by_cell.values()), evidence))
+    found = Grid([_cell(*key, runs) for key, runs in by_cell.items()], fault=grid_faults(evidence.cells))
+    if found.fault:
+        return found
+    found.noise, found.noise_from, found.freedom = _noise(list(by_cell.values()), evidence)
     for arch in found.archs:
         for budget in found.budgets:
             cells = found.of(arch, budget)
             if len(cells) >= SIZES:
                 seeds = min(len(c.losses) for c in cells) ** 0.5
-                spread = found.noise and found.noise * statistics.fmean(c.loss for c in cells) / seeds
+                spread = found.reach and found.reach * statistics.fmean(c.loss for c in cells) / seeds
                 found.optima[arch, budget] = parabola([c.N for c in cells], [c.loss for c in cells], spread)
         cells = found.of(arch)
         sizes, budgets = {c.size for c in cells}, {c.budget for c in cells}
@@ -109,13 +128,18 @@ def grid(evidence: Evidence, draws: int = 200) -> Grid | None:
             found.unfitted[arch] = f"{len(cells)} cells of {len(sizes)} sizes and {len(budgets)} budgets"
         else:
             data = [c.N for c in cells], [c.D for c in cells], [c.loss for c in cells]
-            found.fits[arch] = fit_law(*data, noise=found.noise or 0.0, draws=draws)
+            rise, off = cost_of_size(data[0], [c.flops / c.D for c in cells])
+            found.crooked[arch] = off
+            straight = rise if off <= CROOKED else None
+            found.fits[arch] = fit_law(*data, noise=found.reach or 0.0, draws=draws, rise=straight)
     found.trend = _trend(found)
     return found
 
 
 def optimum_text(found: Grid, arch: str, budget: str) -> str:
     """The best size of a budget, or why there is none."""
+    if found.fault:
+        return f"not decided: {found.fault}"
     optimum = found.optima.get((arch, budget))
     if optimum is None:
         return f"not decided ({len(found.of(arch, budget))} of {SIZES} sizes)"
@@ -125,7 +149,7 @@ def optimum_text(found: Grid, arch: str, budget: str) -> str:
         where = {cells[0].size: "the smallest", cells[-1].size: "the largest"}.get(best.size, "a middle")
         return f"not decided: no lowest point among the sizes; {where} size is best so far"
     if found.noise is None:
-        return f"not decided (no seeds to take the noise from); lowest point at N = {optimum.size:.3g}"
+        return f"not decided (no three seeds to take the noise from); lowest point at N = {optimum.size:.3g}"
     if optimum.sure < SURE:
         return f"not decided: within the sizes in {optimum.sure:.0%} of draws; lowest point at N = {optimum.size:.3g}"
     return f"N = {optimum.size:.3g} [{optimum.low:.3g}, {optimum.high:.3g}]"
@@ -133,11 +157,17 @@ def optimum_text(found: Grid, arch: str, budget: str) -> str:
 
 def law_text(found: Grid, arch: str) -> str:
     """How the best size grows with compute, or why that is not known."""
+    if found.fault:
+        return f"not decided: {found.fault}"
     if arch in found.unfitted:
         return f"not decided: {found.unfitted[arch]}, which is too few for five parameters"
     fit = found.fits[arch]
+    if fit.exponent is None or fit.rise is None:
+        off = found.crooked[arch]
+        why = f"are not c0 + c1 N here, a size is {off:.0%} off" if math.isfinite(off) else "do not grow with N here"
+        return f"not decided: FLOPs a sample {why}, so that the law does not say how the best size grows"
     low, high = fit.intervals["exponent"]
-    told = f"N grows as C^{fit.law.exponent:.2f} [{low:.2f}, {high:.2f}]"
+    told = f"N grows as C^{fit.exponent:.2f} [{low:.2f}, {high:.2f}] (FLOPs a sample as N^{fit.rise:.2f})"
     open_ = [name for name in ("alpha", "beta") if fit.intervals[name][1] > EDGE * STEEPEST]
     if open_:
         return f"not decided, the data set no limit to {' and '.join(open_)}: {told}"
@@ -149,6 +179,8 @@ def trend_text(found: Grid, floor: float | None = None) -> str:
 
     Cells whose loss is not below `floor` (nats) have not learned to see: a trend through them is not one of scale.
     """
+    if found.fault:
+        return f"not decided: {found.fault}"
     pairs = found.pairs()
     better = sum(f.loss < b.loss for f, b in pairs)
     count = f"F has the lower loss in {better} of {len(pairs)} cells"
@@ -176,14 +208,18 @@ def _cell(size: str, budget: str, arch: str, runs: list[Run]) -> Cell:
     )  # fmt: skip
 
 
-def _noise(groups: list[list[Run]], evidence: Evidence) -> tuple[float | None, str]:
-    """Seed spread of log loss: of the grid's cells together, else of the baseline."""
-    for name, sides in (("the seeds of its cells", groups), ("the seeds of LR1", [evidence.side("LR1")])):
+def _noise(groups: list[list[Run]], evidence: Evidence) -> tuple[float | None, str, int]:
+    """(seed spread of log loss, whose, degrees of freedom): of the cells together, else of a baseline like them."""
+    base = evidence.side("LR1")
+    if confounds(evidence, ("LR1",), ()) or not all(is_scaled(run, groups[0][0]) for run in base):
+        base = []
+    for name, sides in (("the seeds of its cells", groups), ("the seeds of LR1", [base])):
         logs = [[math.log(run.loss) for run in runs] for runs in sides if len(runs) > 1]
-        if logs:
-            freedom = sum(len(one) - 1 for one in logs)
-            return math.sqrt(sum(statistics.variance(one) * (len(one) - 1) for one in logs) / freedom), name
-    return None, ""
+        freedom = sum(len(one) - 1 for one in logs)
+        if freedom >= FREEDOM:
+            spread = math.sqrt(sum(statistics.variance(one) * (len(one) - 1) for one in logs) / freedom)
+            return spread, name, freedom
+    return None, "", 0
 
 
 def _trend(found: Grid) -> Difference | None:

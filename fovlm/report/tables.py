@@ -28,7 +28,7 @@ def write(out: Path, evidence: Evidence, found: list[Answer], cells: Grid | None
     )  # fmt: skip
     _csv(
         out / "decisions.csv",
-        ("question", "winner", "verdict", "rival", "more_than_best", "low", "high"),
+        ("question", "winner", "verdict", "rival", "more_than_best", "low", "high", "level"),
         (
             (answer.title, answer.verdict.winner, answer.verdict.text, *numbers)
             for answer in found
@@ -67,9 +67,9 @@ def write(out: Path, evidence: Evidence, found: list[Answer], cells: Grid | None
 
 
 def parts(fit: Fit) -> dict[str, tuple[float, tuple[float, float]]]:
-    """(value, interval) of a law's parameters and of the exponent of the best size, by name."""
-    values = {**vars(fit.law), "exponent": fit.law.exponent}
-    return {name: (value, fit.intervals[name]) for name, value in values.items()}
+    """(value, interval) of a law's parameters and of the exponent of the best size where it has one, by name."""
+    values = {**vars(fit.law), "exponent": fit.exponent}
+    return {name: (value, fit.intervals[name]) for name, value in values.items() if value is not None}
 
 
 def overview(runs: Sequence[Run]) -> tuple[Sequence[str], Sequence[tuple[str, ...]]]:
@@ -85,8 +85,9 @@ def overview(runs: Sequence[Run]) -> tuple[Sequence[str], Sequence[tuple[str, ..
 
 def _differences(answer: Answer) -> list[tuple[Any, ...]]:
     """A line for each rival; one empty line for an answer without."""
-    known = answer.verdict.differences.items()
-    return [(rival, d.value, d.low, d.high) for rival, d in known] or [("", None, None, None)]
+    verdict = answer.verdict
+    known = [(rival, d.value, d.low, d.high, verdict.level) for rival, d in verdict.differences.items()]
+    return known or [("", None, None, None, None)]
 
 
 def _csv(file: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

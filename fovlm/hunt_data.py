@@ -138,22 +138,28 @@ def _texts(task: Hunt, count: int) -> Iterator[dict[str, Any]]:
         yield {"__key__": f"text{i:06d}", "json": {"user": asked, "assistant": answer, "source": "hunt/text"}}
 
 
-def blind_loss(task: Hunt) -> float:
+def blind_loss(task: Hunt, frames: float | None = None) -> float:
     """What the best model reaches on the answers without a picture: marks are independent and all alike, so each costs
-    ln(marks), and the token that ends the answer nothing."""
-    return task.frames * math.log(task.marks) / (task.frames + 1)
+    ln(marks), and the token that ends the answer nothing. `frames`: of a clip, in the mean; a picture has one. The
+    task's own when None."""
+    asked = task.frames if frames is None else frames
+    return asked * math.log(task.marks) / (asked + 1)
 
 
 @torch.no_grad()
 def judge(task: Hunt, model: FoveatedVLM, batches: Iterable[Batch], device: torch.device | str) -> dict[str, float]:
-    """Where the looks land on validation packs of this rank, added up over the ranks; the same on every rank.
+    """Where the looks land on validation packs of this rank, added up over the ranks; the same on every rank. Beside
+    it the blind loss of the clips and pictures that were scored.
 
     A look is on its object when the patch with the most attention, mean over layers and heads, is the object's. By
     chance means: on any one of the objects in the frame.
     """
     truth = json.loads((folder(task) / TRUTH).read_text())
     found: dict[str, list[float]] = {}
+    marks, clips = 0, 0
     for batch in batches:
+        marks += sum(len(truth[key.rpartition("/")[2]]) for key in batch.keys)  # one in every frame is asked for
+        clips += len(batch.keys)
         for name, weights in model.gaze(batch.to(device)).items():
             patches = maps(weights.cpu()).flatten(1)
             for i, key in enumerate(batch.keys):
@@ -163,7 +169,8 @@ def judge(task: Hunt, model: FoveatedVLM, batches: Iterable[Batch], device: torc
                 entry[0] += float((looks.argmax(1) == cells).sum())
                 entry[1] += float(looks.gather(1, cells[:, None]).sum())
                 entry[2] += len(cells)
-    facts = {"validation loss without a picture, at best": blind_loss(task)}
+    marks, clips = (int(number) for number in ranks.total([marks, clips]).tolist())
+    facts = {"validation loss without a picture, at best": blind_loss(task, marks / clips)}
     for name in ("coarse", "fine"):
         hits, mass, looks = ranks.total(found.get(name, [0.0, 0.0, 0.0])).tolist()
         if looks:

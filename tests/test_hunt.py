@@ -246,13 +246,15 @@ class Gaze:
         return {"fine": self.fine[None, :, None].expand(2, -1, 2, -1)}
 
 
-def judged(weights_of) -> dict[str, float]:
-    """The verdict on looks whose weights over CLS and the patches come from (cell, patches)."""
+def judged(weights_of, kinds=("val", "val_image")) -> dict[str, float]:
+    """The verdict on looks at these kinds, whose weights over CLS and the patches come from (cell, patches)."""
     hunt_data.make(TASK)
     truth = json.loads((hunt_data.folder(TASK) / hunt_data.TRUTH).read_text())
     side, count = TASK.grid * TASK.patch, TASK.grid**2
     samples, weights = [], []
     for key, cells in truth.items():
+        if key.rstrip("0123456789") not in kinds:
+            continue
         frames = torch.zeros(len(cells), 3, side, side, dtype=torch.uint8)
         samples.append(Sample(f"val-000.tar/{key}", "val", frames, len(cells), torch.ones(2).long(), torch.ones(2)))
         weights += [torch.cat([torch.zeros(1), weights_of(cell, count)]) for cell in cells]
@@ -267,7 +269,17 @@ def test_looks_on_the_asked_object_are_found_there():
     assert facts["fine looks on the asked object"] == 1.0
     assert facts["attention of fine looks on it"] == 1.0
     assert facts["looks on it by chance"] == 1 / 5
-    assert facts["validation loss without a picture, at best"] == hunt_data.blind_loss(TASK)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "frames"),
+    [(["val"], 3), (["val_image"], 1), (["val", "val_image"], 2)],
+    ids=["clips", "pictures", "both"],
+)
+def test_the_blind_loss_is_that_of_what_was_scored(kinds, frames):
+    """Of three frames a clip: ln(7) for each mark asked for, nothing for the token that ends an answer."""
+    facts = judged(lambda cell, count: torch.eye(count)[cell], kinds)
+    assert facts["validation loss without a picture, at best"] == pytest.approx(frames * math.log(7) / (frames + 1))
 
 
 def test_looks_elsewhere_are_not():

@@ -149,28 +149,33 @@ def blind_loss(task: Hunt, frames: float | None = None) -> float:
 @torch.no_grad()
 def judge(task: Hunt, model: FoveatedVLM, batches: Iterable[Batch], device: torch.device | str) -> dict[str, float]:
     """Where the looks land on validation packs of this rank, added up over the ranks; the same on every rank. Beside
-    it the blind loss of the clips and pictures that were scored.
+    it the blind loss of the clips and pictures that were scored; not when other samples were, like text.
 
     A look is on its object when the patch with the most attention, mean over layers and heads, is the object's. By
     chance means: on any one of the objects in the frame.
     """
     truth = json.loads((folder(task) / TRUTH).read_text())
     found: dict[str, list[float]] = {}
-    marks, clips = 0, 0
+    marks, clips, others = 0, 0, 0
     for batch in batches:
-        marks += sum(len(truth[key.rpartition("/")[2]]) for key in batch.keys)  # one in every frame is asked for
-        clips += len(batch.keys)
+        places = [truth.get(key.rpartition("/")[2], []) for key in batch.keys]
+        marks += sum(map(len, places))  # one in every frame is asked for
+        clips, others = clips + sum(map(bool, places)), others + places.count([])
         for name, weights in model.gaze(batch.to(device)).items():
             patches = maps(weights.cpu()).flatten(1)
-            for i, key in enumerate(batch.keys):
+            for i, place in enumerate(places):
+                if not place:
+                    continue
                 looks = patches[(batch.look_segment == i).cpu()]
-                cells = torch.tensor(truth[key.rpartition("/")[2]]).expand(len(looks))  # a picture has one
+                cells = torch.tensor(place).expand(len(looks))  # a picture has one
                 entry = found.setdefault(name, [0.0, 0.0, 0.0])
                 entry[0] += float((looks.argmax(1) == cells).sum())
                 entry[1] += float(looks.gather(1, cells[:, None]).sum())
                 entry[2] += len(cells)
-    marks, clips = (int(number) for number in ranks.total([marks, clips]).tolist())
-    facts = {"validation loss without a picture, at best": blind_loss(task, marks / clips)}
+    marks, clips, others = (int(number) for number in ranks.total([marks, clips, others]).tolist())
+    facts = {}
+    if clips and not others:
+        facts["validation loss without a picture, at best"] = blind_loss(task, marks / clips)
     for name in ("coarse", "fine"):
         hits, mass, looks = ranks.total(found.get(name, [0.0, 0.0, 0.0])).tolist()
         if looks:

@@ -258,6 +258,8 @@ def judged(weights_of, kinds=("val", "val_image")) -> dict[str, float]:
         frames = torch.zeros(len(cells), 3, side, side, dtype=torch.uint8)
         samples.append(Sample(f"val-000.tar/{key}", "val", frames, len(cells), torch.ones(2).long(), torch.ones(2)))
         weights += [torch.cat([torch.zeros(1), weights_of(cell, count)]) for cell in cells]
+    if "text" in kinds:
+        samples.append(Sample("text-000.tar/text000000", "words", frames[:0], 0, torch.ones(2).long(), torch.ones(2)))
     looks = len(weights) + 4  # and padding, which must not count
     weights += [torch.eye(count + 1)[1]] * 4
     batch = collate(samples, Size(looks, looks, 2 * len(samples), 0), side)
@@ -280,6 +282,12 @@ def test_the_blind_loss_is_that_of_what_was_scored(kinds, frames):
     """Of three frames a clip: ln(7) for each mark asked for, nothing for the token that ends an answer."""
     facts = judged(lambda cell, count: torch.eye(count)[cell], kinds)
     assert facts["validation loss without a picture, at best"] == pytest.approx(frames * math.log(7) / (frames + 1))
+
+
+def test_text_among_what_is_scored_is_no_look_and_has_no_blind_loss_here():
+    facts = judged(lambda cell, count: torch.eye(count)[cell], ["val", "text"])
+    assert facts["fine looks on the asked object"] == 1.0
+    assert "validation loss without a picture, at best" not in facts
 
 
 def test_looks_elsewhere_are_not():

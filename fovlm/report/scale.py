@@ -23,8 +23,9 @@ SURE = 0.95  # of the draws that have their lowest point inside the sizes
 PAIRS = 6  # cells of both architectures, that a trend is drawn through them
 OPTIMUM_RULE = (
     "A parabola of loss over log N through the cells of a budget; the noise of a loss is the seed spread of the grid's "
-    "own cells, or else that of the baseline's seeds (when they are as the cells in all but size and length), relative "
-    f"to its loss, with {FREEDOM} degrees of freedom or more (three seeds) and widened by Student's factor for so few. "
+    "own cells, or else that of the baseline's seeds (when they are as the cells in all but size, length and "
+    f"architecture), relative to its loss, with {FREEDOM} degrees of freedom or more (three seeds) and "
+    "widened by Student's factor for so few. "
     f"The size is decided when the lowest point is within the range of the sizes in at least {SURE:.0%} of 2000 draws "
     "with that noise. Cells that differ in more than size, budget and architecture decide nothing here and below."
 )

@@ -34,7 +34,7 @@ from fovlm.checkpoint import ENGINE, UNIVERSAL, Checkpoints
 from fovlm.config import Experiment, run_root
 from fovlm.dataset import tokenizer_of
 from fovlm.encoder import Dinov2Config, released_name
-from fovlm.errors import EXIT_USER_ERROR, UserError, nearest
+from fovlm.errors import EXIT_USER_ERROR, UserError, nearest, of_a_path
 from fovlm.model import FoveatedConfig, FoveatedVLM, find_weights
 from fovlm.processor import FoveatedProcessor
 from fovlm.tensors import Plan, byte_size, write_tensors
@@ -43,7 +43,6 @@ from fovlm.verified import check
 from fovlm.zero import ZeroWeights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-RELEASE_AFTER = 256 << 20  # bytes read from the mapped shards before their memory is given back
 say = Console(stderr=True, highlight=False, soft_wrap=True).print
 
 
@@ -253,7 +252,6 @@ class Weights(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
     def dtype(self, name: str) -> torch.dtype: ...
     def read(self, name: str) -> torch.Tensor: ...
-    def release(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -281,20 +279,11 @@ def write_weights(out: Path, config: FoveatedConfig, stored: Weights, dtype: tor
         for name, shape in shapes.items()
         if name not in tied
     }
-    unreleased = 0
-
-    def read(name: str) -> torch.Tensor:
-        nonlocal unreleased
-        if unreleased > RELEASE_AFTER:
-            stored.release()
-            unreleased = 0
-        tensor = stored.read(sources[name])
-        unreleased += tensor.nbytes
-        return tensor
-
     with _progress() as bar:
         task = bar.add_task("writing the weights", total=sum(_bytes(*entry) for entry in plan.values()))
-        write_tensors(out, plan, read, largest, lambda written: bar.advance(task, written))
+        write_tensors(
+            out, plan, lambda name: stored.read(sources[name]), largest, lambda written: bar.advance(task, written)
+        )
     stored.close()
 
 
@@ -357,8 +346,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--trust", action="store_true", help="unpickle files freely: runs whatever code they hold")
     try:
         print(convert(**vars(parser.parse_args(arguments))))
-    except UserError as error:
-        print(f"fovlm: {error}", file=sys.stderr, flush=True)
+    except (UserError, OSError) as error:
+        said = of_a_path(error) if isinstance(error, OSError) else str(error)
+        if not said:
+            raise
+        print(f"fovlm: {said}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     return 0
 

@@ -1,10 +1,14 @@
 """What a person did wrong, said in one line: what is wrong, where, and what to do. And the statuses a run ends with."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2  # something to mend first; nothing was started, or nothing was lost
 EXIT_STOPPED = 75  # stopped by a signal after saving: the same command goes on from there (EX_TEMPFAIL of sysexits.h)
+
+# What the system says of a path that somebody gave: such an error is theirs to mend, any other is a bug.
+OF_A_PATH = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS, errno.ENOSPC}
 
 
 class UserError(Exception):
@@ -17,3 +21,8 @@ def nearest(word: str, words: Iterable[object]) -> str:
     lower = {w.lower(): w for w in candidates}
     close = difflib.get_close_matches(str(word).lower(), list(lower), n=1, cutoff=0.5)
     return f" (did you mean '{lower[close[0]]}'?)" if close else ""
+
+
+def of_a_path(error: OSError) -> str:
+    """The line to tell for an error of a path that somebody gave, or an empty string when it is a bug."""
+    return f"{str(error.filename)[:100]}: {error.strerror}" if error.filename and error.errno in OF_A_PATH else ""

@@ -44,6 +44,7 @@ from fovlm.recall import ATTENTION
 POOLED = 4  # multi_token: the patches are pooled to 4 x 4 tokens a frame
 NLL_CHUNK = 1024  # text tokens whose logits are held at once: 1024 x 49152 in fp32 is 200 MB
 VISUALS = ("foveated", "coarse", "multi_token")
+PROMPTS = ("after", "before")  # where the question stands: after the frames, or ahead of them
 
 
 class FoveatedConfig(PreTrainedConfig):
@@ -134,6 +135,8 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         super().__init__(config)
         if config.visual not in VISUALS:
             raise ValueError(f"visual is one of {VISUALS}, not {config.visual!r}")
+        if config.prompt not in PROMPTS:
+            raise ValueError(f"prompt is one of {PROMPTS}, not {config.prompt!r}")
         self.llm = llm if llm is not None else AutoModelForCausalLM.from_config(config.llm_config)
         self.encoder = Encoder(dino if dino is not None else Dinov2Model(config.dino_config), deep=config.deep_query)
         self.llm.set_attn_implementation(ATTENTION)  # what is handed in lost its choice to super().__init__

@@ -28,7 +28,7 @@ from fovlm.convert import DTYPES, refuse_occupied, staged, write_texts, write_we
 from fovlm.encoder import Dinov2Config, config_of, released_name
 from fovlm.errors import UserError, nearest
 from fovlm.geometry import local_folder
-from fovlm.model import FoveatedConfig, check_vocabulary
+from fovlm.model import PROMPTS, FoveatedConfig, check_vocabulary
 from fovlm.tensors import byte_size
 from fovlm.text import load_tokenizer
 from fovlm.verified import load
@@ -151,9 +151,6 @@ class Published:
     def read(self, name: str) -> Tensor:
         return self._weights[self.ties.get(name, name)]
 
-    def release(self) -> None:
-        """Nothing to give back before the end."""
-
     def close(self) -> None:
         self._weights = {}
 
@@ -179,6 +176,8 @@ def import_published(
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype is bf16 or fp32, not '{dtype}'{nearest(dtype, DTYPES)}")
+    if prompt not in PROMPTS:
+        raise UserError(f"--prompt is after or before, not '{prompt}'{nearest(prompt, PROMPTS)}")
     largest, path, out = byte_size(shard_size), Path(path), Path(out)
     refuse_occupied(out)
     stored = Published(read_state(path, trust), str(path))

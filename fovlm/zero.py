@@ -37,6 +37,7 @@ _KNOWN = [
 Shapes = dict[str, tuple[int, ...]]
 ZIP = b"PK\x03\x04"  # how zip archives begin (APPNOTE.TXT 6.3, section 4.3.7)
 STATE = "optimizer_state_dict"  # of a rank's optimizer file
+RELEASE_AFTER = 256 << 20  # bytes read from the mapped files before their memory is given back
 
 
 class ZeroWeights:
@@ -52,12 +53,16 @@ class ZeroWeights:
         self.shapes: Shapes = {}
         self.ties: dict[str, str] = {}
         self._pieces: dict[str, list[Tensor]] = {}  # name -> flat pieces of the mapped files, in order
+        self._read = 0  # bytes since the files were mapped: they count as used memory until they are mapped anew
         self._open()
 
     def read(self, name: str) -> Tensor:
         """A copy of one weight: fp32 if it was trained, else in the type it was stored in."""
+        if self._read > RELEASE_AFTER:
+            self._open()
         pieces, shape = self._pieces[self.ties.get(name, name)], self.shapes[self.ties.get(name, name)]
         whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone()
+        self._read += whole.nbytes
         return whole[: math.prod(shape)].view(shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -70,12 +75,9 @@ class ZeroWeights:
         """Let the files go."""
         self._pieces = {}
 
-    def release(self) -> None:
-        """Give back the memory of what was read: map the files anew. What was mapped counts as used until then."""
-        self._open()
-
     def _open(self) -> None:
-        self._pieces = {}
+        """Map the files, those mapped before let go."""
+        self._pieces, self._read = {}, 0
         optim = _by_rank(self.folder, "*zero_pp_rank_*_optim_states.pt")
         if not optim:
             raise UserError(f"{self.folder}: no *_optim_states.pt of ZeRO 1, 2 or 3 in it, so no weights to convert")

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig
 from zero_files import SAMPLES, reseal, write_run
 
-from fovlm import checkpoint, convert, verified
+from fovlm import checkpoint, convert, verified, zero
 from fovlm.encoder import released_name
 from fovlm.errors import EXIT_USER_ERROR, UserError
 from fovlm.model import FoveatedVLM
@@ -93,11 +93,11 @@ def test_buffers_keep_their_type(tmp_path, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_all_is_still_there_when_the_files_were_mapped_anew(tmp_path, stage):
+def test_all_is_still_there_when_the_files_were_mapped_anew(tmp_path, stage, monkeypatch):
     """As happens every 256 MB; frozen weights and buffers are found in other places than the trained ones."""
     weights = ZeroWeights(write_run(tmp_path / "run", tiny_model(seed=3), stage=stage) / "engine")
     before = {name: weights.read(name) for name in weights.shapes}
-    weights.release()
+    monkeypatch.setattr(zero, "RELEASE_AFTER", 0)
     assert all(torch.equal(weights.read(name), before[name]) for name in weights.shapes)
     assert "encoder.dino.embeddings.mask_token" in before
 
@@ -266,6 +266,7 @@ def test_mistakes_are_one_line_and_status_2(run, tmp_path, capsys, monkeypatch):
         (["run", "out", "--dtype", "fp64"], "--dtype is bf16 or fp32"),
         (["run", "out", "--shard-size", "huge"], "no size"),
         (["run", "out", "--to", "univrsal"], "did you mean 'universal'?"),
+        (["x" * 300, "out"], "File name too long"),
     ]
     monkeypatch.chdir(tmp_path)
     for arguments, said in cases:

@@ -153,6 +153,13 @@ def test_a_file_that_torch_did_not_write_is_called_so(tmp_path, words):
             import_published(tmp_path / "model.pt", tmp_path / "out", tokenizer=str(words))
 
 
+def test_where_the_question_stands_is_one_of_two_places(tmp_path, words):
+    state, model = published(tiny_model())
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(UserError, match="did you mean 'before'"):
+        import_published(tmp_path / "model.pt", tmp_path / "out", **like(model, words) | {"prompt": "befor"})
+
+
 def test_frames_must_divide_into_patches(tmp_path, words):
     state, model = published(tiny_model())
     torch.save(state, tmp_path / "model.pt")

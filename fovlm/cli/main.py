@@ -3,7 +3,6 @@
 Commands import what they need when they run, so that `fovlm --help` is there at once.
 """
 
-import errno
 import os
 import sys
 from typing import Any
@@ -11,13 +10,11 @@ from typing import Any
 import typer
 
 from fovlm.cli import data, evidence, report, run, use
-from fovlm.errors import EXIT_USER_ERROR, UserError, nearest
+from fovlm.errors import EXIT_USER_ERROR, UserError, nearest, of_a_path
 
 ClickException: type[Exception] = typer.BadParameter.__mro__[
     2
 ]  # of the click that this release of typer brings or uses
-# What the system says of a path that somebody gave: such an error is theirs to mend, any other is a bug.
-OF_A_PATH = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS, errno.ENOSPC}
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
 app = typer.Typer(
@@ -51,9 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno not in OF_A_PATH or not error.filename:
+        if not (said := of_a_path(error)):
             raise
-        return _mistake(f"{str(error.filename)[:100]}: {error.strerror}")
+        return _mistake(said)
 
 
 def _mistake(line: str) -> int:

@@ -20,7 +20,7 @@ from fovlm.batch import EMPTY, Sample, collate
 from fovlm.encoder import Cache
 from fovlm.errors import UserError, nearest
 from fovlm.stream import Stream
-from fovlm.watch import RESERVE, FrameStream
+from fovlm.watch import FrameStream
 
 MODES = {
     "foveated": ("coarse_only", "coarse_fine", "autoregressive"),
@@ -68,6 +68,10 @@ class FoveatedGenerationMixin(GenerationMixin):
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         """The settings of an answer of at most `room` tokens, and the options that are no settings (a streamer)."""
         settings = copy.deepcopy(given or self.generation_config)
+        if (
+            given is not None
+        ):  # what it leaves open is the model's own, as transformers has it: the end tokens above all
+            settings.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         left = settings.update(**options)
         if settings.max_length is None:
             settings.max_new_tokens = min(settings.max_new_tokens or NEW_TOKENS, room)
@@ -121,7 +125,7 @@ class FoveatedGenerationMixin(GenerationMixin):
         processor: Any = None,
         question: str | None = None,
         full: str = "stop",
-        reserve: int = RESERVE,
+        reserve: int | None = None,
     ) -> FrameStream:
         """Frames one at a time, and questions at any time: see `watch.py`, whose arguments these are."""
         return FrameStream(self, processor, frames, question, full, reserve)

@@ -11,6 +11,7 @@ dropped frames included (as in StreamingLLM, arXiv 2309.17453, which keeps the f
 """
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,15 +23,15 @@ from fovlm.errors import UserError, nearest
 from fovlm.stream import Model, Stream
 from fovlm.text import conversation
 
-RESERVE = 512  # tokens of the context that frames leave to a question and its answer
+RESERVE = 512  # tokens that frames leave to a question and its answer, or half of the context if that is less
 
 
 class FrameStream:
     """One video as it comes. `for count in stream` sees `frames` one by one; `see` takes one from elsewhere.
 
     `question` stands ahead of the frames of a model with prompt order `before`, which it steers, and is what `ask`
-    without words asks. `reserve` tokens of the context are kept for questions and answers. Raises UserError for a model
-    that has no look, or one that wants a question and gets none.
+    without words asks. `reserve` tokens of the context are kept for questions and answers (RESERVE unless told). Raises
+    UserError for a model that has no look, or one that wants a question and gets none.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class FrameStream:
         frames: Iterable[Any] | None = None,
         question: str | None = None,
         full: str = "stop",
-        reserve: int = RESERVE,
+        reserve: int | None = None,
     ):
         config = model.config
         self.context = int(config.llm_config.max_position_embeddings)
@@ -48,8 +49,11 @@ class FrameStream:
             raise UserError("a multi_token model takes its frames all at once: it has no stream")
         if full not in ("stop", "slide"):
             raise UserError(f"full is stop or slide, not '{full}'{nearest(full, ('stop', 'slide'))}")
-        self.model, self.processor, self.frames, self.question = model, processor, frames, question
-        self.full, self.reserve = full, reserve
+        if isinstance(frames, (str, Path)):
+            raise UserError(f"a stream takes frames, not a path: processor.video('{frames}')[0] are some of its frames")
+        self.model, self.processor, self.question = model, processor, question
+        self.frames: Iterable[Any] = () if frames is None else frames
+        self.full, self.reserve = full, min(RESERVE, self.context // 2) if reserve is None else reserve
         self.seen = 0  # frames
         self._last: tuple[Tensor, Cache] | None = None  # the newest look's query and frame, to show where it went
         self._stream = Stream(model)
@@ -66,7 +70,7 @@ class FrameStream:
             self._kept = [layer.keys.to(torch.float32, copy=True) for layer in self._stream.memory.layers]
         if self.window < 1:
             raise UserError(
-                f"a context of {self.context} tokens with {self.head} ahead of the frames and {reserve} kept for "
+                f"a context of {self.context} tokens with {self.head} ahead of the frames and {self.reserve} kept for "
                 "questions has no room for a frame"
             )
         if full == "slide" and (kind := model.llm.base_model.rotary_emb.rope_type) != "default":
@@ -76,7 +80,7 @@ class FrameStream:
 
     def __iter__(self) -> Iterator[int]:
         """See `frames` one after the other; gives how many have been seen."""
-        for frame in self.frames or ():
+        for frame in self.frames:
             self.see(frame)
             yield self.seen
 
@@ -84,23 +88,31 @@ class FrameStream:
     def see(self, frame: Any) -> Tensor:
         """Look at one frame, u8 [3, s, s] (or what the processor takes as an image) -> the state [E] behind it.
 
-        Raises UserError when the context is full, unless the stream slides.
+        Raises UserError when the context is full, unless the stream slides. Whatever is raised, an interrupt too, the
+        stream is then as it was before the frame.
         """
-        if not isinstance(frame, Tensor) or frame.shape != (3, *2 * (self.model.config.frame_size,)):
+        fits = isinstance(frame, Tensor) and frame.dtype == torch.uint8
+        if not fits or frame.shape != (3, *2 * (self.model.config.frame_size,)):
             frame = self._of_processor.image(frame)[0][0]
-        memory, W = self._stream.memory, self.window
-        if self.room < 1:
-            if self.full == "stop":
-                raise UserError(
-                    f"the context of {self.context} tokens is full: {self.seen} frames and {self.head} words, with "
-                    f"{self.reserve} kept for questions; start another stream, or let it slide (full='slide')"
-                )
-            memory.put_at(self.head + self.seen % W)
-            self._turn(self.seen - W + 1)
+        slides, W = self.room < 1, self.window
+        if slides and self.full == "stop":
+            raise UserError(
+                f"the context of {self.context} tokens is full: {self.seen} frames and {self.head} words, with "
+                f"{self.reserve} kept for questions; start another stream, or let it slide (full='slide')"
+            )
         cache = self.model.encoder.encode_only(frame[None].to(self.model.device))
-        self._last = self._stream.query(1), cache
-        hidden = self._stream.look(cache, self.head + self.seen)
-        memory.put_at(None)
+        look, before = (self._stream.query(1), cache), self._stream.hidden
+        try:
+            with self._stream.memory.writing(self.head + self.seen % W if slides else None):
+                if slides:
+                    self._turn(self.seen - W + 1)
+                hidden = self._stream.look(cache, self.head + self.seen)
+        except BaseException:
+            self._stream.hidden = before
+            if slides:
+                self._turn(self.seen - W)
+            raise
+        self._last = look
         self.seen += 1
         return hidden[0]
 

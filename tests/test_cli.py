@@ -14,6 +14,7 @@ from tokenizers import decoders
 from fovlm.cli import use
 from fovlm.cli.main import main
 from fovlm.processor import FoveatedProcessor
+from fovlm.see import live
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -227,12 +228,23 @@ def test_the_command_runs_from_any_folder(tmp_path):
     assert rest == ["fovlm ask a b"]
 
 
-def test_a_camera_is_watched_frame_by_frame(capsys, folder, film):
+def test_a_camera_is_watched_frame_by_frame(capsys, folder, film, monkeypatch):
     assert main(["look", "--live", film, "what ?", "--tokens", "3", "-m", folder]) == 0
     told = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in told if line.startswith("frame ")] == ["frame 1", "frame 2", "frame 3"]
     assert told[1].startswith("what ?  ")
     assert told[-1].startswith("3 frames seen, 3 tokens kept")
+    monkeypatch.setattr(live, "camera", lambda *_: iter(()))
+    assert "nothing in it decodes" in mistake(capsys, "look", "--live", film, "-m", folder)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(live, "camera", interrupted)
+    assert main(["look", "--live", "0", "-m", folder]) == 0
+    assert "0 frames seen" in capsys.readouterr().out
+    monkeypatch.undo()
     assert "no camera 97" in mistake(capsys, "look", "--live", "97", "-m", folder)
 
 

@@ -216,6 +216,8 @@ def test_usual_arguments():
     assert model.generate(**inputs, generation_config=settings).shape == (1, 2)
     first = int(model.generate(**inputs, max_new_tokens=1)[0, 0])
     assert model.generate(**inputs, max_new_tokens=5, eos_token_id=first).tolist() == [[first]]
+    model.generation_config.eos_token_id = first  # as a folder has it; its language model may know another
+    assert model.generate(**inputs, generation_config=GenerationConfig(max_new_tokens=5)).tolist() == [[first]]
 
     class Streamer:
         def __init__(self):

@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from fovlm import recall
 from fovlm.clips import Clip
 from fovlm.errors import UserError
+from fovlm.processor import FoveatedProcessor
 from fovlm.recall import Recall, attend
 from fovlm.see.gaze import gaze_of
 from fovlm.stream import Stream
@@ -52,11 +53,12 @@ def test_an_answer_is_that_of_generate(prompt, visual):
             assert beams == processor.batch_decode(model.generate(**inputs, num_beams=3, **settings))[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("prompt", ["before", "after"])
 @pytest.mark.parametrize("full", ["stop", "slide"])
-def test_a_question_leaves_no_trace(prompt, full):
+def test_a_question_leaves_no_trace(prompt, full, dtype):
     """Bit for bit, past the growth of the buffers and, when it slides, past the end of the window."""
-    model = small(CHUNK + 90, prompt=prompt)
+    model = small(CHUNK + 90, prompt=prompt).to(dtype)
     reserve = 40 if full == "stop" else 70
     shown = frames(8)
     quiet, asked = (watch(model, full=full, reserve=reserve) for _ in range(2))
@@ -92,6 +94,23 @@ def test_a_question_that_fails_leaves_no_trace():
     assert stream.tokens == 1
 
 
+def rooms_of(stream) -> list[torch.Tensor]:
+    return [room for layer in stream._stream.memory.layers for room in layer.rooms]
+
+
+def reached(thing, seen=None) -> list[torch.Tensor]:
+    """All memory that a stream holds on to, its model's and its processor's apart: a tensor for each allocation."""
+    seen = {} if seen is None else seen
+    if isinstance(thing, torch.Tensor):
+        seen.setdefault(thing.untyped_storage().data_ptr(), thing if thing._base is None else thing._base)
+    elif isinstance(thing, list | tuple | dict):
+        for one in thing.values() if isinstance(thing, dict) else thing:
+            reached(one, seen)
+    elif type(thing).__module__.startswith("fovlm.") and not isinstance(thing, torch.nn.Module | FoveatedProcessor):
+        reached(vars(thing), seen)
+    return list(seen.values())
+
+
 def test_memory_grows_by_one_token_a_frame_and_nothing_else():
     model = model_of()
     llm = model.config.llm_config
@@ -103,9 +122,8 @@ def test_memory_grows_by_one_token_a_frame_and_nothing_else():
         sizes.append(stream.nbytes)
     assert sizes[0] == 2 * llm.num_hidden_layers * llm.num_key_value_heads * head * 4
     assert sizes == [sizes[0] * (i + 1) for i in range(6)]
-    tensors = [x for x in vars(stream).values() if isinstance(x, torch.Tensor)]
-    assert not tensors
-    assert stream._kept == []
+    stream._last = None  # the newest frame and its look, to show where it went
+    assert sum(x.numel() for x in reached(stream)) == sum(r.numel() for r in rooms_of(stream)) + llm.hidden_size
     for _ in range(CHUNK):
         stream.see(frames(1)[0])
     for layer in stream._stream.memory.layers:
@@ -180,7 +198,66 @@ def test_sliding_keeps_the_question_right_before_the_oldest_frame():
     assert answer == stream.processor.decode(out[0, tail.shape[1] :])
 
 
+def test_a_small_context_is_shared_by_frames_and_questions():
+    assert small(256).stream().window == 128
+    assert small(2048).stream().window == 2048 - 512
+
+
+@pytest.mark.parametrize(
+    "of", [iter, list, lambda x: x, lambda x: x.numpy()], ids=["iterator", "list", "torch", "numpy"]
+)
+def test_frames_come_as_anything_that_has_them_in_order(of):
+    model, shown = model_of(), frames(4)
+    streams = [model.stream(of(shown), processor_of(model)), watch(model)]
+    assert list(streams[0]) == [1, 2, 3, 4]
+    assert torch.equal(streams[0].see(shown[0]), [streams[1].see(f) for f in [*shown, shown[0]]][-1])
+
+
+def test_floats_are_taken_as_the_processor_takes_them():
+    model, frame = model_of(), frames(1)[0]
+    assert torch.equal(watch(model).see(frame), watch(model).see(frame.float() / 255))
+
+
+def test_a_stream_can_be_asked_about_before_it_has_seen_anything():
+    stream = watch(model_of())
+    assert stream.nbytes == stream.tokens == 0
+    assert stream.ask(QUESTION, num_beams=2, max_new_tokens=2, min_new_tokens=2)
+    with pytest.raises(ValueError, match="no_such_option"):
+        stream.ask(QUESTION, no_such_option=1)
+    assert stream.tokens == 0
+
+
+@pytest.mark.parametrize("prompt", ["before", "after"])
+@pytest.mark.parametrize("full", ["stop", "slide"])
+@pytest.mark.parametrize("part", ["encoder", "language model"])
+def test_an_interrupt_leaves_a_stream_as_it_was(monkeypatch, part, full, prompt):
+    """Also when some layers have read the frame and others have not, and at the first frame that slides."""
+    model = small(CHUNK + 90, prompt=prompt)
+    quiet, broken = (watch(model, full=full, reserve=40 if full == "stop" else 70) for _ in range(2))
+    shown = frames(5)
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    number = 10 if full == "stop" else quiet.window + 3
+    for i in range(number):
+        if i in (0, 4, quiet.window, quiet.window + 2):
+            with monkeypatch.context() as patch:
+                whole = model.encoder if part == "encoder" else model.llm.base_model.layers[-1].mlp
+                patch.setattr(whole, "encode_only" if part == "encoder" else "forward", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    broken.see(shown[i % 5])
+            assert broken.seen == i
+            settings = {"max_new_tokens": 4, "min_new_tokens": 4}
+            assert i == 0 or broken.ask(OTHER, **settings) == quiet.ask(OTHER, **settings)
+        assert torch.equal(quiet.see(shown[i % 5]), broken.see(shown[i % 5])), i
+    for a, b in zip(rooms_of(quiet), rooms_of(broken), strict=True):
+        assert torch.equal(a[:, :, : quiet.tokens], b[:, :, : quiet.tokens])
+
+
 def test_what_cannot_be_streamed_is_told():
+    with pytest.raises(UserError, match="takes frames, not a path"):
+        model_of().stream("clip.mp4")
     with pytest.raises(UserError, match="multi_token"):
         model_of(visual="multi_token").stream()
     with pytest.raises(UserError, match="question ahead of the frames"):

@@ -18,10 +18,8 @@ from torch import Tensor
 from fovlm.bad import BadSample
 from fovlm.errors import UserError
 from fovlm.footage import camera
-from fovlm.generation import context_of
 from fovlm.see.gaze import ANYTHING
 from fovlm.see.paint import entropy, maps, paint
-from fovlm.watch import RESERVE
 
 ASK_EVERY = 10  # frames between two answers to the same question
 SIDE = 44  # pixels of a drawn picture's side, at most
@@ -33,13 +31,12 @@ def watch(
     """Watch until Ctrl-C, or until a file that stands in for a camera ends -> how many frames were seen.
 
     `source` as in `footage.camera`. Each question is answered every ASK_EVERY frames. When the context is full, the
-    oldest frames are forgotten. Raises UserError when there is no such camera.
+    oldest frames are forgotten. Raises UserError when there is no such camera, or nothing to see.
     """
     if len(questions) > 1 and model.config.prompt == "before":
         raise UserError("this model was trained with one question ahead of the frames: give one")
     ahead = questions[0] if questions else ANYTHING
-    reserve = min(RESERVE, context_of(model.config) // 2)
-    stream = model.stream(processor=processor, question=ahead, full="slide", reserve=reserve)
+    stream = model.stream(processor=processor, question=ahead, full="slide")
     console = Console()
     answers: dict[str, str] = {}
     frames = camera(source, model.config.frame_size, fps)
@@ -62,6 +59,8 @@ def watch(
                     live.update(Group(pictures(frame, weights, max(side, 8)), Text(said)), refresh=True)
                 else:
                     print(line, *(f"{q}  {answers[q]}" for q in asked), sep="\n", flush=True)
+        if not stream.seen:
+            raise UserError(f"{source}: nothing in it decodes")
     except BadSample as error:
         raise UserError(str(error)) from error
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """One question about one clip, and the answer piece by piece: what `fovlm ask` and the demo have in common."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import partial
 from threading import Event
 from typing import Any
@@ -33,20 +33,35 @@ def inputs_for(model: Any, processor: Any, clip: Clip, question: str) -> Any:
     return processor(messages=[{"role": "user", "content": content}]).to(model.device)
 
 
-def answer(model: Any, processor: Any, clip: Clip, question: str, max_new_tokens: int, **options: Any) -> Iterator[str]:
-    """The answer in pieces, as they are made; `options` go to `generate`. Raises UserError, as that does."""
+def answer(
+    model: Any,
+    processor: Any,
+    clip: Clip,
+    question: str,
+    max_new_tokens: int,
+    told: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Iterator[str]:
+    """The answer in pieces, as they are made; `told` and `options` go to `generate`. Raises UserError, as that does."""
     inputs = inputs_for(model, processor, clip, question)
-    return pieces(processor, partial(model.generate, **inputs, max_new_tokens=max_new_tokens, **options))
+    return pieces(processor, partial(model.generate, **inputs, max_new_tokens=max_new_tokens, **options), told)
 
 
-def pieces(processor: Any, work: Callable[..., Any]) -> Iterator[str]:
-    """What `work(streamer=..., stopping_criteria=...)` says, in pieces as they are made; raises what that raises.
+def pieces(processor: Any, work: Callable[..., Any], told: Callable[[int, int], None] | None = None) -> Iterator[str]:
+    """What `work(streamer=..., stopping_criteria=..., told=...)` says, in pieces as they are made; raises as it does.
 
-    Closing the iterator ends the work.
+    Closing the iterator ends the work at its next frame or token. `told` hears how many frames are seen, of how many.
     """
     streamer, stopped = TextIteratorStreamer(processor.tokenizer, skip_special_tokens=True), Stopped()
+
+    def seen(done: int, of: int) -> None:
+        if stopped.event.is_set():
+            raise CancelledError  # nobody reads on
+        if told:
+            told(done, of)
+
     pool = ThreadPoolExecutor(1)
-    made = pool.submit(work, streamer=streamer, stopping_criteria=[stopped])
+    made = pool.submit(work, streamer=streamer, stopping_criteria=[stopped], told=seen)
     made.add_done_callback(lambda _: streamer.end())  # also when it fails
     try:
         yield from streamer

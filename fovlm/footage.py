@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 import av
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fovlm.bad import BadSample
@@ -86,6 +86,11 @@ def decode_some(file: BinaryIO, kind: str, size: int, most: int, fps: float = 1.
         raise error if isinstance(error, BadSample) else BadSample("undecodable video") from error
 
 
+def pixels_of(image: Image.Image) -> np.ndarray:
+    """A picture in memory -> u8 [h, w, 3], upright, and on white where it is transparent, as it is from a file."""
+    return opaque(ImageOps.exif_transpose(image))
+
+
 def _upright(frames: Tensor, data: bytes) -> Tensor:
     """Square frames u8 [f, 3, s, s] of a JPEG as it was meant: telephones store how they were held."""
     try:
@@ -103,6 +108,7 @@ def _decode_damaged(file: BinaryIO, kind: str, size: int, most: int, fps: float,
     with av.open(file, format=kind) as container:
         stream = video_stream(container)
         stamps, claimed = _stamps(container, stream), _claimed_seconds(container, stream)
+        announced = stream.frames  # by the header; 0 where it says nothing
     if not stamps:
         raise BadSample("video without frames")
     start, length = stamps[0], stamps[-1] - stamps[0]
@@ -120,7 +126,7 @@ def _decode_damaged(file: BinaryIO, kind: str, size: int, most: int, fps: float,
     if not seen:
         raise BadSample("undecodable video")
     notes = []
-    if claimed > lasts + 1:
+    if claimed > lasts + 1 and not 0 < announced <= len(stamps):  # the last frame may stay longer than others
         notes.append(f"the file is cut short: read {lasts:.0f} of {claimed:.0f} seconds")
     if len(seen) < len(wanted):
         notes.append(f"{len(wanted) - len(seen)} of {len(wanted)} frames are damaged and left out")

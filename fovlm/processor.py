@@ -25,6 +25,7 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, P
 from fovlm import media
 from fovlm.clips import read_clip
 from fovlm.errors import UserError, nearest
+from fovlm.footage import pixels_of
 from fovlm.model import FoveatedConfig, FoveatedVLM
 from fovlm.text import Text, conversation, load_tokenizer
 
@@ -233,7 +234,7 @@ def _is_frames(given: Sequence[Any]) -> bool:
 def _pixels(picture: Any) -> np.ndarray:
     """A picture, array or tensor [3, h, w] or [h, w, 3], u8 or floats of 0 to 1 -> u8 [h, w, 3]. Raises UserError."""
     if hasattr(picture, "convert"):  # a Pillow image
-        picture = picture.convert("RGB")
+        picture = pixels_of(picture)
     pixels = picture.cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture)
     if pixels.ndim == 3 and pixels.shape[0] == 3 != pixels.shape[-1]:
         pixels = pixels.transpose(1, 2, 0)

@@ -176,6 +176,35 @@ def test_a_photo_is_shown_as_the_telephone_was_held(tmp_path, turn):
     assert np.abs(seen - meant).max() < 10
 
 
+def test_a_picture_in_memory_is_that_of_its_file(tmp_path):
+    """Photos upright and transparency on white, whether a path is given or what Pillow has opened."""
+    pixels = np.zeros((16, 32, 4), np.uint8)
+    pixels[:8, :, 0], pixels[:, :16, 3] = 200, 255
+    exif = Image.Exif()
+    exif[footage.ORIENTATION] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels[:, :, :3]).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    for name, near in (("a.png", 0), ("a.jpg", 4)):  # a JPEG has two decoders here
+        with Image.open(tmp_path / name) as picture:
+            ours = media.fit(footage.pixels_of(picture), 16).astype(int)
+        from_file = read_clip(tmp_path / name, 16).frames[0].permute(1, 2, 0).numpy()
+        assert np.abs(ours - from_file).max() <= near, name
+
+
+def test_a_last_picture_that_stays_is_not_called_missing(tmp_path):
+    with av.open(str(tmp_path / "slides.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+        pictures = (np.full((16, 16, 3), 10 * i, np.uint8) for i in range(11))
+        packets = [p for x in pictures for p in stream.encode(av.VideoFrame.from_ndarray(x, format="rgb24"))]
+        packets += stream.encode()
+        packets[-1].duration = round(10 / packets[-1].time_base)
+        container.mux(packets)
+    with av.open(str(tmp_path / "slides.mp4")) as container:
+        assert footage._claimed_seconds(container, container.streams.video[0]) > 15
+    assert read_clip(tmp_path / "slides.mp4", 16).note == ""
+
+
 def test_a_path_that_the_system_refuses_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"\.\.\. cannot be read: File name too long"):
         read_clip(tmp_path / ("x" * 300), 16)

@@ -1,6 +1,8 @@
 """Gaze: the weights are those of the looks that made the tokens, tokens are in order, files say the same."""
 
 import json
+import time
+from threading import Event
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from models import FRAME, tiny_model
 
 from fovlm import media
+from fovlm.answer import pieces
 from fovlm.attention_maps import packs, save_maps, watched
 from fovlm.batch import Size
 from fovlm.clips import Clip
@@ -94,6 +97,28 @@ def test_tokens_stand_as_the_language_model_reads_them(prompt):
     assert kinds.index("frame") == (0 if prompt == "after" else kinds.index("question") + kinds.count("question"))
     said = "".join(token.text for token in gaze(prompt=prompt).tokens if token.kind == "question")
     assert said.replace(" ", "") == QUESTION.replace(" ", "")
+
+
+def test_an_answer_that_nobody_waits_for_ends_at_the_next_frame():
+    heard, begun, ended = [], Event(), Event()
+
+    def work(streamer, stopping_criteria, told):
+        try:
+            for done in range(1000):
+                streamer.text_queue.put("word")
+                told(done, 1000)
+                begun.set()
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    processor = FoveatedProcessor.from_parts(tiny.tokenizer(), tiny_model().config)
+    said = pieces(processor, work, lambda done, of: heard.append(done))
+    assert next(said) == "word"
+    assert begun.wait(10)
+    said.close()
+    assert ended.wait(5)
+    assert 0 < len(heard) < 500
 
 
 def test_each_kind_of_model():

@@ -118,6 +118,28 @@ def test_a_coarse_model_has_one_pane_and_a_phone_no_scrolling_to_the_side(opened
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
+def test_two_questions_to_a_coarse_model_are_both_answered(opened):
+    gazes = [gaze("one?"), gaze("other?", seed=1)]
+    for each in gazes:
+        del each.weights["fine"]
+    page = opened(*gazes)
+    assert page.locator(".pane").count() == 1
+    assert page.locator(".ans").all_text_contents() == ["one?", "other?"]
+
+
+def test_a_film_that_stands_still_keeps_its_times(opened):
+    still = gaze()
+    still.frames[2] = still.frames[1]
+    page = opened(still)
+    page.keyboard.press("End")
+    assert page.locator("#now").text_content() == "0:04 · 5 of 5"
+    picture = gaze()
+    picture.frames[:], picture.seconds[:] = picture.frames[0].clone(), [0.0] * 5
+    page = opened(picture)
+    assert "5 looks at 1 picture " in page.locator("#about").text_content()
+    assert page.locator("#now").text_content().startswith("look 1")
+
+
 def test_a_long_film_stays_small(tmp_path):
     page = write_page(
         [gaze(K=64, layers=12, H=6, side=16), gaze(seed=1, K=64, layers=12, H=6, side=16)], tmp_path / "p"

@@ -151,8 +151,8 @@ for (const pane of panes) {
   const title = make("p");
   for (const [tag, text] of told) title.append(make(tag, {}, text));
   says.append(title);
-  const speaks = pane.name === "fine" ? pane.gaze : gazes.some(g => g.fine) ? null : gazes[0];
-  if (speaks && speaks.question) {
+  const speaking = pane.name === "fine" ? [pane.gaze] : gazes.some(g => g.fine) ? [] : gazes;
+  for (const speaks of speaking.filter(gaze => gaze.question)) {
     says.append(make("p", { class: "q" }, speaks.question), make("p", { class: "ans" }, speaks.answer || "(no words)"));
   }
   box.append(pane.canvas, pane.facts, says);

@@ -59,8 +59,12 @@ def _data(gazes: list[Gaze]) -> dict[str, Any]:
             jpeg = media.encode_jpeg(frame.permute(1, 2, 0).numpy(), QUALITY)
             frames.append("data:image/jpeg;base64," + base64.b64encode(jpeg).decode())
         frame_of_look.append(len(frames) - 1)
-    still = len(frames) < K
-    count = f"{K} looks at {len(frames)} pictures" if still else f"{K} frame{'' if K == 1 else 's'}"
+    still = len(set(first.seconds)) < K  # looks at one picture share its time; equal frames of a film do not
+    count = (
+        f"{K} looks at {len(frames)} picture{'' if len(frames) == 1 else 's'}"
+        if still
+        else f"{K} frame{'' if K == 1 else 's'}"
+    )
     models = " and ".join(dict.fromkeys(gaze.model for gaze in gazes))
     ways = {"autoregressive": "frame by frame, as deployed", "coarse_fine": "in two passes, as trained"}
     how = ways.get(first.mode, "the same way at every frame")

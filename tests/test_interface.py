@@ -1,6 +1,7 @@
 """The ordinary interface: what the processor makes is what training sees, and answers are those of the scored model."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,22 @@ def folder(tmp_path) -> Path:
     model.save_pretrained(tmp_path / "model")
     processor_of(model).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+def test_what_the_readme_shows_runs(tmp_path, monkeypatch, capsys):
+    """As it stands there, with a model that has a context as short as the quickstart's."""
+    model = model_of(prompt="before")
+    model.config.llm_config.max_position_embeddings = 256
+    for part in (model, processor_of(model)):
+        part.save_pretrained(tmp_path / "converted" / "quickstart")
+    (tmp_path / "clip").mkdir()
+    for i in range(4):
+        (tmp_path / "clip" / f"{i}.jpg").write_bytes(picture(40 * i))
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    exec("\n".join(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)), {})
+    told = capsys.readouterr().out
+    assert re.findall(r"after (\d) frames: ", told) == ["1", "2", "3", "4"]
 
 
 # -- the processor ----------------------------------------------------------------------------------------------------

@@ -148,10 +148,12 @@ def _stamps(container, stream) -> list[float]:
 
 def _claimed_seconds(container, stream) -> float:
     """How long the header says the video is; 0 where it doesn't. The container's own number counts sound as well."""
+    shown = None if stream.duration is None else float(stream.duration * stream.time_base)
     if stream.frames and stream.average_rate:
-        return float(stream.frames / stream.average_rate)
-    if stream.duration is not None:
-        return float(stream.duration * stream.time_base)
+        stored = float(stream.frames / stream.average_rate)
+        return stored if shown is None else min(stored, shown)  # a trimmed video stores more than it shows
+    if shown is not None:
+        return shown
     return container.duration / av.time_base if container.duration and len(container.streams) == 1 else 0.0
 
 

@@ -205,6 +205,23 @@ def test_a_last_picture_that_stays_is_not_called_missing(tmp_path):
     assert read_clip(tmp_path / "slides.mp4", 16).note == ""
 
 
+def test_a_trimmed_film_is_not_called_cut_short(tmp_path):
+    """Trimmed without encoding again, as telephones do: what lies ahead of the beginning is still in the file."""
+    (tmp_path / "whole.mp4").write_bytes(tiny.video(20, size=32))
+    trimmed = tmp_path / "trimmed.mp4"
+    with av.open(str(tmp_path / "whole.mp4")) as whole, av.open(str(trimmed), "w") as container:
+        stream = container.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            if packet.dts is not None:
+                ahead = round(8 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - ahead, packet.dts - ahead, stream
+                container.mux(packet)
+    with av.open(str(trimmed)) as container:
+        assert container.streams.video[0].frames == 100  # all twenty seconds are stored
+    clip = read_clip(trimmed, 16)
+    assert (len(clip.frames), clip.note) == (12, "")
+
+
 def test_a_path_that_the_system_refuses_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"\.\.\. cannot be read: File name too long"):
         read_clip(tmp_path / ("x" * 300), 16)

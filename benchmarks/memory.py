@@ -133,7 +133,7 @@ def pack(e: Experiment, vocabulary: int, tokens_per_look: int) -> Batch:
 
 def measure(name: str) -> dict[str, Any]:
     """One case in this process: bytes that stay after a step, and the peak of the second one."""
-    from fovlm import engine, model  # deepspeed is slow to import: not in the process that only starts the others
+    from fovlm import build, engine  # deepspeed is slow to import: not in the process that only starts the others
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -149,7 +149,7 @@ def measure(name: str) -> dict[str, Any]:
     live = Live()
     with live:
         torch.manual_seed(0)
-        net = model.build(e.model)
+        net = build.build(e.model)
         net.freeze(dino=e.optim.lr_dino is None, llm=e.optim.lr_llm is None)
         trainer = engine.Engine(net, e.optim, config, device)
         batches = [pack(e, shapes.llm.V, shapes.T) for _ in range(2)]

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from fovlm import media
+from fovlm.build import build
 from fovlm.config import Model
-from fovlm.model import FoveatedVLM, build
+from fovlm.model import FoveatedVLM
 from fovlm.processor import open_model
 from fovlm.watch import FrameStream
 

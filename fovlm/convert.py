@@ -18,25 +18,23 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoConfig, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 
 from fovlm import checkpoint
+from fovlm.build import find_weights
 from fovlm.card import card, summary_of
-from fovlm.checkpoint import ENGINE, UNIVERSAL, Checkpoints
-from fovlm.config import Experiment, run_root
+from fovlm.checkpoint import ENGINE, UNIVERSAL
 from fovlm.dataset import tokenizer_of
 from fovlm.encoder import Dinov2Config, released_name
-from fovlm.errors import EXIT_USER_ERROR, UserError, nearest, of_a_path
-from fovlm.model import FoveatedConfig, FoveatedVLM, find_weights
+from fovlm.errors import EXIT_USER_ERROR, UserError, nearest, told
+from fovlm.model import FoveatedConfig, FoveatedVLM
 from fovlm.processor import FoveatedProcessor
+from fovlm.saved import Source, find, steps
 from fovlm.tensors import Plan, byte_size, write_tensors
 from fovlm.text import load_tokenizer, template
 from fovlm.verified import check
@@ -44,16 +42,6 @@ from fovlm.zero import ZeroWeights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 say = Console(stderr=True, highlight=False, soft_wrap=True).print
-
-
-@dataclass
-class Source:
-    """A checkpoint, the experiment that made it, and the run it belongs to (its own parent, when it stands alone)."""
-
-    path: Path
-    run: Path
-    experiment: Experiment
-    state: checkpoint.State
 
 
 def convert(
@@ -117,73 +105,6 @@ def staged(out: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-# -- what to convert --------------------------------------------------------------------------------------------------
-
-
-def find(source: Path, which: str | None = None) -> Source:
-    """The checkpoint meant by `source` (a run's folder or name, or a checkpoint's folder), whole. Raises UserError."""
-    folder = next((f for f in (source, run_root() / source) if f.is_dir()), None)
-    if folder is None:
-        there = [f.name for f in run_root().iterdir() if f.is_dir()] if run_root().is_dir() else []
-        raise UserError(f"{source}: no such folder, nor a run below {run_root()}{nearest(source.name, there)}")
-    if folder.name == "checkpoints":
-        folder = folder.parent
-    if (folder / checkpoint.MANIFEST).is_file():
-        if which:
-            raise UserError(f"{folder} is one checkpoint: --step {which} is for a run's folder")
-        path = folder
-    elif (folder / "checkpoints").is_dir():
-        path = _of_run(folder, which)
-    else:
-        problem = "neither a run (no checkpoints/ in it) nor a checkpoint"
-        if (folder / "config.json").is_file():
-            problem = "a model already, not a run"
-        elif (folder / ENGINE).is_dir():
-            problem = "a checkpoint without its manifest.json, so its save never ended"
-        raise UserError(f"{folder}: {problem}; give the folder of a run, or one below its checkpoints/")
-    if (path / UNIVERSAL).is_dir():
-        raise UserError(f"{path} is in DeepSpeed's universal form already: convert the run that it came from")
-    with _progress() as bar:
-        task = bar.add_task("checking the shards", total=None)
-        if problem := checkpoint.verify(path):
-            raise UserError(f"{path}: {problem}; {_others(path)}")
-        bar.remove_task(task)
-    state = checkpoint.read_state(path)
-    try:
-        experiment = Experiment.parse((path / "experiment.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValidationError, ValueError) as error:
-        raise UserError(f"{path / 'experiment.yaml'}: {' '.join(str(error).split())[:160]}") from error
-    run = path.resolve().parent.parent if path.resolve().parent.name == "checkpoints" else path
-    return Source(path, run, experiment, state)
-
-
-def _of_run(run: Path, which: str | None) -> Path:
-    own = Checkpoints(run)
-    names = own.names()
-    if not names:
-        raise UserError(f"{run}: a run without a complete checkpoint: train on, or wait for its first save")
-    if which in (None, "best", "latest"):
-        name = own.pointed("best") if which != "latest" else None
-        if which == "best" and name is None:
-            raise UserError(f"{run}: no checkpoint is marked as best; --step latest takes the newest")
-        return own.folder / (name or own.pointed("latest") or names[-1])
-    steps = {str(int(name.removeprefix("step-"))): name for name in names}
-    wanted = str(which).removeprefix("step-").lstrip("0") or "0"
-    if wanted not in steps:
-        raise UserError(f"{run}: no checkpoint of step {which}; there are best, latest, {', '.join(steps)}")
-    return own.folder / steps[wanted]
-
-
-def _others(path: Path) -> str:
-    """What else could be converted, in place of a damaged checkpoint."""
-    others = [str(int(p.parent.name.removeprefix("step-"))) for p in path.parent.glob(f"step-*/{checkpoint.MANIFEST}")]
-    others = [step for step in sorted(others, key=int) if step != path.name.removeprefix("step-").lstrip("0")]
-    return f"--step {others[-1]} is another" if others else "there is no other checkpoint beside it"
-
-
-# -- to a model -------------------------------------------------------------------------------------------------------
-
-
 def _model(
     source: Source, out: Path, name: str, dtype: torch.dtype, largest: int, trust: bool, tokenizer: str | None
 ) -> None:
@@ -191,7 +112,7 @@ def _model(
     stored = ZeroWeights(source.path / ENGINE, trust)
     write_weights(out, config, stored, dtype, largest)
     write_texts(out, config, words, dtype)
-    with _progress() as bar:
+    with steps() as bar:
         bar.add_task("loading and asking what was written", total=None)
         checked = check(out, source.path, dtype, ZeroWeights(source.path / ENGINE, trust))
     (out / "README.md").write_text(
@@ -279,7 +200,7 @@ def write_weights(out: Path, config: FoveatedConfig, stored: Weights, dtype: tor
         for name, shape in shapes.items()
         if name not in tied
     }
-    with _progress() as bar:
+    with steps() as bar:
         task = bar.add_task("writing the weights", total=sum(_bytes(*entry) for entry in plan.values()))
         write_tensors(
             out, plan, lambda name: stored.read(sources[name]), largest, lambda written: bar.advance(task, written)
@@ -305,28 +226,18 @@ def write_texts(out: Path, config: FoveatedConfig, tokenizer: PreTrainedTokenize
     FoveatedProcessor.from_parts(tokenizer, config).save_pretrained(out)
 
 
-# -- to a universal checkpoint ----------------------------------------------------------------------------------------
-
-
 def _universal(source: Source, out: Path) -> None:
     from fovlm.engine import to_universal  # deepspeed takes seconds to import: only for this
 
     for file in source.path.iterdir():
         if file.is_file() and not file.name.startswith(("random-", "zero_to_", checkpoint.MANIFEST)):
             shutil.copy2(file, out / file.name)
-    with _progress() as bar:
+    with steps() as bar:
         bar.add_task("making the universal checkpoint", total=None)
         to_universal(source.path, out / UNIVERSAL)
         files = sorted(p for p in out.rglob("*") if p.is_file())
         manifest = checkpoint.seal(files, out)
     (out / checkpoint.MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=30), TimeRemainingColumn(), console=Console(stderr=True),
-        transient=True,
-    )  # fmt: skip
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -347,8 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         print(convert(**vars(parser.parse_args(arguments))))
     except (UserError, OSError) as error:
-        said = of_a_path(error) if isinstance(error, OSError) else str(error)
-        if not said:
+        if not (said := told(error)):
             raise
         print(f"fovlm: {said}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR

@@ -23,6 +23,8 @@ def nearest(word: str, words: Iterable[object]) -> str:
     return f" (did you mean '{lower[close[0]]}'?)" if close else ""
 
 
-def of_a_path(error: OSError) -> str:
-    """The line to tell for an error of a path that somebody gave, or an empty string when it is a bug."""
+def told(error: UserError | OSError) -> str:
+    """The line to tell of an error, or an empty string when it is a bug and wants its traceback."""
+    if isinstance(error, UserError):
+        return str(error)
     return f"{str(error.filename)[:100]}: {error.strerror}" if error.filename and error.errno in OF_A_PATH else ""

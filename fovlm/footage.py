@@ -73,13 +73,10 @@ def decode_some(file: BinaryIO, kind: str, size: int, most: int, fps: float = 1.
     `fps` frames a second, or `most` evenly spaced ones of a longer video; each is the one on screen at that time. What
     is damaged or cut off is left out and told in the note. Raises BadSample when there is nothing to see.
     """
-    if kind in ("JPEG", "PNG"):
-        extension = next(e for e, format in PICTURES.items() if format == kind)
-        data = file.read()
-        frames = decode_pictures([(extension, data)], size)
-        return Seen(_upright(frames, data) if kind == "JPEG" else frames, [0.0], "", still=True)
-    if kind in ("WEBP", "GIF"):
-        return _decode_animation(file, kind, size, most, fps)
+    if kind in ("JPEG", "PNG", "WEBP", "GIF"):
+        read = _decode_animation if kind in ("WEBP", "GIF") else _decode_picture
+        seen = read(file, kind, size, most, fps)
+        return seen._replace(frames=_upright(seen.frames, file, kind))
     try:
         return _decode_damaged(file, kind, size, most, fps, told)
     except (av.FFmpegError, ValueError) as error:
@@ -91,10 +88,11 @@ def pixels_of(image: Image.Image) -> np.ndarray:
     return opaque(ImageOps.exif_transpose(image))
 
 
-def _upright(frames: Tensor, data: bytes) -> Tensor:
-    """Square frames u8 [f, 3, s, s] of a JPEG as it was meant: telephones store how they were held."""
+def _upright(frames: Tensor, file: BinaryIO, kind: str) -> Tensor:
+    """Square frames u8 [f, 3, s, s] of a picture's file as they were meant: telephones store how they were held."""
+    file.seek(0)
     try:
-        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+        with Image.open(file, formats=[kind]) as image:
             turn = image.getexif().get(ORIENTATION, 1)
     except (Image.DecompressionBombWarning, OSError, SyntaxError, ValueError, struct.error):
         return frames  # the pixels decode; what is said about them doesn't
@@ -246,6 +244,11 @@ def _whole(file: BinaryIO, format: str) -> tuple[BinaryIO, bool]:
         at = after
     data[4:8] = (at - 8).to_bytes(4, "little")
     return io.BytesIO(bytes(data[:at])), False
+
+
+def _decode_picture(file: BinaryIO, format: str, size: int, most: int, fps: float) -> Seen:
+    extension = next(e for e, name in PICTURES.items() if name == format)
+    return Seen(decode_pictures([(extension, file.read())], size), [0.0], "", still=True)
 
 
 def _decode_animation(file: BinaryIO, format: str, size: int, most: int, fps: float) -> Seen:

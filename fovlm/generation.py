@@ -68,9 +68,8 @@ class FoveatedGenerationMixin(GenerationMixin):
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         """The settings of an answer of at most `room` tokens, and the options that are no settings (a streamer)."""
         settings = copy.deepcopy(given or self.generation_config)
-        if (
-            given is not None
-        ):  # what it leaves open is the model's own, as transformers has it: the end tokens above all
+        if given is not None:
+            # What it leaves open is the model's own, as transformers has it: the end tokens above all.
             settings.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         left = settings.update(**options)
         if settings.max_length is None:

@@ -174,7 +174,7 @@ def parameters(experiment: Experiment, shapes: Geometry) -> dict[str, Count]:
 
 
 def local_folder(name: str) -> Path | None:
-    """The folder of a model, as given or below FOVLM_MODELS (the rule of `model.find_weights`); None: there is none."""
+    """The folder of a model, as given or below FOVLM_MODELS (the rule of `build.find_weights`); None: there is none."""
     below = Path(os.environ.get("FOVLM_MODELS", "models"))
     folders = (Path(name), below / name, below / name.rsplit("/", 1)[-1])
     return next((folder for folder in folders if folder.is_dir()), None)

@@ -105,8 +105,6 @@ class Many:
             self._judge(again)
             while self.children or (self.waiting and not self.stopping):
                 self._fill_slots()
-                if not self.children:
-                    self._leave_circle()
                 time.sleep(EVERY)
                 for child in [c for c in self.children if c.process.poll() is not None]:
                     self._ended(child)
@@ -153,15 +151,6 @@ class Many:
                     continue
                 if self._start(run, slot):
                     break
-
-    def _leave_circle(self) -> None:
-        """With nothing under way, runs that all wait for one another can never start."""
-        names = [run.name for run in self.waiting]
-        if self.stopping or not all(run.experiment.model.init_from in names for run in self.waiting):
-            return
-        for run in list(self.waiting):
-            needs = run.experiment.model.init_from
-            self._leave(run, "blocked", f"not started: it starts from {needs}, and model.init_from goes in a circle")
 
     def _start(self, run: Planned, slot: int) -> bool:
         run.folder.mkdir(parents=True, exist_ok=True)

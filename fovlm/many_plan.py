@@ -99,13 +99,22 @@ def plan(
             if repeat:
                 words += [f"name={experiment.name}-s{repeat}", f"train.seed={experiment.train.seed + repeat}"]
                 experiment = config.load(name, words[1:], folder)
-            if experiment.model.init_from == experiment.name:
-                raise UserError(f"{experiment.name}: model.init_from={experiment.name}: a run cannot start from itself")
             planned.append(Planned(experiment.name, group, tuple(words), experiment))
     names = [run.name for run in planned]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two runs would be called {twice}")
+    _refuse_circles({run.name: run.experiment.model.init_from for run in planned})
     return planned
+
+
+def _refuse_circles(starts_from: dict[str, str | None]) -> None:
+    for name in starts_from:
+        way = [name]
+        while (before := starts_from.get(way[-1])) and before not in way:
+            way.append(before)
+        if before == name:
+            told = ", which starts from ".join([*way, name])
+            raise UserError(f"model.init_from goes in a circle: {told}; one of them has to start without another")
 
 
 def standing(run: Planned) -> Standing:

@@ -23,12 +23,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
+from fovlm.build import check_vocabulary
 from fovlm.card import imported_card
 from fovlm.convert import DTYPES, refuse_occupied, staged, write_texts, write_weights
 from fovlm.encoder import Dinov2Config, config_of, released_name
 from fovlm.errors import UserError, nearest
 from fovlm.geometry import local_folder
-from fovlm.model import PROMPTS, FoveatedConfig, check_vocabulary
+from fovlm.model import PROMPTS, FoveatedConfig
 from fovlm.tensors import byte_size
 from fovlm.text import load_tokenizer
 from fovlm.verified import load

@@ -24,6 +24,7 @@ import torch
 from fovlm import checkpoint, config, deepspeed_config, hunt_data, ranks, resume, schedule
 from fovlm.attention_maps import save_maps, watched
 from fovlm.batch import Bad, Batch
+from fovlm.build import build, check_vocabulary
 from fovlm.config import Experiment
 from fovlm.dataset import Dataset, budget_of, open_dataset, tokenizer_of
 from fovlm.engine import Engine, load_weights, start, universal_for
@@ -34,7 +35,7 @@ from fovlm.geometry import geometry
 from fovlm.journal import Journal, write_json
 from fovlm.loader import Loader, Step, plan, that_fill
 from fovlm.meter import Meter, device_name, memory_gb, peak_flops
-from fovlm.model import FoveatedVLM, build, check_vocabulary
+from fovlm.model import FoveatedVLM
 from fovlm.probe import choose
 from fovlm.scaling import mean_cost, samples_of, total
 from fovlm.text import load_tokenizer

@@ -165,14 +165,15 @@ def test_a_camera_gives_a_frame_a_second_and_a_missing_one_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_a_photo_is_shown_as_the_telephone_was_held(tmp_path, turn):
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+def test_a_photo_is_shown_as_the_telephone_was_held(tmp_path, name, turn):
     corners = Image.fromarray(np.kron(np.array([[0, 80], [160, 240]], np.uint8), np.ones((16, 16), np.uint8)))
     exif = Image.Exif()
     exif[footage.ORIENTATION] = turn
-    corners.convert("RGB").save(tmp_path / "a.jpg", exif=exif, quality=95)
-    with Image.open(tmp_path / "a.jpg") as stored:
+    corners.convert("RGB").save(tmp_path / name, exif=exif, quality=95)
+    with Image.open(tmp_path / name) as stored:
         meant = np.asarray(ImageOps.exif_transpose(stored).convert("L").resize((2, 2), Image.Resampling.BOX), np.int64)
-    seen = read_clip(tmp_path / "a.jpg", 32).frames[0, 0].float().reshape(2, 16, 2, 16).mean((1, 3)).numpy()
+    seen = read_clip(tmp_path / name, 32).frames[0, 0].float().reshape(2, 16, 2, 16).mean((1, 3)).numpy()
     assert np.abs(seen - meant).max() < 10
 
 
@@ -182,9 +183,10 @@ def test_a_picture_in_memory_is_that_of_its_file(tmp_path):
     pixels[:8, :, 0], pixels[:, :16, 3] = 200, 255
     exif = Image.Exif()
     exif[footage.ORIENTATION] = 6
-    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / "a.webp", exif=exif, lossless=True)
     Image.fromarray(pixels[:, :, :3]).save(tmp_path / "a.jpg", exif=exif, quality=95)
-    for name, near in (("a.png", 0), ("a.jpg", 4)):  # a JPEG has two decoders here
+    for name, near in (("a.png", 0), ("a.webp", 0), ("a.jpg", 4)):  # a JPEG has two decoders here
         with Image.open(tmp_path / name) as picture:
             ours = media.fit(footage.pixels_of(picture), 16).astype(int)
         from_file = read_clip(tmp_path / name, 16).frames[0].permute(1, 2, 0).numpy()

@@ -17,6 +17,7 @@ from fovlm.encoder import released_name
 from fovlm.errors import EXIT_USER_ERROR, UserError
 from fovlm.model import FoveatedVLM
 from fovlm.probe import Probe, mean_nll
+from fovlm.saved import find
 from fovlm.tensors import byte_size
 from fovlm.verified import answers
 from fovlm.zero import ZeroWeights
@@ -165,11 +166,11 @@ def test_which_checkpoint(tmp_path):
     for step, best in ((5, False), (10, True), (15, False)):
         write_run(run, tiny_model(seed=step), step=step, best=best)
     for which, step in ((None, 10), ("best", 10), ("latest", 15), ("5", 5), ("step-00000005", 5)):
-        assert convert.find(run, which).state.step == step
-    assert convert.find(run / "checkpoints" / "step-00000005").state.step == 5
-    assert convert.find(run / "checkpoints").state.step == 10
+        assert find(run, which).state.step == step
+    assert find(run / "checkpoints" / "step-00000005").state.step == 5
+    assert find(run / "checkpoints").state.step == 10
     with pytest.raises(UserError, match="no checkpoint of step 7; there are best, latest, 5, 10, 15"):
-        convert.find(run, "7")
+        find(run, "7")
 
 
 def test_a_checkpoint_from_before_there_were_probes(tmp_path, capsys):

@@ -88,7 +88,10 @@ def test_the_best_size_grows_as_the_exponent_says_whatever_a_sample_costs(share)
     ends = np.array([1e8, 3e9])
     c0 = share / (1 - share) * 6 * ends[0]
     sizes = np.geomspace(*ends / [3, 1 / 3], 40_001)
-    best = lambda C: sizes[CHINCHILLA.loss(sizes, C / (c0 + 6 * sizes)).argmin()]  # noqa: E731
+
+    def best(C: float) -> float:
+        return sizes[CHINCHILLA.loss(sizes, C / (c0 + 6 * sizes)).argmin()]
+
     budgets = np.geomspace(1e15, 1e25, 2001)
     sought = np.array([best(C) for C in budgets])
     first, last = (budgets[np.abs(np.log(sought / end)).argmin()] for end in ends)

@@ -6,10 +6,10 @@ import json
 import pytest
 from transformers import Dinov2Config, LlamaConfig
 
+from fovlm.build import build
 from fovlm.config import Data, Experiment, Model, Optim, Source, Train
 from fovlm.errors import UserError
 from fovlm.geometry import DINOV2, LLAMA, RELEASED, geometry, local_folder, parameters, vocabulary
-from fovlm.model import build
 
 LLM = {
     "vocab_size": 64,

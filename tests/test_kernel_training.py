@@ -11,8 +11,8 @@ from kernel_curve import use
 from launch import ROOT
 
 from benchmarks.memory import experiment, pack
+from fovlm.build import build
 from fovlm.geometry import geometry
-from fovlm.model import build
 from fovlm.objectives import text_loss
 
 STEPS = 10

@@ -132,12 +132,12 @@ def test_one_after_another_and_what_is_finished_is_skipped(place):
     assert "finished already" in said
 
 
-def test_runs_that_wait_for_one_another_are_told_and_do_not_wait_for_ever(place):
+def test_runs_that_wait_for_one_another_are_told_before_anything_runs(place):
     file = place.home / "experiments" / "trio.yaml"
     file.write_text(file.read_text().replace("first in its file", "starts from next, model: {init_from: next}"))
-    results, status, said = place.work("two", "next", "one")
-    assert (results, status) == ({"one": "finished", "two": "blocked", "next": "blocked"}, 1)
-    assert "two: not started: it starts from next, and model.init_from goes in a circle" in said
+    with pytest.raises(UserError, match="in a circle: two, which starts from next, which starts from two;"):
+        place.work("one", "two", "next")
+    assert place.work("one")[1] == 0, "without the circle"
 
 
 def test_the_table_has_a_row_for_each(place):

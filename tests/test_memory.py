@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from benchmarks.memory import Live, pack
+from fovlm.build import build
 from fovlm.config import Data, Experiment, Model, Optim, Source, Train, load
 from fovlm.deepspeed_config import resolve
 from fovlm.geometry import geometry, parameters
 from fovlm.memory import activations, estimate
-from fovlm.model import build
 
 GB = 10**9
 LLM = {

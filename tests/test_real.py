@@ -20,9 +20,10 @@ from test_model import outcomes
 from transformers import AutoModelForCausalLM
 
 from fovlm.batch import Size, collate
+from fovlm.build import build, find_weights
 from fovlm.config import Model, load
 from fovlm.dataset import open_dataset
-from fovlm.model import FoveatedVLM, build, find_weights
+from fovlm.model import FoveatedVLM
 from fovlm.text import load_tokenizer
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]

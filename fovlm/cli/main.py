@@ -10,11 +10,10 @@ from typing import Any
 import typer
 
 from fovlm.cli import data, evidence, report, run, use
-from fovlm.errors import EXIT_USER_ERROR, UserError, nearest, of_a_path
+from fovlm.errors import EXIT_USER_ERROR, UserError, nearest, told
 
-ClickException: type[Exception] = typer.BadParameter.__mro__[
-    2
-]  # of the click that this release of typer brings or uses
+# Of the click that this release of typer brings or uses.
+ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
 app = typer.Typer(
@@ -38,8 +37,6 @@ def main(arguments: list[str] | None = None) -> int:
         status = app(words or ["--help"], prog_name="fovlm", standalone_mode=False)
         sys.stdout.flush()
         return int(status or 0)
-    except UserError as error:
-        return _mistake(str(error))
     except ClickException as error:
         return _mistake(_usage(error))
     except KeyboardInterrupt:
@@ -47,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # who read has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        if not (said := of_a_path(error)):
+    except (UserError, OSError) as error:
+        if not (said := told(error)):
             raise
         return _mistake(said)
 

@@ -10,10 +10,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fovlm import checkpoint
+from fovlm.build import build
 from fovlm.config import Experiment, run_root
 from fovlm.dataset import tokenizer_of
 from fovlm.errors import UserError
-from fovlm.model import FoveatedConfig, FoveatedVLM, build
+from fovlm.model import FoveatedConfig, FoveatedVLM
 from fovlm.processor import open_model
 from fovlm.text import load_tokenizer
 

@@ -223,7 +223,8 @@ def _laws(cells: Grid) -> list[Block]:
     rows = []
     for arch, fit in cells.fits.items():
         told = [f"{value:.3g} [{low:.3g}, {high:.3g}]" for value, (low, high) in tables.parts(fit).values()]
-        told += [] if fit.rise is not None else ["-"]
+        if fit.exponent is None:
+            told.append("-")
         rows.append((ARCHS[arch], str(fit.points), *told, f"{fit.spread:.2%}"))
     head = ("architecture", "points", "E", "A", "alpha", "B", "beta", "best N grows as C to the", "residual")
     said = {arch: law_text(cells, arch) for arch in cells.archs}

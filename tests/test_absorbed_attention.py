@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as nnf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_tools import DEVICE, TOLERANCE, TYPES, assert_close, needs_triton, poisoned, results
 
+from helpers.kernel_tools import DEVICE, TOLERANCE, TYPES, assert_close, needs_triton, poisoned, results
 from kernels.absorbed_attention import _backward, _forward, absorbed_attention, absorbed_pooling, slices
 from kernels.common import group_looks
 from kernels.query_attention import query_attention

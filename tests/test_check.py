@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 from rich.console import Console
 
 from fovlm import config
@@ -18,6 +17,7 @@ from fovlm.prepare.repair import repair
 from fovlm.prepare.val import allocate, draw
 from fovlm.prepare.work import prepare
 from fovlm.shards import find_shards, write_shards
+from helpers import tiny
 
 QUIET = Console(quiet=True)
 

@@ -4,36 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import models
 import pytest
-import test_clips
-import tiny
-import torch
-from tokenizers import decoders
 
 from fovlm.cli import use
 from fovlm.cli.main import main
-from fovlm.processor import FoveatedProcessor
 from fovlm.see import live
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def saved_model(out: Path) -> str:
-    """A tiny model that says one word of its vocabulary after the other, as a folder."""
-    model = models.tiny_model()
-    model.config.llm_config.tie_word_embeddings = model.llm.config.tie_word_embeddings = False
-    model.llm.lm_head.weight = torch.nn.Parameter(model.llm.get_input_embeddings().weight.detach().roll(1, 0))
-    model.save_pretrained(out)
-    words = tiny.tokenizer()
-    words.backend_tokenizer.decoder = decoders.Fuse()  # spaces are tokens of their own
-    FoveatedProcessor.from_parts(words, model.config).save_pretrained(out)
-    return str(out)
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> str:
-    return saved_model(tmp_path_factory.mktemp("models") / "tiny")
+from helpers import ROOT, models, tiny
 
 
 @pytest.fixture
@@ -88,34 +64,36 @@ def mistake(capsys, *words: str) -> str:
     return told.err
 
 
-def test_misspelt_words_are_told_with_the_nearest(capsys, film, folder):
+def test_misspelt_words_are_told_with_the_nearest(capsys, film, saved_model):
     assert "no command 'lok' (did you mean 'look'?)" in mistake(capsys, "lok")
     assert "--tokens" in mistake(capsys, "ask", film, "what", "--token", "3")
     assert "see fovlm ask --help" in mistake(capsys, "ask", film)
     assert "see fovlm ask --help" in mistake(capsys, "ask", film, "what", "--tokens", "many")
-    assert "did you mean 'coarse_fine'?" in mistake(capsys, "ask", film, "what", "-m", folder, "--mode", "coarsefine")
+    assert "did you mean 'coarse_fine'?" in mistake(
+        capsys, "ask", film, "what", "-m", saved_model, "--mode", "coarsefine"
+    )
 
 
-def test_a_folder_that_is_no_model(capsys, film, folder, tmp_path):
+def test_a_folder_that_is_no_model(capsys, film, saved_model, tmp_path):
     assert "which model?" in mistake(capsys, "ask", film, "what")
-    assert "did you mean 'tiny'?" in mistake(capsys, "ask", film, "what", "-m", folder[:-1] + "i")
+    assert "did you mean 'tiny'?" in mistake(capsys, "ask", film, "what", "-m", saved_model[:-1] + "i")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert f"fovlm convert {tmp_path / 'run'} OUT" in mistake(capsys, "ask", film, "what", "-m", str(tmp_path / "run"))
     assert "no model" in mistake(capsys, "look", film, "-m", str(tmp_path))
     broken = tmp_path / "broken"
     broken.mkdir()
-    for file in Path(folder).iterdir():
+    for file in Path(saved_model).iterdir():
         if file.name != "model.safetensors":
             (broken / file.name).write_bytes(file.read_bytes())
     assert "weights are missing" in mistake(capsys, "ask", film, "what", "-m", str(broken))
-    (broken / "model.safetensors").write_bytes(Path(folder, "model.safetensors").read_bytes()[:-1000])
+    (broken / "model.safetensors").write_bytes(Path(saved_model, "model.safetensors").read_bytes()[:-1000])
     assert "does not load" in mistake(capsys, "ask", film, "what", "-m", str(broken))
 
 
 @pytest.mark.parametrize("name", ["ask", "look"])
-def test_a_file_that_cannot_be_watched(capsys, folder, film, tmp_path, name):
+def test_a_file_that_cannot_be_watched(capsys, saved_model, film, tmp_path, name):
     question = ["what is this"]
-    words = lambda path: mistake(capsys, name, str(path), *question, "-m", folder)  # noqa: E731
+    words = lambda path: mistake(capsys, name, str(path), *question, "-m", saved_model)  # noqa: E731
     assert "did you mean 'film.mp4'?" in words(film[:-5] + ".mp4")
     (tmp_path / "letter.mp4").write_text("Dear Sir or Madam")
     assert "is no video or picture" in words(tmp_path / "letter.mp4")
@@ -128,16 +106,18 @@ def test_a_file_that_cannot_be_watched(capsys, folder, film, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["ask", "look"])
-def test_a_question_longer_than_the_context(capsys, folder, film, name, tmp_path, monkeypatch):
+def test_a_question_longer_than_the_context(capsys, saved_model, film, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where `look` makes its folder
-    assert "no room for an answer in the context of 2048" in mistake(capsys, name, film, "is it " * 1100, "-m", folder)
+    assert "no room for an answer in the context of 2048" in mistake(
+        capsys, name, film, "is it " * 1100, "-m", saved_model
+    )
 
 
 # -- answers --------------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_is_printed_and_nothing_else(capsys, folder, film, monkeypatch):
-    monkeypatch.setenv("FOVLM_MODEL", folder)
+def test_an_answer_is_printed_and_nothing_else(capsys, saved_model, film, monkeypatch):
+    monkeypatch.setenv("FOVLM_MODEL", saved_model)
     assert main(["ask", film, "what is this ?", "--tokens", "5"]) == 0
     first = capsys.readouterr()
     assert first.err == ""
@@ -148,34 +128,34 @@ def test_an_answer_is_printed_and_nothing_else(capsys, folder, film, monkeypatch
     assert capsys.readouterr().out.startswith(first.out.rstrip("\n"))
 
 
-def test_the_answer_is_that_of_generate(capsys, folder, film):
+def test_the_answer_is_that_of_generate(capsys, saved_model, film):
     from fovlm.clips import read_clip
     from fovlm.processor import open_model
 
-    model, processor = open_model(folder)
+    model, processor = open_model(saved_model)
     content = [{"type": "video", "video": read_clip(film, models.FRAME).frames}, {"type": "text", "text": "what ?"}]
     inputs = processor(messages=[{"role": "user", "content": content}])
     expected = processor.batch_decode(model.generate(**inputs, max_new_tokens=6))[0]
-    assert main(["ask", film, "what ?", "--tokens", "6", "-m", folder]) == 0
+    assert main(["ask", film, "what ?", "--tokens", "6", "-m", saved_model]) == 0
     assert capsys.readouterr().out == expected + "\n"
 
 
-def test_a_damaged_video_is_answered_with_a_note(capsys, folder, tmp_path):
-    test_clips.noise(10, tmp_path / "whole.mp4", movflags="faststart")
+def test_a_damaged_video_is_answered_with_a_note(capsys, saved_model, tmp_path):
+    tiny.noise(10, tmp_path / "whole.mp4", movflags="faststart")
     whole, cut = (tmp_path / "whole.mp4").read_bytes(), tmp_path / "cut.mp4"
     cut.write_bytes(whole[: len(whole) // 2])
-    assert main(["ask", str(cut), "what ?", "--tokens", "3", "-m", folder]) == 0
+    assert main(["ask", str(cut), "what ?", "--tokens", "3", "-m", saved_model]) == 0
     told = capsys.readouterr()
     assert told.err.startswith("fovlm: cut.mp4: the file is cut short: read ")
     assert told.out.strip()
 
 
-def test_an_interrupt_is_quiet(capsys, monkeypatch, folder):
+def test_an_interrupt_is_quiet(capsys, monkeypatch, saved_model):
     def stop(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(use, "open_", stop)
-    assert main(["ask", "film.mp4", "what", "-m", folder]) == 130
+    assert main(["ask", "film.mp4", "what", "-m", saved_model]) == 130
     assert capsys.readouterr().err == ""
 
 
@@ -193,9 +173,9 @@ def test_the_status_reaches_the_shell_and_a_reader_that_has_enough_is_no_error()
 
 
 @pytest.mark.parametrize("questions", [[], ["what ?"], ["what ?", "is it red ?"]], ids=len)
-def test_looks_are_written_as_page_film_sheet_and_weights(capsys, folder, film, tmp_path, questions):
+def test_looks_are_written_as_page_film_sheet_and_weights(capsys, saved_model, film, tmp_path, questions):
     out = tmp_path / "look"
-    assert main(["look", film, *questions, "--tokens", "3", "--layer", "1", "--out", str(out), "-m", folder]) == 0
+    assert main(["look", film, *questions, "--tokens", "3", "--layer", "1", "--out", str(out), "-m", saved_model]) == 0
     said, told = capsys.readouterr()
     assert ("it looks alike whatever is asked" in told) == (len(questions) == 2)  # the question is behind the frames
     names = ["look-1", "look-2"] if len(questions) == 2 else ["look"]
@@ -206,11 +186,11 @@ def test_looks_are_written_as_page_film_sheet_and_weights(capsys, folder, film, 
     assert all(question in said for question in [*questions, str(out / "look.html")])
     new = str(tmp_path / "new")
     assert "this model has layers 0 to 2" in mistake(
-        capsys, "look", film, "what ?", "--layer", "3", "--out", new, "-m", folder
+        capsys, "look", film, "what ?", "--layer", "3", "--out", new, "-m", saved_model
     )
     assert not Path(new).exists()
-    assert "cannot be made" in mistake(capsys, "look", film, "what ?", "--out", f"{film}/new", "-m", folder)
-    assert "is a file" in mistake(capsys, "look", film, "--out", film, "-m", folder)
+    assert "cannot be made" in mistake(capsys, "look", film, "what ?", "--out", f"{film}/new", "-m", saved_model)
+    assert "is a file" in mistake(capsys, "look", film, "--out", film, "-m", saved_model)
 
 
 def test_the_command_runs_from_any_folder(tmp_path):
@@ -228,29 +208,29 @@ def test_the_command_runs_from_any_folder(tmp_path):
     assert rest == ["fovlm ask a b"]
 
 
-def test_a_camera_is_watched_frame_by_frame(capsys, folder, film, monkeypatch):
-    assert main(["look", "--live", film, "what ?", "--tokens", "3", "-m", folder]) == 0
+def test_a_camera_is_watched_frame_by_frame(capsys, saved_model, film, monkeypatch):
+    assert main(["look", "--live", film, "what ?", "--tokens", "3", "-m", saved_model]) == 0
     told = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in told if line.startswith("frame ")] == ["frame 1", "frame 2", "frame 3"]
     assert told[1].startswith("what ?  ")
     assert told[-1].startswith("3 frames seen, 3 tokens kept")
     monkeypatch.setattr(live, "camera", lambda *_: iter(()))
-    assert "nothing in it decodes" in mistake(capsys, "look", "--live", film, "-m", folder)
+    assert "nothing in it decodes" in mistake(capsys, "look", "--live", film, "-m", saved_model)
 
     def interrupted(*_):
         raise KeyboardInterrupt
         yield
 
     monkeypatch.setattr(live, "camera", interrupted)
-    assert main(["look", "--live", "0", "-m", folder]) == 0
+    assert main(["look", "--live", "0", "-m", saved_model]) == 0
     assert "0 frames seen" in capsys.readouterr().out
     monkeypatch.undo()
-    assert "no camera 97" in mistake(capsys, "look", "--live", "97", "-m", folder)
+    assert "no camera 97" in mistake(capsys, "look", "--live", "97", "-m", saved_model)
 
 
 @pytest.mark.parametrize("option", ["--out", "--layer", "--mode"])
-def test_options_without_an_effect_on_a_camera_are_refused(capsys, film, folder, option):
-    told = mistake(capsys, "look", "--live", film, option, "1", "-m", folder)
+def test_options_without_an_effect_on_a_camera_are_refused(capsys, film, saved_model, option):
+    told = mistake(capsys, "look", "--live", film, option, "1", "-m", saved_model)
     assert told == f"fovlm: {option} has no effect with --live: a camera is shown in the terminal, nothing is kept\n"
 
 
@@ -272,7 +252,7 @@ def test_what_is_no_folder_at_all_is_told_in_a_line(capsys, film):
         assert "File name too long" in mistake(capsys, *words)
 
 
-def test_the_demo_tells_what_it_needs(capsys, folder, monkeypatch):
+def test_the_demo_tells_what_it_needs(capsys, saved_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "fovlm.see.demo", raising=False)
-    assert "pip install 'fovlm[demo]'" in mistake(capsys, "demo", "-m", folder)
+    assert "pip install 'fovlm[demo]'" in mistake(capsys, "demo", "-m", saved_model)

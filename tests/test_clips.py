@@ -5,32 +5,18 @@ import io
 import av
 import numpy as np
 import pytest
-import test_media
-import tiny
 from PIL import Image, ImageOps
 
 from fovlm import footage, media
 from fovlm.bad import BadSample
 from fovlm.clips import read_clip
 from fovlm.errors import UserError
+from helpers import tiny
 
 
 def saved(path, data: bytes):
     path.write_bytes(data)
     return path
-
-
-def noise(seconds: int, path, fps: int = 10, size: int = 64, **options) -> None:
-    """An MPEG-4 video, key frames every second, noise above, grey at ten times the second below."""
-    random = np.random.default_rng(0)
-    with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream("mpeg4", rate=fps)
-        stream.width, stream.height, stream.pix_fmt, stream.gop_size = size, size, "yuv420p", fps
-        for i in range(seconds * fps):
-            pixels = np.full((size, size, 3), 10 * (i // fps), np.uint8)
-            pixels[: size // 2] = random.integers(0, 256, (size // 2, size, 3), dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
 
 
 def grey(clip) -> list[int]:
@@ -63,7 +49,7 @@ def test_more_frames_a_second_on_request(tmp_path):
 
 
 def test_a_video_that_is_cut_short_gives_its_beginning_and_says_so(tmp_path):
-    noise(12, tmp_path / "a.mp4", movflags="faststart")
+    tiny.noise(12, tmp_path / "a.mp4", movflags="faststart")
     whole = (tmp_path / "a.mp4").read_bytes()
     clip = read_clip(saved(tmp_path / "cut.mp4", whole[: len(whole) * 55 // 100]), 32)
     assert grey(clip) == list(range(len(clip.frames)))
@@ -73,7 +59,7 @@ def test_a_video_that_is_cut_short_gives_its_beginning_and_says_so(tmp_path):
 
 
 def test_a_video_damaged_in_the_middle_gives_the_rest_and_says_so(tmp_path):
-    noise(12, tmp_path / "a.mp4")
+    tiny.noise(12, tmp_path / "a.mp4")
     data = bytearray((tmp_path / "a.mp4").read_bytes())
     a, b = len(data) * 40 // 100, len(data) * 55 // 100
     data[a:b] = bytes(b - a)
@@ -132,7 +118,7 @@ def test_a_folder_is_read_in_natural_order_and_over_broken_pictures(tmp_path):
 def test_mistakes_are_one_line(tmp_path):
     film = saved(tmp_path / "film.mp4", tiny.video(2))
     (tmp_path / "empty").mkdir()
-    noise(3, tmp_path / "late.mp4")  # its index is at the end
+    tiny.noise(3, tmp_path / "late.mp4")  # its index is at the end
     cut = (tmp_path / "late.mp4").read_bytes()[:-4000]
     for path, said in {
         tmp_path / "flim.mp4": "did you mean 'film.mp4'?",
@@ -143,7 +129,7 @@ def test_mistakes_are_one_line(tmp_path):
         saved(tmp_path / "b.mp4", b"It was a dark and stormy night"): "is no video or picture",
         saved(tmp_path / "c.mp4", b"#EXTM3U\n/etc/passwd"): "is no video or picture",
         saved(tmp_path / "d.mp4", cut): "has lost its index",
-        saved(tmp_path / "e.png", test_media.png_header(60_000, 60_000)): "50 million pixels",
+        saved(tmp_path / "e.png", tiny.png_header(60_000, 60_000)): "50 million pixels",
         saved(tmp_path / "f.webm", film.read_bytes()[:40]): "decodes",
         "/dev/null": "neither a file nor a folder",
     }.items():

@@ -9,8 +9,9 @@ from fovlm import runs
 from fovlm.config import HOW, Experiment, data_root, load
 from fovlm.deepspeed_config import OWNED, merge, read, resolve
 from fovlm.errors import UserError
+from helpers import ROOT
 
-GOLDEN = Path(__file__).parent / "golden" / "names.txt"
+GOLDEN = ROOT / "tests" / "golden" / "names.txt"
 NAMES = list(runs.names())
 ENGINES = ("zero1", "zero2", "zero2_offload", "zero3")
 

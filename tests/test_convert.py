@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import pack, tiny_model
 from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig
-from zero_files import SAMPLES, reseal, write_run
 
 from fovlm import checkpoint, convert, verified, zero
 from fovlm.encoder import released_name
@@ -21,6 +19,8 @@ from fovlm.saved import find
 from fovlm.tensors import byte_size
 from fovlm.verified import answers
 from fovlm.zero import ZeroWeights
+from helpers.models import pack, tiny_model
+from helpers.zero_files import SAMPLES, reseal, write_run
 
 EMBEDDINGS, HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
 

@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 from fovlm import dataset as dataset_module
@@ -19,6 +18,7 @@ from fovlm.dataset import Dataset, open_dataset
 from fovlm.errors import UserError
 from fovlm.shards import write_shards
 from fovlm.text import Chat, tokenize_sft
+from helpers import tiny
 
 TOKENIZER = tiny.tokenizer()
 

@@ -4,8 +4,8 @@ import shutil
 import tempfile
 
 import pytest
-import test_cli
-import tiny
+
+from helpers import tiny
 
 pytest.importorskip("gradio", reason="the demo needs the extra [demo]")
 sync_api = pytest.importorskip("playwright.sync_api", reason="driving a browser needs playwright")
@@ -19,8 +19,8 @@ PATIENCE = 60_000  # milliseconds: a machine may be busy
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return open_model(test_cli.saved_model(tmp_path_factory.mktemp("models") / "tiny"))
+def model(saved_model):
+    return open_model(saved_model)
 
 
 @pytest.fixture(scope="module")

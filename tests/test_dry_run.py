@@ -13,7 +13,7 @@ from fovlm.errors import UserError
 from fovlm.geometry import geometry
 from fovlm.scaling import mean_cost, total
 from fovlm.shards import write_shards
-from tests.tiny import picture, tokenizer
+from helpers.tiny import picture, tokenizer
 
 SECTIONS = ["experiment", "DeepSpeed", "parameters", "FLOPs per sample", "length", "memory per rank"]
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from models import tiny_model
 from torch import nn
 
-from fovlm.encoder import MEAN, STD, Cache, Encoder, absorbs, heads, parts, weights_of
+from fovlm.encoder import Cache, Encoder, absorbs, heads, parts, weights_of
+from helpers.models import pixels, tiny_model
 
 FORMS = ["plain", "auto", "absorbed"]
 SEVERAL = torch.tensor([2, 2, 0, 3, 2])  # the frame of each look
@@ -19,10 +19,6 @@ def encoder() -> Encoder:
 @pytest.fixture
 def frames() -> torch.Tensor:
     return torch.randint(0, 256, (4, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-
-
-def pixels(frames: torch.Tensor) -> torch.Tensor:
-    return (frames.float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def test_features_equal_the_forward_of_hugging_face(encoder, frames):

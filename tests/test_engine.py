@@ -6,11 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from engine_ranks import OPTIM, packs
-from launch import run_ranks
-from models import tiny_model
 from safetensors.torch import load_file
 
 from fovlm import checkpoint
@@ -21,14 +17,18 @@ from fovlm.objectives import text_loss, text_weight
 from fovlm.probe import Probe
 from fovlm.verified import answers
 from fovlm.zero import ZeroWeights
+from helpers import tiny
+from helpers.engine_ranks import OPTIM, packs
+from helpers.launch import run_ranks
+from helpers.models import tiny_model
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[int, Path]:
     folders = {world: tmp_path_factory.mktemp(f"ranks{world}") for world in (1, 2)}
-    run_ranks(1, ["tests/engine_ranks.py", str(folders[1])])
+    run_ranks(1, ["-m", "helpers.engine_ranks", str(folders[1])])
     convert(folders[1] / "zero2", folders[1] / "universal2", to="universal")
-    run_ranks(2, ["tests/engine_ranks.py", str(folders[2]), str(folders[1])])
+    run_ranks(2, ["-m", "helpers.engine_ranks", str(folders[2]), str(folders[1])])
     return folders
 
 

@@ -5,8 +5,6 @@ from itertools import product
 
 import pytest
 import torch
-from models import VOCABULARY, tiny_model
-from tiny import clip, clips, picture, tokenizer
 
 from fovlm.batch import Sample
 from fovlm.config import Source
@@ -24,6 +22,8 @@ from fovlm.exams.wilson import wilson
 from fovlm.probe import snug
 from fovlm.shards import write_shards
 from fovlm.text import Chat
+from helpers.models import VOCABULARY, tiny_model
+from helpers.tiny import clip, clips, picture, tokenizer
 
 TOKENIZER = tokenizer()
 assert len(TOKENIZER) <= VOCABULARY

@@ -14,8 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from models import tiny_model
-from tiny import picture, tokenizer
 
 from fovlm import media
 from fovlm.batch import Sample
@@ -25,6 +23,8 @@ from fovlm.model import FoveatedVLM
 from fovlm.probe import snug
 from fovlm.processor import FoveatedProcessor, open_model
 from fovlm.text import Chat
+from helpers.models import tiny_model
+from helpers.tiny import picture, tokenizer
 
 PYTHON = os.environ.get("FOVLM_LMMS_PYTHON", "")
 OPTIONS = ["red", "it is blue", "red picture here"]

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from tiny import picture, video
 
 from fovlm.errors import UserError
 from fovlm.exams.question import Question, drawn, frames_of, hash_of, unmarked
 from fovlm.exams.readers import READERS, questions_of
+from helpers.tiny import picture, video
 
 pyarrow = pytest.importorskip("pyarrow", reason="the extra [data]")
 

@@ -4,8 +4,6 @@ import json
 
 import pytest
 import torch
-from models import tiny_model
-from tiny import clip, clips, picture, tokenizer, video
 
 from fovlm.batch import Sample
 from fovlm.errors import UserError
@@ -19,6 +17,8 @@ from fovlm.exams.tables import main_tables
 from fovlm.probe import snug
 from fovlm.shards import write_shards
 from fovlm.text import Chat, tokenize_sft, tokenize_stage1
+from helpers.models import tiny_model
+from helpers.tiny import clip, clips, picture, tokenizer, video
 
 OPTIONS = ("red", "it is blue")
 

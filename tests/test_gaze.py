@@ -6,9 +6,7 @@ from threading import Event
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from models import FRAME, tiny_model
 
 from fovlm import media
 from fovlm.answer import pieces
@@ -24,6 +22,8 @@ from fovlm.see.movie import write_movie
 from fovlm.see.paint import maps, paint, smooth
 from fovlm.see.sheet import save_weights, write_sheet
 from fovlm.text import Chat
+from helpers import tiny
+from helpers.models import FRAME, tiny_model
 
 QUESTION = "what is this ?"
 FILM = 10  # frames: more than are encoded at once

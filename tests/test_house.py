@@ -19,8 +19,8 @@ except ModuleNotFoundError:  # Python 3.10
 from fovlm import config, runs
 from fovlm.cli.main import app
 from fovlm.errors import UserError
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*(ROOT / "fovlm").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FILES}
@@ -56,16 +56,20 @@ DINOV2_NAMES = ("layer_scale1", "layer_scale2", "lambda1", "patch_embeddings", "
 
 
 @functools.cache
-def imports(module: str) -> frozenset[str]:
-    """Full names of what a module imports, anywhere in it: `from a.b import c` gives `a.b` and `a.b.c`."""
+def imported(file: Path) -> frozenset[str]:
+    """Full names of what a file imports, anywhere in it: `from a.b import c` gives `a.b` and `a.b.c`."""
     found = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module}: imports are absolute here"
+            assert node.level == 0, f"{file}: imports are absolute here"
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return frozenset(found)
+
+
+def imports(module: str) -> frozenset[str]:
+    return imported(MODULES[module])
 
 
 def reached(module: str) -> set[str]:
@@ -126,6 +130,13 @@ def test_kernels_is_a_leaf():
     assert [type(node) for node in body] == [ast.Expr], "kernels/__init__.py holds a docstring and nothing else"
 
 
+def test_no_test_file_imports_another():
+    """What they share is in tests/helpers."""
+    tests = {file.stem for file in TESTS if file.name.startswith("test_")}
+    for file in TESTS:
+        assert not tests & {part for name in imported(file) for part in name.split(".")}, file.name
+
+
 def test_transformers_does_not_take_our_kernels_for_hugging_faces():
     code = """
 import kernels, transformers
@@ -157,7 +168,8 @@ def test_every_import_is_declared_and_every_pin_is_in_its_range():
     used = set().union(*(packages(imports(module)) for module in MODULES)) - set(sys.stdlib_module_names)
     ours = {"fovlm", "kernels", "pydantic_core"}  # the last comes with pydantic, always
     assert {names.get(package, package) for package in used - ours} - optional <= set(ranges)
-    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = [pin for line in lines if (pin := line.split("#")[0].strip())]
     for pin in map(Requirement, pins):
         (version,) = [spec.version for spec in pin.specifier]
         assert str(pin.specifier).startswith("=="), pin

@@ -8,11 +8,11 @@ import zlib
 from pathlib import Path
 
 import pytest
-import tiny
 
 from fovlm.errors import UserError
 from fovlm.index import MEDIA, hash_of, make_index, open_index, open_indices
 from fovlm.shards import write_shards
+from helpers import tiny
 
 
 def write_tar(path: Path, files: dict[str, bytes], format: int = tarfile.USTAR_FORMAT) -> Path:

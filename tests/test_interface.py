@@ -1,47 +1,20 @@
 """The ordinary interface: what the processor makes is what training sees, and answers are those of the scored model."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from models import FRAME, VOCABULARY, tiny_model
-from tiny import picture, tokenizer, video
 from transformers import GenerationConfig
 
-from fovlm import FoveatedProcessor, FoveatedVLM
 from fovlm.batch import Sample, Size, collate
 from fovlm.errors import UserError
 from fovlm.stream import autoregressive
 from fovlm.text import Chat
-
-QUESTION = "what is this ?"
-
-
-def frames(count: int, seed: int = 0) -> torch.Tensor:
-    random = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, FRAME, FRAME), dtype=torch.uint8, generator=random)
-
-
-def says(text: str, **shown) -> list[dict]:
-    parts = [{"type": kind, kind: what} for kind, what in shown.items()]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
-def model_of(**settings) -> FoveatedVLM:
-    """A tiny model that knows when an answer ends and can be told apart from others by what it says."""
-    model = tiny_model(**settings).eval()
-    with torch.no_grad():
-        model.llm.get_input_embeddings().weight.mul_(30)  # else every answer is one token again and again
-    words = tokenizer()
-    assert len(words) <= VOCABULARY
-    model.generation_config = GenerationConfig(eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id)
-    return model
-
-
-def processor_of(model: FoveatedVLM) -> FoveatedProcessor:
-    return FoveatedProcessor.from_parts(tokenizer(), model.config)
+from helpers import ROOT
+from helpers.interface import QUESTION, frames, model_of, processor_of, says
+from helpers.models import FRAME, VOCABULARY
+from helpers.tiny import picture, tokenizer, video
 
 
 def test_what_the_readme_shows_runs(tmp_path, monkeypatch, capsys):
@@ -54,7 +27,7 @@ def test_what_the_readme_shows_runs(tmp_path, monkeypatch, capsys):
     for i in range(4):
         (tmp_path / "clip" / f"{i}.jpg").write_bytes(picture(40 * i))
     monkeypatch.chdir(tmp_path)
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     exec("\n".join(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)), {})
     told = capsys.readouterr().out
     assert re.findall(r"after (\d) frames: ", told) == ["1", "2", "3", "4"]

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FRAME
 from safetensors import safe_open
-from test_interface import QUESTION, model_of, processor_of
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from fovlm import FoveatedVLM, open_model
 from fovlm.errors import UserError
+from helpers import ROOT
+from helpers.interface import QUESTION, model_of, processor_of
+from helpers.models import FRAME
 
 
 @pytest.fixture
@@ -41,8 +42,7 @@ model = AutoModelForImageTextToText.from_pretrained({str(folder)!r}).eval()
 print(model.generate(**inputs, max_new_tokens=4)[0].tolist())
 assert type(AutoProcessor.from_pretrained({str(folder)!r})) is FoveatedProcessor
 """
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     model, processor = open_model(folder)
     shown = torch.full((2, 3, FRAME, FRAME), 9, dtype=torch.uint8)
@@ -132,5 +132,4 @@ def test_what_is_no_model_is_told_in_one_line(folder, tmp_path):
 
 def test_asking_for_the_package_alone_stays_light():
     code = "import sys, fovlm; fovlm.__version__; assert 'torch' not in sys.modules; fovlm.FoveatedVLM"
-    root = Path(__file__).resolve().parent.parent
-    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -4,20 +4,19 @@ import csv
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent.parent
+from helpers import ROOT
 
 
 def costs(*arguments: str) -> list[dict[str, str]]:
     """The rows of `python -m kernels.compile`, printed; a process of its own, since the interpreter may be on here."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment.setdefault("TRITON_CACHE_DIR", str(HERE / ".cache" / "triton"))
+    environment.setdefault("TRITON_CACHE_DIR", str(ROOT / ".cache" / "triton"))
     done = subprocess.run(
         [sys.executable, "-m", "kernels.compile", *arguments],
-        env=environment, cwd=HERE, capture_output=True, text=True,
+        env=environment, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     print(done.stdout)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import ROOT
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels run in the tests themselves")
 def test_kernels_under_the_interpreter():
@@ -16,6 +18,6 @@ def test_kernels_under_the_interpreter():
     files = [str(here / name) for name in ("test_query_attention.py", "test_absorbed_attention.py")]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 90

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from kernel_curve import use
-from launch import ROOT
 
 from benchmarks.memory import experiment, pack
 from fovlm.build import build
 from fovlm.geometry import geometry
 from fovlm.objectives import text_loss
+from helpers import ROOT
+from helpers.kernel_curve import use
 
 STEPS = 10
 
@@ -30,7 +30,7 @@ def test_a_tiny_model_learns_the_same_under_the_interpreter():
     Attention that is wrong by 1 %, in one form alone, moves this curve by 1e-3, and a gradient wrong by 10 % by 4e-4.
     """
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    command = [sys.executable, "tests/kernel_curve.py", str(STEPS)]
+    command = [sys.executable, "-m", "helpers.kernel_curve", str(STEPS)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     curves = json.loads(done.stdout)

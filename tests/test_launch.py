@@ -9,17 +9,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
+from helpers.launch import RECORDER
+
 
 # Prints its name, arguments and the environment that matters, one a line.
-RECORDER = """#!/bin/sh
-echo "program=$(basename "$0")"
-for a in "$@"; do echo "arg=$a"; done
-env | grep -E '^(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_|DS_|OMP_NUM|TRITON_CACHE|TORCH_EXT|HF_HOME|CUDA_VIS)'
-exit ${STATUS:-0}
-"""
-
-
 class Place:
     """A PATH with stand-ins, and an environment as it is on a fresh machine."""
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny
 
 from fovlm.batch import Size
 from fovlm.config import Source
@@ -23,6 +22,7 @@ from fovlm.errors import UserError
 from fovlm.loader import Loader, plan
 from fovlm.shards import write_shards
 from fovlm.text import Chat
+from helpers import ROOT, tiny
 
 BUDGET = Size(12, 12, 160, 160)
 PACKS = 12
@@ -177,10 +177,12 @@ def test_workers_end_with_a_run_that_fails_or_is_killed(tmp_path, end):
     script = f"""
         import multiprocessing, os, signal, sys
         from pathlib import Path
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import test_loader
-        data = test_loader.small(Path({str(tmp_path)!r}))
-        steps = iter(test_loader.Loader(data, test_loader.BUDGET, 2, workers=1))
+        sys.path.insert(0, {str(ROOT / "tests")!r})
+        from fovlm.batch import Size
+        from fovlm.loader import Loader
+        from helpers import tiny
+        data = tiny.dataset(Path({str(tmp_path)!r}))
+        steps = iter(Loader(data, Size(12, 12, 160, 160), 2, workers=1))
         next(steps)
         print(*(process.pid for process in multiprocessing.active_children()), flush=True)
         {end}
@@ -197,9 +199,3 @@ def test_workers_end_with_a_run_that_fails_or_is_killed(tmp_path, end):
         time.sleep(0.1)
     os.kill(worker, signal.SIGKILL)
     pytest.fail("the worker lives on")
-
-
-def small(folder: Path) -> Dataset:
-    tiny.clips(folder, "video", [3, 1, 4])
-    source = Source(shards="video-00.tar", kind="video")
-    return Dataset({"video": source}, {"video": 1.0}, Chat(tiny.tokenizer(), "before", "answer", 100), frame_size=16)

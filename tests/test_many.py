@@ -10,13 +10,13 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from test_launch import RECORDER
 
 from fovlm import many_table
 from fovlm.errors import EXIT_STOPPED, UserError
 from fovlm.many import LAUNCH, LOG, Many, Slot, cpu_slots, exit_status, gpu_slots
 from fovlm.many_plan import plan, select, standing
 from fovlm.many_watch import Watch
+from helpers.launch import RECORDER
 
 # Plays a run: writes what train.py writes. behave.json tells how each run ends; events.txt what happened.
 LAUNCHER = """#!{python}

@@ -1,7 +1,6 @@
 """Which runs are asked for, what they are made of, and what they would cost."""
 
 import pytest
-import tiny
 
 from fovlm import config, many_cost
 from fovlm.cli.main import main
@@ -10,6 +9,7 @@ from fovlm.errors import UserError
 from fovlm.many_plan import plan, select
 from fovlm.many_watch import span
 from fovlm.shards import write_shards
+from helpers import tiny
 
 ABLATIONS = ["F1", "F2", "LR1", "LR2", "LR3", "LR4", "A1", "A6", "B1", "A8a", "A8b", "D1"]
 

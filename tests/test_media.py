@@ -2,15 +2,14 @@
 
 import io
 import struct
-import zlib
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 from fovlm import media
 from fovlm.bad import BadSample
+from helpers import tiny
 
 
 def encoded(pixels: np.ndarray, format: str, **options) -> bytes:
@@ -67,16 +66,6 @@ def test_grey_palette_cmyk_and_transparent_pictures():
     assert decode(clear, "png", 16).min() == 255
 
 
-def png_header(width: int, height: int) -> bytes:
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
-
-
 def jpeg_header(width: int, height: int) -> bytes:
     data = tiny.picture(1)
     at = data.index(b"\xff\xc0")
@@ -84,7 +73,7 @@ def jpeg_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("extension", "data"), [("png", png_header(60_000, 60_000)), ("jpg", jpeg_header(65_000, 65_000))]
+    ("extension", "data"), [("png", tiny.png_header(60_000, 60_000)), ("jpg", jpeg_header(65_000, 65_000))]
 )
 def test_absurd_sizes_are_refused_by_the_header(extension, data):
     with pytest.raises(BadSample, match="absurd picture size"):

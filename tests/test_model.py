@@ -1,16 +1,15 @@
 """A sample's nll is its own: whatever shares the pack, whatever the padding. And the faults that must not return."""
 
 import itertools
-import math
 
 import pytest
 import torch
-from models import BUDGET, nll_of, pack, sample, tiny_model
 
 from fovlm import model as model_module
 from fovlm.batch import Size
 from fovlm.model import Connector, FoveatedVLM
 from fovlm.stream import autoregressive
+from helpers.models import BUDGET, nll_of, outcomes, pack, sample, tiny_model
 
 SAMPLES = [
     sample("video", frames=3, text=7, prompt=4),
@@ -177,22 +176,6 @@ def test_the_backbones_compile_without_breaks_or_recompiles():
     for samples in (SAMPLES[::-1], SAMPLES[:1], SAMPLES[1:]):
         model(pack(samples)).sum().backward()
     assert graphs == first, "a pack of another content was compiled anew"
-
-
-def outcomes(model: FoveatedVLM, std: float = 1.0, frames: torch.Tensor | None = None) -> tuple[float, float]:
-    """How alike different queries make a look (mean correlation of what they bring back), and how flat they attend
-    (entropy over its most)."""
-    random = torch.Generator().manual_seed(0)
-    if frames is None:
-        frames = torch.randint(0, 256, (4, 3, 28, 28), dtype=torch.uint8, generator=random)
-    queries = [q.expand(len(frames), -1) for q in std * torch.randn(8, model.config.query_dim, generator=random)]
-    with torch.no_grad():
-        cache = model.encoder.encode_only(frames)
-        seen = torch.stack([model.look(q, cache) for q in queries], dim=1)  # [F, queries, D]
-        weights = [model.encoder.look_weights(model.connector.query_in(q), cache) for q in queries]
-    alike = torch.stack([torch.corrcoef(f)[~torch.eye(8, dtype=torch.bool)].mean() for f in seen]).mean()
-    entropy = -(torch.stack(weights) * torch.stack(weights).clamp(min=1e-9).log()).sum(-1).mean()
-    return float(alike), float(entropy) / math.log(weights[0].shape[-1])
 
 
 def test_different_queries_bring_back_different_things_and_a_shallow_look_mixes_them():

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
-from raw_data import VIDEO, bytes_of, conversations, jsonl, made, openvid, parquet, samples_of, table
 
 from fovlm.cli.main import main
 from fovlm.config import Source as Declared
@@ -17,6 +15,8 @@ from fovlm.prepare import smoltalk, work
 from fovlm.prepare.plan import plan
 from fovlm.prepare.tables import Block, blocks_of, read_block
 from fovlm.text import Chat
+from helpers import tiny
+from helpers.raw_data import VIDEO, bytes_of, conversations, jsonl, made, openvid, parquet, samples_of, table
 
 
 def test_openvid_gives_frames_and_counts_what_it_rejects_by_cause(tmp_path):

@@ -5,8 +5,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-import tiny
-from raw_data import VIDEO, conversations, jsonl, made, parquet, table
 
 from fovlm.bad import BadSample
 from fovlm.cli.main import main
@@ -14,6 +12,8 @@ from fovlm.errors import UserError
 from fovlm.prepare import manifest as books
 from fovlm.prepare import smoltalk
 from fovlm.prepare.job import Job
+from helpers import tiny
+from helpers.raw_data import VIDEO, conversations, jsonl, made, parquet, table
 
 
 def test_a_folder_of_other_settings_or_input_is_not_mixed(tmp_path):

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from models import FRAME, pack, sample, tiny_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig
@@ -15,6 +13,8 @@ from fovlm.encoder import Dinov2Config
 from fovlm.errors import UserError
 from fovlm.model import FoveatedConfig, FoveatedVLM
 from fovlm.published import import_published
+from helpers import tiny
+from helpers.models import FRAME, pack, sample, tiny_model
 
 SAMPLES = [sample("video", 3), sample("text", text=8), sample("image", 1, 4, prompt=3)]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_tools import DEVICE, TOLERANCE, TYPES, assert_close, needs_triton, poisoned, results
 
+from helpers.kernel_tools import DEVICE, TOLERANCE, TYPES, assert_close, needs_triton, poisoned, results
 from kernels.common import ON_CPU, group_looks
 from kernels.query_attention import (
     _backward,

@@ -13,10 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launch import ROOT
-from models import sample
-from test_encoder import pixels
-from test_model import outcomes
 from transformers import AutoModelForCausalLM
 
 from fovlm.batch import Size, collate
@@ -25,6 +21,8 @@ from fovlm.config import Model, load
 from fovlm.dataset import open_dataset
 from fovlm.model import FoveatedVLM
 from fovlm.text import load_tokenizer
+from helpers import ROOT
+from helpers.models import outcomes, pixels, sample
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 LLM, DINO = "HuggingFaceTB/SmolLM2-135M-Instruct", "facebook/dinov2-small"

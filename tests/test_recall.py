@@ -1,13 +1,14 @@
 """The cache of a stream: an ordinary one that does not copy, and one token's attention to it."""
 
 import torch
-from test_interface import frames, model_of
-from test_stream import CHUNK, watch
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fovlm import recall
 from fovlm.recall import Recall, attend
+from helpers.interface import frames, model_of, watch
+
+CHUNK = 16
 
 
 def test_the_cache_is_an_ordinary_one_that_does_not_copy(monkeypatch):

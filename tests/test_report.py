@@ -5,7 +5,6 @@ import json
 import re
 
 import pytest
-from run_folders import experiment_of, write_run, write_seeds
 
 from fovlm.errors import UserError
 from fovlm.report import decide as questions
@@ -14,6 +13,7 @@ from fovlm.report.build import BLIND, _limits, write_report
 from fovlm.report.collect import collect
 from fovlm.report.compare import Side, decide, paired, welch
 from fovlm.report.decide import answers, loss_at
+from helpers.run_folders import experiment_of, write_run, write_seeds
 
 
 def verdicts(root):

@@ -4,13 +4,13 @@ import json
 import re
 
 import pytest
-from run_folders import write_grid, write_run, write_seeds
 
 from fovlm.config import Experiment
 from fovlm.errors import UserError
 from fovlm.report import scale
 from fovlm.report.build import BLIND, _seeing, write_report
 from fovlm.report.collect import collect
+from helpers.run_folders import write_grid, write_run, write_seeds
 
 
 def found_in(root, draws=4):

@@ -16,7 +16,7 @@ from fovlm.errors import UserError
 from fovlm.geometry import geometry
 from fovlm.model import FoveatedConfig, FoveatedVLM
 from fovlm.scaling import largest, mean_cost, sample_cost, samples_for, samples_of, total
-from tests.models import FRAME, VOCABULARY, sample
+from helpers.models import FRAME, VOCABULARY, sample
 
 LLM = {
     "vocab_size": VOCABULARY,

@@ -5,11 +5,11 @@ import http.server
 import threading
 
 import pytest
-import tiny
 
 from fovlm.errors import UserError
 from fovlm.index import make_index
 from fovlm.shards import find_shards, write_shards
+from helpers import tiny
 
 
 @pytest.fixture(autouse=True)

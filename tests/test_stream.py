@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from models import FRAME
-from test_interface import QUESTION, frames, model_of, processor_of, says
 
 from fovlm import recall
 from fovlm.clips import Clip
@@ -11,6 +9,8 @@ from fovlm.errors import UserError
 from fovlm.processor import FoveatedProcessor
 from fovlm.see.gaze import gaze_of
 from fovlm.stream import Stream
+from helpers.interface import QUESTION, frames, model_of, processor_of, says, watch
+from helpers.models import FRAME
 
 OTHER = "is it red or blue here ?"
 CHUNK = 16
@@ -20,12 +20,6 @@ CHUNK = 16
 def _small_chunks(monkeypatch):
     """Buffers grow often."""
     monkeypatch.setattr(recall, "CHUNK", CHUNK)
-
-
-def watch(model, **settings):
-    if model.config.prompt == "before":
-        settings.setdefault("question", QUESTION)
-    return model.stream(processor=processor_of(model), **settings)
 
 
 def small(context: int, **settings):

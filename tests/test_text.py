@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -12,6 +11,7 @@ from transformers import AutoTokenizer
 from fovlm.bad import BadSample
 from fovlm.errors import UserError
 from fovlm.text import SYSTEM, Chat, load_tokenizer, template, tokenize_sft, tokenize_stage1
+from helpers import tiny
 
 TINY = tiny.tokenizer()
 REAL = Path(os.environ.get("FOVLM_MODELS", "models")) / "SmolLM2-135M-Instruct"

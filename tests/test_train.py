@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
-from launch import run_ranks, start_ranks
 
 from fovlm.shards import write_shards
+from helpers import ROOT, tiny
+from helpers.launch import run_ranks, start_ranks
 
-GOLDEN = Path(__file__).with_name("golden") / "losses.csv"
+GOLDEN = ROOT / "tests" / "golden" / "losses.csv"
 STEPS = 20
 LOGGED = """loss_fine loss_coarse fine_over_coarse grad_norm lr_connector lr_dino lr_llm attention_entropy
 samples_per_second tokens_per_second waiting memory_gb val_loss"""

@@ -1,6 +1,6 @@
 """What each rank does for test_engine.py: many checks in one start, since a start takes 20 s. Writes what it found.
 
-python engine_ranks.py FOLDER [OTHER]     OTHER: the folder of a run on another number of ranks, to go on from
+python -m helpers.engine_ranks FOLDER [OTHER]     OTHER: the folder of a run on another number of ranks, to go on from
 """
 
 import dataclasses
@@ -11,9 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from models import pack, sample, tiny_model
 from safetensors.torch import save_file
-from zero_files import experiment
 
 from fovlm import checkpoint, ranks
 from fovlm.batch import Batch
@@ -21,6 +19,8 @@ from fovlm.config import Optim
 from fovlm.engine import Engine, load_weights, start, universal_for
 from fovlm.errors import UserError
 from fovlm.probe import Question
+from helpers.models import pack, sample, tiny_model
+from helpers.zero_files import experiment
 
 OPTIM = Optim(lr_connector=1e-3, lr_dino=5e-4, lr_llm=2e-3, weight_decay=0.0)
 # Every pattern of kinds over two ranks, with unequal numbers of tokens: step by step, two packs each.

@@ -4,9 +4,16 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
+
+# A stand-in for a launcher, which says how it was called.
+RECORDER = """#!/bin/sh
+echo "program=$(basename "$0")"
+for a in "$@"; do echo "arg=$a"; done
+env | grep -E '^(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_|DS_|OMP_NUM|TRITON_CACHE|TORCH_EXT|HF_HOME|CUDA_VIS)'
+exit ${STATUS:-0}
+"""
 
 
 def start_ranks(world: int, command: list[str], env: dict[str, str] | None = None) -> list[subprocess.Popen[str]]:

@@ -1,6 +1,8 @@
 """Small things for tests: a word-level ChatML tokenizer, pictures, videos, shards."""
 
 import io
+import struct
+import zlib
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fovlm import media
+from fovlm.config import Source
+from fovlm.dataset import Dataset
 from fovlm.shards import write_shards
+from fovlm.text import Chat
 
 TEXT = "You are a helpful AI assistant . ? system user what is this yes no it red blue shown here in the picture"
 CHATML = (
@@ -55,6 +60,31 @@ def video(seconds: float, fps: int = 5, size: int = 16, format: str = "mp4") -> 
     return out.getvalue()
 
 
+def noise(seconds: int, path, fps: int = 10, size: int = 64, **options) -> None:
+    """An MPEG-4 video, key frames every second, noise above, grey at ten times the second below."""
+    random = np.random.default_rng(0)
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = size, size, "yuv420p", fps
+        for i in range(seconds * fps):
+            pixels = np.full((size, size, 3), 10 * (i // fps), np.uint8)
+            pixels[: size // 2] = random.integers(0, 256, (size // 2, size, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims this size and holds next to nothing."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
 def conversation(answer: str = "red", user: str = "what is this ?") -> dict[str, Any]:
     return {"user": user, "assistant": answer, "source": "test"}
 
@@ -70,3 +100,10 @@ def clips(folder: Path, name: str, frames: list[int], per_shard: int = 5) -> str
     samples = (clip(f"{name}{i}", f, assistant="it is " + "red " * (i % 3 + 1)) for i, f in enumerate(frames))
     paths = write_shards(folder / f"{name}-%02d.tar", samples, per_shard)
     return str(folder / f"{name}-{{00..{len(paths) - 1:02d}}}.tar")
+
+
+def dataset(folder: Path) -> Dataset:
+    """Three clips."""
+    clips(folder, "video", [3, 1, 4])
+    source = Source(shards="video-00.tar", kind="video")
+    return Dataset({"video": source}, {"video": 1.0}, Chat(tokenizer(), "before", "answer", 100), frame_size=16)

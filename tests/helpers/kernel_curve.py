@@ -1,6 +1,6 @@
 """A tiny model trained for some steps with the references and with the kernels: two curves as JSON.
 
-Triton's interpreter must be chosen before Triton is imported: TRITON_INTERPRET=1 python tests/kernel_curve.py STEPS
+Triton's interpreter must be chosen before Triton is imported: TRITON_INTERPRET=1 python -m helpers.kernel_curve STEPS
 """
 
 import functools
@@ -8,12 +8,12 @@ import json
 import sys
 
 import torch
-from models import pack, sample, tiny_model
 
 import fovlm.encoder
 from fovlm.batch import Batch, Size
 from fovlm.model import FoveatedVLM
 from fovlm.objectives import text_loss
+from helpers.models import pack, sample, tiny_model
 
 OPERATIONS = {name: getattr(fovlm.encoder, name) for name in ("query_attention", "absorbed_attention")}
 

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 from rich.console import Console
 
 from fovlm.index import make_index
@@ -14,6 +13,7 @@ from fovlm.prepare.audit import members_of
 from fovlm.prepare.job import Job
 from fovlm.prepare.sources import SOURCES
 from fovlm.prepare.work import prepare
+from helpers import tiny
 
 QUIET = Console(quiet=True)
 VIDEO = tiny.video(3)  # 0, 1 and 2 s

@@ -1,9 +1,12 @@
 """Tiny models and packs for the tests: every part of the real thing, small enough for two cores."""
 
+import math
+
 import torch
 from transformers import Dinov2Config, LlamaConfig
 
 from fovlm.batch import Batch, Sample, Size, collate
+from fovlm.encoder import MEAN, STD
 from fovlm.model import FoveatedConfig, FoveatedVLM
 
 FRAME = 28  # pixels: 4 x 4 patches of 7
@@ -54,3 +57,24 @@ def pack(samples: list[Sample], budget: Size = BUDGET, **options) -> Batch:
 def nll_of(model: FoveatedVLM, batch: Batch, number: int, **options) -> torch.Tensor:
     """The nll of one sample's tokens inside a pack."""
     return model(batch, **options)[batch.text_segment == number]
+
+
+def pixels(frames: torch.Tensor) -> torch.Tensor:
+    """Frames u8 [F, 3, y, x] as the encoder is to see them."""
+    return (frames.float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def outcomes(model: FoveatedVLM, std: float = 1.0, frames: torch.Tensor | None = None) -> tuple[float, float]:
+    """How alike different queries make a look (mean correlation of what they bring back), and how flat they attend
+    (entropy over its most)."""
+    random = torch.Generator().manual_seed(0)
+    if frames is None:
+        frames = torch.randint(0, 256, (4, 3, 28, 28), dtype=torch.uint8, generator=random)
+    queries = [q.expand(len(frames), -1) for q in std * torch.randn(8, model.config.query_dim, generator=random)]
+    with torch.no_grad():
+        cache = model.encoder.encode_only(frames)
+        seen = torch.stack([model.look(q, cache) for q in queries], dim=1)  # [F, queries, D]
+        weights = [model.encoder.look_weights(model.connector.query_in(q), cache) for q in queries]
+    alike = torch.stack([torch.corrcoef(f)[~torch.eye(8, dtype=torch.bool)].mean() for f in seen]).mean()
+    entropy = -(torch.stack(weights) * torch.stack(weights).clamp(min=1e-9).log()).sum(-1).mean()
+    return float(alike), float(entropy) / math.log(weights[0].shape[-1])

@@ -4,9 +4,7 @@ import copy
 import math
 from pathlib import Path
 
-import tiny
 import torch
-from models import FRAME, pack, sample
 from torch import Tensor, nn
 
 from fovlm import checkpoint
@@ -14,6 +12,8 @@ from fovlm.checkpoint import Checkpoints, State
 from fovlm.config import Data, Experiment, Model, Source, Train
 from fovlm.model import FoveatedVLM
 from fovlm.probe import Question
+from helpers import tiny
+from helpers.models import FRAME, pack, sample
 
 SAMPLES = [sample("video", 3), sample("text", text=8), sample("image", 1, 4, prompt=3)]
 

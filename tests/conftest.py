@@ -1,0 +1,23 @@
+"""Fixtures that several test files use."""
+
+import pytest
+import torch
+from tokenizers import decoders
+
+from fovlm.processor import FoveatedProcessor
+from helpers.models import tiny_model
+from helpers.tiny import tokenizer
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory) -> str:
+    """The folder of a tiny model that says one word of its vocabulary after the other."""
+    out = tmp_path_factory.mktemp("models") / "tiny"
+    model = tiny_model()
+    model.config.llm_config.tie_word_embeddings = model.llm.config.tie_word_embeddings = False
+    model.llm.lm_head.weight = torch.nn.Parameter(model.llm.get_input_embeddings().weight.detach().roll(1, 0))
+    model.save_pretrained(out)
+    words = tokenizer()
+    words.backend_tokenizer.decoder = decoders.Fuse()  # spaces are tokens of their own
+    FoveatedProcessor.from_parts(words, model.config).save_pretrained(out)
+    return str(out)

@@ -3,8 +3,12 @@ ENV := . scripts/env.sh && use_python dev && use_caches
 # One thread: the matrices of the tests are small.
 RUN := $(ENV) && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=$$PWD
 
-.PHONY: test lint format unit real
+.PHONY: test pins lint format unit real
 test: lint unit
+
+# Do the pinned versions resolve on other machines? Needs the package index.
+pins:
+	@$(ENV) && scripts/check_pins.sh
 
 lint:
 	@$(RUN) && ruff check . && ruff format --check . && python -m mypy

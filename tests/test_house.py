@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     tomllib = None
 
+import fovlm
 from fovlm import config, runs
 from fovlm.cli.main import app
 from fovlm.errors import UserError
@@ -164,17 +166,25 @@ def test_every_import_is_declared_and_every_pin_is_in_its_range():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     ranges = {(r := Requirement(text)).name.lower(): r for text in declared["dependencies"]}
     names = {"PIL": "pillow", "yaml": "pyyaml"}
-    optional = {Requirement(text).name for texts in declared["optional-dependencies"].values() for text in texts}
+    options = declared["optional-dependencies"]
+    optional = {Requirement(text).name for texts in options.values() for text in texts}
+    extras = {(r := Requirement(text)).name.lower(): r for name in ("data", "demo", "dev") for text in options[name]}
     used = set().union(*(packages(imports(module)) for module in MODULES)) - set(sys.stdlib_module_names)
     ours = {"fovlm", "kernels", "pydantic_core"}  # the last comes with pydantic, always
     assert {names.get(package, package) for package in used - ours} - optional <= set(ranges)
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    pins = [pin for line in lines if (pin := line.split("#")[0].strip())]
-    for pin in map(Requirement, pins):
-        (version,) = [spec.version for spec in pin.specifier]
-        assert str(pin.specifier).startswith("=="), pin
-        assert ranges[pin.name.lower()].specifier.contains(version), pin
-    assert {Requirement(pin).name.lower() for pin in pins} == set(ranges)
+    for file, wanted in (("requirements.txt", ranges), ("requirements-dev.txt", extras)):
+        lines = (ROOT / file).read_text().splitlines()
+        pins = [Requirement(pin) for line in lines if (pin := line.split("#")[0].strip())]
+        for pin in pins:
+            (version,) = [spec.version for spec in pin.specifier]
+            assert str(pin.specifier).startswith("=="), pin
+            assert wanted[pin.name.lower()].specifier.contains(version), pin
+        assert {pin.name.lower() for pin in pins} == set(wanted), file
+
+
+def test_the_changelog_opens_with_the_version():
+    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert versions[0] == fovlm.__version__
 
 
 def _commands() -> list[str]:

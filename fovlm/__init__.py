@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where the names of the ordinary interface live. They are imported when asked for, and with them torch; until then
 # everything that does without it stays light.

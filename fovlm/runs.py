@@ -10,6 +10,7 @@ A difference is merged key by key, except for the few settings of `WHOLE`, which
 which replace each other. Every value keeps its origin, so that an error can name the file and key where it was written.
 """
 
+import functools
 import itertools
 import re
 import sys
@@ -223,10 +224,17 @@ class Dumper(yaml.SafeDumper):
 Dumper.yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
 
 
+@functools.cache
+def _parsed(text: str) -> Any:
+    """The value of a YAML text, shared by all callers: planning a sweep reads each file once for each run."""
+    return yaml.load(text, Loader)
+
+
 def read(file: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError with file and line when it is not one, or has an unknown section."""
+    """The mapping in a YAML file, not to be changed. Raises UserError with file and line when it is not one, or has an
+    unknown section."""
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader)
+        content = _parsed(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{_short(file)}: {_oneline(error)}") from None
     content = {} if content is None else content

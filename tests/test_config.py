@@ -100,6 +100,19 @@ def test_text_retention_is_14_percent_in_every_stage():
 # -- the three forms --------------------------------------------------------------------------------------------------
 
 
+def test_a_file_is_parsed_once_and_an_override_stays_with_its_run(folder, monkeypatch):
+    parse, parsed = runs.yaml.load, []
+    monkeypatch.setattr(runs.yaml, "load", lambda text, loader: parsed.append(text) or parse(text, loader))
+    place = folder(once=SMALL + "runs: {once: {note: a}, again: {note: b}}")
+    changed = load("once", ["data.sources.clips.shards=other.tar", "data.val=[words]"], place)
+    assert (changed.data.sources["clips"].shards, changed.data.val) == ("other.tar", ["words"])
+    again = load("again", [], place)
+    assert (again.data.sources["clips"].shards, again.data.val) == ("clips-{0..3}.tar", ["clips"])
+    assert len([text for text in parsed if text.startswith("\ndata:")]) == 1
+    folder(once=SMALL.replace("steps: 10", "steps: 20") + "runs: {once: {note: a}}")
+    assert load("once", [], place).train.steps == 20
+
+
 def test_base_runs_and_grid_merge_in_order(folder):
     where = folder(
         base=SMALL + "optim: {lr_llm: 1e-3, clip: 0.5}\n",

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 HIDDEN = "[hidden]"
-# Names of environment variables whose values are secrets.
-SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+# Names of environment variables whose values are secrets: a word of the name ends so (PGPASSWORD, not TOKENIZER_DIR).
+SECRET_NAME = re.compile(r"(?:KEY|TOKEN|SECRET|PASS(?:WORD|WD|PHRASE)?|CREDENTIAL)S?(?![A-Z])", re.IGNORECASE)
 # Secrets by their looks: user:password@ in a URL, a signature or token in its query, Hugging Face's and AWS's keys.
 SECRETS = (
     re.compile(r"(?<=://)[^/\s@]+(?=@)"),

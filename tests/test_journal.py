@@ -147,6 +147,18 @@ def test_redact_hides_secrets_and_the_home_folder(monkeypatch):
     assert redact("hf_" + "a" * 30) == HIDDEN
 
 
+@pytest.mark.parametrize("name", ["HF_TOKEN", "MY_API_KEY", "PGPASSWORD", "DB_PASS", "AWS_SECRETS", "TOKEN2", "apikey"])
+def test_redact_knows_a_secret_by_a_word_of_its_name(monkeypatch, name):
+    monkeypatch.setenv(name, "s3cr3t-value")
+    assert redact("x s3cr3t-value y") == f"x {HIDDEN} y"
+
+
+@pytest.mark.parametrize("name", ["TOKENIZER_DIR", "TOKENIZERS_PARALLELISM", "KEYBOARD", "PASSAGE_FOLDER"])
+def test_redact_leaves_words_that_only_begin_like_a_secret(monkeypatch, name):
+    monkeypatch.setenv(name, "HuggingFaceTB/SmolLM2")
+    assert redact({"llm": "HuggingFaceTB/SmolLM2"}) == {"llm": "HuggingFaceTB/SmolLM2"}
+
+
 def test_wandb_gets_the_rows_but_no_secret_and_no_path(experiment, monkeypatch):
     """Offline, with the real client: everything it would send lies in its folder."""
     monkeypatch.setenv("SHARD_TOKEN", "s3cr3t-value")

@@ -213,6 +213,11 @@ def data_root() -> Path:
     return Path(os.environ.get("FOVLM_DATA", runs.ROOT / "data"))
 
 
+def model_root() -> Path:
+    """FOVLM_MODELS, or `models` in the project: model folders are below."""
+    return Path(os.environ.get("FOVLM_MODELS", runs.ROOT / "models"))
+
+
 def load(name: str, overrides: list[str] | None = None, folder: Path = runs.EXPERIMENTS) -> Experiment:
     """The run `name` with `section.key=value` overrides (`name=other` gives it another run folder).
 

@@ -8,12 +8,11 @@ T visual tokens of one look.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fovlm.config import Experiment
+from fovlm.config import Experiment, model_root
 from fovlm.config import Model as ModelSettings
 from fovlm.errors import UserError, nearest
 
@@ -175,7 +174,7 @@ def parameters(experiment: Experiment, shapes: Geometry) -> dict[str, Count]:
 
 def local_folder(name: str) -> Path | None:
     """The folder of a model, as given or below FOVLM_MODELS (the rule of `build.find_weights`); None: there is none."""
-    below = Path(os.environ.get("FOVLM_MODELS", "models"))
+    below = model_root()
     folders = (Path(name), below / name, below / name.rsplit("/", 1)[-1])
     return next((folder for folder in folders if folder.is_dir()), None)
 

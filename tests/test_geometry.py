@@ -6,8 +6,9 @@ import json
 import pytest
 from transformers import Dinov2Config, LlamaConfig
 
+from fovlm import runs
 from fovlm.build import build
-from fovlm.config import Data, Experiment, Model, Optim, Source, Train
+from fovlm.config import Data, Experiment, Model, Optim, Source, Train, model_root
 from fovlm.errors import UserError
 from fovlm.geometry import DINOV2, LLAMA, RELEASED, geometry, local_folder, parameters, vocabulary
 
@@ -94,6 +95,14 @@ def test_a_local_folder_is_read(monkeypatch, tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
         geometry(Model(llm=name))
+
+
+def test_models_are_below_the_project_by_default(monkeypatch, tmp_path):
+    monkeypatch.delenv("FOVLM_MODELS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert model_root() == runs.ROOT / "models"
+    (tmp_path / "models" / "other").mkdir(parents=True)
+    assert local_folder("other") is None
 
 
 def test_an_unknown_model_is_a_clear_error(monkeypatch, tmp_path):

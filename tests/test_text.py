@@ -1,20 +1,18 @@
 """Chat text: the template is the tokenizer's own, pieces are found in the whole, weights and cuts are right."""
 
-import os
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from fovlm.bad import BadSample
+from fovlm.config import model_root
 from fovlm.errors import UserError
 from fovlm.text import SYSTEM, Chat, load_tokenizer, template, tokenize_sft, tokenize_stage1
 from helpers import tiny
 
 TINY = tiny.tokenizer()
-REAL = Path(os.environ.get("FOVLM_MODELS", "models")) / "SmolLM2-135M-Instruct"
+REAL = model_root() / "SmolLM2-135M-Instruct"
 
 
 @pytest.fixture(params=["tiny", pytest.param("real", marks=pytest.mark.real)])

@@ -3,7 +3,7 @@ ENV := . scripts/env.sh && use_python dev && use_caches
 # One thread: the matrices of the tests are small.
 RUN := $(ENV) && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=$$PWD
 
-.PHONY: test pins lint format unit real
+.PHONY: test pins lint format unit real docs
 test: lint unit
 
 # Do the pinned versions resolve on other machines? Needs the package index.
@@ -22,3 +22,7 @@ real:
 
 format:
 	@$(RUN) && ruff check --fix . && ruff format .
+
+# The site, into site/; tests/test_docs.py holds it to the same.
+docs:
+	@$(RUN) && python -m mkdocs build --strict

@@ -218,7 +218,8 @@ def test_every_import_is_declared_and_every_pin_is_in_its_range():
     names = {"PIL": "pillow", "yaml": "pyyaml"}
     options = declared["optional-dependencies"]
     optional = {Requirement(text).name for texts in options.values() for text in texts}
-    extras = {(r := Requirement(text)).name.lower(): r for name in ("data", "demo", "dev") for text in options[name]}
+    developed = [text for name in ("data", "demo", "docs", "dev") for text in options[name]]
+    extras = {(r := Requirement(text)).name.lower(): r for text in developed}
     used = set().union(*(packages(imports(module)) for module in MODULES)) - set(sys.stdlib_module_names)
     ours = {"fovlm", "kernels", "pydantic_core"}  # the last comes with pydantic, always
     assert {names.get(package, package) for package in used - ours} - optional <= set(ranges)

@@ -137,7 +137,9 @@ def _config(source: Source) -> FoveatedConfig:
     model = source.experiment.model
     try:
         llm, dino = (
-            of(**given) if isinstance(given, dict) else AutoConfig.from_pretrained(find_weights(given))
+            of(**given)
+            if isinstance(given, dict)
+            else AutoConfig.from_pretrained(find_weights(given), trust_remote_code=False)
             for of, given in ((LlamaConfig, model.llm), (Dinov2Config, model.dino))
         )
     except (OSError, ValueError) as error:

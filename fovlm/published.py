@@ -260,7 +260,9 @@ def _unwrapped(state: Any, path: Path) -> dict[str, Tensor]:
 
 def _configured(key: str, given: str | dict[str, Any], make: type[PreTrainedConfig]) -> PreTrainedConfig:
     try:
-        return make(**given) if isinstance(given, dict) else AutoConfig.from_pretrained(_found(given))
+        if isinstance(given, dict):
+            return make(**given)
+        return AutoConfig.from_pretrained(_found(given), trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{key} {given}: no configuration there ({reason}); give a folder with --{key}") from error

@@ -99,7 +99,7 @@ class Chat:
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder or a Hugging Face id. Raises UserError."""
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -11,7 +11,6 @@ Letters: F frames, N patches + CLS, D width, H heads, d head width (D = H * d), 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -289,11 +288,4 @@ class Encoder(nn.Module):
         return self._walk_layer(layer, x, n, self.head_width, last, absorb)
 
 
-def load_dino(source: Path | str | dict) -> Dinov2Model:
-    """A pretrained DINOv2 from a folder or hub id in fp32, or a random one from keyword arguments of `Dinov2Config`."""
-    if isinstance(source, dict):
-        return Dinov2Model(Dinov2Config(**source))
-    return Dinov2Model.from_pretrained(source, dtype=torch.float32)
-
-
-__all__ = ["Cache", "Dinov2Config", "Dinov2Model", "Encoder", "load_dino"]
+__all__ = ["Cache", "Dinov2Config", "Dinov2Model", "Encoder"]

@@ -34,7 +34,7 @@ from fovlm.batch import Batch
 from fovlm.checkpoint import ENGINE
 from fovlm.config import Optim, run_root
 from fovlm.errors import UserError
-from fovlm.model import FoveatedVLM
+from fovlm.model import FoveatedVLM, check_report
 from fovlm.objectives import Loss, pair_weight, preference_loss, text_loss, text_weight
 from fovlm.probe import Probe, Question
 from fovlm.zero import ZeroWeights
@@ -293,7 +293,11 @@ def load_weights(model: FoveatedVLM, source: str) -> None:
     if folder is None:
         raise UserError(f"model.init_from={source}: neither a folder nor a run below {run_root()}")
     if (folder / "config.json").exists():
-        weights = FoveatedVLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        saved, report = FoveatedVLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        check_report(report, f"model.init_from={source}")
+        weights = saved.state_dict()
     else:
         weights = read_weights(whole_checkpoint(folder))
     try:

@@ -16,7 +16,7 @@ round at all is the coarse pass, one is the design, and after K rounds every que
 frames before it, which is what frame-by-frame deployment does (`stream.py`). Training with two narrows that gap.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as nnf
@@ -34,6 +34,7 @@ from transformers import (
 
 from fovlm.batch import Batch, Layout
 from fovlm.encoder import Cache, Dinov2Config, Dinov2Model, Encoder
+from fovlm.errors import UserError
 from fovlm.generation import FoveatedGenerationMixin
 from fovlm.recall import ATTENTION
 
@@ -281,6 +282,18 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         self.encoder.compile(**options)
         for layer in self.llm.base_model.layers:
             layer.compile(dynamic=False, **options)
+
+
+def check_report(report: dict[str, Any], where: str) -> None:
+    """Raise UserError for transformers' loading report when a weight of the model at `where` was not in its files, has
+    another shape there, or was left over: then the model computes with random weights, or is another one.
+    """
+    for kind in ("missing", "unexpected", "mismatched"):
+        if names := sorted(key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"]):
+            raise UserError(
+                f"{where}: {len(names)} {kind} weights, like {names[0]}: the folder is damaged, or holds another model "
+                "than its config.json says"
+            )
 
 
 AutoConfig.register(FoveatedConfig.model_type, FoveatedConfig)

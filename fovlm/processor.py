@@ -26,7 +26,7 @@ from fovlm import media
 from fovlm.clips import read_clip
 from fovlm.errors import UserError, nearest
 from fovlm.footage import pixels_of
-from fovlm.model import FoveatedConfig, FoveatedVLM
+from fovlm.model import FoveatedConfig, FoveatedVLM, check_report
 from fovlm.text import Text, conversation, load_tokenizer
 
 Seen = tuple[Tensor, list[int]]  # frames u8 [f, 3, s, s], and how often each is looked at
@@ -58,6 +58,11 @@ class FoveatedProcessor(ProcessorMixin):
     def from_parts(cls, tokenizer: PreTrainedTokenizerBase, config: FoveatedConfig) -> "FoveatedProcessor":
         """The processor of a model."""
         return cls(tokenizer, **_settings(config))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "FoveatedProcessor":
+        """As in transformers; a tokenizer's own code never runs."""
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs | {"trust_remote_code": False})
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
@@ -263,9 +268,16 @@ def open_model(
     except OSError as error:  # no permission, or a name that is none
         raise UserError(f"{str(folder)[:100]} cannot be read: {error.strerror or error}") from error
     try:
-        model = FoveatedVLM.from_pretrained(folder, dtype=types[dtype] if isinstance(dtype, str) else dtype)
+        model, report = FoveatedVLM.from_pretrained(
+            folder,
+            dtype=types[dtype] if isinstance(dtype, str) else dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: the model does not load: {' '.join(str(error).split())[:200]}") from error
+    check_report(report, str(folder))
     load_tokenizer(str(folder))
     return model.eval().to(device), FoveatedProcessor.from_pretrained(folder)
 

@@ -6,7 +6,7 @@ import torch
 
 from fovlm.encoder import released_name
 from fovlm.errors import UserError
-from fovlm.model import FoveatedVLM
+from fovlm.model import FoveatedVLM, check_report
 from fovlm.probe import Probe, by_sample, mean_nll, snug
 from fovlm.zero import ZeroWeights
 
@@ -63,10 +63,11 @@ def put_back(model: FoveatedVLM, stored: ZeroWeights) -> None:
 
 
 def load(folder: Path, dtype: torch.dtype) -> FoveatedVLM:
-    """A written model, loaded as anyone would; a weight that is missing or left over is a UserError."""
-    model, told = FoveatedVLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    if wrong := [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in told[kind]]:
-        raise UserError(f"the written model does not load: {', '.join(map(str, sorted(wrong)[:5]))}")
+    """A written model, loaded as anyone would. Raises UserError when `check_report` does."""
+    model, report = FoveatedVLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    check_report(report, "the written model")
     return model.eval()
 
 

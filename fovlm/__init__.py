@@ -1,11 +1,17 @@
-"""A video language model that spends one token on each frame, and decides itself where to look."""
+"""A video language model that spends one token on each frame, and decides itself where to look.
 
+Importing a public name registers the model with transformers' Auto classes. So does `import fovlm` alone where
+transformers is imported already. Where transformers comes later it cannot: registering needs transformers and torch,
+and what does without them (the command line, settings, data preparation) must start fast.
+"""
+
+import sys
+from importlib import import_module
 from typing import Any
 
 __version__ = "0.2.0"
 
-# Where the names of the ordinary interface live. They are imported when asked for, and with them torch; until then
-# everything that does without it stays light.
+# Where the public names live: imported when asked for.
 PUBLIC = {
     "FoveatedConfig": "model",
     "FoveatedVLM": "model",
@@ -16,10 +22,11 @@ __all__ = [*PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """`from fovlm import FoveatedVLM` also tells transformers' Auto classes about it."""
     if name not in PUBLIC:
         raise AttributeError(f"module 'fovlm' has no attribute '{name}'")
-    from importlib import import_module
-
-    import_module("fovlm.processor")
+    import_module("fovlm.processor")  # registers all of them
     return getattr(import_module(f"fovlm.{PUBLIC[name]}"), name)
+
+
+if "transformers" in sys.modules:
+    import_module("fovlm.processor")

@@ -130,6 +130,20 @@ def test_what_is_no_model_is_told_in_one_line(folder, tmp_path):
     assert "type 'llama'" in told(folder)
 
 
+@pytest.mark.parametrize(
+    "imports", ["import transformers, fovlm", "import fovlm, transformers; fovlm.FoveatedVLM", "import fovlm.processor"]
+)
+def test_importing_fovlm_registers_the_auto_classes(folder, imports):
+    code = f"""
+{imports}
+from transformers import AutoConfig, AutoModel, AutoProcessor
+for auto in (AutoConfig, AutoModel, AutoProcessor):
+    print(type(auto.from_pretrained({str(folder)!r})).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["FoveatedConfig", "FoveatedVLM", "FoveatedProcessor"], done.stderr
+
+
 def test_asking_for_the_package_alone_stays_light():
     code = "import sys, fovlm; fovlm.__version__; assert 'torch' not in sys.modules; fovlm.FoveatedVLM"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -42,7 +42,8 @@ class Probe:
         facts = []
         for i, (sample, nll) in enumerate(zip(self.samples, self.nll, strict=True)):
             parts = {"frames": sample.frames, "tokens": sample.tokens, "weight": sample.weight, "nll": nll}
-            tensors |= {f"{name}.{i}": part.detach().cpu().contiguous() for name, part in parts.items()}
+            # Copies: the two answers of a preference pair share their frames, which safetensors refuses.
+            tensors |= {f"{name}.{i}": part.detach().cpu().contiguous().clone() for name, part in parts.items()}
             names = ("key", "source", "looks", "prompt", "role")
             facts.append({name: getattr(sample, name) for name in names})
         metadata = {"samples": json.dumps(facts), "precision": self.precision}

@@ -330,7 +330,7 @@ class Run:
         if self.saved != self.state.step:
             self._save()
         task, facts = self.experiment.data.generate, {}
-        if task and self.experiment.model.visual != "multi_token":
+        if task and self.val_set is not None and self.experiment.model.visual != "multi_token":
             facts = hunt_data.judge(task, self.engine.model, self._val_batches(), self.device)
         for line in table(scores, facts):
             self.journal.say(line)

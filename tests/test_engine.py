@@ -13,12 +13,12 @@ from fovlm import checkpoint
 from fovlm import convert as convert_module
 from fovlm.convert import convert
 from fovlm.model import FoveatedVLM
-from fovlm.objectives import text_loss, text_weight
+from fovlm.objectives import preference_loss, text_loss, text_weight
 from fovlm.probe import Probe
 from fovlm.verified import answers
 from fovlm.zero import ZeroWeights
 from helpers import tiny
-from helpers.engine_ranks import OPTIM, packs
+from helpers.engine_ranks import BETA, OPTIM, packs, pairs
 from helpers.launch import run_ranks
 from helpers.models import tiny_model
 
@@ -37,27 +37,32 @@ def found(folders) -> dict[int, dict]:
     return {world: json.loads((folder / "found.json").read_text()) for world, folder in folders.items()}
 
 
+def adamw(model: FoveatedVLM) -> torch.optim.AdamW:
+    groups = model.groups()
+    rates = {"connector": OPTIM.lr_connector, "dino": OPTIM.lr_dino, "llm": OPTIM.lr_llm}
+    parameters = [{"params": groups[g], "lr": rates[g]} for g in groups]
+    return torch.optim.AdamW(parameters, betas=tuple(OPTIM.betas), eps=OPTIM.eps, weight_decay=0.0)
+
+
+def plain_step(model: FoveatedVLM, optimizer: torch.optim.AdamW, loss: torch.Tensor) -> tuple[float, float]:
+    """One step of plain PyTorch with one clip -> (loss, gradient norm)."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return float(loss.detach()), float(norm)
+
+
 @pytest.fixture(scope="module")
 def plain() -> list[tuple[float, float]]:
     """(loss, gradient norm) of the same steps in one process of plain PyTorch: mean over all tokens, one clip."""
     model = tiny_model()
-    groups = model.groups()
-    rates = {"connector": OPTIM.lr_connector, "dino": OPTIM.lr_dino, "llm": OPTIM.lr_llm}
-    optimizer = torch.optim.AdamW(
-        [{"params": groups[g], "lr": rates[g]} for g in groups],
-        betas=tuple(OPTIM.betas),
-        eps=OPTIM.eps,
-        weight_decay=0.0,
-    )
+    optimizer = adamw(model)
     rows = []
     for step in range(8):
         total = sum(text_weight(batch) for batch in packs(step))
         loss = sum(text_loss(model(batch), batch).total for batch in packs(step)) / total
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        rows.append((float(loss.detach()), float(norm)))
+        rows.append(plain_step(model, optimizer, loss))
     return rows
 
 
@@ -123,6 +128,22 @@ def test_zero3_on_another_number_of_ranks_is_refused(found):
 def test_bf16_stays_near_fp32(found, plain):
     for step, (loss, _) in zip(found[2]["bf16"]["first"], plain, strict=False):
         assert math.isclose(step["loss"], loss, rel_tol=1e-2)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_preferences_follow_plain_pytorch(found, world):
+    """The mean over the pairs of all packs, against a reference that stays what the model was at the start."""
+    model, reference = tiny_model(), tiny_model().requires_grad_(False)
+    optimizer = adamw(model)
+    for step, row in enumerate(found[world]["dpo"]):
+        losses = [preference_loss(model(batch), reference(batch), batch, BETA) for batch in pairs(step)]
+        count = sum(batch.roles.count("chosen") for batch in pairs(step))
+        loss, norm = plain_step(model, optimizer, sum(loss.total for loss in losses) / count)
+        assert (row["weight"], row["skipped"]) == (count, False)
+        assert math.isclose(row["loss"], loss, rel_tol=2e-6), step
+        assert math.isclose(row["grad_norm"], norm, rel_tol=2e-5), step
+        assert math.isclose(row["parts"]["preferred"], sum(float(x.parts["preferred"]) for x in losses) / count), step
+    assert math.isclose(found[world]["dpo"][0]["loss"], math.log(2), rel_tol=1e-6)
 
 
 @pytest.mark.parametrize("world", [1, 2])

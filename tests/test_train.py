@@ -3,94 +3,42 @@
 A start of two ranks takes some 15 s, so three starts serve all checks.
 """
 
-import csv
 import json
 import math
-import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
-from fovlm.shards import write_shards
-from helpers import ROOT, tiny
 from helpers.launch import run_ranks, start_ranks
+from helpers.training import STEPS, arguments, assert_golden, environment, rows, write_data
 
-GOLDEN = ROOT / "tests" / "golden" / "losses.csv"
-STEPS = 20
 LOGGED = """loss_fine loss_coarse fine_over_coarse grad_norm lr_connector lr_dino lr_llm attention_entropy
 samples_per_second tokens_per_second waiting memory_gb val_loss"""
-SETTINGS = [
-    "data.sources={video: {kind: video, shards: 'video-{00..07}.tar'}, "
-    "words: {kind: text, shards: 'words-{00..01}.tar'}, broken: {kind: image, shards: 'broken-00.tar'}}",
-    "data.train={video: 80, words: 14, broken: 6}",
-    *("data.val=[video]", "data.frames=12", "data.text=200", "data.max_frames=4", "data.max_text=48", "data.workers=1"),
-    "model.llm={vocab_size: 64, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4, "
-    "num_key_value_heads: 2, tie_word_embeddings: true}",
-    "model.dino={hidden_size: 32, num_hidden_layers: 3, num_attention_heads: 2, image_size: 28, patch_size: 7}",
-    *(
-        "model.frame_size=28",
-        "model.query_dim=24",
-        "optim.lr_connector=2e-3",
-        "optim.lr_dino=1e-3",
-        "optim.lr_llm=4e-3",
-    ),
-    *(
-        f"train.steps={STEPS}",
-        "train.packs_per_step=4",
-        "train.log_every=1",
-        "train.eval_every=10",
-        "train.eval_packs=4",
-    ),
-    *("train.save_every=5", "journal.wandb=disabled"),
-]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("train")
-    tiny.tokenizer().save_pretrained(folder / "tokenizer")
-    tiny.clips(folder, "video", [3, 4, 2, 4, 3] * 8)
-    tiny.clips(folder, "words", [0] * 10)
-    pictures = [tiny.clip(f"p{i}", 1) for i in range(4)]
-    pictures[2]["000.jpg"] = b"\xff\xd8 no picture"
-    renamed = [{("jpg" if k == "000.jpg" else k): v for k, v in picture.items()} for picture in pictures]
-    write_shards(folder / "broken-%02d.tar", renamed)
-    return folder
+    return write_data(tmp_path_factory.mktemp("train"))
 
 
 def command(home: Path, name: str, *more: str) -> list[str]:
-    return ["-m", "fovlm.train", "LR1", *SETTINGS, f"model.tokenizer={home / 'tokenizer'}", f"name={name}", *more]
-
-
-def env(home: Path) -> dict[str, str]:
-    return {"FOVLM_DATA": str(home), "FOVLM_RUNS": str(home / "runs"), "FOVLM_CACHE": str(home / "cache")}
-
-
-def rows(home: Path, name: str) -> list[dict[str, str]]:
-    file = home / "runs" / name / "metrics.csv"
-    return list(csv.DictReader(file.open())) if file.exists() else []
+    return ["-m", "fovlm.train", *arguments(home, name, *more)]
 
 
 @pytest.fixture(scope="module")
 def whole(home) -> tuple[str, list[dict[str, str]]]:
     """An uninterrupted run on two ranks: what it printed, and its rows."""
-    output = run_ranks(2, command(home, "whole"), env(home))
+    output = run_ranks(2, command(home, "whole"), environment(home))
     return output, rows(home, "whole")
 
 
 def test_losses_are_the_golden_ones(whole):
-    """To renew after a change that is meant to change them: FOVLM_GOLDEN=write pytest tests/test_train.py"""
-    losses = [(row["step"], row["loss"]) for row in whole[1]]
-    if os.environ.get("FOVLM_GOLDEN") == "write":
-        GOLDEN.write_text("step,loss\n" + "".join(f"{step},{loss}\n" for step, loss in losses))
-    golden = list(csv.DictReader(GOLDEN.open()))
-    assert len(losses) == len(golden) == STEPS
-    for (step, loss), row in zip(losses, golden, strict=True):
-        assert step == row["step"]
-        assert math.isclose(float(loss), float(row["loss"]), rel_tol=1e-3)
-    assert float(losses[-1][1]) < 0.9 * float(losses[0][1]), "and it learns"
+    """On two ranks as on one: tests/test_golden.py writes and reads the same."""
+    losses = [float(row["loss"]) for row in whole[1]]
+    assert_golden("video", losses)
+    assert losses[-1] < 0.9 * losses[0], "and it learns"
 
 
 def test_the_run_folder_tells_everything(whole, home):
@@ -123,7 +71,7 @@ def test_a_broken_sample_is_counted_and_named(whole, home):
 
 
 def test_a_killed_run_goes_on_exactly_on_another_number_of_ranks(whole, home):
-    processes = start_ranks(2, command(home, "killed", "data.workers=0"), env(home))
+    processes = start_ranks(2, command(home, "killed", "data.workers=0"), environment(home))
     until(lambda: len(rows(home, "killed")) >= 7)
     for process in processes:  # at once, in the middle of a step
         process.kill()
@@ -131,7 +79,7 @@ def test_a_killed_run_goes_on_exactly_on_another_number_of_ranks(whole, home):
         process.wait()
     stopped = len(rows(home, "killed"))
     assert stopped < STEPS
-    output = run_ranks(1, command(home, "killed", "data.workers=0"), env(home))
+    output = run_ranks(1, command(home, "killed", "data.workers=0"), environment(home))
     assert "going on from step-0000" in output
     again = rows(home, "killed")
     assert [row["samples"] for row in again] == [row["samples"] for row in whole[1]]
@@ -142,7 +90,7 @@ def test_a_killed_run_goes_on_exactly_on_another_number_of_ranks(whole, home):
 
 
 def test_a_signal_saves_within_a_step_and_a_stranger_is_refused(whole, home):
-    (process,) = start_ranks(1, command(home, "signalled", "data.workers=0"), env(home))
+    (process,) = start_ranks(1, command(home, "signalled", "data.workers=0"), environment(home))
     until(lambda: len(rows(home, "signalled")) >= 2)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)
@@ -151,7 +99,7 @@ def test_a_signal_saves_within_a_step_and_a_stranger_is_refused(whole, home):
     saved = json.loads((home / "runs" / "signalled" / "checkpoints" / latest / "state.json").read_text())
     assert saved["step"] == len(rows(home, "signalled"))
     # The same run folder with another rate is another experiment.
-    output = run_ranks(1, command(home, "signalled", "optim.lr_llm=1e-3"), env(home), status=2)
+    output = run_ranks(1, command(home, "signalled", "optim.lr_llm=1e-3"), environment(home), status=2)
     assert output.strip().count("\n") == 0
     assert "another experiment" in output
     assert "name=" in output

@@ -6,6 +6,7 @@ python -m helpers.engine_ranks FOLDER [OTHER]     OTHER: the folder of a run on 
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from helpers.models import pack, sample, tiny_model
 from helpers.zero_files import experiment
 
 OPTIM = Optim(lr_connector=1e-3, lr_dino=5e-4, lr_llm=2e-3, weight_decay=0.0)
+BETA = 0.3
 # Every pattern of kinds over two ranks, with unequal numbers of tokens: step by step, two packs each.
 VIDEO, IMAGE = ("video", 3, 3), ("image", 1, 4)
 STEPS = [
@@ -37,6 +39,15 @@ STEPS = [
 def packs(step: int) -> list[Batch]:
     kinds = STEPS[step % len(STEPS)]
     return [pack([sample(f"{k}{step}", f, n, text=4 + len(k) + i) for i, (k, f, n) in enumerate(one)]) for one in kinds]
+
+
+def pairs(step: int) -> list[Batch]:
+    """Two packs of preferences: two pairs and one, or one and nothing but a text."""
+    pair = [sample(f"p{step}", 2, text=5, role="chosen"), sample(f"q{step}", 2, text=7, role="rejected")]
+    picture = [sample(f"i{step}", 1, 4, 6, role="chosen"), sample(f"j{step}", 1, 4, 4, role="rejected")]
+    words = [sample(f"w{step}", text=4, role="chosen"), sample(f"x{step}", text=6, role="rejected")]
+    packs = [[*pair, *words], picture] if step % 2 == 0 else [picture, [sample(f"a{step}", text=5)]]
+    return [pack(samples) for samples in packs]
 
 
 def settings(stage: int, bf16: bool = False, **more: Any) -> dict[str, Any]:
@@ -58,7 +69,7 @@ def engine(device: torch.device, stage: int, seed: int = 0, **more: Any) -> Engi
     return Engine(tiny_model(seed), OPTIM, settings(stage, **more), device)
 
 
-def run(engine: Engine, first: int, last: int) -> list[dict]:
+def run(engine: Engine, first: int, last: int, packs: Callable[[int], list[Batch]] = packs) -> list[dict]:
     mine = slice(ranks.rank(), None, ranks.world())
     return [dataclasses.asdict(engine.step(packs(step)[mine])) for step in range(first, last)]
 
@@ -97,6 +108,8 @@ def main() -> None:
         unusual(device, stage, out / f"unusual{stage}")
     found["bf16"] = {"first": run(engine(device, 2, bf16=True), 0, 5)}
     found["not finite"] = not_finite(engine(device, 2))
+    preferring = Engine(tiny_model(), OPTIM, settings(2), device, reference=tiny_model(), dpo_beta=BETA)
+    found["dpo"] = run(preferring, 0, 6, pairs)
     warm = tiny_model(seed=4)
     load_weights(warm, str(out / "zero2"))
     found["warm"] = float(warm(packs(0)[0]).sum().detach())

@@ -1,0 +1,55 @@
+"""Several runs of `fovlm.train` in one process, since a start takes seconds: their losses, statuses and last words.
+
+python -m helpers.recorded_runs RUNS OUT     RUNS: JSON of name -> {"arguments": [...], "spoilt": [steps, from 1]}
+"""
+
+import contextlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from torch import Tensor
+
+from fovlm import train
+from fovlm.batch import Batch
+from fovlm.engine import Engine, Step
+
+
+class Recorded(Engine):
+    """An engine that keeps what its steps gave. In the steps that are to be spoilt, no nll is a number."""
+
+    steps: list[Step]
+    spoilt: list[int]
+
+    def nll(self, batch: Batch, visual: str | None = None) -> Tensor:
+        nll = super().nll(batch, visual)
+        return nll * float("nan") if len(self.steps) + 1 in self.spoilt else nll
+
+    def step(self, batches: list[Batch]) -> Step:
+        done = super().step(batches)
+        self.steps.append(done)
+        return done
+
+
+def main() -> None:
+    found = {}
+    train.Engine = Recorded
+    for name, run in json.loads(Path(sys.argv[1]).read_text()).items():
+        Recorded.steps, Recorded.spoilt = [], run.get("spoilt", [])
+        with tempfile.TemporaryFile("w+") as said:
+            with contextlib.redirect_stderr(said):
+                status = train.main(run["arguments"])
+            said.seek(0)
+            last_words = said.read()
+        found[name] = {
+            "losses": [step.loss for step in Recorded.steps],
+            "parts": [step.parts for step in Recorded.steps],
+            "status": status,
+            "said": last_words,
+        }
+    Path(sys.argv[2]).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -38,7 +38,7 @@ done
 [ "$mode" = list ] || [ -n "$name" ] || refuse "which run? ./launch.sh --list shows all; ./launch.sh quickstart is a good first"
 
 use_python || exit 2
-[ "$mode" != list ] || exec "$PYTHON" -m fovlm.runs
+[ "$mode" != list ] || exec "$PYTHON" -m fovlm.config.experiments
 use_caches || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 run=("$name" ${overrides[@]+"${overrides[@]}"})
@@ -75,7 +75,7 @@ chosen=" ${options[*]-} "
 [ -n "$chosen" ] && world=1  # the launcher decides; the run itself checks again
 
 # Mistakes in the experiment are told here, once, before anything heavy starts.
-"$PYTHON" -m fovlm.deepspeed_config "$world" "$device" "${run[@]}" || exit
+"$PYTHON" -m fovlm.config.deepspeed "$world" "$device" "${run[@]}" || exit
 [ "$mode" != dry ] || WORLD_SIZE=$world exec "$PYTHON" -m fovlm.train "${run[@]}" --dry-run
 
 read -r port cores < <("$PYTHON" -c 'import os, socket

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory import Live
-from fovlm.encoder import Dinov2Config, Dinov2Model, Encoder, look_layer, walk_layer
+from fovlm.model.encoder import Dinov2Config, Dinov2Model, Encoder, look_layer, walk_layer
 
 RESULTS = Path(__file__).parent / "results" / "attention_forms.csv"
 SMALL = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 224}

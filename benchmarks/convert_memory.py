@@ -1,8 +1,8 @@
 """How much memory a conversion takes: python -m benchmarks.convert_memory RUN OUT [convert's options]
 
-Samples /proc/self/status (Linux) while `fovlm.convert` works in this process: resident memory, and the part of it that
-is no mapped file, which the system could not take back. Prints the peaks above what the imports alone take, and their
-ratio to the bytes of the written model.
+Samples /proc/self/status (Linux) while `fovlm.checkpoint.convert` works in this process: resident memory, and the part
+of it that is no mapped file, which the system could not take back. Prints the peaks above what the imports alone take,
+and their ratio to the bytes of the written model.
 """
 
 import re
@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from fovlm import convert
+from fovlm.checkpoint import convert
 
 
 def used() -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Bytes of a training step, measured, beside what `fovlm/memory.py` says: python -m benchmarks.memory
+"""Bytes of a training step, measured, beside what `fovlm/estimate/memory.py` says: python -m benchmarks.memory
 
 Every case runs in a process of its own, on one rank and a CPU: the real engine, random weights, two steps of two packs.
 A dispatch mode adds up the bytes of all live tensors and keeps the highest sum. That is the memory of tensors, on any
@@ -20,11 +20,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fovlm.batch import Batch, Sample, Size, collate
-from fovlm.config import Data, Experiment, Model, Optim, Source, Train
-from fovlm.deepspeed_config import resolve
-from fovlm.geometry import geometry
-from fovlm.memory import estimate
+from fovlm.config.deepspeed import resolve
+from fovlm.config.schema import Data, Experiment, Model, Optim, Source, Train
+from fovlm.data.packing import Batch, Sample, Size, collate
+from fovlm.estimate.memory import estimate
+from fovlm.estimate.shapes import geometry
 
 RESULTS = Path(__file__).parent / "results" / "memory.csv"
 SMALL_LLM = {
@@ -133,7 +133,8 @@ def pack(e: Experiment, vocabulary: int, tokens_per_look: int) -> Batch:
 
 def measure(name: str) -> dict[str, Any]:
     """One case in this process: bytes that stay after a step, and the peak of the second one."""
-    from fovlm import build, engine  # deepspeed is slow to import: not in the process that only starts the others
+    from fovlm.model import build
+    from fovlm.train import engine  # deepspeed is slow to import: not in the process that only starts the others
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fovlm import media
-from fovlm.build import build
-from fovlm.config import Model
-from fovlm.model import FoveatedVLM
-from fovlm.processor import open_model
-from fovlm.watch import FrameStream
+from fovlm.config.schema import Model
+from fovlm.media import decode
+from fovlm.model.build import build
+from fovlm.model.modeling import FoveatedVLM
+from fovlm.model.processing import open_model
+from fovlm.model.streaming import FrameStream
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = (100, 1000, 2000, 3000, 4000)
@@ -43,8 +43,8 @@ def load(source: str, dtype: torch.dtype, size: int) -> FoveatedVLM:
 
 def frames(folder: str | None, size: int, random: np.random.Generator):
     """Frames without end, no two alike."""
-    files = sorted(p for p in Path(folder).rglob("*") if p.suffix[1:] in media.PICTURES) if folder else []
-    pictures = [media.decode_pictures([(p.suffix[1:], p.read_bytes())], size)[0] for p in files[:200]]
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix[1:] in decode.PICTURES) if folder else []
+    pictures = [decode.decode_pictures([(p.suffix[1:], p.read_bytes())], size)[0] for p in files[:200]]
     while True:
         if not pictures:
             yield torch.from_numpy(random.integers(0, 256, (3, size, size), dtype=np.uint8))

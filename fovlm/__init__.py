@@ -13,10 +13,10 @@ __version__ = "0.2.0"
 
 # Where the public names live: imported when asked for.
 PUBLIC = {
-    "FoveatedConfig": "model",
-    "FoveatedVLM": "model",
-    "FoveatedProcessor": "processor",
-    "open_model": "processor",
+    "FoveatedConfig": "model.modeling",
+    "FoveatedVLM": "model.modeling",
+    "FoveatedProcessor": "model.processing",
+    "open_model": "model.processing",
 }
 __all__ = [*PUBLIC, "__version__"]
 
@@ -24,9 +24,9 @@ __all__ = [*PUBLIC, "__version__"]
 def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         raise AttributeError(f"module 'fovlm' has no attribute '{name}'")
-    import_module("fovlm.processor")  # registers all of them
+    import_module("fovlm.model.processing")  # registers all of them
     return getattr(import_module(f"fovlm.{PUBLIC[name]}"), name)
 
 
 if "transformers" in sys.modules:
-    import_module("fovlm.processor")
+    import_module("fovlm.model.processing")

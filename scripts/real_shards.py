@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from fovlm.shards import write_shards
+from fovlm.data.shards import write_shards
 
 SIZE, FRAMES, HELD_OUT = 224, 8, 7
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tokenizers import decoders
 
-from fovlm.processor import FoveatedProcessor
+from fovlm.model.processing import FoveatedProcessor
 from helpers.models import tiny_model
 from helpers.tiny import tokenizer
 

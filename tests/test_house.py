@@ -18,8 +18,8 @@ except ModuleNotFoundError:  # Python 3.10
     tomllib = None
 
 import fovlm
-from fovlm import config, runs
 from fovlm.cli.main import app
+from fovlm.config import experiments, schema
 from fovlm.errors import UserError
 from helpers import ROOT
 
@@ -33,46 +33,58 @@ LONGEST = 400  # lines; about 300 is the aim
 # A module belongs to its longest entry. The package `fovlm` itself imports nothing of ours until asked for a name.
 READING_ORDER = """
 kernels
-fovlm.errors fovlm.bad fovlm.redact fovlm.ranks fovlm.runs fovlm.config fovlm.deepspeed_config fovlm.schedule
-fovlm.media fovlm.footage fovlm.clips
-fovlm.geometry fovlm.scaling fovlm.memory
-fovlm.text fovlm.order fovlm.batch fovlm.members fovlm.index fovlm.shards fovlm.lengths fovlm.dataset fovlm.loader
-fovlm.dry_run
-fovlm.encoder fovlm.recall fovlm.stream fovlm.watch fovlm.generation fovlm.model fovlm.processor fovlm.build
-fovlm.answer fovlm.see
-fovlm.hunt fovlm.hunt_data
-fovlm.checkpoint fovlm.saved fovlm.zero fovlm.probe
-fovlm.objectives fovlm.engine
-fovlm.tensors fovlm.verified fovlm.card fovlm.convert fovlm.published
-fovlm.journal fovlm.meter fovlm.resume fovlm.evaluate fovlm.attention_maps fovlm.train
-fovlm.prepare.tables fovlm.exams fovlm.prepare
-fovlm.many_plan fovlm.many_table fovlm.many_watch fovlm.many fovlm.many_cost
+fovlm.errors fovlm.bad fovlm.redact fovlm.distributed
+fovlm.config
+fovlm.media
+fovlm.estimate.shapes
+fovlm.data.chat fovlm.data.sampling fovlm.data.packing fovlm.data.sample_format fovlm.data.index fovlm.data.shards
+fovlm.data.token_counts fovlm.data.dataset fovlm.data.dataloader fovlm.data.synthetic
+fovlm.data
+fovlm.model
+fovlm.estimate
+fovlm.viz
+fovlm.data.synthetic_shards
+fovlm.checkpoint.store fovlm.checkpoint.locate fovlm.checkpoint.zero_reader fovlm.checkpoint.reference
+fovlm.train.schedule fovlm.train.losses fovlm.train.engine
+fovlm.checkpoint
+fovlm.train
+fovlm.eval
+fovlm.sweep
+fovlm.prepare
 fovlm.report
 fovlm.cli fovlm.__main__
 """
 LAYERS = READING_ORDER.split()
 # These must import fast, and on a machine without torch.
-LIGHT = ("errors", "redact", "runs", "config", "deepspeed_config", "schedule", "journal")
+LIGHT = (
+    "errors",
+    "redact",
+    "config.experiments",
+    "config.schema",
+    "config.deepspeed",
+    "train.schedule",
+    "train.logger",
+)
 WITHOUT_TORCH = ["fovlm", *(f"fovlm.{name}" for name in LIGHT)]
 # A third-party package, and the modules that import it: these and no others.
 DOORS = {
-    "webdataset": {"fovlm.shards"},
-    "braceexpand": {"fovlm.shards", "fovlm.prepare.audit"},
-    "wandb": {"fovlm.journal"},
-    "deepspeed": {"fovlm.engine"},
+    "webdataset": {"fovlm.data.shards"},
+    "braceexpand": {"fovlm.data.shards", "fovlm.prepare.check"},
+    "wandb": {"fovlm.train.logger"},
+    "deepspeed": {"fovlm.train.engine"},
     "triton": {"kernels.common"},
-    "PIL": {"fovlm.media", "fovlm.footage"},
-    "simplejpeg": {"fovlm.media"},
-    "av": {"fovlm.media", "fovlm.footage"},
-    "matplotlib": {"fovlm.attention_maps", "fovlm.see.sheet", "fovlm.report.figures", "kernels.bench"},
-    "pyarrow": {"fovlm.prepare.tables"},
-    "gradio": {"fovlm.see.demo"},
-    "scipy": {"fovlm.report.fits"},
-    "lmms_eval": {"fovlm.exams.lmms", "fovlm.exams.plugin"},
-    "tokenizers": {"fovlm.hunt_data"},
+    "PIL": {"fovlm.media.decode", "fovlm.media.tolerant"},
+    "simplejpeg": {"fovlm.media.decode"},
+    "av": {"fovlm.media.decode", "fovlm.media.tolerant"},
+    "matplotlib": {"fovlm.train.attention_maps", "fovlm.viz.contact_sheet", "fovlm.report.figures", "kernels.bench"},
+    "pyarrow": {"fovlm.data.tables"},
+    "gradio": {"fovlm.viz.demo"},
+    "scipy": {"fovlm.report.scaling_law"},
+    "lmms_eval": {"fovlm.eval.lmms_eval", "fovlm.eval.lmms_plugin"},
+    "tokenizers": {"fovlm.data.synthetic_shards"},
     "typer": {f"fovlm.cli.{name}" for name in ("data", "evidence", "main", "report", "run", "use")},
 }
-DINOV2 = "fovlm.encoder"
+DINOV2 = "fovlm.model.encoder"
 # Names inside Hugging Face's Dinov2Model, which change between releases.
 DINOV2_NAMES = ("layer_scale1", "layer_scale2", "lambda1", "patch_embeddings", "transformers.models.dinov2")
 
@@ -261,7 +273,7 @@ def test_documented_commands_exist():
             plain = [word for word in arguments if not word.startswith("-")]
             if plain and plain[0] != "NAME":
                 try:
-                    config.load(plain[0], [word for word in plain[1:] if "=" in word])
+                    schema.load(plain[0], [word for word in plain[1:] if "=" in word])
                 except UserError as error:
                     pytest.fail(f"{command}: {error}")
         elif words[:1] == ["make"]:
@@ -278,6 +290,6 @@ def test_documented_commands_exist():
 
 
 def test_runs_start_from_runs_that_exist():
-    for name in runs.names():
-        start = config.load(name).model.init_from
-        assert start is None or start in runs.names(), name
+    for name in experiments.names():
+        start = schema.load(name).model.init_from
+        assert start is None or start in experiments.names(), name

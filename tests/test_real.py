@@ -15,12 +15,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fovlm.batch import Size, collate
-from fovlm.build import build, find_weights
-from fovlm.config import Model, load
-from fovlm.dataset import open_dataset
-from fovlm.model import FoveatedVLM
-from fovlm.text import load_tokenizer
+from fovlm.config.schema import Model, load
+from fovlm.data.chat import load_tokenizer
+from fovlm.data.dataset import open_dataset
+from fovlm.data.packing import Size, collate
+from fovlm.model.build import build, find_weights
+from fovlm.model.modeling import FoveatedVLM
 from helpers import ROOT
 from helpers.models import outcomes, pixels, sample
 

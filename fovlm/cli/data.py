@@ -71,9 +71,9 @@ def prepare(
 
     from fovlm.errors import EXIT_STOPPED, UserError, nearest
     from fovlm.prepare.job import Job
-    from fovlm.prepare.sources import source_of
-    from fovlm.prepare.told import tell_drawn, tell_manifest
-    from fovlm.prepare.work import prepare as make
+    from fovlm.prepare.pipeline import prepare as make
+    from fovlm.prepare.registry import source_of
+    from fovlm.prepare.summary import tell_drawn, tell_manifest
 
     console = Console(highlight=False, soft_wrap=True)
     workers = workers or os.cpu_count() or 1
@@ -81,7 +81,7 @@ def prepare(
         raise UserError(f"--name {name}: the start of the shards' names, without a folder")
     try:
         if source == "val":
-            from fovlm.prepare.val import draw
+            from fovlm.prepare.holdout import draw
 
             tell_drawn(console, out, draw(raw, out, name or "val", samples or 10_000, seed, workers, console))
             return
@@ -136,9 +136,9 @@ def check(
     from rich.console import Console
 
     from fovlm.errors import UserError
-    from fovlm.prepare.audit import audit
+    from fovlm.prepare.check import audit
     from fovlm.prepare.repair import repair as write
-    from fovlm.prepare.told import tell_audit
+    from fovlm.prepare.summary import tell_audit
 
     console = Console(highlight=False)
     workers = workers or os.cpu_count() or 1

@@ -69,11 +69,11 @@ def eval_(
         import torch
         from transformers.utils.logging import disable_progress_bar
 
-        from fovlm.config import data_root
-        from fovlm.exams import tables
-        from fovlm.exams.exam import Asked, examine
-        from fovlm.exams.records import write
-        from fovlm.exams.subject import open_subject
+        from fovlm.config.schema import data_root
+        from fovlm.eval import tables
+        from fovlm.eval.results import write
+        from fovlm.eval.runner import Asked, examine
+        from fovlm.eval.target import open_subject
 
         disable_progress_bar()  # ours is on already
         cuda = torch.cuda.is_available()

@@ -32,9 +32,9 @@ def run(
 ) -> None:
     """Train many experiments; finished ones are skipped, interrupted ones go on, a failure does not end the rest."""
     from fovlm.errors import UserError
-    from fovlm.many import Many, Slot, cpu_slots, exit_status, gpu_slots
-    from fovlm.many_plan import plan, select
-    from fovlm.many_watch import Watch
+    from fovlm.sweep.progress import Watch
+    from fovlm.sweep.runner import Many, Slot, cpu_slots, exit_status, gpu_slots
+    from fovlm.sweep.select import plan, select
 
     words = what or []
     patterns, overrides = [w for w in words if "=" not in w], [w for w in words if "=" in w]
@@ -52,14 +52,14 @@ def run(
     else:
         slots = [Slot()]
     if dry_run:
-        from fovlm import many_cost, many_table
-        from fovlm.config import run_root
+        from fovlm.config.schema import run_root
+        from fovlm.sweep import cost, table
 
-        own, on_gpu = many_cost.unless_told()
+        own, on_gpu = cost.unless_told()
         on_gpu = bool(gpus) or (on_gpu and not jobs and not ranks)
         each = per_run if gpus else int(slots[0].env.get("CPU_RANKS", own))
-        found = many_cost.estimates(planned, many_table.read(run_root()), each, on_gpu, flops_per_second)
-        print(many_cost.describe(found, len(slots), price, on_gpu))
+        found = cost.estimates(planned, table.read(run_root()), each, on_gpu, flops_per_second)
+        print(cost.describe(found, len(slots), price, on_gpu))
         return
     with Watch(len(planned)) as watch:
         results = Many(planned, slots, watch).work(again)

@@ -56,8 +56,8 @@ def ask(
     Example: `fovlm ask clip.mp4 "What happens?" --model converted/LR1`
     """
     with waiting("loading the model"):
-        from fovlm.answer import answer
-        from fovlm.clips import read_clip
+        from fovlm.media.clip import read_clip
+        from fovlm.viz.answer import answer
 
         net, processor = open_(model, frames)
     with waiting(f"reading {Path(video).name}") as told:
@@ -112,7 +112,7 @@ def look(
     if live:
         if odd := given(context, "out", "layer", "head", "frames", "mode"):
             raise UserError(f"--{odd} has no effect with --live: a camera is shown in the terminal, nothing is kept")
-        from fovlm.see.live import watch
+        from fovlm.viz.camera import watch
 
         with waiting("loading the model"):
             net, processor = open_(model, frames)
@@ -125,12 +125,12 @@ def look(
     if len(asked) > 2:
         raise UserError(f"{len(asked)} questions: one, or two to compare (each in quotes)")
     with waiting("loading the model"):
-        from fovlm.answer import ALIKE
-        from fovlm.clips import read_clip
-        from fovlm.see.gaze import gaze_of
-        from fovlm.see.movie import write_movie
-        from fovlm.see.page import write_page
-        from fovlm.see.sheet import check_choice, save_weights, write_sheet
+        from fovlm.media.clip import read_clip
+        from fovlm.viz.answer import ALIKE
+        from fovlm.viz.contact_sheet import check_choice, save_weights, write_sheet
+        from fovlm.viz.gaze import gaze_of
+        from fovlm.viz.html import write_page
+        from fovlm.viz.video import write_movie
 
         net, processor = open_(model, frames)
     dino = net.config.dino_config
@@ -177,12 +177,12 @@ def demo(
     """
     with waiting("loading the model"):
         try:
-            from fovlm.see.demo import serve
+            from fovlm.viz.demo import serve
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] != "gradio":
                 raise
             raise UserError("the demo needs gradio: pip install 'fovlm[demo]'") from error
-        from fovlm.clips import films
+        from fovlm.media.clip import films
 
         chosen = films(examples) if examples else []
         net, processor = open_(model, frames)
@@ -211,7 +211,7 @@ def convert(
     if to == "universal" and (odd := given(context, "dtype", "shard_size", "tokenizer", "trust")):
         raise UserError(f"--{odd} has no effect with --to universal: a checkpoint keeps what training needs, as it is")
     with waiting("starting"):
-        from fovlm.convert import convert as work
+        from fovlm.checkpoint.convert import convert as work
     print(work(source, out, dtype, shard_size, trust, step or None, to, tokenizer or None))
 
 
@@ -239,7 +239,7 @@ def import_(
     Example: `fovlm import foveated.pt converted/foveated`
     """
     with waiting("reading the weights"):
-        from fovlm.published import import_published
+        from fovlm.checkpoint.import_nanosmol import import_published
     names = (llm or None, dino or None, tokenizer or None)
     print(import_published(source, out, *names, prompt, frame_size, visual_scale, dtype, shard_size, trust))
 
@@ -261,7 +261,7 @@ def open_(folder: str, frames: int) -> tuple[Any, Any]:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from fovlm.processor import open_model
+    from fovlm.model.processing import open_model
 
     if not folder:
         raise UserError("which model? --model FOLDER, or set FOVLM_MODEL (a folder made by fovlm convert)")

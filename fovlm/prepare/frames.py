@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fovlm import footage, media
 from fovlm.bad import BadSample
+from fovlm.media import decode, tolerant
 from fovlm.prepare.job import Job
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".webp", ".gif")  # tried for a video named without one
@@ -49,10 +49,10 @@ def video_frames(file: Path, job: Job) -> list[bytes]:
     """The JPEGs of a video or animation. Raises BadSample, also for one that is only partly there."""
     try:
         with open(file, "rb") as data:
-            kind = footage.kind_of(data)
+            kind = tolerant.kind_of(data)
             if kind is None:
                 raise BadSample("not a video")
-            seen = footage.decode_some(data, kind, job.size, job.most)
+            seen = tolerant.decode_some(data, kind, job.size, job.most)
     except OSError as error:
         raise BadSample("unreadable file") from error
     if seen.note:
@@ -75,10 +75,10 @@ def picture(image: Any, job: Job) -> bytes:
     if not data or not isinstance(data, bytes):
         raise BadSample("no picture")
     file = io.BytesIO(data)
-    kind = footage.kind_of(file)
-    if kind not in (*media.PICTURES.values(), "GIF"):
+    kind = tolerant.kind_of(file)
+    if kind not in (*decode.PICTURES.values(), "GIF"):
         raise BadSample("not a picture")
-    seen = footage.decode_some(file, kind, job.size, 1)
+    seen = tolerant.decode_some(file, kind, job.size, 1)
     if seen.note:
         raise BadSample("undecodable picture")
     return jpegs(seen.frames, job)[0]
@@ -86,4 +86,4 @@ def picture(image: Any, job: Job) -> bytes:
 
 def jpegs(frames: Tensor, job: Job) -> list[bytes]:
     """u8 [f, 3, size, size] -> JPEGs."""
-    return [media.encode_jpeg(frame.permute(1, 2, 0).numpy(), job.quality) for frame in frames]
+    return [decode.encode_jpeg(frame.permute(1, 2, 0).numpy(), job.quality) for frame in frames]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fovlm.prepare.tables import Row
+from fovlm.data.tables import Row
 
 Record = dict[str, Any]
 

@@ -16,8 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fovlm.data.index import replace_file
 from fovlm.errors import UserError
-from fovlm.index import replace_file
 
 FILE, REJECTED = "manifest.json", "rejected.jsonl"
 PACKAGES = ("av", "pillow", "simplejpeg", "pyarrow", "webdataset")  # other versions may give other bytes
@@ -48,7 +48,7 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """Names the content of all shards in order, as `fovlm.index.hash_of` does."""
+        """Names the content of all shards in order, as `fovlm.data.index.hash_of` does."""
         checksums = [self.shards[name].checksum for name in sorted(self.shards) if self.shards[name].samples]
         return hashlib.blake2b("\n".join(checksums).encode(), digest_size=16).hexdigest()
 

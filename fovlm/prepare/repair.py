@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from fovlm.index import replace_file
+from fovlm.data.index import replace_file
 from fovlm.prepare import manifest as books
-from fovlm.prepare.audit import Audit, Scan
-from fovlm.prepare.make import checksum_of
+from fovlm.prepare.check import Audit, Scan
 from fovlm.prepare.manifest import Manifest, Shard
+from fovlm.prepare.write_shard import checksum_of
 
 END = bytes(1024)  # two empty blocks end a tar
 

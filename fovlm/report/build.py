@@ -13,20 +13,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fovlm.report import figures, tables
 from fovlm.report.collect import PICTURES, Evidence, Run, collect
-from fovlm.report.compare import RULE
-from fovlm.report.decide import BASELINE, NAMES, Answer, answers
-from fovlm.report.page import Block, Bold, Figure, Heading, Points, Table, Text, markdown, page
-from fovlm.report.scale import (
-    ARCHS,
-    LAW_RULE,
-    OPTIMUM_RULE,
-    TREND_RULE,
-    Grid,
-    grid,
-    law_text,
-    optimum_text,
-    trend_text,
-)
+from fovlm.report.document import Block, Bold, Figure, Heading, Points, Table, Text, markdown, page
+from fovlm.report.grid import ARCHS, LAW_RULE, OPTIMUM_RULE, TREND_RULE, Grid, grid, law_text, optimum_text, trend_text
+from fovlm.report.questions import BASELINE, NAMES, Answer, answers
+from fovlm.report.statistics import RULE
 
 BLIND = "validation loss without a picture, at best"  # what the embedded task writes into a summary (`hunt_data.py`)
 AT_FLOOR = 0.02  # of that loss: a run that is no further below it has not learned to see
@@ -34,7 +24,8 @@ LOOKS = ("fine looks on the asked object", "coarse looks on the asked object", "
 ONE = {"F": "foveated (F)", "B": "multi-token (B)"}
 LOOKING = ("LR1", "A1", "A6")  # whose gaze is shown
 CHECKED = (
-    "The fit was checked on synthetic losses, whose parameters it recovers within its intervals (tests/test_fits.py), "
+    "The fit was checked on synthetic losses, whose parameters it recovers within its intervals "
+    "(tests/report/test_scaling_law.py), "
     "and on the 240 points that Besiroglu et al. (arXiv 2404.10102) read off a figure of Hoffmann et al.: E 1.82, "
     "A 463, alpha 0.345, B 2223, beta 0.369, against their 1.82, 482, 0.348, 2085, 0.366, each within the interval "
     "found here (docs/report.md)."

@@ -18,10 +18,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from fovlm import config, many_plan, scaling
-from fovlm.config import Experiment
+from fovlm.config import schema
+from fovlm.config.schema import Experiment
 from fovlm.errors import UserError, nearest
-from fovlm.geometry import geometry, parameters
+from fovlm.estimate import flops
+from fovlm.estimate.shapes import geometry, parameters
+from fovlm.sweep import select
 
 SEED = re.compile(r"-s\d+$")
 CELL = re.compile(r"^(?P<group>.*?)(?P<size>[^-]+)-(?P<budget>C\d+)-(?P<arch>[A-Z])$")
@@ -166,7 +168,7 @@ def collect(words: Iterable[str]) -> Evidence:
 
 def _folders(word: str) -> list[Path]:
     """The run folders that a word means, those of further seeds with it when it is a name."""
-    roots = (Path(), config.run_root())
+    roots = (Path(), schema.run_root())
     for root in roots:
         path = root / word
         if (path / "experiment.yaml").is_file():
@@ -185,19 +187,19 @@ def _folders(word: str) -> list[Path]:
     if Path(word).is_absolute() or word.startswith("."):
         raise UserError(f"no run folder, and no folder of runs: {word}")
     try:
-        names = [name for _, name in many_plan.select([word])]
+        names = [name for _, name in select.select([word])]
     except UserError as error:
-        known = [p.parent.name for p in config.run_root().glob("*/experiment.yaml")]
-        where = f"here or in {config.run_root()}{nearest(word, known)}"
+        known = [p.parent.name for p in schema.run_root().glob("*/experiment.yaml")]
+        where = f"here or in {schema.run_root()}{nearest(word, known)}"
         raise UserError(f"no run folder '{word}' {where}; {error}") from None
     inside = [p for name in names for p in _with_seeds(name)]
     if not inside:
-        raise UserError(f"'{word}' has not been run: nothing of it in {config.run_root()} (fovlm run '{word}')")
+        raise UserError(f"'{word}' has not been run: nothing of it in {schema.run_root()} (fovlm run '{word}')")
     return inside
 
 
 def _with_seeds(name: str) -> list[Path]:
-    found = [p.parent for p in sorted(config.run_root().glob(f"{name}*/experiment.yaml"))]
+    found = [p.parent for p in sorted(schema.run_root().glob(f"{name}*/experiment.yaml"))]
     return [folder for folder in found if SEED.sub("", folder.name) == name]
 
 
@@ -208,7 +210,7 @@ def _read(folder: Path) -> "Run | str":
     except (OSError, ValidationError, yaml.YAMLError) as error:
         return f"experiment.yaml can't be read ({type(error).__name__})"
     rows = _rows(folder / "metrics.csv")
-    summary = many_plan.summary_of(folder)
+    summary = select.summary_of(folder)
     status = summary.get("status", "no run_summary.json")
     if status != "finished":
         return f"not finished ({status}, last row at step {int(rows[-1]['step']) if rows else 0})"
@@ -287,7 +289,7 @@ def _plain(e: Experiment) -> bool:
 
 def _bound(experiment: Experiment) -> float:
     """FLOPs of a sample when each is as large as the settings allow, by the mix."""
-    largest, shapes = scaling.largest(experiment), geometry(experiment.model)
+    largest, shapes = flops.largest(experiment), geometry(experiment.model)
     weights = experiment.data.train
-    cost = {s: scaling.total(scaling.sample_cost(experiment, shapes, largest[s])).total for s in weights}
+    cost = {s: flops.total(flops.sample_cost(experiment, shapes, largest[s])).total for s in weights}
     return sum(cost[s] * weights[s] for s in weights) / sum(weights.values())

@@ -18,8 +18,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from fovlm.report.collect import Evidence, Run
-from fovlm.report.decide import NAMES
-from fovlm.report.scale import ARCHS, Grid
+from fovlm.report.grid import ARCHS, Grid
+from fovlm.report.questions import NAMES
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, and greys; the marker says it again without colour.
 STYLE = {

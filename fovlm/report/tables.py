@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fovlm.report.collect import Evidence, Run
-from fovlm.report.decide import Answer
-from fovlm.report.fits import Fit
-from fovlm.report.scale import Grid
+from fovlm.report.grid import Grid
+from fovlm.report.questions import Answer
+from fovlm.report.scaling_law import Fit
 
 CURVES = ("loss", "val_loss", "loss_fine", "loss_coarse", "fine_over_coarse", "attention_entropy", "grad_norm")
 

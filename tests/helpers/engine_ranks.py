@@ -14,12 +14,13 @@ import deepspeed
 import torch
 from safetensors.torch import save_file
 
-from fovlm import checkpoint, ranks
-from fovlm.batch import Batch
-from fovlm.config import Optim
-from fovlm.engine import Engine, load_weights, start, universal_for
+from fovlm import distributed
+from fovlm.checkpoint import store
+from fovlm.checkpoint.reference import Question
+from fovlm.config.schema import Optim
+from fovlm.data.packing import Batch
 from fovlm.errors import UserError
-from fovlm.probe import Question
+from fovlm.train.engine import Engine, load_weights, start, universal_for
 from helpers.models import pack, sample, tiny_model
 from helpers.zero_files import experiment
 
@@ -56,7 +57,7 @@ def settings(stage: int, bf16: bool = False, **more: Any) -> dict[str, Any]:
         bucket = {"stage3_prefetch_bucket_size": 10**5, "stage3_param_persistence_threshold": 1000}
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 2 // ranks.world(),
+        "gradient_accumulation_steps": 2 // distributed.world(),
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": stage, **bucket},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -70,7 +71,7 @@ def engine(device: torch.device, stage: int, seed: int = 0, **more: Any) -> Engi
 
 
 def run(engine: Engine, first: int, last: int, packs: Callable[[int], list[Batch]] = packs) -> list[dict]:
-    mine = slice(ranks.rank(), None, ranks.world())
+    mine = slice(distributed.rank(), None, distributed.world())
     return [dataclasses.asdict(engine.step(packs(step)[mine])) for step in range(first, last)]
 
 
@@ -81,8 +82,8 @@ def main() -> None:
     for stage in (1, 2, 3):
         trained = engine(device, stage)
         first = run(trained, 0, 5)
-        checkpoints = checkpoint.Checkpoints(out / f"zero{stage}")
-        state = checkpoint.State(step=5, world_size=ranks.world(), zero_stage=stage)
+        checkpoints = store.Checkpoints(out / f"zero{stage}")
+        state = store.State(step=5, world_size=distributed.world(), zero_stage=stage)
         settings_of_run = experiment(tiny_model(), out / f"zero{stage}" / "tokenizer").dump()
         probe = Question(
             [sample("probe", 3), sample("words", text=9)], pack([sample("probe", 3), sample("words", text=9)])
@@ -93,7 +94,7 @@ def main() -> None:
         found[f"zero{stage}"] = {"first": first, "on": run(trained, 5, 8), "resumed": run(again, 5, 8)}
         if other is None:
             continue
-        theirs = checkpoint.Checkpoints(other / f"zero{stage}").newest_good(checkpoint.verify, print)
+        theirs = store.Checkpoints(other / f"zero{stage}").newest_good(store.verify, print)
         assert theirs is not None
         try:
             ready = other / f"universal{stage}"  # what `fovlm convert --to universal` made of it, for one of the stages
@@ -113,7 +114,7 @@ def main() -> None:
     warm = tiny_model(seed=4)
     load_weights(warm, str(out / "zero2"))
     found["warm"] = float(warm(packs(0)[0]).sum().detach())
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         (out / "found.json").write_text(json.dumps(found))
 
 
@@ -126,23 +127,23 @@ def unusual(device: torch.device, stage: int, folder: Path) -> None:
     given["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     trained = Engine(model, OPTIM, given, device)
     run(trained, 0, 2)
-    trained.save(checkpoint.Checkpoints(folder), checkpoint.State(step=2, zero_stage=stage), "name: test", best=True)
+    trained.save(store.Checkpoints(folder), store.State(step=2, zero_stage=stage), "name: test", best=True)
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             truth = {name: value.detach().clone() for name, value in model.state_dict().items()}
             save_file(truth, folder / "truth.safetensors")
 
 
 def not_finite(trained: Engine) -> dict[str, Any]:
     """One rank alone meets a loss that is not finite; all skip the step, and go on."""
-    batches = packs(0)[ranks.rank() :: ranks.world()]
-    if ranks.rank() == ranks.world() - 1:
+    batches = packs(0)[distributed.rank() :: distributed.world()]
+    if distributed.rank() == distributed.world() - 1:
         batches[-1] = dataclasses.replace(batches[-1], weight=batches[-1].weight * float("inf"))
     before = [p.detach().clone() for p in trained.model.parameters()]
     step = trained.step(batches)
     same = all(torch.equal(a, b) for a, b in zip(before, trained.model.parameters(), strict=True))
     after = run(trained, 0, 1)[0]
-    return {"skipped": ranks.gather(step.skipped), "same": ranks.gather(same), "after": after}
+    return {"skipped": distributed.gather(step.skipped), "same": distributed.gather(same), "after": after}
 
 
 if __name__ == "__main__":

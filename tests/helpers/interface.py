@@ -4,7 +4,7 @@ import torch
 from transformers import GenerationConfig
 
 from fovlm import FoveatedProcessor, FoveatedVLM
-from fovlm.stream import Stream
+from fovlm.model.autoregressive import Stream
 from helpers.models import FRAME, VOCABULARY, tiny_model
 from helpers.tiny import tokenizer
 

@@ -9,19 +9,19 @@ import sys
 
 import torch
 
-import fovlm.encoder
-from fovlm.batch import Batch, Size
-from fovlm.model import FoveatedVLM
-from fovlm.objectives import text_loss
+import fovlm.model.encoder
+from fovlm.data.packing import Batch, Size
+from fovlm.model.modeling import FoveatedVLM
+from fovlm.train.losses import text_loss
 from helpers.models import pack, sample, tiny_model
 
-OPERATIONS = {name: getattr(fovlm.encoder, name) for name in ("query_attention", "absorbed_attention")}
+OPERATIONS = {name: getattr(fovlm.model.encoder, name) for name in ("query_attention", "absorbed_attention")}
 
 
 def use(implementation: str) -> None:
     """Every look from now on: "triton" or "reference"."""
     for name, operation in OPERATIONS.items():
-        setattr(fovlm.encoder, name, functools.partial(operation, implementation=implementation))
+        setattr(fovlm.model.encoder, name, functools.partial(operation, implementation=implementation))
 
 
 def packs() -> list[Batch]:

@@ -5,9 +5,9 @@ import math
 import torch
 from transformers import Dinov2Config, LlamaConfig
 
-from fovlm.batch import Batch, Sample, Size, collate
-from fovlm.encoder import MEAN, STD
-from fovlm.model import FoveatedConfig, FoveatedVLM
+from fovlm.data.packing import Batch, Sample, Size, collate
+from fovlm.model.encoder import MEAN, STD
+from fovlm.model.modeling import FoveatedConfig, FoveatedVLM
 
 FRAME = 28  # pixels: 4 x 4 patches of 7
 VOCABULARY = 64

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fovlm.index import make_index
+from fovlm.data.index import make_index
 from fovlm.prepare import manifest as books
-from fovlm.prepare.audit import members_of
+from fovlm.prepare.check import members_of
 from fovlm.prepare.job import Job
-from fovlm.prepare.sources import SOURCES
-from fovlm.prepare.work import prepare
+from fovlm.prepare.pipeline import prepare
+from fovlm.prepare.registry import SOURCES
 from helpers import tiny
 
 QUIET = Console(quiet=True)

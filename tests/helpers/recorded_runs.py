@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fovlm import train
-from fovlm.batch import Batch
-from fovlm.engine import Engine, Step
+from fovlm.data.packing import Batch
+from fovlm.train import trainer
+from fovlm.train.engine import Engine, Step
 
 
 class Recorded(Engine):
@@ -34,12 +34,12 @@ class Recorded(Engine):
 
 def main() -> None:
     found = {}
-    train.Engine = Recorded
+    trainer.Engine = Recorded
     for name, run in json.loads(Path(sys.argv[1]).read_text()).items():
         Recorded.steps, Recorded.spoilt = [], run.get("spoilt", [])
         with tempfile.TemporaryFile("w+") as said:
             with contextlib.redirect_stderr(said):
-                status = train.main(run["arguments"])
+                status = trainer.main(run["arguments"])
             said.seek(0)
             last_words = said.read()
         found[name] = {

@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fovlm import config
-from fovlm.config import Experiment
-from fovlm.journal import Table
+from fovlm.config import schema
+from fovlm.config.schema import Experiment
+from fovlm.train.logger import Table
 
 DIFFERENT: dict[str, dict[str, Any]] = {
     "F1": {"optim": {"lr_dino": None, "lr_llm": None}},
@@ -96,4 +96,4 @@ def write_grid(root: Path, noise: float = 0.0) -> None:
 
 @functools.cache
 def _quickstart() -> dict[str, Any]:
-    return config.load("quickstart").model_dump()
+    return schema.load("quickstart").model_dump()

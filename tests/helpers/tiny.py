@@ -12,11 +12,11 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fovlm import media
-from fovlm.config import Source
-from fovlm.dataset import Dataset
-from fovlm.shards import write_shards
-from fovlm.text import Chat
+from fovlm.config.schema import Source
+from fovlm.data.chat import Chat
+from fovlm.data.dataset import Dataset
+from fovlm.data.shards import write_shards
+from fovlm.media import decode
 
 TEXT = "You are a helpful AI assistant . ? system user what is this yes no it red blue shown here in the picture"
 CHATML = (
@@ -44,7 +44,7 @@ def tokenizer(words: list[str] | None = None) -> PreTrainedTokenizerFast:
 
 def picture(value: int, size: int = 16) -> bytes:
     """A JPEG of one grey level."""
-    return media.encode_jpeg(np.full((size, size, 3), value, np.uint8))
+    return decode.encode_jpeg(np.full((size, size, 3), value, np.uint8))
 
 
 def video(seconds: float, fps: int = 5, size: int = 16, format: str = "mp4") -> bytes:

@@ -4,7 +4,7 @@ import csv
 import math
 from pathlib import Path
 
-from fovlm.shards import write_shards
+from fovlm.data.shards import write_shards
 from helpers import ROOT, tiny
 
 STEPS = 20

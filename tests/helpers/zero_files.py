@@ -1,4 +1,4 @@
-"""Checkpoints in the layout of DeepSpeed 0.19.8's ZeRO files, made without it; tests/test_engine.py holds real ones."""
+"""Checkpoints in the layout of DeepSpeed 0.19.8's ZeRO files, made without it (real ones: train/test_engine.py)."""
 
 import copy
 import math
@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fovlm import checkpoint
-from fovlm.checkpoint import Checkpoints, State
-from fovlm.config import Data, Experiment, Model, Source, Train
-from fovlm.model import FoveatedVLM
-from fovlm.probe import Question
+from fovlm.checkpoint import store
+from fovlm.checkpoint.reference import Question
+from fovlm.checkpoint.store import Checkpoints, State
+from fovlm.config.schema import Data, Experiment, Model, Source, Train
+from fovlm.model.modeling import FoveatedVLM
 from helpers import tiny
 from helpers.models import FRAME, pack, sample
 
@@ -105,10 +105,10 @@ def write_run(
     tiny.tokenizer().save_pretrained(run / "tokenizer")
     checkpoints = Checkpoints(run)
     staging = checkpoints.staging(f"step-{step:08d}")
-    write_shards(staging / checkpoint.ENGINE, model, stage, world, dtype)
+    write_shards(staging / store.ENGINE, model, stage, world, dtype)
     (staging / "experiment.yaml").write_text(experiment(model, run / "tokenizer").dump())
     if probe:
-        (staging / checkpoint.CONFIG).write_text(model.config.to_json_string(use_diff=False))
+        (staging / store.CONFIG).write_text(model.config.to_json_string(use_diff=False))
         batch = pack(SAMPLES)
         with torch.no_grad():
             nll = copy.deepcopy(model).to(dtype)(batch)
@@ -119,13 +119,13 @@ def write_run(
 
 def seal(checkpoints: Checkpoints, staging: Path, state: State, best: bool = False) -> Path:
     files = sorted(p for p in staging.rglob("*") if p.is_file())
-    return checkpoints.publish(staging, checkpoint.seal(files, staging), state, best)
+    return checkpoints.publish(staging, store.seal(files, staging), state, best)
 
 
 def reseal(path: Path) -> None:
     """Give a checkpoint whose files were changed a manifest that agrees with them."""
-    (path / checkpoint.MANIFEST).unlink()
+    (path / store.MANIFEST).unlink()
     staging = path.rename(path.with_name(f".staging-{path.name}"))
-    state = checkpoint.read_state(staging)
-    (staging / checkpoint.STATE).unlink()
+    state = store.read_state(staging)
+    (staging / store.STATE).unlink()
     seal(Checkpoints(path.parent.parent), staging, state)

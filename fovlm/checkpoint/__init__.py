@@ -1,0 +1,1 @@
+"""Saved states: writing, finding, reading, converting."""

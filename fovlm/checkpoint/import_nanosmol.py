@@ -1,0 +1,273 @@
+"""`fovlm import PATH OUT`: a published foveated model of another make -> our folder.
+
+Its state dict has these names (deep query, Q = 384, visual_scale 0.14); beside them what becomes of each:
+
+    encoder.dino.*               encoder.dino.*         DINOv2, as transformers names it, now or in older releases
+    encoder.query_input_proj.*   connector.query_in     Q -> D
+    encoder.output_proj.*        folded                 D -> D, behind the encoder's final norm
+    dino_to_llm.*                connector.to_llm       D -> E
+    llm_to_query.*               connector.to_query     E -> Q
+    q_static, q_init             connector.q_static, connector.q_first
+    llm.*                        llm.*
+
+Two linear maps in a row are one: W (W_out x + b_out) + b = (W W_out) x + (W b_out + b), with W and b those of to_llm.
+Our query_in has no bias. One that is not zero moves into the queries: with W d = b, W q + b = W (q + d), and every
+query is q_static, q_first or what to_query gives, so d joins those three. Where there is no such d it is refused.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+
+from fovlm.checkpoint.convert import DTYPES, refuse_occupied, staged, write_texts, write_weights
+from fovlm.checkpoint.model_card import imported_card
+from fovlm.checkpoint.safetensors_writer import byte_size
+from fovlm.checkpoint.verify import load
+from fovlm.checkpoint.zero_reader import load_pickled
+from fovlm.data.chat import load_tokenizer
+from fovlm.errors import UserError, nearest
+from fovlm.estimate.shapes import local_folder
+from fovlm.model.build import check_vocabulary
+from fovlm.model.encoder import Dinov2Config, config_of, released_name
+from fovlm.model.modeling import PROMPTS, FoveatedConfig
+
+DINO, LLM = "encoder.dino.", "llm."
+NESTS = ("model", "state_dict", "model_state_dict", "module")  # under which a training script may put its weights
+PICKLED = ("pt", "pth", "bin")
+WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put ahead of every name
+# By width and layers. Shapes do not tell all (its rotary base, for one), so the rest comes from the model's own folder.
+SMOLLM2 = {
+    (576, 30): "HuggingFaceTB/SmolLM2-135M-Instruct",
+    (960, 32): "HuggingFaceTB/SmolLM2-360M-Instruct",
+    (2048, 24): "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+}
+EXACT = 1e-5  # of the bias: what may be left of it behind the queries' change
+
+
+class Published:
+    """The weights of a published state dict under our names (a `convert.Weights`).
+
+    Raises UserError for names that are not those above, and for shapes that do not fit together.
+    """
+
+    def __init__(self, state: dict[str, Tensor], origin: str):
+        self.origin = origin
+        self.ties: dict[str, str] = {}
+        self._weights: dict[str, Tensor] = {}
+        rest = dict(state)
+        for name in state:
+            if name.startswith(DINO):
+                self._weights[released_name(name)] = rest.pop(name)
+            elif name.startswith(LLM):
+                below = name.removeprefix(LLM)
+                if below.startswith(("layers.", "embed_tokens.", "norm.")):  # a Llama without its head
+                    below = f"model.{below}"
+                self._weights[LLM + below] = rest.pop(name)
+        self._connect(rest)
+        if rest:
+            raise UserError(f"{origin}: '{sorted(rest)[0]}' is no name of a foveated model that can be imported")
+        embedded, head = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
+        if head not in self._weights or torch.equal(self._weights[head], self._of(embedded)):
+            self._of(embedded)
+            self._weights.pop(head, None)
+            self.ties[head] = embedded
+        self.shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
+
+    def _connect(self, rest: dict[str, Tensor]) -> None:
+        """Take the connector's weights out of `rest`, fold what ours does not have, in fp64."""
+
+        def take(name: str, default: Tensor | None = None) -> Tensor:
+            if name not in rest and default is None:
+                raise UserError(f"{self.origin}: '{name}' is missing{nearest(name, state)}")
+            value = rest.pop(name, default)
+            assert value is not None
+            return value.double()
+
+        state = list(rest)
+        ours: dict[str, Tensor] = {}
+        query_in = ours["query_in.weight"] = take("encoder.query_input_proj.weight")
+        D, Q = query_in.shape
+        static, first = (take(name).reshape(-1) for name in ("q_static", "q_init"))
+        to_query = ours["to_query.weight"] = take("llm_to_query.weight")
+        asked = take("llm_to_query.bias", torch.zeros(len(to_query)))
+        bias = take("encoder.query_input_proj.bias", torch.zeros(D))
+        for name, tensor, shape in (("q_static", static, (Q,)), ("q_init", first, (Q,)), ("llm_to_query", asked, (Q,))):
+            if tuple(tensor.shape) != shape:
+                raise UserError(f"{self.origin}: {name} has {tensor.numel()} numbers, and queries have {Q}")
+        shift = self._shift(query_in, bias)
+        ours |= {"q_static": static + shift, "q_first": first + shift, "to_query.bias": asked + shift}
+
+        to_llm = take("dino_to_llm.weight")
+        out = take("encoder.output_proj.weight", torch.eye(D))
+        if to_llm.shape[1] != D or tuple(out.shape) != (D, D):
+            raise UserError(f"{self.origin}: output_proj and dino_to_llm do not take an encoder of width {D}")
+        ours["to_llm.weight"] = to_llm @ out
+        ours["to_llm.bias"] = to_llm @ take("encoder.output_proj.bias", torch.zeros(D)) + take(
+            "dino_to_llm.bias", torch.zeros(len(to_llm))
+        )
+        self._weights |= {f"connector.{name}": weight.float() for name, weight in ours.items()}
+
+    def _shift(self, query_in: Tensor, bias: Tensor) -> Tensor:
+        """d f64 [Q] with query_in d = bias. Raises UserError when there is none."""
+        if not bias.any():
+            return torch.zeros(query_in.shape[1], dtype=torch.float64)
+        shift = torch.linalg.lstsq(query_in, bias[:, None], driver="gelsd").solution[:, 0]
+        if (query_in @ shift.float().double() - bias).norm() > EXACT * bias.norm():
+            raise UserError(
+                f"{self.origin}: encoder.query_input_proj has a bias that no change of the queries can stand for, and "
+                "a fovlm model has none there: it cannot be imported exactly"
+            )
+        return shift
+
+    def _of(self, name: str) -> Tensor:
+        if name not in self._weights:
+            raise UserError(f"{self.origin}: '{name}' is missing")
+        return self._weights[name]
+
+    @property
+    def dino(self) -> Dinov2Config:
+        """What its DINOv2 is, by the shapes."""
+        shapes = {name.removeprefix(DINO): shape for name, shape in self.shapes.items() if name.startswith(DINO)}
+        try:
+            return config_of(shapes)
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{self.origin}: no DINOv2 can be told from its encoder.dino.* ({error})") from error
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and layers of its language model."""
+        layers = {name.split(".")[3] for name in self.shapes if name.startswith("llm.model.layers.")}
+        return self._of("llm.model.embed_tokens.weight").shape[1], len(layers)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[self.ties.get(name, name)]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._weights[self.ties.get(name, name)].dtype
+
+    def read(self, name: str) -> Tensor:
+        return self._weights[self.ties.get(name, name)]
+
+    def close(self) -> None:
+        self._weights = {}
+
+
+def import_published(
+    path: str | Path,
+    out: str | Path,
+    llm: str | dict[str, Any] | None = None,
+    dino: str | dict[str, Any] | None = None,
+    tokenizer: str | None = None,
+    prompt: str = "after",
+    frame_size: int = 224,
+    visual_scale: float = 0.14,
+    dtype: str = "bf16",
+    shard_size: str = "4GB",
+    trust: bool = False,
+) -> Path:
+    """Bring a published state dict (.safetensors, .pt, .pth, .bin, or a folder with one) into our folder `out`.
+
+    `llm` is the folder or id of the language model it was made from (or its configuration as a dict): by its shapes one
+    of SmolLM2's, unless given. `tokenizer` is that of `llm` unless given; `dino` follows from the shapes unless given.
+    Returns OUT. Raises UserError, and leaves nothing, for what is no such model.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is bf16 or fp32, not '{dtype}'{nearest(dtype, DTYPES)}")
+    if prompt not in PROMPTS:
+        raise UserError(f"--prompt is after or before, not '{prompt}'{nearest(prompt, PROMPTS)}")
+    largest, path, out = byte_size(shard_size), Path(path), Path(out)
+    refuse_occupied(out)
+    stored = Published(read_state(path, trust), str(path))
+    E, layers = stored.size
+    llm = llm or SMOLLM2.get((E, layers))
+    if llm is None:
+        raise UserError(
+            f"{path}: a language model of width {E} and {layers} layers is none of SmolLM2's: name the one it was made "
+            "from with --llm FOLDER"
+        )
+    if not tokenizer and isinstance(llm, dict):
+        raise UserError(f"{path}: which tokenizer it was trained with cannot be told: give --tokenizer FOLDER")
+    encoder: Any = _configured("dino", dino, Dinov2Config) if dino else stored.dino
+    if frame_size % encoder.patch_size:
+        raise UserError(
+            f"--frame-size {frame_size}: no multiple of the encoder's patches of {encoder.patch_size} pixels"
+        )
+    config = FoveatedConfig(
+        _configured("llm", llm, LlamaConfig),
+        encoder,
+        prompt=prompt,
+        frame_size=frame_size,
+        query_dim=stored.shape("connector.q_static")[0],
+        visual_scale=visual_scale,
+    )
+    config.llm_config.tie_word_embeddings = bool(stored.ties)
+    words = load_tokenizer(_found(tokenizer or str(llm)))
+    with staged(out) as staging:
+        write_weights(staging, config, stored, DTYPES[dtype], largest)
+        write_texts(staging, config, words, DTYPES[dtype])
+        model = load(staging, DTYPES[dtype])
+        check_vocabulary(model, len(words))
+        facts = [
+            ("language model", f"{Path(llm).name if isinstance(llm, str) else 'Llama'}, width {E}, {layers} layers"),
+            ("encoder", f"DINOv2, width {model.encoder.width}, {len(model.encoder.dino.encoder.layer)} layers"),
+            ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
+            ("weights", f"{DTYPES[dtype]}".removeprefix("torch.")),
+            ("folded", "`encoder.output_proj` into `connector.to_llm`: two linear maps in a row are one"),
+        ]
+        (staging / "README.md").write_text(imported_card(out.resolve().name, path.name, facts), encoding="utf-8")
+    return out
+
+
+def read_state(path: Path, trust: bool = False) -> dict[str, Tensor]:
+    """The state dict of a file, or of the one in a folder, mapped into memory. Raises UserError."""
+    if not path.exists():
+        there = [str(f) for f in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such file{nearest(str(path), there)}")
+    files = [path]
+    if path.is_dir():
+        pickled = (f for kind in PICKLED for f in path.glob(f"*.{kind}"))
+        files = sorted(path.glob("*.safetensors")) or sorted(pickled)
+        if not files or (len(files) > 1 and files[0].suffix != ".safetensors"):
+            raise UserError(f"{path}: {len(files) or 'no'} files with weights in it; give the file to import")
+    if files[0].suffix == ".safetensors":
+        return _unwrapped({name: tensor for file in files for name, tensor in _safetensors(file).items()}, path)
+    state = load_pickled(path if path.is_file() else files[0], trust)
+    while isinstance(state, dict) and (nest := next((n for n in NESTS if isinstance(state.get(n), dict)), None)):
+        state = state[nest]
+    return _unwrapped(state, path)
+
+
+def _safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no mapping)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); is it damaged?") from error
+
+
+def _unwrapped(state: Any, path: Path) -> dict[str, Tensor]:
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: not a state dict (names and tensors, perhaps under 'model' or 'state_dict')")
+    for wrapper in WRAPPERS:
+        if all(name.startswith(wrapper) for name in state):
+            state = {name.removeprefix(wrapper): value for name, value in state.items()}
+    return state
+
+
+def _configured(key: str, given: str | dict[str, Any], make: type[PreTrainedConfig]) -> PreTrainedConfig:
+    try:
+        if isinstance(given, dict):
+            return make(**given)
+        return AutoConfig.from_pretrained(_found(given), trust_remote_code=False)
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{key} {given}: no configuration there ({reason}); give a folder with --{key}") from error
+
+
+def _found(name: str) -> str:
+    """A model's folder, as given or below FOVLM_MODELS, or else its id."""
+    return str(local_folder(name) or name)

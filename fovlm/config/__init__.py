@@ -1,0 +1,1 @@
+"""Settings of an experiment: files, schema, and the DeepSpeed JSON."""

@@ -1,0 +1,274 @@
+"""The names of all runs, and what `experiments/*.yaml` say about each: plain YAML, no torch, no checks of fields.
+
+A file holds settings (`model:`, `data:`, `optim:`, `train:`, `journal:`, `engine:`) and three more words, no others:
+
+    base: other.yaml        settings of another file (relative to this one), under this file's own
+    runs: {NAME: {note: what it asks, optim: {...}}}                          a name -> its difference
+    grid: {size: {135M: {...}, 360M: {...}}, budget: {C1: {...}}}             crossed axes: 135M-C1, 360M-C1
+
+A difference is merged key by key, except for the few settings of `WHOLE`, which are replaced, and those of `ONE_OF`,
+which replace each other. Every value keeps its origin, so that an error can name the file and key where it was written.
+"""
+
+import functools
+import itertools
+import re
+import sys
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fovlm.errors import EXIT_USER_ERROR, UserError, nearest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENTS = ROOT / "experiments"
+SECTIONS = ("note", "seeds", "engine", "model", "data", "optim", "train", "journal")
+FORMS = ("base", "runs", "grid")
+WHOLE = {("data", "train"), ("model", "llm"), ("model", "dino")}  # a mix or a model is read in one place
+ONE_OF: dict[tuple[str, ...], set[str]] = {("train",): {"samples", "steps", "flops"}}
+
+Key = tuple[str, ...]
+
+
+@dataclass
+class Settings:
+    """Merged values, and where each was written: key path -> `file: where.` to be followed by the key."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origin: dict[Key, str] = field(default_factory=dict)
+
+    def merge(self, difference: dict[str, Any], where: str, at: Key = ()) -> None:
+        """Put `difference` over what is there. `where` names its place, e.g. `experiments/a.yaml: runs.LR1.`"""
+        target = self.values
+        for key in at:
+            target = target[key]
+        if ONE_OF.get(at, set()) & difference.keys():
+            for key in ONE_OF[at] - difference.keys():
+                target.pop(key, None)
+        for key, value in difference.items():
+            path = (*at, key)
+            self.origin[path] = where
+            if isinstance(value, dict) and isinstance(target.get(key), dict) and path not in WHOLE:
+                self.merge(value, where, path)
+            else:
+                target[key] = {} if isinstance(value, dict) else value
+                if isinstance(value, dict):
+                    self.merge(value, where, path)
+
+    def place(self, path: Key) -> str:
+        """Where the value at `path`, or the closest one around it, was written, with the key path after it."""
+        known = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in self.origin), None)
+        return (self.origin[known] if known else "") + ".".join(path)
+
+
+def names(folder: Path = EXPERIMENTS) -> dict[str, str]:
+    """All runs in the order of the files: name -> note."""
+    return {name: note for name, (_, _, note) in _all(folder).items()}
+
+
+def groups(folder: Path = EXPERIMENTS) -> dict[str, list[str]]:
+    """All runs by the file that has them, in its order: the file's name without `.yaml` -> names of runs."""
+    found: dict[str, list[str]] = {}
+    for name, (file, _, _) in _all(folder).items():
+        found.setdefault(file.stem, []).append(name)
+    return found
+
+
+def settings(name: str, folder: Path = EXPERIMENTS) -> Settings:
+    """What the files say about the run `name`. Raises UserError, naming the nearest run, when there is none."""
+    runs = _all(folder)
+    if name not in runs:
+        raise UserError(f"no run is called '{name}' in {_short(folder)}{nearest(name, runs)}; --list shows all")
+    file, differences, note = runs[name]
+    merged = _with_base(file, ())
+    for where, difference in differences:
+        merged.merge(difference, f"{_short(file)}: {where}.")
+    merged.values["note"] = note
+    return merged
+
+
+def apply_overrides(merged: Settings, overrides: list[str]) -> None:
+    """Put `section.key=value` from a command line over the settings; the value is YAML."""
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        keys = path.split(".")
+        if not equals or not all(keys):
+            raise UserError(f"command line: '{text}' is not of the form section.key=value")
+        try:
+            difference = yaml.load(value, Loader)
+        except yaml.YAMLError as error:
+            raise UserError(f"command line: {path}: '{value}' is not YAML ({_oneline(error)})") from None
+        for key in reversed(keys):
+            difference = {key: difference}
+        # A single key changes one entry even where a whole mapping would replace another.
+        target = merged.values
+        for depth, key in enumerate(keys[:-1]):
+            inner = target.setdefault(key, {})
+            if not isinstance(inner, dict):
+                raise UserError(f"command line: {path}: {'.'.join(keys[: depth + 1])} is {inner!r} and has no keys")
+            target, difference = inner, difference[key]
+        merged.merge(difference, "command line: ", tuple(keys[:-1]))
+
+
+# -- the three forms ----------------------------------------------------------------------------------------------
+
+Run = tuple[Path, list[tuple[str, dict[str, Any]]], str]  # file, (where, difference) in order, note
+
+
+def _all(folder: Path) -> dict[str, Run]:
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder} with experiments")
+    found: dict[str, Run] = {}
+    for file in sorted(folder.glob("*.yaml")):
+        content = read(file)
+        for name, run in [*_runs(file, content), *_grid(file, content)]:
+            if name in found:
+                raise UserError(f"{_short(file)}: {name}: {_short(found[name][0])} has a run of that name already")
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise UserError(f"{_short(file)}: '{name}': a name is a folder too: letters, digits, '.', '_' and '-'")
+            found[name] = run
+    return found
+
+
+def _runs(file: Path, content: dict[str, Any]) -> list[tuple[str, Run]]:
+    found: list[tuple[str, Run]] = []
+    for name, difference in _mapping(file, content, "runs").items():
+        where = f"runs.{name}"
+        if not isinstance(difference, dict):
+            raise UserError(f"{_short(file)}: {where}: a run is a mapping with a note")
+        found.append((name, (file, [(where, difference)], _note(file, where, difference))))
+    return found
+
+
+def _grid(file: Path, content: dict[str, Any]) -> list[tuple[str, Run]]:
+    axes = _mapping(file, content, "grid")
+    for axis in axes:
+        _mapping(file, axes, axis, "grid.")
+    found: list[tuple[str, Run]] = []
+    for point in itertools.product(*axes.values()) if axes else ():
+        differences: list[tuple[str, dict[str, Any]]] = []
+        for axis, value in zip(axes, point):
+            if not isinstance(axes[axis][value], dict):
+                raise UserError(f"{_short(file)}: grid.{axis}.{value}: a point of an axis is a mapping with a note")
+            differences.append((f"grid.{axis}.{value}", axes[axis][value]))
+        note = ", ".join(_note(file, where, difference) for where, difference in differences)
+        found.append(("-".join(point), (file, differences, note)))
+    return found
+
+
+def _with_base(file: Path, above: tuple[Path, ...]) -> Settings:
+    if file in above:
+        chain = " -> ".join(_short(f) for f in (*above[above.index(file) :], file))
+        raise UserError(f"{_short(above[-1])}: base: goes in a circle: {chain}")
+    content = read(file)
+    merged = Settings()
+    if "base" in content:
+        name = content["base"]
+        base = (file.parent / str(name)).resolve()
+        if not isinstance(name, str) or not base.is_file():
+            there = [f.name for f in base.parent.glob("*.yaml")]
+            raise UserError(f"{_short(file)}: base: no file '{name}' beside it{nearest(str(name), there)}")
+        merged = _with_base(base, (*above, file))
+    merged.merge({k: v for k, v in content.items() if k not in FORMS}, f"{_short(file)}: ")
+    return merged
+
+
+def _note(file: Path, where: str, difference: dict[str, Any]) -> str:
+    note = difference.get("note")
+    if not isinstance(note, str) or not note.strip():
+        raise UserError(f"{_short(file)}: {where}: wants a note that says in one line what it asks")
+    return note.strip()
+
+
+def _mapping(file: Path, content: dict[str, Any], key: str, where: str = "") -> dict[str, Any]:
+    value = content.get(key, {})
+    if not isinstance(value, dict):
+        raise UserError(f"{_short(file)}: {where}{key}: must be a mapping of names")
+    return value
+
+
+# -- YAML ---------------------------------------------------------------------------------------------------------
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.2's plain values: `1e-4` is a number, `no` and `1:30` are words, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: dict[Hashable, Any] = {}
+        for key_node, value_node in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is None or key in seen:
+                what = "a key must be a word" if key is None else f"'{key}' stands here twice"
+                raise yaml.constructor.ConstructorError(None, None, what, key_node.start_mark)
+            seen[key] = self.construct_object(value_node, deep=deep)
+        return seen
+
+
+Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in [
+    ("null", r"null|~|", "n~"),
+    ("bool", r"true|false", "tf"),
+    ("int", r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)", "-+0123456789"),
+    ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?", "-+.0123456789"),
+]:
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), [*_first, ""])
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes what `Loader` reads back: quotes a word that it would take for a number."""
+
+
+Dumper.yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
+
+
+@functools.cache
+def _parsed(text: str) -> Any:
+    """The value of a YAML text, shared by all callers: planning a sweep reads each file once for each run."""
+    return yaml.load(text, Loader)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, not to be changed. Raises UserError with file and line when it is not one, or has an
+    unknown section."""
+    try:
+        content = _parsed(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{_short(file)}: {_oneline(error)}") from None
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise UserError(f"{_short(file)}: must be a mapping of sections")
+    for key in content:
+        if key not in SECTIONS + FORMS:
+            raise UserError(f"{_short(file)}: {key}: unknown section{nearest(key, SECTIONS + FORMS)}")
+    return content
+
+
+def _oneline(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return (f"line {mark.line + 1}: " if mark else "") + (getattr(error, "problem", None) or "cannot be read")
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def main() -> None:
+    """`python -m fovlm.config.experiments [NAME]`: print all runs with their notes, or only check that NAME is one."""
+    try:
+        if len(sys.argv) > 1:
+            settings(sys.argv[1])
+            return
+        listed = names()
+    except UserError as error:
+        print(f"fovlm: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    width = max(map(len, listed))
+    for name, note in listed.items():
+        print(f"{name:{width}}  {note}")
+
+
+if __name__ == "__main__":
+    main()

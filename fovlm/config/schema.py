@@ -1,0 +1,318 @@
+"""An experiment, typed and strict: what is trained on what, how, and for how long. No torch here.
+
+`load(name, overrides)` reads the files (`runs.py`), checks every key and value, and returns an `Experiment`. A mistake
+is a `UserError` of one line that names the file, the key path and the nearest right word. Units stand beside the
+fields; letters (F frames, S text tokens) as in `batch.py`.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from fovlm.config import experiments
+from fovlm.errors import UserError, nearest
+
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]  # 0: never, or none
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    """No unknown keys, no silent conversions, no changes afterwards (use `model_copy(update=...)`)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class Model(Strict):
+    """The network. `llm` and `dino` are a folder (as given, or below FOVLM_MODELS), a Hugging Face id, or the keyword
+    arguments of a `LlamaConfig` / `Dinov2Config` for a model with random weights."""
+
+    visual: Literal["foveated", "coarse", "multi_token"] = "foveated"  # coarse then fine; q_static alone; 16 per frame
+    deep_query: bool = True  # False: one cross-attention on the encoder's last features
+    prompt: Literal["after", "before"] = "after"  # the question stands after or ahead of the frames
+    rounds: Count = (
+        1  # times that looks go round: queries from coarse tokens, then from the fine ones of the round before
+    )
+    llm: str | dict[str, Any] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    dino: str | dict[str, Any] = "facebook/dinov2-small"
+    tokenizer: str | None = None  # folder or id; None: the language model's
+    query_dim: Count = 384  # Q
+    visual_scale: Rate = 0.14  # deviation of a visual token: that of SmolLM2's embeddings
+    frame_size: Count = 224  # pixels, height and width
+    checkpoint_llm: bool = False  # recompute activations in the backward pass: less memory, about a third more time
+    checkpoint_dino: bool = False
+    compile: bool = False  # torch.compile of the backbones
+    init_from: str | None = None  # a run's name or folder: start from its weights with a fresh optimizer
+
+
+class Source(Strict):
+    """Where one kind of data comes from."""
+
+    shards: str  # tar files: braces and ${FOVLM_DATA} are expanded; a relative pattern is below FOVLM_DATA; or a URL
+    kind: Literal["text", "image", "video", "preference"]
+    prompt: str | None = None  # the question for samples without one of their own
+
+
+class Hunt(Strict):
+    """The embedded task (`hunt.py`): objects change places and marks from frame to frame, a question names one object,
+    the answer lists its marks. The generator writes the shards of the sources into `folder` before training starts."""
+
+    folder: str = "hunt"  # below FOVLM_DATA
+    train_clips: Count = 4000
+    val_clips: Count = 256
+    frames: Count = 4  # of a clip
+    objects: Annotated[list[Count], Field(min_length=1)] = [3]  # in a clip: one of these numbers
+    names: Annotated[int, Field(ge=1, le=24)] = 12  # different objects: colour and shape
+    marks: Annotated[int, Field(ge=2, le=10)] = 6  # different marks: chance is 1 / marks
+    grid: Count = 6  # places on a side of the picture
+    patch: Count = 14  # pixels on a side of a place
+    text_fraction: Share = 0.1  # text-only samples, of all
+    image_fraction: Share = 0.1  # single pictures, of all
+    seed: Whole = 0
+
+
+class Data(Strict):
+    """Sources, their mix, and the fixed shape of a pack."""
+
+    sources: dict[str, Source] = {}
+    train: dict[str, Rate] = {}  # source -> weight: its share among the SAMPLES, relative to the others
+    val: list[str] = []  # sources, each read from its start
+    frames: Count = 64  # F: unique frames in a pack
+    text: Count = 1024  # S: text tokens in a pack
+    max_frames: Count = 64  # of one sample; a longer video is thinned evenly
+    max_text: Count = 512  # tokens of one sample; longer ones are cut
+    image_frames: Count = 1  # looks at the one frame of an image
+    loss: Literal["all_text", "answer"] = "answer"  # which text tokens are learnt
+    workers: Whole = 2  # loader processes per rank; changes nothing but speed
+    seed: Whole = 0  # of the order
+    max_bad_fraction: Share = 0.01  # of the samples seen; beyond it the run fails
+    generate: Hunt | None = None
+
+
+class Optim(Strict):
+    """AdamW over three groups; rates are the peak of the schedule (`schedule.py`)."""
+
+    lr_connector: Rate = 1e-4
+    lr_dino: Rate | None = 1e-5  # None: frozen
+    lr_llm: Rate | None = 1e-5  # None: frozen
+    schedule: Literal["cosine", "constant", "converging"] = "cosine"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03  # share of the run
+    final: Share = 0.1  # cosine: the last rate over the peak
+    lr_common: Rate | None = None  # converging: where all groups end
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    eps: Rate = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(ge=0)] = 1.0  # global norm of the gradient; 0: none
+
+
+class Train(Strict):
+    """How long, how large a step, how often what. Exactly one of samples, steps and flops is given."""
+
+    samples: Count | None = None  # to be seen
+    steps: Count | None = None  # of the optimizer
+    flops: Rate | None = None  # budget, forward and backward, from which the number of samples follows
+    packs_per_step: Count = 8  # the global batch; the number of ranks must divide it
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    seed: Whole = 0  # of the weights
+    objective: Literal["text", "dpo"] = "text"
+    dpo_beta: Rate = 0.1
+    log_every: Count = 10  # steps
+    eval_every: Whole = 500  # steps
+    eval_packs: Count = 32  # packs, over all ranks
+    save_every: Whole = 500  # steps
+    keep_last: Count = 2  # checkpoints
+    keep_best: Whole = 1  # checkpoints
+    best: Literal["val_loss", "train_loss"] = "val_loss"  # what decides which is best
+    resume: str = "auto"  # auto: the newest good checkpoint of the run, if any; none; or a folder
+    hang_minutes: Count = 30  # a step or a validation that takes longer is taken for hung, and ends the run
+    max_nonfinite: Count = 3  # steps in a row without a finite loss or gradient; then the run fails
+
+
+class Journal(Strict):
+    """Where progress is written besides the run folder's CSV and the terminal."""
+
+    wandb: Literal["disabled", "offline", "online"] = "offline"
+    project: str = "fovlm"
+    entity: str | None = None  # wandb's team
+    folder: str | None = None  # the run folder; None: $FOVLM_RUNS/NAME, `runs/NAME` unless told
+
+
+# How a run is carried out, not what it computes: a checkpoint goes on under other values of these.
+HOW = {
+    "model": {"checkpoint_llm", "checkpoint_dino", "compile"},
+    "data": {"workers", "max_bad_fraction"},
+    "train": {
+        "log_every",
+        "eval_every",
+        "eval_packs",
+        "save_every",
+        "keep_last",
+        "keep_best",
+        "resume",
+        "hang_minutes",
+        "max_nonfinite",
+    },
+}
+
+
+class Experiment(Strict):
+    """A named run: everything that it needs to be done again."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    note: str = ""
+    seeds: Count = 1  # how often `fovlm run` repeats it, each time with other first weights
+    engine: str = "zero2"  # a file of ds_configs
+    model: Model = Model()
+    data: Data = Data()
+    optim: Optim = Optim()
+    train: Train = Train()
+    journal: Journal = Journal()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Experiment":
+        for path, problem in _problems(self):
+            raise PydanticCustomError("fits", "{problem}", {"path": path, "problem": problem})
+        return self
+
+    def dump(self) -> str:
+        """The resolved experiment as YAML, which `Experiment.parse` reads back."""
+        return yaml.dump(self.model_dump(), Dumper=experiments.Dumper, sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def parse(cls, text: str) -> "Experiment":
+        """What `dump` wrote."""
+        return cls.model_validate(yaml.load(text, experiments.Loader))
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits of all that a checkpoint depends on: not the name, note, seeds, journal and `HOW`."""
+        exclude: dict[str, Any] = {"name": True, "note": True, "seeds": True, "journal": True, **HOW}
+        what = json.dumps(self.model_dump(exclude=exclude), sort_keys=True)
+        return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run writes: checkpoints, journal, resolved settings."""
+        return Path(self.journal.folder) if self.journal.folder else run_root() / self.name
+
+
+def run_root() -> Path:
+    """FOVLM_RUNS, or `runs` in the project: run folders are below."""
+    return Path(os.environ.get("FOVLM_RUNS", experiments.ROOT / "runs"))
+
+
+def data_root() -> Path:
+    """FOVLM_DATA, or `data` in the project: what relative shard patterns are below."""
+    return Path(os.environ.get("FOVLM_DATA", experiments.ROOT / "data"))
+
+
+def model_root() -> Path:
+    """FOVLM_MODELS, or `models` in the project: model folders are below."""
+    return Path(os.environ.get("FOVLM_MODELS", experiments.ROOT / "models"))
+
+
+def load(name: str, overrides: list[str] | None = None, folder: Path = experiments.EXPERIMENTS) -> Experiment:
+    """The run `name` with `section.key=value` overrides (`name=other` gives it another run folder).
+
+    Raises UserError for an unknown name or key, a wrong type, or settings that do not fit together.
+    """
+    settings = experiments.settings(name, folder)
+    settings.values["name"] = name
+    experiments.apply_overrides(settings, overrides or [])
+    try:
+        return Experiment.model_validate(settings.values)
+    except ValidationError as error:
+        raise UserError(_oneline(error, settings, name)) from None
+
+
+# -- checks between fields, and errors in one line ------------------------------------------------------------------
+
+
+def _problems(e: Experiment) -> list[tuple[str, str]]:
+    """What single fields cannot know: (key path, what is wrong and what to do)."""
+    d, t = e.data, e.train
+    found: list[tuple[str, str]] = []
+    lengths = [key for key in ("samples", "steps", "flops") if getattr(t, key) is not None]
+    if len(lengths) != 1:
+        given = " and ".join(lengths) or "none of them"
+        found.append(("train", f"exactly one of samples, steps and flops says how long the run is, not {given}"))
+    for budget, most in (("frames", "max_frames"), ("text", "max_text")):
+        if getattr(d, budget) < getattr(d, most):
+            found.append((f"data.{budget}", f"{getattr(d, budget)} is too small for one sample of data.{most}="
+                          f"{getattr(d, most)}: raise the former or lower the latter"))  # fmt: skip
+    for key, used in (("train", list(d.train)), ("val", d.val)):
+        for source in used:
+            if source not in d.sources:
+                at = f"data.train.{source}" if key == "train" else "data.val"
+                found.append((at, f"'{source}' is none of data.sources{nearest(source, d.sources)}"))
+    if (task := d.generate) and max(task.objects) > min(task.names, task.grid**2):
+        found.append(("data.generate.objects", f"{max(task.objects)} objects need as many names and places: there are "
+                      f"{task.names} names and {task.grid**2} places"))  # fmt: skip
+    if not d.train:
+        found.append(("data.train", "no source to train on"))
+    if t.best == "val_loss" and not (d.val and t.eval_every):
+        found.append(("train.best", "val_loss needs data.val and train.eval_every; or say train_loss"))
+    for source in d.train:
+        if source in d.sources and (d.sources[source].kind == "preference") != (t.objective == "dpo"):
+            found.append(("data.train", f"'{source}' is of kind {d.sources[source].kind}, and train.objective is "
+                          f"{t.objective}: preference data and dpo belong together"))  # fmt: skip
+    if e.optim.schedule == "converging" and e.optim.lr_common is None:
+        found.append(("optim.lr_common", "converging needs the rate where all groups end"))
+    if isinstance(e.model.llm, dict) and e.model.tokenizer is None and d.generate is None:
+        found.append(("model.tokenizer", "a language model from a config has none of its own: name a folder or an id"))
+    return found
+
+
+def _oneline(error: ValidationError, settings: experiments.Settings, name: str) -> str:
+    errors = error.errors(include_url=False)
+    first, more = errors[0], len(errors) - 1
+    path = tuple(first["ctx"]["path"].split(".")) if first["type"] == "fits" else _path(first["loc"], settings.values)
+    place = settings.place(path) or name
+    where = place if place.startswith("command line") else f"{place} (run {name})"
+    also = f" (and {more} more)" if more else ""
+    return f"{where}: {_what(first, path)}{also}"
+
+
+def _path(loc: tuple[int | str, ...], values: Any) -> tuple[str, ...]:
+    """pydantic's location without the names of a union's members, which are not in the file."""
+    path: list[str] = []
+    for part in loc:
+        if isinstance(values, dict) and part in values:
+            values = values[part]
+        elif path and not isinstance(values, dict | list):
+            break
+        path.append(str(part))
+    return tuple(path)
+
+
+def _what(error: ErrorDetails, path: tuple[str, ...]) -> str:
+    message = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] in ("missing", "fits"):
+        return message
+    schema = _schema(Experiment)
+    known = ("data", "sources", "*", *path[3:]) if path[:2] == ("data", "sources") and len(path) > 3 else path
+    if error["type"] == "extra_forbidden":
+        beside = [key[-1] for key in schema if key[:-1] == known[:-1]]
+        elsewhere = [".".join(key) for key in schema if key[-1] == known[-1]]
+        return "unknown key" + (f" (did you mean '{elsewhere[0]}'?)" if elsewhere else nearest(known[-1], beside))
+    words = get_args(schema[known]) if error["type"] == "literal_error" else ()
+    return f"{message}, not {error['input']!r}{nearest(str(error['input']), words)}"
+
+
+def _schema(section: type[BaseModel], at: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Every key path and its type; `*` stands for a name that the experiment gives."""
+    found: dict[tuple[str, ...], Any] = {}
+    for key, info in section.model_fields.items():
+        found[(*at, key)] = info.annotation
+        for inner in (info.annotation, *get_args(info.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                named = get_origin(info.annotation) is dict
+                found |= _schema(inner, (*at, key, "*") if named else (*at, key))
+    return found

@@ -1,0 +1,1 @@
+"""From tar shards to packed batches."""

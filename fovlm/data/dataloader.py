@@ -1,0 +1,221 @@
+"""The steps of a run: consecutive samples -> packs -> this rank's batches, decoded by worker processes.
+
+A step takes the samples from the cursor on and spreads them over all packs of the step (`batch.fill_step`); pack j goes
+to rank j % world. The plan depends on the cursor alone: not on ranks, nor on workers, nor on what turns out broken. So
+the cursor, one integer, says all that a resumed run needs, on any number of ranks.
+
+Workers start from a fork server: a plain fork would copy the locks of CUDA's, gloo's and the tokenizer's threads in
+whatever state they are in. They leave signals to their parent, which has a checkpoint to save first.
+"""
+
+import atexit
+import logging
+import multiprocessing.forkserver
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count, islice
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch.utils.data
+
+from fovlm.data.dataset import Dataset
+from fovlm.data.packing import Batch, Size, collate, fill_step
+from fovlm.errors import UserError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Plan:
+    """One step: the positions in each pack, and the first position behind the step."""
+
+    packs: list[list[int]]
+    cursor: int
+
+
+@dataclass
+class Step:
+    """This rank's share of one step; `samples` counts those of all ranks, `cursor` is where the next step starts."""
+
+    batches: list[Batch]
+    cursor: int
+    samples: int
+
+
+def plan(dataset: Dataset, budget: Size, packs: int, cursor: int, stop: int | None = None) -> Iterator[Plan]:
+    """The steps from `cursor` on, without end, or up to the position `stop` (the last step may then hold less)."""
+    while stop is None or cursor < stop:
+        positions = count(cursor) if stop is None else range(cursor, stop)
+        contents, taken = fill_step((dataset.size(p) for p in positions), packs, budget)
+        yield Plan([[cursor + number for number in pack] for pack in contents], cursor + taken)
+        cursor += taken
+
+
+def that_fill(packs: int, dataset: Dataset, budget: Size) -> int:
+    """How many samples, from the first on and each at most once, fill so many packs."""
+    once = min(dataset.samples.values()) * len(dataset.samples)
+    return next(plan(dataset, budget, packs, 0, once)).cursor
+
+
+class Loader:
+    """Iterates over the steps of a run from `cursor`, as rank `rank` of `world`.
+
+    `packs` are all packs of a step, over all ranks; the world size divides it. `pin` puts batches into page-locked
+    memory. `bad` counts the broken samples of the steps handed out so far, by (source, cause), of this rank alone.
+    Raises UserError when the budget cannot hold the largest sample.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        budget: Size,
+        packs: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        cursor: int = 0,
+        stop: int | None = None,
+        workers: int = 0,
+        tokens_per_look: int = 1,
+        pin: bool = False,
+    ):
+        if packs % world:
+            raise UserError(f"train.packs_per_step={packs} does not divide among {world} ranks: make it a multiple")
+        if not (largest := dataset.largest()).fits(budget):
+            raise UserError(
+                f"the largest samples need {largest.frames} frames, {largest.looks} looks and {largest.text} text "
+                f"tokens ({largest.prompt} ahead of the frames), but a pack has {budget.frames}, {budget.looks} and "
+                f"{budget.text} ({budget.prompt}): raise data.frames or data.text"
+            )
+        self.dataset, self.budget, self.packs = dataset, budget, packs
+        self.rank, self.world, self.cursor, self.stop = rank, world, cursor, stop
+        self.workers, self.tokens_per_look, self.pin = workers, tokens_per_look, pin
+        self.bad: Counter[tuple[str, str]] = Counter()
+        if workers:
+            _check_shared_memory(workers, budget.frames * 3 * dataset.frame_size**2)
+            _start_server()  # it imports torch meanwhile
+
+    def __iter__(self) -> Iterator[Step]:
+        planned: deque[Plan] = deque()  # the steps that workers were asked for and that were not yet handed out
+
+        def packs_of_rank() -> Iterator[list[int]]:
+            for step in plan(self.dataset, self.budget, self.packs, self.cursor, self.stop):
+                planned.append(step)
+                yield from step.packs[self.rank :: self.world]
+
+        others = multiprocessing.active_children()
+        with _unseen_main():
+            batches = iter(self._batches(packs_of_rank()))
+        # multiprocessing ends daemons with a SIGTERM, which ours ignore, and then waits for them for ever.
+        atexit.register(_kill, [process for process in multiprocessing.active_children() if process not in others])
+        share = self.packs // self.world
+        while mine := list(islice(batches, share)):
+            step = planned.popleft()
+            self._report(mine)
+            samples, self.cursor = step.cursor - self.cursor, step.cursor
+            yield Step(mine, step.cursor, samples)
+
+    def _batches(self, packs: Iterator[list[int]]) -> torch.utils.data.DataLoader:
+        options: dict[str, Any] = {}
+        if self.workers:
+            options = {"multiprocessing_context": "forkserver", "worker_init_fn": _follow_parent}
+        return torch.utils.data.DataLoader(
+            _Packs(self.dataset, self.budget, self.tokens_per_look),
+            sampler=packs,
+            batch_size=None,
+            collate_fn=_as_is,
+            num_workers=self.workers,
+            pin_memory=self.pin,
+            **options,
+        )
+
+    def _report(self, batches: list[Batch]) -> None:
+        for bad in (bad for batch in batches for bad in batch.bad):
+            self.bad[bad.source, bad.cause] += 1
+            log.warning("%s: sample %s in %s is replaced: %s", bad.source, bad.key, bad.shard, bad.cause)
+
+
+@dataclass
+class _Packs(torch.utils.data.Dataset):
+    """The positions in a pack -> the pack as a Batch."""
+
+    dataset: Dataset
+    budget: Size
+    tokens_per_look: int
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        samples, bad = [], []
+        for position in positions:
+            found, problem = self.dataset.read(position)
+            samples += found
+            bad += [problem] if problem else []
+        return collate(samples, self.budget, self.dataset.frame_size, self.tokens_per_look, bad)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _follow_parent(worker: int) -> None:
+    """In a worker: leave signals to the parent, and end when it ends.
+
+    torch watches a worker's parent by its process number, which is the fork server's here.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def _kill(workers: list[BaseProcess]) -> None:
+    for process in workers:
+        process.kill()
+
+
+def _check_shared_memory(workers: int, pack: int) -> None:
+    """Workers hand packs of `pack` bytes over in shared memory; when that is full, the system kills them unheard."""
+    memory, needed = Path("/dev/shm"), workers * 3 * pack  # each works on one pack and keeps two ready
+    if memory.is_dir() and (free := shutil.disk_usage(memory).free) < needed:
+        raise UserError(
+            f"{memory} has {free >> 20} MB free, and {workers} workers of a rank need {needed >> 20}: lower "
+            "data.workers (0 needs none) or give the container more (docker run --shm-size)"
+        )
+
+
+@contextmanager
+def _unseen_main() -> Iterator[None]:
+    """Processes started meanwhile do not import the main module again: a worker needs no DeepSpeed."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _start_server() -> None:
+    """Start the fork server, deaf to signals that are meant for the run: what is ignored at its start stays so."""
+    multiprocessing.set_forkserver_preload([__name__])
+    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in SIGNALS]
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)

@@ -1,0 +1,262 @@
+"""The samples of a run by position: position -> source -> shard and row -> bytes -> frames and tokens.
+
+    size(position)   what the sample takes of a pack, from the index and the token counts; nothing is decoded
+    read(position)   the sample itself
+
+Both are pure functions of the position, the shards and the settings, on any rank and in any worker. A broken sample is
+replaced by the next good one of its source that is no larger than what was planned for it, and reported.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fovlm.bad import BadSample
+from fovlm.config.schema import Experiment, Source, data_root
+from fovlm.data.chat import Chat
+from fovlm.data.index import MEDIA, Index, hash_of, open_indices
+from fovlm.data.packing import EMPTY, Bad, Sample, Size
+from fovlm.data.sample_format import Member, contents, list_members, parse_json
+from fovlm.data.sampling import Mix, Shuffle
+from fovlm.data.shards import cache_root, find_shards
+from fovlm.data.token_counts import Lengths, open_lengths
+from fovlm.errors import UserError
+from fovlm.estimate.shapes import local_folder
+from fovlm.media import decode
+
+SUBSTITUTES = 100  # samples that are considered in place of a broken one
+IMAGE = MEDIA.index("image")
+
+
+def open_dataset(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, weights: dict[str, float]) -> "Dataset":
+    """The sources named in `weights` (`data.train`, or one of `data.val` with any weight), indexed and counted.
+
+    The first time this reads every shard once. Raises UserError for missing shards and for sources without a usable
+    sample.
+    """
+    data, model = experiment.data, experiment.model
+    chat = Chat(tokenizer, model.prompt, data.loss, data.max_text)
+    return Dataset(
+        {name: data.sources[name] for name in weights},
+        weights,
+        chat,
+        frame_size=model.frame_size,
+        max_frames=data.max_frames,
+        image_frames=data.image_frames,
+        seed=data.seed,
+    )
+
+
+def budget_of(experiment: Experiment) -> Size:
+    """What one pack holds. Looks follow from frames; text ahead of the frames has no limit of its own."""
+    data = experiment.data
+    prompt = data.text if experiment.model.prompt == "before" else 0
+    return Size(data.frames, data.frames * data.image_frames, data.text, prompt)
+
+
+def tokenizer_of(experiment: Experiment) -> str:
+    """The tokenizer's folder or hub id: as given, that of the embedded task, or the language model's own."""
+    model, task = experiment.model, experiment.data.generate
+    name = model.tokenizer or model.llm
+    if isinstance(name, str):
+        return str(local_folder(name) or name)
+    assert task is not None  # config.py holds this
+    return str(data_root() / task.folder / "tokenizer")
+
+
+@dataclass
+class Shelf:
+    """One source: what its shards hold, and the order in which they are read."""
+
+    name: str
+    source: Source
+    indices: list[Index]
+    lengths: list[Lengths]
+    order: Shuffle
+    first: np.ndarray  # i64 [shards]: the number of each shard's first sample in the source
+
+    def following(self, shard: int, row: int) -> Iterator[tuple[int, int]]:
+        """The (shard, row) of a sample and then of those behind it in the source, round and round."""
+        for number in range(int(self.first[shard]) + row, int(self.first[shard]) + row + 1 + SUBSTITUTES):
+            number %= self.order.total
+            at = int(np.searchsorted(self.first, number, side="right")) - 1
+            while not self.order.rows[at]:  # shards without samples share their first number with the next
+                at -= 1
+            yield at, number - int(self.first[at])
+
+
+class Dataset:
+    """All samples of a run in its order. Positions count from 0 through all epochs and have no end."""
+
+    def __init__(
+        self,
+        sources: dict[str, Source],
+        weights: dict[str, float],
+        chat: Chat,
+        *,
+        frame_size: int,
+        max_frames: int = 64,
+        image_frames: int = 1,
+        seed: int = 0,
+    ):
+        self.chat, self.frame_size, self.max_frames, self.image_frames = chat, frame_size, max_frames, image_frames
+        self.seed = seed
+        self.mix = Mix(weights)
+        self.shelves = [self._open(name, sources[name], seed) for name in self.mix.names]
+        self.asked = {
+            "sources": [[s.name, s.source.kind, s.source.prompt, hash_of(s.indices)] for s in self.shelves],
+            "weights": weights,
+        }
+        self.hash = _digest(self.asked | {"settings": [chat.hash, max_frames, image_frames, seed]})
+
+    def scored_hash(self, samples: int) -> str:
+        """Names the first so many samples as something to score: questions, answers, and the tokens that count.
+
+        How many frames of them a model is shown, and how often, is its own affair: losses compare all the same.
+        """
+        return _digest(self.asked | {"settings": [self.chat.hash, self.seed, samples]})
+
+    def _open(self, name: str, source: Source, seed: int) -> Shelf:
+        indices = open_indices(find_shards(name, source.shards), cache_root())
+        lengths = open_lengths(indices, source, self.chat, cache_root())
+        rows = [len(index) for index in indices]
+        causes = Counter(cause for one in lengths for cause in one.broken.values())
+        if causes.total() == sum(rows):
+            why = causes.most_common(1)[0][0] if causes else "the shards are empty"
+            raise UserError(f"data.sources.{name}: no sample of '{source.shards}' can be used; mostly: {why}")
+        first = np.concatenate([[0], np.cumsum(rows)[:-1]])
+        return Shelf(name, source, indices, lengths, Shuffle(rows, seed, name), first)
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """How many samples each source has: the length of its epoch."""
+        return {shelf.name: shelf.order.total for shelf in self.shelves}
+
+    def largest(self) -> Size:
+        """The largest of each part of a size, over all samples; a budget must hold it."""
+        parts = [
+            np.stack(self._sizes(index, lengths)).max(axis=1, initial=0)
+            for shelf in self.shelves
+            for index, lengths in zip(shelf.indices, shelf.lengths, strict=True)
+        ]
+        return Size(*np.max(parts, axis=0).tolist())
+
+    def size(self, position: int) -> Size:
+        """What the sample at `position`, or its substitute, takes of a pack."""
+        shelf, shard, row = self._find(position)
+        for at in shelf.following(shard, row):
+            if size := self._size(shelf, *at):
+                return size
+        return EMPTY
+
+    def read(self, position: int) -> tuple[list[Sample], Bad | None]:
+        """The sample at `position`; two for a preference pair; none when neither it nor a substitute can be used.
+
+        With it comes the report, when the sample at that position itself was broken.
+        """
+        shelf, shard, row = self._find(position)
+        planned, bad = self.size(position), None
+        for at in shelf.following(shard, row):
+            size = self._size(shelf, *at)
+            try:
+                if size is None:
+                    raise BadSample(shelf.lengths[at[0]].broken[at[1]])
+                if size.fits(planned):
+                    return self._load(shelf, *at), bad
+            except BadSample as error:
+                index = shelf.indices[shard]
+                bad = bad or Bad(str(error), shelf.name, index.path.name, index.key[row])
+        return [], bad
+
+    def kind(self, position: int) -> str:
+        """What the sample at `position` itself shows: one of MEDIA."""
+        shelf, shard, row = self._find(position)
+        return MEDIA[shelf.indices[shard].media[row]]
+
+    def record(self, position: int) -> dict[str, Any]:
+        """The JSON of the sample at `position` itself. Raises BadSample."""
+        shelf, shard, row = self._find(position)
+        files = _read_members(shelf.indices[shard], row)
+        return parse_json(next(files[m] for m in files if m.extension == "json"))
+
+    def _find(self, position: int) -> tuple[Shelf, int, int]:
+        """Position -> (source, shard, row)."""
+        source, number = self.mix(position)
+        shelf = self.shelves[source]
+        place = shelf.order(number)
+        return shelf, place.shard, place.row
+
+    def _size(self, shelf: Shelf, shard: int, row: int) -> Size | None:
+        """The size of one sample; None when it is known to be broken."""
+        lengths = shelf.lengths[shard]
+        if row in lengths.broken:
+            return None
+        return Size(*(int(part) for part in self._sizes(shelf.indices[shard], lengths, row)))
+
+    def _sizes(self, index: Index, lengths: Lengths, rows: int | slice = slice(None)) -> tuple[np.ndarray, ...]:
+        """Frames, looks, text tokens and tokens ahead of the frames of some rows; a pair has its frames twice."""
+        frames = np.minimum(index.frames[rows], self.max_frames)
+        looks = np.where(index.media[rows] == IMAGE, self.image_frames, frames)
+        texts = 1 + index.preference[rows].astype(np.int64)
+        return texts * frames, texts * looks, lengths.text[rows], lengths.prompt[rows]
+
+    def _load(self, shelf: Shelf, shard: int, row: int) -> list[Sample]:
+        """Read, check, decode and tokenize one sample. Raises BadSample."""
+        index = shelf.indices[shard]
+        files = _read_members(index, row)
+        kind, pictures = contents(list(files))
+        record = parse_json(next(files[m] for m in files if m.extension == "json"))
+        texts = self.chat.texts(record, shelf.source.prompt, bool(pictures), shelf.source.kind == "preference")
+        frames = self._decode([(m.extension, files[m]) for m in pictures], int(index.frames[row]))
+        looks = self.image_frames if kind == "image" else len(frames)
+        return [
+            Sample(
+                key=f"{index.path.name}/{index.key[row]}" + (f"#{role}" if role else ""),
+                source=shelf.name,
+                frames=frames,
+                looks=looks,
+                tokens=text.tokens,
+                weight=text.weight,
+                prompt=text.prompt,
+                role=role,
+            )
+            for text, role in zip(texts, ("chosen", "rejected") if len(texts) == 2 else ("",), strict=True)
+        ]
+
+    def _decode(self, pictures: list[tuple[str, bytes]], count: int) -> Tensor:
+        """(extension, bytes) of each picture, or of the one video, of `count` seconds -> u8 [f, 3, size, size]."""
+        if pictures and pictures[0][0] in decode.VIDEOS:
+            ((extension, data),) = pictures
+            return decode.decode_video(data, extension, self.frame_size, count, self.max_frames)
+        chosen = [pictures[number] for number in decode.spread(count, self.max_frames)]
+        return decode.decode_pictures([(name.rpartition(".")[2], data) for name, data in chosen], self.frame_size)
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
+
+
+def _read_members(index: Index, row: int) -> dict[Member, bytes]:
+    """The files of one sample, from its byte range alone. Raises BadSample."""
+    try:
+        with open(index.path, "rb") as shard:
+            shard.seek(int(index.offset[row]))
+            data = shard.read(int(index.length[row]))
+    except OSError as error:
+        raise BadSample("unreadable shard") from error
+    if len(data) != index.length[row]:
+        raise BadSample("truncated tar")
+    if zlib.crc32(data) != index.crc32[row]:
+        raise BadSample("checksum mismatch")
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        return {m: data[m.offset : m.offset + m.length] for m in list_members(tar)}

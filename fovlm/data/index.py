@@ -1,0 +1,244 @@
+"""What is in a tar shard, made once: where every sample lies, how long it is, its checksum, its kind, its frames.
+
+With the index, samples are read by position instead of in tar order, so the order of a run is a pure function of
+numbers. One JSON file lies beside each shard (or in the cache folder where the shard's folder is read-only). It is
+written whole under another name and then renamed, so that several processes may make it at the same time, and it is
+made again when the shard's size or modification time has changed.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from fovlm.bad import BadSample
+from fovlm.data.sample_format import Member, contents, list_members, parse_json
+from fovlm.errors import UserError
+from fovlm.media import decode as media
+
+VERSION = 1  # of the file's content; another version is made again
+MEDIA = ("text", "image", "video")
+ARRAYS = {
+    "offset": np.int64,
+    "length": np.int64,
+    "crc32": np.uint32,
+    "json_offset": np.int64,
+    "json_length": np.int64,
+    "frames": np.int32,
+    "media": np.uint8,
+    "preference": np.bool_,
+}
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Index:
+    """One shard of n samples, in tar order.
+
+    `checksum` is the shard's BLAKE2b. `offset` and `length` [n] are the byte range of a sample's members, headers
+    included, and `crc32` [n] that range's checksum; `json_offset`, `json_length` [n] locate its JSON. `frames` [n]
+    counts its pictures, or a video's seconds, before any limit. `media` [n] numbers MEDIA. `broken` names the cause
+    for each sample that cannot be used.
+    """
+
+    path: Path
+    size: int
+    mtime_ns: int
+    checksum: str
+    key: list[str]
+    offset: np.ndarray
+    length: np.ndarray
+    crc32: np.ndarray
+    json_offset: np.ndarray
+    json_length: np.ndarray
+    frames: np.ndarray
+    media: np.ndarray
+    preference: np.ndarray
+    broken: dict[int, str]
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    def kind(self, row: int) -> str:
+        """text, image, video or preference."""
+        return "preference" if self.preference[row] else MEDIA[self.media[row]]
+
+
+def open_index(shard: Path, cache: Path) -> Index:
+    """The shard's index, read from its file or made now. Raises UserError for a file that is no readable tar."""
+    stat = shard.stat()
+    for file in _places(shard, cache):
+        index = _read(file, shard)
+        if index and (index.size, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+            return index
+    index = make_index(shard)
+    _write(index, _places(shard, cache))
+    return index
+
+
+def open_indices(shards: list[Path], cache: Path) -> list[Index]:
+    """The indices of a set of shards, with a progress bar when it takes long; those already made are kept."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        indices = pool.map(lambda shard: open_index(shard, cache), shards)
+        return list(tqdm(indices, "indexing shards", len(shards), unit="shard", delay=2))
+
+
+def hash_of(indices: Iterable[Index]) -> str:
+    """One hash of a set of shards in its order; where they lie does not enter into it."""
+    return hashlib.blake2b("\n".join(i.checksum for i in indices).encode(), digest_size=16).hexdigest()
+
+
+def make_index(shard: Path) -> Index:
+    """Read the whole shard once. Raises UserError when it is not a tar, or a sample's members are not contiguous."""
+    stat = shard.stat()
+    samples, damaged_at = _scan(shard)
+    keys, rows, broken = [], [], {}
+    digest = hashlib.blake2b(digest_size=16)
+    with open(shard, "rb") as file:
+        for row, members in enumerate(samples):
+            start, length = members[0].start, members[-1].end - members[0].start
+            _hash_until(file, start, digest)
+            data = file.read(length)
+            digest.update(data)
+            where_json = next(((m.offset, m.length) for m in members if m.extension == "json"), (0, 0))
+            try:
+                what = describe(members, data)
+            except BadSample as error:
+                broken[row], what = str(error), ("text", 0, False)
+            keys.append(members[0].key)
+            rows.append((start, length, zlib.crc32(data), *where_json, what[1], MEDIA.index(what[0]), what[2]))
+        _hash_until(file, stat.st_size, digest)
+    if damaged_at is not None:
+        log.warning("%s: damaged from byte %d on; what follows there is lost", shard, damaged_at)
+        if keys:  # files of the last sample may be among what is lost
+            broken[len(keys) - 1] = "truncated tar"
+    table = np.array(rows, dtype=np.int64).reshape(-1, len(ARRAYS)).T
+    arrays: dict[str, Any] = {name: table[i].astype(kind) for i, (name, kind) in enumerate(ARRAYS.items())}
+    return Index(shard, stat.st_size, stat.st_mtime_ns, digest.hexdigest(), keys, broken=broken, **arrays)
+
+
+def describe(members: list[Member], data: bytes) -> tuple[str, int, bool]:
+    """(`text` | `image` | `video`, frames, is a preference pair) of the sample in `data`. Raises BadSample."""
+
+    def bytes_of(member: Member) -> bytes:
+        start = member.offset - members[0].start
+        found = data[start : start + member.length]
+        if len(found) < member.length:
+            raise BadSample("truncated tar")
+        return found
+
+    kind, pictures = contents(members)
+    record = parse_json(next(bytes_of(m) for m in members if m.extension == "json"))
+    for picture in pictures:
+        bytes_of(picture)
+    if kind == "video" and pictures[0].extension in media.VIDEOS:
+        frames = media.video_seconds(bytes_of(pictures[0]), pictures[0].extension)
+    else:
+        frames = len(pictures)
+    return kind, frames, "chosen" in record or "rejected" in record
+
+
+def _scan(shard: Path) -> tuple[list[list[Member]], int | None]:
+    """The members of each sample, and the byte from which on the tar is damaged (None: it ends as it should)."""
+    members: list[Member] = []
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            damaged_at = _list_all(tar, members)
+            if damaged_at is None and not _ends_well(shard, tar.offset):
+                damaged_at = tar.offset
+    except tarfile.ReadError as error:
+        raise UserError(f"shard {shard} is not a plain tar ({error}): decompress it, or make it again") from error
+    samples = [list(group) for _, group in groupby(members, key=lambda m: m.key)]
+    seen = set()
+    for sample in samples:
+        if sample[0].key in seen:
+            raise UserError(
+                f"shard {shard}: the files of sample '{sample[0].key}' do not follow each other, or two samples have "
+                "this name: write the shard again with the files of each sample together"
+            )
+        seen.add(sample[0].key)
+    return samples, damaged_at
+
+
+def _list_all(tar: tarfile.TarFile, members: list[Member]) -> int | None:
+    """Append what can be listed to `members`; the byte at which listing failed, or None."""
+    try:
+        for member in list_members(tar):
+            members.append(member)
+    except tarfile.ReadError:
+        return tar.offset
+    return None
+
+
+def _ends_well(shard: Path, offset: int) -> bool:
+    """True when the end mark of a tar stands at `offset`. tarfile takes a damaged header for the end, in silence."""
+    with open(shard, "rb") as file:
+        file.seek(offset)
+        return file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
+
+
+def _hash_until(file: BinaryIO, end: int, digest) -> None:
+    """Hash from where the file stands up to `end`: headers of folders, the end mark, damaged parts."""
+    while (left := end - file.tell()) > 0:
+        if not (data := file.read(min(left, 1 << 20))):
+            return
+        digest.update(data)
+
+
+def _places(shard: Path, cache: Path) -> list[Path]:
+    """Where the index may lie, best first."""
+    name = hashlib.blake2b(str(shard.resolve()).encode(), digest_size=8).hexdigest()
+    return [shard.with_name(shard.name + ".index"), cache / "index" / f"{shard.name}.{name}.index"]
+
+
+def _read(file: Path, shard: Path) -> Index | None:
+    """The index in `file`; None when there is none that this version can read."""
+    try:
+        stored = json.loads(file.read_bytes())
+        if stored.pop("version") != VERSION:
+            return None
+        arrays: dict[str, Any] = {name: np.array(stored.pop(name), dtype=kind) for name, kind in ARRAYS.items()}
+        broken = {int(row): cause for row, cause in stored.pop("broken").items()}
+        return Index(shard, **stored, **arrays, broken=broken)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # not there, or a file of another kind: the index is made again
+
+
+def _write(index: Index, places: list[Path]) -> None:
+    """Write the index at the first place that can be written to."""
+    arrays = {name: getattr(index, name).tolist() for name in ARRAYS}
+    kept = {name: getattr(index, name) for name in ("size", "mtime_ns", "checksum", "key", "broken")}
+    text = json.dumps({"version": VERSION, **kept, **arrays})
+    for file in places:
+        try:
+            replace_file(file, text.encode())
+            return
+        except OSError as error:
+            problem = error
+    raise UserError(f"no index can be written for shard {index.path} ({problem}): set FOVLM_CACHE to a writable folder")
+
+
+def replace_file(file: Path, data: bytes) -> None:
+    """Write `data` under another name and rename it, so that no reader ever sees half a file. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, unfinished = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".unfinished")
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            out.write(data)
+        os.chmod(unfinished, 0o644)
+        os.replace(unfinished, file)
+    except BaseException:
+        os.unlink(unfinished)
+        raise

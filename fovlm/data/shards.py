@@ -1,0 +1,132 @@
+"""Shards as files: found by pattern, fetched from a URL, written. The one door to webdataset.
+
+    find_shards("news", "${FOVLM_DATA}/news-{000..041}.tar")   the local files of a source, in order
+    write_shards(folder / "news-%03d.tar", samples)            samples are {"__key__", "json", "jpg" | "mp4" | ...}
+
+A shard behind http(s) is fetched whole into the cache once and is a local file from then on. webdataset would also run
+shell commands (`pipe:`) and unpickle members; neither is reachable from here.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import shutil
+import tempfile
+import urllib.request
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import webdataset
+from braceexpand import braceexpand
+from tqdm import tqdm
+
+from fovlm.config import experiments
+from fovlm.config.schema import data_root
+from fovlm.errors import UserError
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+TIMEOUT = 60  # seconds without a byte from a server
+
+
+def cache_root() -> Path:
+    """FOVLM_CACHE, or `.cache` in the project: fetched shards, token counts, indices of read-only folders."""
+    return Path(os.environ.get("FOVLM_CACHE", experiments.ROOT / ".cache"))
+
+
+def find_shards(source: str, pattern: str) -> list[Path]:
+    """The local files that a source's pattern stands for: braces first, then wildcards; URLs are fetched.
+
+    Raises UserError naming the source, the pattern and where it looked when something is missing.
+    """
+    found: list[Path] = []
+    where = f"data.sources.{source}.shards: '{pattern}'"
+    try:
+        names = list(braceexpand(pattern))
+    except ValueError:
+        raise UserError(f"{where} has a brace without its other half") from None
+    for name in names:
+        name = name.replace("${FOVLM_DATA}", str(data_root()))  # behind the expansion: a folder's name may hold braces
+        if URL.match(name):
+            found.append(_fetch(name, where))
+        elif re.search(r"[*?\[]", name):
+            matches = sorted(Path(path) for path in _glob(data_root() / name))
+            if not matches:
+                raise UserError(f"{where} matches no file (looked for {data_root() / name}): {_HELP}")
+            found += matches
+        elif not (path := data_root() / name).is_file():
+            raise UserError(f"{where}: no file {path}: {_HELP}")
+        else:
+            found.append(path)
+    return list(dict.fromkeys(found))
+
+
+_HELP = "make or copy the shards, or set FOVLM_DATA"
+
+
+def _glob(path: Path) -> Iterable[Path]:
+    return Path(path.anchor).glob(str(path.relative_to(path.anchor))) if path.is_absolute() else Path().glob(str(path))
+
+
+def _fetch(url: str, where: str) -> Path:
+    """A shard behind http(s), whole, in the cache."""
+    if not url.lower().startswith(("http://", "https://")):
+        raise UserError(f"{where}: '{url}' is neither a file nor http(s), and nothing else is opened or run")
+    name = url.partition("?")[0].rpartition("/")[2]
+    file = cache_root() / "shards" / hashlib.blake2b(url.encode(), digest_size=8).hexdigest() / name
+    if file.is_file():
+        return file
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            with (
+                urllib.request.urlopen(url, timeout=TIMEOUT) as answer,
+                tqdm.wrapattr(answer, "read", total=answer.length, desc=f"fetching {name}", delay=2) as body,
+                open(Path(folder) / name, "wb") as out,
+            ):
+                shutil.copyfileobj(body, out, 1 << 20)
+                if answer.length:  # counts down what is still to come
+                    raise OSError(f"the connection broke off {answer.length} bytes before the end")
+            os.replace(out.name, file)
+    except (http.client.HTTPException, OSError) as error:  # URLError is an OSError
+        raise UserError(f"{where}: {url} could not be fetched into {file.parent} ({error})") from error
+    return file
+
+
+def write_shards(pattern: Path, samples: Iterable[dict[str, Any]], per_shard: int = 1000) -> list[Path]:
+    """Write samples into tars named `pattern` % 0, 1, ... and return their paths.
+
+    A sample is {"__key__": str, "json": dict, extension: bytes ...}. Each shard gets its name when it is complete. The
+    same samples give the same bytes.
+    """
+    rest = iter(samples)
+    paths: list[Path] = []
+    while some := list(islice(rest, per_shard)):
+        paths.append(Path(str(pattern) % len(paths)))
+        write_shard(paths[-1], some)
+    return paths
+
+
+def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> None:
+    """Write one tar of samples as they come; it gets its name when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            writer = webdataset.TarWriter(file, encoder=False, mtime=0)
+            try:
+                for sample in samples:
+                    writer.write({name: _encoded(value) for name, value in sample.items()})
+            finally:
+                writer.close()
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)  # on a full disk, what it holds is wanted back
+        raise
+
+
+def _encoded(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False).encode() if isinstance(value, dict) else value

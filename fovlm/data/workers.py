@@ -1,0 +1,57 @@
+"""Processes that share out a list of calls, and end with their parent."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from fovlm.errors import UserError
+
+T = TypeVar("T")
+
+
+def each(call: Callable[..., T], arguments: list[tuple], workers: int) -> Iterator[T]:
+    """The results of `call` on each of the arguments, as they are done; here, when one process is enough.
+
+    Raises UserError when a worker is killed, and what `call` raises.
+    """
+    if workers == 1 or len(arguments) < 2:
+        for one in arguments:
+            yield call(*one)
+        return
+    # Not a plain fork, which copies the locks of threads that run here. The fork server imports once for all workers.
+    server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if server else "spawn")
+    if server:
+        context.set_forkserver_preload(["fovlm.prepare.write_shard"])
+    pool = ProcessPoolExecutor(min(workers, len(arguments)), context, _follow_parent)
+    finished = False
+    try:
+        running: list[Future[T]] = [pool.submit(call, *one) for one in arguments]
+        for done in as_completed(running):
+            running.remove(done)  # and its result with it
+            yield done.result()
+        finished = True
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker was killed, likely for want of memory: fewer --workers or a smaller --per-shard"
+        ) from error
+    finally:
+        pool.shutdown(wait=finished, cancel_futures=True)
+
+
+def _follow_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when the parent ends, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

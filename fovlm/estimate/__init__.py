@@ -1,0 +1,1 @@
+"""What a run is and costs before it starts: parameters, FLOPs, memory."""

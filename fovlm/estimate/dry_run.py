@@ -1,0 +1,208 @@
+"""What `./launch.sh NAME --dry-run` prints: all that can be known about a run before it starts.
+
+Nothing is downloaded, indexed or built: shapes come from `geometry.py`, costs from `scaling.py`, bytes from
+`memory.py`, and the samples' sizes from the index of the shards where that has been made.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fovlm.config.deepspeed import resolve
+from fovlm.config.schema import Experiment, data_root
+from fovlm.data.chat import load_tokenizer
+from fovlm.data.dataset import budget_of, open_dataset, tokenizer_of
+from fovlm.data.packing import Size, fill_step
+from fovlm.data.sampling import Mix
+from fovlm.data.shards import URL, find_shards
+from fovlm.errors import UserError
+from fovlm.estimate.flops import largest, mean_cost, samples_for, total
+from fovlm.estimate.memory import activations, estimate
+from fovlm.estimate.shapes import Geometry, geometry, parameters
+
+SIZED = 2000  # samples whose sizes stand for all
+
+
+def describe(experiment: Experiment, world_size: int, device: str | None = None) -> str:
+    """The text of the dry run, for `world_size` ranks on `device` ("cuda" or "cpu"; None: what there is).
+
+    Raises UserError for settings that cannot run, as the run itself would.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
+    deepspeed = resolve(experiment, world_size, device)
+    shapes = geometry(experiment.model)
+    sizes, why_not = sizes_at_hand(experiment)
+    parts = [
+        f"{experiment.name}: {experiment.note}" if experiment.note else experiment.name,
+        _section("experiment", experiment.dump().rstrip()),
+        _section(f"DeepSpeed, {world_size} x {device}", json.dumps(deepspeed, indent=2)),
+        _section("parameters", _parameters(experiment, shapes)),
+        _section("FLOPs per sample", _flops(experiment, shapes, sizes, why_not)),
+        _section("length", _length(experiment, shapes, sizes)),
+        _section("memory per rank (estimated)", _memory(experiment, shapes, deepspeed, world_size, device)),
+    ]
+    return "\n\n".join(parts)
+
+
+def sizes_at_hand(experiment: Experiment) -> tuple[list[Size], str]:
+    """The sizes of the first training samples; or none, and why, when the shards have not been indexed."""
+    task = experiment.data.generate
+    if task and not (data_root() / task.folder / "task.json").is_file():
+        return [], "the embedded task has no shards yet; the run itself makes them"
+    try:
+        for name in experiment.data.train:
+            pattern = experiment.data.sources[name].shards
+            if URL.match(pattern):
+                return [], f"the shards of {name} are behind a URL"
+            shard = next((s for s in find_shards(name, pattern) if not _index_of(s).is_file()), None)
+            if shard:
+                return [], f"{shard.name} of {name} has no index yet; the run itself makes it"
+        tokenizer = tokenizer_of(experiment)
+        if not Path(tokenizer).is_dir():
+            return [], "the tokenizer is not here yet"
+        dataset = open_dataset(experiment, load_tokenizer(tokenizer), experiment.data.train)
+    except UserError as error:
+        return [], str(error)
+    return [dataset.size(position) for position in range(SIZED)], ""
+
+
+def _index_of(shard: Path) -> Path:
+    return shard.with_name(shard.name + ".index")
+
+
+def largest_sizes(experiment: Experiment) -> Iterator[Size]:
+    """The samples of the run in their order, each as large as the settings let those of its source be. Without end."""
+    shapes = largest(experiment)
+    mix = Mix(experiment.data.train)
+    position = 0
+    while True:
+        source, _ = mix(position)
+        yield Size(*shapes[mix.names[source]])
+        position += 1
+
+
+# -- sections --------------------------------------------------------------------------------------------------------
+
+
+def _parameters(experiment: Experiment, shapes: Geometry) -> str:
+    counts = parameters(experiment, shapes)
+    rows = [[name, f"{count.trainable:,}", f"{count.frozen:,}"] for name, count in counts.items()]
+    rows.append(["all", *(f"{sum(getattr(c, kind) for c in counts.values()):,}" for kind in ("trainable", "frozen"))])
+    return aligned(["", "trained", "frozen"], rows)
+
+
+def _flops(experiment: Experiment, shapes: Geometry, sizes: list[Size], why_not: str) -> str:
+    if sizes:
+        said = f"mean of the first {len(sizes)} samples: {_mean(sizes)}"
+    else:
+        sizes = list(islice(largest_sizes(experiment), SIZED))
+        said = f"AT MOST, with every sample as large as the settings allow ({_mean(sizes)}), since {why_not}"
+    parts = mean_cost(experiment, shapes, sizes)
+    rows = [
+        [name, *map(metric, (cost.forward, cost.backward, cost.total, cost.recompute))]
+        for name, cost in (parts | {"all": total(parts)}).items()
+    ]
+    return aligned(["", "forward", "backward", "both", "recomputed"], rows) + "\n" + said
+
+
+def _mean(sizes: list[Size]) -> str:
+    n = len(sizes)
+    frames, looks, text = (sum(getattr(s, part) for s in sizes) / n for part in ("frames", "looks", "text"))
+    return f"{frames:.1f} frames, {looks:.1f} looks, {text:.0f} text tokens"
+
+
+class Length(NamedTuple):
+    """How long a run is: samples and steps, and the FLOPs of one sample, forward and backward."""
+
+    samples: float
+    steps: int
+    per_step: float
+    per_sample: float
+
+    @property
+    def flops(self) -> float:
+        return self.samples * self.per_sample
+
+
+def length(experiment: Experiment, shapes: Geometry, sizes: list[Size]) -> Length:
+    """The length of a run whose samples have these sizes; with none, of the largest that there may be."""
+    train = experiment.train
+    sizes = sizes or list(islice(largest_sizes(experiment), SIZED))
+    per_sample = total(mean_cost(experiment, shapes, sizes)).total
+    per_step = samples_per_step(experiment, sizes)
+    if train.steps:
+        return Length(train.steps * per_step, train.steps, per_step, per_sample)
+    samples = train.samples or samples_for(train.flops or 0.0, per_sample)
+    return Length(samples, math.ceil(samples / per_step), per_step, per_sample)
+
+
+def _length(experiment: Experiment, shapes: Geometry, sizes: list[Size]) -> str:
+    long = length(experiment, shapes, sizes)
+    given = next(key for key in ("samples", "steps", "flops") if getattr(experiment.train, key))
+    rows = [
+        ["samples", f"{long.samples:,.0f}"],
+        ["samples in a step", f"{long.per_step:,.1f}"],
+        ["steps", f"{long.steps:,}"],
+        ["FLOPs", metric(long.flops)],
+    ]
+    return aligned(["", f"from train.{given}"], rows) + ("" if sizes else "\nwith the largest samples, as above")
+
+
+def samples_per_step(experiment: Experiment, sizes: Iterable[Size]) -> float:
+    """How many samples a step takes on average: these sizes packed as the run packs them."""
+    budget = budget_of(experiment)
+    left, steps, packed = list(sizes), 0, 0
+    while left:
+        _, taken = fill_step(left, experiment.train.packs_per_step, budget)
+        if taken == len(left) and steps:  # the last step may not be full
+            break
+        left, steps, packed = left[taken:], steps + 1, packed + taken
+    return packed / steps
+
+
+def _memory(experiment: Experiment, shapes: Geometry, deepspeed: dict, world_size: int, device: str) -> str:
+    said = estimate(experiment, shapes, deepspeed, world_size)
+    names = ("weights", "gradients", "optimizer", "buckets", "activations", "device")
+    rows = [[name, f"{getattr(said, name) / 1e9:.2f} GB"] for name in names]
+    kept = activations(experiment, shapes, 2 if deepspeed["bf16"]["enabled"] else 4)
+    inside = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in kept.items() if size)
+    rows[4].append(inside)
+    rows[5] = [
+        "all",
+        rows[5][1],
+        "beside the CUDA context and the allocator's rest: 1-2 GB" if device == "cuda" else "",
+    ]
+    if said.host:
+        rows.append(["in main memory", f"{said.host / 1e9:.2f} GB", "offloaded"])
+    return aligned([], rows)
+
+
+def _section(title: str, text: str) -> str:
+    return f"-- {title} " + "-" * max(1, 98 - len(title)) + "\n" + text
+
+
+def aligned(head: list[str], rows: list[list[str]]) -> str:
+    """Aligned columns: the first and any beyond the head to the left, numbers to the right."""
+    lines = [head, *rows] if head else rows
+    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
+
+    def cell(text: str, column: int) -> str:
+        left = column == 0 or (not head and column > 1)
+        return text.ljust(widths[column]) if left else text.rjust(widths[column])
+
+    return "\n".join("  ".join(cell(text, i) for i, text in enumerate(line)).rstrip() for line in lines)
+
+
+def metric(value: float) -> str:
+    """1234567 -> `1.23 M`."""
+    for power, letter in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.2f} {letter}"
+    return f"{value:.0f}"

@@ -1,0 +1,216 @@
+"""FLOPs of one sample of any run, forward and backward, and how many samples a budget buys. No torch.
+
+The convention, which is that of `torch.utils.flop_counter`:
+
+- A matrix product [m, k] x [k, n] is 2 m n k; nothing else counts (norms, activations, softmax, pooling, embeddings).
+- Attention is counted as executed, the full square and not its causal half: 2 products forward, 5 backward (the scores
+  are computed once more). A look's attention is one query over the N keys of its frame; in the last layer, which has
+  none, every head is a query over the N rows, and key and value projection are applied once per look (`encoder.py`;
+  what ZeRO-3 does instead costs about 1 % more of the encoder and is not counted).
+- A linear layer has one product forward and two backward: the gradient of its weights (not if frozen) and of its input
+  (not where nothing before it learns). A frozen encoder has no backward for its patches; a frozen language model still
+  passes gradients through to the looks.
+- A sample is counted alone. Padding, and the attention between samples that a pack computes and masks, are waste.
+- What is computed again in the backward pass (checkpointed layers, the logits) is `recompute` and not in `total`.
+
+Letters as in `batch.py` and `geometry.py`: F frames, K looks, S text tokens, P of them ahead of the frames.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from fovlm.config.schema import Experiment, Source
+from fovlm.errors import UserError
+from fovlm.estimate.shapes import Geometry, geometry
+
+
+class Sized(Protocol):
+    """What a sample takes of a pack: `batch.Size`, or the `Shape` here."""
+
+    @property
+    def frames(self) -> int: ...
+    @property
+    def looks(self) -> int: ...
+    @property
+    def text(self) -> int: ...
+    @property
+    def prompt(self) -> int: ...
+
+
+class Shape(NamedTuple):
+    """Unique frames, looks, text tokens, and text tokens ahead of the frames."""
+
+    frames: int
+    looks: int
+    text: int
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs. `total` is the model's: forward and backward without `recompute`."""
+
+    forward: float = 0
+    backward: float = 0
+    recompute: float = 0
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.forward + other.forward, self.backward + other.backward, self.recompute + other.recompute)
+
+    def __mul__(self, times: float) -> "Cost":
+        return Cost(self.forward * times, self.backward * times, self.recompute * times)
+
+
+def sample_cost(experiment: Experiment, shapes: Geometry, size: Sized) -> dict[str, Cost]:
+    """FLOPs of one training sample, by part: encoder, coarse_looks, fine_looks, coarse_llm, fine_llm, connector, head.
+
+    `coarse_llm` is the language model over the prefixes, `fine_llm` over the whole sample. A static look that rides
+    along in the patch walk is part of `encoder`. A preference run (`size` counts both answers) adds `reference`.
+    """
+    if experiment.train.objective == "dpo":
+        one = Shape(size.frames // 2, size.looks // 2, size.text // 2, size.prompt // 2)
+        parts = {name: cost * 2 for name, cost in _text_cost(experiment, shapes, one).items()}
+        return parts | {"reference": Cost(forward=total(parts).forward)}
+    return _text_cost(experiment, shapes, size)
+
+
+def total(parts: dict[str, Cost]) -> Cost:
+    """All parts together."""
+    return sum(parts.values(), Cost())
+
+
+def mean_cost(experiment: Experiment, shapes: Geometry, sizes: Iterable[Sized]) -> dict[str, Cost]:
+    """FLOPs by part of the mean sample. Raises ValueError when there are no sizes."""
+    counts = Counter(Shape(size.frames, size.looks, size.text, size.prompt) for size in sizes)
+    if not counts:
+        raise ValueError("no samples to take the mean of")
+    mean: dict[str, Cost] = {}
+    for size, count in counts.items():
+        for name, cost in sample_cost(experiment, shapes, size).items():
+            mean[name] = mean.get(name, Cost()) + cost * (count / counts.total())
+    return mean
+
+
+def samples_for(budget: float, flops_per_sample: float) -> int:
+    """How many samples a budget of FLOPs buys. Raises UserError when it does not buy one."""
+    samples = int(budget / flops_per_sample)
+    if samples < 1:
+        raise UserError(f"train.flops={budget:.3g} is less than one sample costs ({flops_per_sample:.3g}): raise it")
+    return samples
+
+
+def samples_of(experiment: Experiment, sizes: Iterable[Sized]) -> int | None:
+    """The number of samples of a run: as given, or from its FLOPs budget and its samples' sizes; None for a run of so
+    many steps. Raises UserError as `geometry` and `samples_for` do."""
+    train = experiment.train
+    if train.flops is None:
+        return train.samples
+    return samples_for(train.flops, total(mean_cost(experiment, geometry(experiment.model), sizes)).total)
+
+
+def largest(experiment: Experiment) -> dict[str, Shape]:
+    """For each training source the largest sample that the settings let through.
+
+    This is what can be said without data at hand. It is an upper bound: samples are shorter, and cost less.
+    """
+    return {name: _largest(experiment, experiment.data.sources[name]) for name in experiment.data.train}
+
+
+def _largest(experiment: Experiment, source: Source) -> Shape:
+    data, ahead = experiment.data, experiment.model.prompt == "before"
+    frames = {"text": 0, "image": 1}.get(source.kind, data.max_frames)
+    looks = data.image_frames if source.kind == "image" else frames
+    answers = 2 if source.kind == "preference" else 1
+    prompt = data.max_text if ahead and frames else 0
+    return Shape(answers * frames, answers * looks, answers * data.max_text, answers * prompt)
+
+
+# -- the parts -----------------------------------------------------------------------------------------------------
+
+
+def _text_cost(experiment: Experiment, shapes: Geometry, size: Sized) -> dict[str, Cost]:
+    model, optim = experiment.model, experiment.optim
+    dino, llm = optim.lr_dino is not None, optim.lr_llm is not None
+    F, K, S, P = size.frames, size.looks, size.text, size.prompt
+    D, E, Q, T, rounds = shapes.dino.D, shapes.llm.E, shapes.Q, shapes.T, shapes.rounds
+    asks = model.visual != "multi_token"
+    rides = asks and model.deep_query and dino
+    coarse = 1 if F and asks else 0
+    return {
+        "encoder": _walk(shapes, F, rides, not model.deep_query or not asks, dino, model.checkpoint_dino),
+        "coarse_looks": _looks(shapes, F if asks and not rides else 0, model.deep_query, dino),
+        "fine_looks": _looks(shapes, K, model.deep_query, dino) * rounds,
+        "coarse_llm": _read(shapes, K + P if K else 0, llm, model.checkpoint_llm) * rounds,
+        "fine_llm": _read(shapes, K * T + S, llm, model.checkpoint_llm),
+        "connector": _linear(coarse, Q, D)
+        + (_linear(F, D, E) if asks else _linear(F * T, D, E, flows=dino))
+        + (_linear(K, E, Q) + _linear(K, Q, D) + _linear(K, D, E)) * rounds,
+        "head": _again(_linear(S, E, shapes.llm.V, learns=llm)),
+    }
+
+
+def _linear(rows: int, width: int, out: int, learns: bool = True, flows: bool = True) -> Cost:
+    """`learns`: its weights do; `flows`: something before it does."""
+    product = 2 * rows * width * out
+    return Cost(product, product * (learns + flows))
+
+
+def _attention(rows: int, keys: int, width: int, kept: bool = True) -> Cost:
+    """Rows over keys; `kept`: keys and values want gradients too."""
+    product = 2 * rows * keys * width
+    return Cost(2 * product, (5 if kept else 3) * product)
+
+
+def _again(cost: Cost) -> Cost:
+    """The same, with its forward pass done again in the backward pass."""
+    return Cost(cost.forward, cost.backward, cost.forward)
+
+
+def _block(shapes: Geometry, rows: int, learns: bool) -> Cost:
+    """What follows the keys and values in an encoder layer: query, output projection and MLP."""
+    d = shapes.dino
+    return _linear(rows, d.D, d.D, learns) * 2 + _linear(rows, d.D, d.mlp, learns) * d.matrices
+
+
+def _walk(shapes: Geometry, F: int, rides: bool, whole: bool, learns: bool, checkpoint: bool) -> Cost:
+    """The frames' patches through all layers; through the last one only the riding look unless `whole`."""
+    d = shapes.dino
+    rows = F * (d.N + rides)
+    keys = _linear(rows, d.D, d.D) * 2
+    layer = keys + _block(shapes, rows, True) + _attention(rows, d.N, d.D)
+    last = layer if whole else _last_look(shapes, F * rides, True)
+    layers = layer * (d.layers - 1) + last
+    walk = _linear(F * (d.N - 1), d.patch, d.D, flows=False) + (_again(layers) if checkpoint else layers)
+    return walk if learns else Cost(walk.forward)
+
+
+def _looks(shapes: Geometry, K: int, deep: bool, learns: bool) -> Cost:
+    """Queries through all layers over kept keys and values, or one attention over the features."""
+    d = shapes.dino
+    attention = _attention(K, d.N, d.D, kept=learns)
+    if not deep:
+        return attention
+    return (_block(shapes, K, learns) + attention) * (d.layers - 1) + _last_look(shapes, K, learns)
+
+
+def _last_look(shapes: Geometry, K: int, learns: bool) -> Cost:
+    """Queries through the last layer: attention over rows, with the projections of keys and values absorbed."""
+    d = shapes.dino
+    projections = _linear(K, d.D, d.D, learns) * 2
+    return _block(shapes, K, learns) + projections + _attention(K * d.H, d.N, d.D, kept=learns)
+
+
+def _read(shapes: Geometry, M: int, learns: bool, checkpoint: bool) -> Cost:
+    """The language model's layers over M positions."""
+    m = shapes.llm
+    attention = _linear(M, m.E, m.asked, learns) * 2 + _linear(M, m.E, m.kept, learns) * 2 + _attention(M, M, m.asked)
+    down = _linear(M, m.inner, m.E, learns)
+    before = attention + _linear(M, m.E, m.inner, learns) * 2
+    # Recomputation stops once everything is there that the backward pass wants, which is ahead of the last product.
+    return ((_again(before) if checkpoint else before) + down) * m.layers

@@ -1,0 +1,191 @@
+"""Bytes that one rank needs, estimated from shapes alone. No torch; `benchmarks/memory.py` holds it to measurements.
+
+What stays all along follows DeepSpeed 0.19.8 (n trainable and z frozen parameters, W ranks, w bytes a weight):
+
+- ZeRO-1 and -2 keep all weights, w (n + z), and a share of the optimizer: fp32 master weights (a copy even in fp32
+  runs) and two moments, 12 n / W. ZeRO-3 shares the weights too, and gathers those it is about to use.
+- ZeRO-2 in bf16 accumulates gradients in one fp32 buffer of its share, 4 n / W, which lies on the GPU even when the
+  optimizer is offloaded (`_build_compact_grad_partition_buffer`). In fp32 the share exists twice while accumulating.
+- ZeRO-1 in bf16 (`BF16_Optimizer`) keeps fp32 and bf16 gradients of all weights, 6 n.
+- Offloading moves master weights and moments to the host, with an fp32 gradient and a staging copy beside them.
+- Gradients are reduced in buckets, two of them with overlap_comm. A weight larger than a bucket passes on its own: its
+  gradient, a clone and an fp32 copy.
+
+Activations are what autograd keeps for the backward pass, at its worst moment: parts are run forward in the order
+encoder, coarse pass, looks, fine pass, head, and freed in the other, while the running part needs room to work in and
+the gradients of the cached keys and values grow. A weight that is used twice (by both passes; by patches and looks)
+waits with the gradient of its second use for that of the first, and reaches DeepSpeed only then. Not in it: the CUDA
+context, the allocator's rest, NCCL: 1-2 GB.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fovlm.config.schema import Experiment
+from fovlm.estimate.shapes import Dino, Geometry, Llama, parameters
+
+NLL_CHUNK = 1024  # text tokens whose logits are held at once, as in model.py
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one rank. `device` is the sum of the first five; `host` is what offloading puts into main memory."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buckets: int
+    activations: int
+    host: int
+
+    @property
+    def device(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.buckets + self.activations
+
+
+def estimate(experiment: Experiment, shapes: Geometry, ds_config: dict[str, Any], world: int) -> Estimate:
+    """The bytes of one of `world` ranks; `ds_config` is the resolved DeepSpeed dict (`deepspeed_config.merge`)."""
+    zero = ds_config["zero_optimization"]
+    stage, bf16 = zero["stage"], ds_config["bf16"]["enabled"]
+    offload = _on_host(zero, "offload_optimizer")
+    w = 2 if bf16 else FP32
+    counts = parameters(experiment, shapes).values()
+    n, z = sum(c.trainable for c in counts), sum(c.frozen for c in counts)
+    share = -(-n // world)
+    big = max(shapes.llm.V * shapes.llm.E if experiment.optim.lr_llm else 0, shapes.dino.D * shapes.dino.mlp)
+
+    weights, host = w * (n + z), 0
+    if stage == 3:
+        weights = -(-weights // world)
+        if _on_host(zero, "offload_param"):
+            weights, host = 0, weights
+        if world > 1 or not weights:
+            live = zero.get("stage3_max_live_parameters", 10**9) + zero.get("stage3_prefetch_bucket_size", 5 * 10**7)
+            weights += w * min(n + z, live)
+    if experiment.train.objective == "dpo":
+        weights += w * (n + z)  # the frozen reference
+
+    accumulates = ds_config["gradient_accumulation_steps"] > 1
+    if stage == 1:
+        gradients = n * (FP32 if not bf16 or offload else FP32 + w) + (0 if bf16 else FP32 * share)
+    elif stage == 3:
+        gradients = 0 if offload else FP32 * share
+    elif bf16:
+        gradients = FP32 * share
+    else:
+        gradients = 0 if offload else 2 * FP32 * share
+
+    optimizer = 3 * FP32 * share
+    if offload:
+        # Master weights, moments, their gradient, the staging copy, and in fp32 the sum of micro steps.
+        host += optimizer + FP32 * share + w * (share + big) + (FP32 * share if accumulates and not bf16 else 0)
+        optimizer = 0
+
+    bucket = zero.get("reduce_bucket_size", 5 * 10**8)
+    buckets = w * bucket * (2 if zero.get("overlap_comm") else 1)
+    buckets += min(big, n) * ((2 * w if big > bucket else w) + FP32 + (w if offload else 0))
+    return Estimate(weights, gradients, optimizer, buckets, sum(activations(experiment, shapes, w).values()), host)
+
+
+def _on_host(zero: dict[str, Any], key: str) -> bool:
+    return key in zero and zero[key]["device"] != "none"
+
+
+def activations(experiment: Experiment, shapes: Geometry, w: int) -> dict[str, int]:
+    """Bytes at the worst moment of a micro step, by the part that keeps them; `working` is the running part's own.
+
+    `w` is the bytes of an activation: 2 in bf16, 4 in fp32.
+    """
+    model, data = experiment.model, experiment.data
+    dino, llm = experiment.optim.lr_dino is not None, experiment.optim.lr_llm is not None
+    F, S = data.frames, data.text
+    K, P = F * data.image_frames, S if model.prompt == "before" else 0
+    L = K * shapes.T + S
+    d, asks, deep = shapes.dino, model.visual != "multi_token", model.deep_query
+    separate = asks and not (deep and dino)  # the static look, when it does not ride along
+
+    rows = F * (d.N + (asks and deep and dino))
+    cached = w * rows * d.D * (2 * d.layers - 1 if deep else 1) if asks else 0  # the last layer keeps rows
+    encoder = _walk(d, rows, cached, w, dino, model.checkpoint_dino)
+    looks = _block_bytes(d, w) * d.layers if deep else 2 * w * d.D
+    per_look = looks * K
+    coarse = looks * F * separate
+    prefix, whole = (_read(shapes.llm, M, w, llm, model.checkpoint_llm) for M in (K + P, L))
+    kept = {"encoder": encoder, "coarse_looks": coarse}
+    for turn in range(shapes.rounds):
+        kept |= {f"coarse_llm_{turn}": prefix, f"fine_looks_{turn}": per_look}
+    kept |= {"fine_llm": whole}
+
+    chunk = min(S, NLL_CHUNK)
+    embedding = w * shapes.llm.V * shapes.llm.E * llm  # its gradient waits for its last use, and grows by copies
+    working = {
+        "encoder": _layer_work(d, rows, w, model.checkpoint_dino) if dino else 0,
+        "coarse_looks": 0,
+        "fine_llm": _read_work(shapes.llm, L, w, llm, model.checkpoint_llm) + embedding,
+        "head": 3 * FP32 * chunk * shapes.llm.V + embedding * (2 if chunk < S else 1),
+    }
+    for turn in range(shapes.rounds):
+        prefix_work = _read_work(shapes.llm, K + P, w, llm, model.checkpoint_llm)
+        working |= {f"coarse_llm_{turn}": prefix_work + embedding, f"fine_looks_{turn}": embedding}
+
+    order = [*kept, "head"]
+    # Gradients of the cache exist from the last look's backward pass on.
+    grown = cached if dino and (shapes.rounds or separate) else 0
+    waiting_llm = w * (shapes.llm.parameters - shapes.llm.V * shapes.llm.E) if llm and shapes.rounds else 0
+    waiting_dino = w * d.parameters if dino and deep and shapes.rounds else 0
+    worst: dict[str, int] = {}
+    for at, part in enumerate(order):
+        now = {name: kept[name] for name in order[: at + 1] if name in kept} | {"working": working[part]}
+        if part not in ("head", "fine_llm"):
+            now["working"] += grown
+            now["waiting gradients"] = waiting_dino + (waiting_llm if part != "encoder" else 0)
+        if sum(now.values()) > sum(worst.values()):
+            worst = now
+    return worst
+
+
+def _block_bytes(d: Dino, w: int) -> int:
+    """What a row keeps in an encoder layer, keys and values aside: both norms' inputs and outputs, query, attention's
+    output, what the layer scales multiply, and the MLP's inside."""
+    return w * (8 * d.D + (2 if d.matrices == 2 else 4) * d.mlp) + 4 * FP32 + FP32 * d.H
+
+
+def _walk(d: Dino, rows: int, cached: int, w: int, learns: bool, checkpoint: bool) -> int:
+    """The patches' walk. A frozen one keeps the cache alone; a checkpointed one each layer's input, and the cache."""
+    if not learns:
+        return cached
+    pixels = w * (rows // d.N) * d.N * d.patch
+    if checkpoint:
+        return cached + pixels + w * rows * d.D * d.layers
+    return pixels + rows * (_block_bytes(d, w) + 2 * w * d.D) * d.layers
+
+
+def _layer_work(d: Dino, rows: int, w: int, checkpoint: bool) -> int:
+    """What one encoder layer needs besides: gradients inside the MLP, and what a checkpointed one computes again."""
+    again = _block_bytes(d, w) + 2 * w * d.D if checkpoint else 0
+    return rows * (again + w * (2 * d.D + d.mlp))
+
+
+def _layer_bytes(m: Llama, M: int, w: int, learns: bool) -> int:
+    """What a layer of the language model keeps for M positions.
+
+    Norms compute in fp32. Keys and values are repeated for every head, and the mask becomes a bias of the activations'
+    type, once more in each layer. A frozen layer needs no inputs of its products.
+    """
+    norms = 2 * m.E * (FP32 + (2 * w if learns else 0))
+    attention = 4 * w * m.asked + FP32 * m.heads + w * M
+    mlp = (4 if learns else 3) * w * m.inner
+    return M * (norms + attention + mlp)
+
+
+def _read(m: Llama, M: int, w: int, learns: bool, checkpoint: bool) -> int:
+    """The language model over M positions: all layers, or the inputs of checkpointed ones; mask [M, M], final norm."""
+    inside = w * M * m.E if checkpoint else _layer_bytes(m, M, w, learns)
+    return inside * m.layers + M * M + M * m.E * (FP32 + 2 * w)
+
+
+def _read_work(m: Llama, M: int, w: int, learns: bool, checkpoint: bool) -> int:
+    """What one layer needs besides: gradients inside the MLP and of the residual."""
+    again = _layer_bytes(m, M, w, learns) if checkpoint else 0
+    return again + w * M * (3 * m.inner + 3 * m.E)

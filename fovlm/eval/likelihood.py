@@ -1,0 +1,180 @@
+"""The likelihood of several answers about frames that are encoded once.
+
+    Encoding   the cache of some frames, and the coarse look at each: all that the encoder is asked
+    visual     one way of looking (a mode, under a control) -> the visual tokens
+    score      visual tokens, and texts that begin alike -> the nll of each text's weighted tokens
+
+Modes and controls share the encoding, and texts share the language model's keys and values up to where they differ.
+The numbers are those of `model(batch)` for each answer alone.
+
+Letters: F frames, K looks, T tokens of a look, B texts, s tokens of a text, E language-model width, Q query width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from fovlm.checkpoint.reference import snug
+from fovlm.data.chat import Text
+from fovlm.data.packing import Sample
+from fovlm.model.autoregressive import Stream
+from fovlm.model.encoder import Cache
+from fovlm.model.modeling import FoveatedVLM
+
+
+@dataclass
+class Encoding:
+    """What is kept of frames: the cache and what the static query saw [F, D], or the pooled tokens [F, T, E]."""
+
+    cache: Cache | None
+    seen: Tensor | None
+    pooled: Tensor | None
+
+    def of(self, start: int, end: int) -> "Encoding":
+        """Some neighbouring frames."""
+        part = slice(start, end)
+        cache = None if self.cache is None else self.cache.frames(part)
+        return Encoding(cache, *(None if x is None else x[part] for x in (self.seen, self.pooled)))
+
+    @classmethod
+    def join(cls, parts: list["Encoding"]) -> "Encoding":
+        """Several encodings, one behind the other."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def together(tensors: list[Tensor | None]) -> Tensor | None:
+            there = [t for t in tensors if t is not None]
+            return torch.cat(there) if there else None
+
+        caches = [part.cache for part in parts if part.cache is not None]
+        layers = [
+            tuple(torch.cat(kept) for kept in zip(*layer, strict=True))
+            for layer in zip(*(cache.layers for cache in caches), strict=True)
+        ]
+        seen, pooled = together([part.seen for part in parts]), together([part.pooled for part in parts])
+        return cls(Cache(layers) if caches else None, seen, pooled)
+
+
+@dataclass
+class View:
+    """The frame of each look, and the text ahead of them. The gaze is that of `gaze_of` if it has one: its queries."""
+
+    encoding: Encoding
+    looks: Tensor  # i64 [K]
+    asked: Tensor  # i64 [p]
+    gaze_of: "View | None" = None
+
+
+@torch.no_grad()
+def encode(model: FoveatedVLM, frames: Tensor) -> Encoding:
+    """Walk the frames u8 [F, 3, s, s] through the encoder, once. F is at least 1."""
+    if model.config.visual == "multi_token":
+        clip = Sample("", "", frames, len(frames), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+        batch = snug([clip], model.config.tokens_per_look).to(frames.device)
+        return Encoding(None, None, model.visual_tokens(batch, "multi_token").unflatten(0, (len(frames), -1)))
+    row = model.connector.query_in(model.connector.q_static)
+    cache, seen = model.encoder.encode(frames, row)
+    return Encoding(cache, seen, None)
+
+
+@torch.no_grad()
+def visual(model: FoveatedVLM, view: View | None, mode: str) -> Tensor:
+    """The visual tokens [K * T, E] of a view. None shows nothing."""
+    if view is None or not len(view.looks):
+        return model.connector.q_static.new_zeros(0, model.config.llm_config.hidden_size)
+    if view.encoding.pooled is not None:
+        return view.encoding.pooled[view.looks].flatten(0, 1)
+    coarse = mode == "coarse_only" or (mode == "coarse_fine" and model.config.rounds == 0)
+    if coarse or model.config.visual == "coarse":
+        return _coarse(model, view)
+    queries = (_deployed if mode == "autoregressive" else _parallel)(model, view.gaze_of or view)
+    return model.connector.token(model.look(queries, _cache(view), view.looks))
+
+
+def _cache(view: View) -> Cache:
+    assert view.encoding.cache is not None
+    return view.encoding.cache
+
+
+def _coarse(model: FoveatedVLM, view: View) -> Tensor:
+    assert view.encoding.seen is not None
+    return model.connector.token(view.encoding.seen[view.looks])
+
+
+def _parallel(model: FoveatedVLM, view: View) -> Tensor:
+    """The queries [K, Q] of the parallel passes: from coarse tokens, and from fine ones for further rounds."""
+    asked, c = view.asked, model.connector
+    words = model.llm.get_input_embeddings()(asked)
+    tokens = _coarse(model, view)
+    for left in reversed(range(model.config.rounds)):
+        x = torch.cat([words, tokens.to(words.dtype)])
+        hidden = model.llm.base_model(inputs_embeds=x[None], use_cache=False).last_hidden_state[0]
+        queries = c.to_query(hidden[max(len(asked) - 1, 0) : len(x) - 1])
+        if not len(asked):
+            queries = torch.cat([c.q_first.to(queries.dtype)[None], queries])
+        if left:
+            tokens = c.token(model.look(queries, _cache(view), view.looks))
+    return queries
+
+
+def _deployed(model: FoveatedVLM, view: View) -> Tensor:
+    """The queries [K, Q] that come about frame by frame."""
+    stream, queries = Stream(model), []
+    if len(view.asked):
+        stream.words(view.asked[None])
+    for at in view.looks.tolist():
+        hidden = stream.hidden
+        queries.append(model.connector.q_first if hidden is None else model.connector.to_query(hidden)[0])
+        stream.look(_cache(view).frames(slice(at, at + 1)))
+    return torch.stack([q.to(queries[-1].dtype) for q in queries])
+
+
+@torch.no_grad()
+def score(model: FoveatedVLM, tokens: Tensor, texts: list[Text]) -> list[Tensor]:
+    """Visual tokens [K * T, E] and B texts with one place for them -> the nll f32 [s] of each text's tokens.
+
+    0 where a token has no weight or nothing ahead of it. The texts' common beginning is read once.
+    """
+    device, p, K = tokens.device, texts[0].prompt, len(tokens)
+    shared = _common([text.tokens for text in texts])
+    if shared < p:
+        raise ValueError("texts that differ ahead of the frames cannot share them")
+    embed = model.llm.get_input_embeddings()
+    words = embed(texts[0].tokens[:shared].to(device))
+    x = torch.cat([words[:p], tokens.to(words.dtype), words[p:]])
+    memory = DynamicCache(config=model.llm.config)
+    hidden = model.llm.base_model(inputs_embeds=x[None], past_key_values=memory, use_cache=True).last_hidden_state[0]
+    stand = torch.arange(shared)
+    stand = stand + (stand >= p) * K  # token i stands at i, or behind the looks when it is not ahead of them
+    states = [hidden[(stand - 1).clamp(min=0).to(device)]] * len(texts)
+    tails = [len(text.tokens) - shared for text in texts]
+    if any(tails):
+        rest = torch.zeros(len(texts), max(tails), dtype=torch.int64)
+        for row, text in enumerate(texts):
+            rest[row, : tails[row]] = text.tokens[shared:]
+        memory.batch_repeat_interleave(len(texts))
+        read = model.llm.base_model(
+            inputs_embeds=embed(rest.to(device)), past_key_values=memory, use_cache=True
+        ).last_hidden_state
+        before = torch.cat([hidden[-1:].expand(len(texts), 1, -1), read[:, :-1]], dim=1)
+        states = [torch.cat([s, b[:tail]]) for s, b, tail in zip(states, before, tails, strict=True)]
+    return [_nll(model, state, text, first_is_known=p > 0 or K == 0) for state, text in zip(states, texts, strict=True)]
+
+
+def _nll(model: FoveatedVLM, states: Tensor, text: Text, first_is_known: bool) -> Tensor:
+    counted = text.weight > 0
+    counted[0] &= not first_is_known  # the very first position is predicted by nothing
+    out = torch.zeros(len(text.tokens))
+    if counted.any():
+        where = counted.to(states.device)
+        out[counted] = model.score(states[where], text.tokens.to(states.device)[where]).float().cpu()
+    return out
+
+
+def _common(rows: list[Tensor]) -> int:
+    """How many first tokens all rows have alike."""
+    least = min(map(len, rows))
+    same = torch.stack([row[:least] == rows[0][:least] for row in rows]).all(0)
+    return int(same.long().cumprod(0).sum())

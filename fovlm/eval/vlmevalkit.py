@@ -1,0 +1,41 @@
+"""An adapter for VLMEvalKit, which has no plug-in hook: its model list must be told by hand (docs/evaluation.md).
+
+Follows its interface for models (`vlmeval.vlm.base.BaseModel`): a class with `INTERLEAVE` and `generate_inner(message,
+dataset)`, where a message is a list of parts {"type": "text" | "image" | "video", "value": words or a path}. What was
+run with the package itself is in docs/log.md.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+
+from fovlm.errors import UserError
+from fovlm.model.processing import open_model
+
+
+class Fovlm:
+    """A folder that `fovlm convert` made; mix it with VLMEvalKit's BaseModel as the page says."""
+
+    INSTALL_REQ: ClassVar[bool] = False
+    INTERLEAVE: ClassVar[bool] = False
+    VIDEO_LLM: ClassVar[bool] = True
+
+    def __init__(
+        self, model_path: str, mode: str | None = None, max_new_tokens: int = 128, max_frames: int = 64, **_: Any
+    ):
+        super().__init__()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model, self.processor = open_model(model_path, device=device)
+        self.processor.max_frames = max_frames
+        self.mode, self.max_new_tokens = mode, max_new_tokens
+
+    def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
+        """The answer to one message, greedy. Raises UserError for parts that are no text, image or video."""
+        content = []
+        for part in message:
+            if part["type"] not in ("text", "image", "video"):
+                raise UserError(f"a part of type '{part['type']}': this model takes text, image and video")
+            content.append({"type": part["type"], part["type"]: part["value"]})
+        inputs = self.processor(messages=[{"role": "user", "content": content}]).to(self.model.device)
+        made = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, mode=self.mode, do_sample=False)
+        return str(self.processor.batch_decode(made)[0]).strip()

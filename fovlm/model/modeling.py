@@ -1,0 +1,301 @@
+"""FoveatedVLM: a language model that sees each frame as one token, and whose last thought decides where to look next.
+
+The forward pass over a pack (letters as in `batch.py`; E language-model width, Q query width, D encoder width):
+
+    encode      frames -> cache                                     DINOv2, once
+    coarse      q_static looks at every frame -> K coarse tokens
+    queries     language model over the prefixes with the coarse tokens -> the state before each look -> K queries
+    fine        the queries look -> K fine tokens
+    nll         language model over the whole pack with the fine tokens -> nll [S]
+
+It returns the negative log-likelihood of every text token and nothing else: every loss and every score is a sum of
+these numbers.
+
+Queries and fine tokens can go round: with `rounds` R, the fine tokens of one round give the queries of the next. No
+round at all is the coarse pass, one is the design, and after K rounds every query comes from the fine tokens of all
+frames before it, which is what frame-by-frame deployment does (`stream.py`). Training with two narrows that gap.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from fovlm.data.packing import Batch, Layout
+from fovlm.errors import UserError
+from fovlm.model.encoder import Cache, Dinov2Config, Dinov2Model, Encoder
+from fovlm.model.generation import FoveatedGenerationMixin
+from fovlm.model.kv_cache import ATTENTION
+
+POOLED = 4  # multi_token: the patches are pooled to 4 x 4 tokens a frame
+NLL_CHUNK = 1024  # text tokens whose logits are held at once: 1024 x 49152 in fp32 is 200 MB
+VISUALS = ("foveated", "coarse", "multi_token")
+PROMPTS = ("after", "before")  # where the question stands: after the frames, or ahead of them
+
+
+class FoveatedConfig(PreTrainedConfig):
+    """What a FoveatedVLM is made of. `llm_config` and `dino_config` are HF configs (or their dicts)."""
+
+    model_type = "fovlm"
+    sub_configs: ClassVar = {"llm_config": AutoConfig, "dino_config": Dinov2Config}
+
+    def __init__(
+        self,
+        llm_config: PreTrainedConfig | dict | None = None,
+        dino_config: Dinov2Config | dict | None = None,
+        visual: str = "foveated",
+        deep_query: bool = True,
+        prompt: str = "after",
+        rounds: int = 1,
+        query_dim: int = 384,
+        visual_scale: float = 0.14,
+        frame_size: int = 224,
+        image_frames: int = 1,
+        **kwargs,
+    ):
+        if isinstance(llm_config, dict):
+            llm_config = AutoConfig.for_model(**{"model_type": "llama", **llm_config})
+        if isinstance(dino_config, dict):
+            dino_config = Dinov2Config(**dino_config)
+        self.llm_config: PreTrainedConfig = llm_config or LlamaConfig()
+        self.dino_config = dino_config or Dinov2Config()
+        self.visual = visual
+        self.deep_query = deep_query
+        self.prompt = prompt
+        self.rounds = rounds
+        self.query_dim = query_dim
+        self.visual_scale = visual_scale
+        self.frame_size = frame_size
+        self.image_frames = image_frames
+        kwargs.setdefault("tie_word_embeddings", False)  # a tie inside the language model is its own affair
+        super().__init__(**kwargs)
+
+    @property
+    def tokens_per_look(self) -> int:
+        """T: visual tokens of one look."""
+        return POOLED * POOLED if self.visual == "multi_token" else 1
+
+
+class Connector(nn.Module):
+    """The bridge between the two backbones: the only part that starts from random weights.
+
+    Queries have a deviation of 1.0 and reach the encoder without a bias: at 0.02, or with a bias that all queries
+    share, attention over the patches becomes uniform and stays so.
+    """
+
+    def __init__(self, query_dim: int, encoder_width: int, llm_width: int, visual_scale: float):
+        super().__init__()
+        self.query_in = nn.Linear(query_dim, encoder_width, bias=False)  # Q -> D
+        self.to_llm = nn.Linear(encoder_width, llm_width)  # D -> E
+        self.to_query = nn.Linear(llm_width, query_dim)  # E -> Q
+        self.q_static = nn.Parameter(torch.empty(query_dim))
+        self.q_first = nn.Parameter(torch.empty(query_dim))
+        self.visual_scale = visual_scale
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Draw the weights so that every projection keeps the deviation of what it gets."""
+        for linear in (self.query_in, self.to_llm, self.to_query):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        nn.init.normal_(self.q_static, std=1.0)
+        nn.init.normal_(self.q_first, std=1.0)
+
+    def token(self, seen: Tensor) -> Tensor:
+        """What a look brought back [..., D] -> the visual token [..., E], at the scale of the word embeddings."""
+        return self.to_llm(seen) * self.visual_scale
+
+
+class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
+    """See the module. `forward(batch)` -> nll f32 [S]; `generate` and `stream` answer (`generation.py`)."""
+
+    config_class = FoveatedConfig
+    base_model_prefix = "fovlm"
+    main_input_name = "batch"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(self, config: FoveatedConfig, llm: PreTrainedModel | None = None, dino: Dinov2Model | None = None):
+        super().__init__(config)
+        if config.visual not in VISUALS:
+            raise ValueError(f"visual is one of {VISUALS}, not {config.visual!r}")
+        if config.prompt not in PROMPTS:
+            raise ValueError(f"prompt is one of {PROMPTS}, not {config.prompt!r}")
+        self.llm = llm if llm is not None else AutoModelForCausalLM.from_config(config.llm_config)
+        self.encoder = Encoder(dino if dino is not None else Dinov2Model(config.dino_config), deep=config.deep_query)
+        self.llm.set_attn_implementation(ATTENTION)  # what is handed in lost its choice to super().__init__
+        self.encoder.dino.set_attn_implementation("sdpa")
+        self.connector = Connector(
+            config.query_dim, self.encoder.width, config.llm_config.hidden_size, config.visual_scale
+        )
+        for unused in self._unused():
+            unused.requires_grad_(False)
+        self.post_init()
+        self.generation_config = self.llm.generation_config
+
+    def _unused(self) -> list[nn.Parameter]:
+        """What the visual mode never touches: a parameter without a gradient has no place in the optimizer."""
+        c, visual = self.connector, self.config.visual
+        asking = [c.q_first, *c.to_query.parameters()]
+        return {"foveated": [], "coarse": asking, "multi_token": [*asking, c.q_static, *c.query_in.parameters()]}[
+            visual
+        ]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """transformers calls this for what a checkpoint lacks; the backbones initialise themselves."""
+        if isinstance(module, Connector):
+            module.reset()
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, visual: str | None = None) -> Tensor:
+        """Negative log-likelihood f32 [S] of every text token of the pack; 0 at padding and at a sample's first token.
+
+        `visual` overrides the configured mode: "coarse" on a foveated model gives its `coarse_only` evaluation.
+        """
+        tokens = self.visual_tokens(batch, visual or self.config.visual)
+        return self.nll(batch, self.read(batch.sequence, tokens, batch.tokens))
+
+    def visual_tokens(self, batch: Batch, visual: str) -> Tensor:
+        """The visual tokens [K * T, E] of the pack's looks."""
+        if visual == "multi_token":
+            return self._pooled(batch).flatten(0, 1)
+        cache, coarse_tokens = self.coarse(batch)
+        if visual == "coarse":
+            return coarse_tokens
+        tokens = coarse_tokens
+        for _ in range(self.config.rounds):
+            tokens = self.connector.token(self.look(self.queries(batch, tokens), cache, batch.frame_of_look))
+        return tokens
+
+    def coarse(self, batch: Batch) -> tuple[Cache, Tensor]:
+        """Encode the frames; the static query looks at each -> cache, coarse tokens [K, E]."""
+        cache, seen = self.encoder.encode(batch.frames, self.connector.query_in(self.connector.q_static))
+        tokens = self.connector.token(seen)
+        return cache, tokens if batch.frame_of_look is None else tokens[batch.frame_of_look]
+
+    def queries(self, batch: Batch, tokens: Tensor) -> Tensor:
+        """The query [K, Q] of each look, from the language model's state at the position before it.
+
+        `tokens` [K, E] are what it has seen so far: the coarse ones, or the fine ones of the round before.
+
+        Only the prefixes are read: attention is causal, so what comes after the last look cannot matter.
+        """
+        hidden = self.read(batch.prefix, tokens, batch.tokens)
+        first = (batch.query_from < 0)[:, None]
+        asked = self.connector.to_query(hidden[batch.query_from.clamp(min=0)])
+        return torch.where(first, self.connector.q_first.to(asked.dtype), asked)
+
+    def look(self, query: Tensor, cache: Cache, frame_of_look: Tensor | None = None) -> Tensor:
+        """Queries [K, Q] look at their frames -> [K, D]."""
+        return self.encoder.look(self.connector.query_in(query), cache, frame_of_look)
+
+    def read(self, layout: Layout, visual: Tensor, tokens: Tensor) -> Tensor:
+        """The language model over a packed sequence of M positions -> final hidden states [M, E]."""
+        words = self.llm.get_input_embeddings()(tokens)
+        x = torch.cat([visual.to(words.dtype), words])[layout.slot]
+        M = len(x)
+        same = layout.segment[:, None] == layout.segment[None, :]
+        causal = torch.ones(M, M, dtype=torch.bool, device=x.device).tril()
+        return self.llm.base_model(
+            inputs_embeds=x[None],
+            attention_mask=(same & causal)[None, None],
+            position_ids=layout.position[None],
+            use_cache=False,
+        ).last_hidden_state[0]
+
+    def nll(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Score every text token from the hidden state [L, E] at the position before it -> f32 [S]."""
+        known = batch.predict_from >= 0
+        scores = [
+            checkpoint(self.score, hidden[at], target, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else self.score(hidden[at], target)
+            for at, target in zip(
+                batch.predict_from.clamp(min=0).split(NLL_CHUNK), batch.tokens.split(NLL_CHUNK), strict=True
+            )
+        ]
+        return torch.cat(scores) * known
+
+    def score(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """-log p(target) f32 [s] from hidden states [s, E]; the logits [s, V] live only inside."""
+        return nnf.cross_entropy(self.llm.get_output_embeddings()(hidden).float(), target, reduction="none")
+
+    def _pooled(self, batch: Batch) -> Tensor:
+        """multi_token: every look's patches pooled to 4 x 4 -> [K, 16, E]."""
+        features = self.encoder.features(batch.frames)[:, 1:]
+        side = int(features.shape[1] ** 0.5)
+        grid = features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        pooled = nnf.adaptive_avg_pool2d(grid, POOLED).flatten(2).transpose(1, 2)
+        tokens = self.connector.token(pooled)
+        return tokens if batch.frame_of_look is None else tokens[batch.frame_of_look]
+
+    @torch.no_grad()
+    def gaze(self, batch: Batch) -> dict[str, Tensor]:
+        """Where the pack's looks look: attention weights f32 [layers, K, H, N], `coarse` and (foveated) `fine`."""
+        cache, tokens = self.coarse(batch)
+        queries = {"coarse": self.connector.q_static.expand(len(tokens), -1)}
+        if self.config.visual == "foveated":
+            for _ in range(self.config.rounds - 1):
+                tokens = self.connector.token(self.look(self.queries(batch, tokens), cache, batch.frame_of_look))
+            queries["fine"] = self.queries(batch, tokens)
+        return {
+            name: self.encoder.look_weights(self.connector.query_in(query), cache, batch.frame_of_look)
+            for name, query in queries.items()
+        }
+
+    # -- groups, checkpointing, compiling ---------------------------------------------------------------------------
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """The three parameter groups, each parameter once (tied weights are one), frozen ones left out."""
+        modules = {"connector": self.connector, "dino": self.encoder, "llm": self.llm}
+        return {name: [p for p in module.parameters() if p.requires_grad] for name, module in modules.items()}
+
+    def freeze(self, dino: bool, llm: bool) -> None:
+        """Take a backbone out of training (F1 freezes both, F2 the language model)."""
+        if dino:
+            self.encoder.requires_grad_(False)
+        if llm:
+            self.llm.requires_grad_(False)
+
+    def recompute(self, dino: bool, llm: bool) -> None:
+        """Gradient checkpointing: keep each layer's input only and compute the rest again in the backward pass."""
+        self.encoder.recompute = dino
+        if llm:
+            self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def compile_backbones(self, **options) -> None:
+        """torch.compile for both backbones, layer by layer: one graph serves all layers of a kind."""
+        self.encoder.compile(**options)
+        for layer in self.llm.base_model.layers:
+            layer.compile(dynamic=False, **options)
+
+
+def check_report(report: dict[str, Any], where: str) -> None:
+    """Raise UserError for transformers' loading report when a weight of the model at `where` was not in its files, has
+    another shape there, or was left over: then the model computes with random weights, or is another one.
+    """
+    for kind in ("missing", "unexpected", "mismatched"):
+        if names := sorted(key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"]):
+            raise UserError(
+                f"{where}: {len(names)} {kind} weights, like {names[0]}: the folder is damaged, or holds another model "
+                "than its config.json says"
+            )
+
+
+AutoConfig.register(FoveatedConfig.model_type, FoveatedConfig)
+for auto in (AutoModel, AutoModelForImageTextToText):
+    auto.register(FoveatedConfig, FoveatedVLM)

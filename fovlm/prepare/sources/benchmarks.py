@@ -1,0 +1,57 @@
+"""MVBench, Video-MME, ScienceQA and POPE as shards, by the readers that `fovlm eval` uses.
+
+A sample has the right option as its answer; all options, the number of the right one and the category stay in its
+record. Shards hold one kind of sample, so ScienceQA's questions without a picture are left out.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fovlm.bad import BadSample
+from fovlm.data.tables import Row
+from fovlm.errors import UserError
+from fovlm.eval.benchmarks import questions_of
+from fovlm.eval.questions import Question, frames_of
+from fovlm.prepare.frames import jpegs
+from fovlm.prepare.job import Job, Made, Source
+
+KINDS = {"mvbench": "video", "videomme": "video", "scienceqa": "image", "pope": "image"}
+
+
+def make(row: Row, job: Job) -> Iterator[Made]:
+    """One question."""
+    question: Question = row["question"]
+    if not question.media:
+        raise BadSample("no picture")
+    if question.missing is not None:
+        raise BadSample("no such video or picture file")
+    try:
+        frames = frames_of(question, job.size, job.most)
+    except UserError as error:
+        raise BadSample("video or picture undecodable or cut short") from error
+    record = {
+        "user": question.question,
+        "assistant": question.options[question.answer],
+        "source": job.source,
+        "options": list(question.options),
+        "answer": question.answer,
+        "category": question.category,
+        "id": question.id,
+    }
+    yield Made(record, jpegs(frames, job), still=KINDS[job.source] == "image")
+
+
+def _rows(name: str) -> Callable[[Path, bool], list[Row]]:
+    def rows(raw: Path, skip_missing: bool) -> list[Row]:
+        """All questions. Raises UserError, also when files are missing that may not be."""
+        questions = questions_of(name, raw)
+        missing = [question.missing for question in questions if question.missing is not None]
+        if missing and (not skip_missing or len(missing) == len(questions)):
+            told = f"{raw}: the files of {len(missing)} of {len(questions)} questions are missing, first {missing[0]}"
+            raise UserError(told + ("" if len(missing) == len(questions) else "; --skip-missing leaves them out"))
+        return [{"question": question} for question in questions]
+
+    return rows
+
+
+SOURCES = [Source(name, kind, (), (), (), make, rows=_rows(name)) for name, kind in KINDS.items()]

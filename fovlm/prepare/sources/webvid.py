@@ -1,0 +1,55 @@
+"""WebVid and data sets like it: captions in JSON, JSONL, CSV or a JSON beside each mp4.
+
+WebVid's own CSV has `videoid`, `name` (the caption) and `page_dir`, with videos at PAGE_DIR/VIDEOID.mp4; video2dataset
+writes KEY.mp4 with KEY.json (`caption`, `videoid`) beside it. Sources: the WebVid page, video2dataset's README.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from fovlm.bad import BadSample
+from fovlm.data.tables import Row, pick
+from fovlm.prepare.frames import find_video, video_frames
+from fovlm.prepare.job import Job, Made, Source
+
+VIDEO = (
+    "video",
+    "file_name",
+    "video_name",
+    "videoid",
+    "video_id",
+    "id",
+    "file",
+)  # `file`: the sidecar's own name, for want of others
+CAPTION = ("caption", "name", "text")
+
+
+def make(row: Row, job: Job) -> Iterator[Made]:
+    """A caption without a question."""
+    caption = str(pick(row, *CAPTION)).strip()
+    yield Made({"user": "", "assistant": caption, "source": "webvid"}, video_frames(_video(row, job), job))
+
+
+def _video(row: Row, job: Job) -> Path:
+    if file := row.get("file"):  # the JSON beside the video has the video's name
+        return find_video(Path(str(file)).with_suffix(""), job)
+    name = str(pick(row, *VIDEO))
+    folder = row.get("page_dir")
+    try:
+        return find_video(f"{folder}/{name}" if folder else name, job)
+    except BadSample:
+        if not folder:
+            raise
+        return find_video(name, job)
+
+
+SOURCE = Source(
+    "webvid",
+    "video",
+    ("csv", "jsonl", "json", "parquet"),
+    (VIDEO, CAPTION),
+    (*VIDEO, *CAPTION, "page_dir"),
+    make,
+    "Describe the video.",
+    sidecars=True,
+)

@@ -1,0 +1,96 @@
+"""`runs.csv`: one row for each run below FOVLM_RUNS, and what is known of a run while it goes on.
+
+The file is read, changed and replaced as a whole under a lock, so that two `fovlm run` side by side both leave their
+rows. Numbers come from the run folder (`journal.py` says what is in it).
+"""
+
+import csv
+import fcntl
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fovlm.config.schema import Experiment
+from fovlm.errors import UserError
+from fovlm.sweep.select import Planned, summary_of
+
+FILE = "runs.csv"
+# In this order; the losses of each way of looking, and by source, come behind as they are met.
+COLUMNS = (
+    *("name", "group", "seed", "status", "size", "visual", "ranks", "device", "step", "samples", "flops"),
+    *("val_loss", "wall_seconds", "samples_per_second", "commit", "experiment_hash", "data_hash", "val_hash"),
+    *("started", "ended"),
+)
+
+
+def read(root: Path) -> dict[str, dict[str, str]]:
+    """The rows of `root`/runs.csv by the run's name; none when there is no file. Raises UserError for a damaged one."""
+    file = root / FILE
+    if not file.is_file():
+        return {}
+    try:
+        with file.open(newline="", encoding="utf-8") as f:
+            return {row["name"]: dict.fromkeys(COLUMNS, "") | row for row in csv.DictReader(f)}
+    except (KeyError, ValueError, csv.Error) as error:
+        raise UserError(f"{file} is damaged ({error!r}): move it away; `fovlm run` writes it anew") from error
+
+
+def write(root: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put rows by name over those of `root`/runs.csv: whole, or not at all. A key that is not given keeps its value."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / f"{FILE}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        all_rows: dict[str, dict[str, Any]] = {name: dict(row) for name, row in read(root).items()}
+        for name, row in rows.items():
+            all_rows.setdefault(name, {}).update(row)
+        columns = list(dict.fromkeys([*COLUMNS, *(key for row in all_rows.values() for key in row)]))
+        partial = root / f"{FILE}.partial"
+        with partial.open("w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, columns, restval="")
+            writer.writeheader()
+            writer.writerows(all_rows.values())
+        partial.replace(root / FILE)
+
+
+def row_of(run: Planned, status: str, **known: Any) -> dict[str, Any]:
+    """The row of a run as its folder tells it. `known` are further columns."""
+    summary, metrics = summary_of(run.folder), rows_of(run.folder)
+    last = metrics[-1] if metrics else {}
+    speeds = [float(row["samples_per_second"]) for row in metrics if row.get("samples_per_second")]
+    row: dict[str, Any] = {
+        "name": run.name,
+        "group": run.group,
+        "seed": run.experiment.train.seed,
+        "status": status,
+        "size": size_of(run.experiment),
+        "visual": run.experiment.model.visual,
+        "step": last.get("step", ""),
+        "samples": last.get("samples", ""),
+        "wall_seconds": last.get("seconds", ""),
+        "samples_per_second": round(statistics.median(speeds), 3) if speeds else "",
+    }
+    told = ("ranks", "device", "samples", "flops", "wall_seconds", "commit", "experiment_hash", "data_hash", "val_hash")
+    if status == "finished":
+        row |= {key: summary[key] for key in told if summary.get(key) is not None}
+        row |= {key: value for key, value in summary["final"].items() if key.startswith("val_loss")}
+    return row | known
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv that are complete; none when there is no file yet."""
+    try:
+        text = (folder / "metrics.csv").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+
+
+def size_of(experiment: Experiment) -> str:
+    """The two models in a word: `SmolLM2-135M-Instruct+dinov2-small`, or `64x2+64x2` (width x layers)."""
+    return "+".join(
+        model.rstrip("/").rpartition("/")[2]
+        if isinstance(model, str)
+        else f"{model.get('hidden_size', '?')}x{model.get('num_hidden_layers', '?')}"
+        for model in (experiment.model.llm, experiment.model.dino)
+    )

@@ -1,0 +1,156 @@
+"""Watching attention sharpen: at every evaluation, where the model looks in the same ten validation clips.
+
+    maps/step-00000200.png   a row of frames for each clip, coarse looks above fine ones
+    maps/step-00000200.npz   the weights behind it: see `save_maps`
+    maps/index.html          all of them, with a slider over the steps
+
+The clips are the first ten of the validation order that have frames: the same at every evaluation, on any number of
+ranks and whatever a pack holds.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fovlm.data.chat import SYSTEM
+from fovlm.data.dataset import Dataset
+from fovlm.data.packing import Batch, Sample, Size, collate, fill_step
+from fovlm.media import decode
+from fovlm.model.modeling import FoveatedVLM
+from fovlm.viz.heatmap import maps, paint
+
+matplotlib.use("Agg")  # draws into files; needs no screen
+
+from matplotlib import pyplot as plt
+
+CLIPS = 10
+MOST_LOOKS = 8  # of a clip, evenly spaced
+SEARCHED = 1000  # positions among which clips are looked for: a set may hold text or images for the most part
+DRAWN = (112, 224)  # pixels of a drawn frame: at least, at most
+GAP = 4  # pixels between two
+
+
+def watched(val_set: Dataset, clips: int = CLIPS) -> list[Sample]:
+    """The first samples of a validation set that have frames, the first of each pair; fewer when there are not so many.
+
+    A pure function of the set: no rank, step or pack comes into it.
+    """
+    once = min(len(val_set.samples) * max(val_set.samples.values()), SEARCHED)  # sources are mixed evenly
+    found: dict[tuple[str, str], Sample] = {}
+    for position in range(once):
+        if len(found) < clips and val_set.size(position).frames:
+            for sample in val_set.read(position)[0][:1]:
+                found.setdefault((sample.source, sample.key), sample)
+    return list(found.values())
+
+
+def packs(samples: list[Sample], budget: Size) -> list[Batch]:
+    """The samples in packs of the run's own shape, for which its model is compiled and has the memory."""
+    batches, left = [], samples
+    while left:
+        _, taken = fill_step((sample.size for sample in left), 1, budget)
+        batches.append(collate(left[:taken], budget, left[0].frames.shape[-1]))
+        left = left[taken:]
+    return batches
+
+
+def save_maps(
+    model: FoveatedVLM,
+    samples: list[Sample],
+    budget: Size,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    step: int,
+    device: torch.device | str = "cpu",
+) -> Path | None:
+    """Draw where a model of `step` steps looks in the samples -> the picture's path in `folder`; None without samples.
+
+    Beside it an .npz: `coarse` and (foveated) `fine` f16 [layers, k, H, N] (N: CLS, then the patches by row); of each
+    of the k looks `clip` i64 [k], the number of its clip, and `look` i64 [k], its number there; `keys` and `texts` name
+    the clips.
+    """
+    if not samples:
+        return None
+    weights: dict[str, list[torch.Tensor]] = {}
+    frames, clip, look = [], [], []
+    done = 0
+    for batch in packs(samples, budget):
+        gaze = model.gaze(batch.to(device))
+        frame_of_look = batch.frame_of_look if batch.frame_of_look is not None else torch.arange(len(batch.frames))
+        for number in range(len(batch.keys)):
+            mine = (batch.look_segment == number).nonzero()[:, 0]
+            shown = decode.spread(len(mine), MOST_LOOKS)
+            for name, w in gaze.items():
+                weights.setdefault(name, []).append(w[:, mine[shown].to(w.device)].float().cpu())
+            frames.append(batch.frames[frame_of_look[mine[shown]]])
+            clip += [done + number] * len(shown)
+            look += shown
+        done += len(batch.keys)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [_text(sample, tokenizer) for sample in samples]
+    path = folder / f"step-{step:08d}.png"
+    _draw(weights, frames, texts, path)
+    arrays: dict[str, Any] = {name: torch.cat(parts, dim=1).half().numpy() for name, parts in weights.items()}
+    arrays |= {"clip": np.array(clip), "look": np.array(look)}
+    arrays |= {"keys": np.array([sample.key for sample in samples]), "texts": np.array(texts)}
+    np.savez_compressed(path.with_suffix(".npz"), **arrays)
+    _write_index(folder)
+    return path
+
+
+def _text(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a sample says, without the system message that all share."""
+    said = tokenizer.decode(sample.tokens.tolist(), skip_special_tokens=True)
+    return " ".join(said.partition(SYSTEM)[2].split())[:100]
+
+
+def _draw(weights: dict[str, list[torch.Tensor]], frames: list[torch.Tensor], texts: list[str], path: Path) -> None:
+    size = max(min(frames[0].shape[-1], DRAWN[1]), DRAWN[0])
+    looks = max(map(len, frames))
+    columns = max(1, MOST_LOOKS // looks)  # of clips
+    rows = -(-len(texts) // columns)
+    wide, high = looks * size + (looks - 1) * GAP, len(weights) * (size + GAP) - GAP
+    figure, axes = plt.subplots(rows, columns, squeeze=False)
+    figure.set_size_inches(11, 11 / columns * high / wide * rows + 0.3 * rows)
+    for axis in axes.flat:
+        axis.axis("off")
+    for number, axis in enumerate(axes.flat[: len(texts)]):
+        # One picture for a whole clip: an axis for each frame takes seconds.
+        picture = np.full((high, wide, 3), 255, np.uint8)
+        for row, w in enumerate(weights.values()):
+            for column, painted in enumerate(paint(frames[number], maps(w[number]), size)):
+                top, left = row * (size + GAP), column * (size + GAP)
+                picture[top : top + size, left : left + size] = painted
+        axis.imshow(picture, interpolation="antialiased")
+        axis.set_title(texts[number], fontsize=8, loc="left", pad=3, parse_math=False)
+    figure.text(0.01, 0.002, f"rows of a clip: {', then '.join(weights)}; means over layers and heads", fontsize=7)
+    # Fixed margins: a layout that makes room for a long question would shrink the frames.
+    top = 1 - 0.25 / figure.get_figheight()
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=top, wspace=0.04, hspace=0.3 * rows / 11)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+INDEX = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Where it looked while it learnt</title>
+<style>body{font:15px system-ui,sans-serif;margin:0 auto;max-width:70rem;padding:1rem;color-scheme:light dark}
+header{position:sticky;top:0;padding:.6rem 0;background:Canvas}input{width:100%}img{width:100%;background:#fff}</style>
+<header><label for="at">after <output id="step"></output> steps (arrow keys)</label>
+<input id="at" type="range" min="0" autofocus></header><img id="map" alt="attention maps">
+<script>const steps = STEPS, at = document.getElementById("at"), map = document.getElementById("map");
+steps.forEach(step => { new Image().src = step[1] });  // no flicker when sliding
+at.max = at.value = steps.length - 1;
+(at.oninput = () => { const [n, file] = steps[at.value]; map.src = file; step.textContent = n.toLocaleString("en") })()
+</script></html>
+"""
+
+
+def _write_index(folder: Path) -> None:
+    """A page that slides over the pictures of all evaluations so far."""
+    steps = [[int(p.stem.removeprefix("step-")), p.name] for p in sorted(folder.glob("step-*.png"))]
+    (folder / "index.html").write_text(INDEX.replace("STEPS", json.dumps(steps)), encoding="utf-8")

@@ -1,0 +1,308 @@
+"""What a run writes about itself: a table, the terminal, wandb and, at the end, a summary. The one door to wandb.
+
+Only rank 0 writes; on the other ranks a Journal does nothing. In the run folder (`Experiment.run_folder`):
+
+    metrics.csv        one row per log step; a run that goes on drops what lies past the step it goes on from
+    log.txt            everything that was said, with the time
+    wandb/, wandb_id   wandb's files, and the id under which a run that goes on is found again
+    run_summary.json   how it ended: commit, versions, data, best and final metrics, wall time
+
+A row is a mapping of names to numbers. The terminal shows those of `SHOWN` that it has; the table has all.
+"""
+
+import csv
+import json
+import math
+import os
+import platform
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fovlm.config.experiments import ROOT
+from fovlm.config.schema import Experiment
+from fovlm.errors import UserError
+from fovlm.redact import redact
+
+# What the terminal shows of a row, in this order.
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "fine_over_coarse": "fine/coarse {:.3f}",
+    "val_loss": "val {:.4f}",
+    "samples_per_second": "{:.1f} samples/s",
+    "waiting": "waiting {:.0%}",  # share of the time spent waiting for data
+    "memory_gb": "{:.1f} GB",
+}
+PACKAGES = ("torch", "deepspeed", "transformers", "triton", "webdataset", "wandb", "pydantic", "numpy")
+
+Row = Mapping[str, float]
+
+
+class Journal:
+    """Opens the run folder and goes on after `step`. Use as a context manager, or call `close`.
+
+    `steps` is the whole length of the run, `data_hash` names the data of the run in the summary.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        steps: int,
+        step: int = 0,
+        rank: int = 0,
+        data_hash: str = "",
+        out: TextIO | None = None,
+    ):
+        self.experiment = experiment
+        self.data_hash = data_hash
+        self.step = step
+        self.writes = rank == 0
+        if not self.writes:
+            return
+        self.folder = experiment.run_folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.table = Table(self.folder / "metrics.csv", step)
+        self.log_file = (self.folder / "log.txt").open("a", encoding="utf-8")
+        self.earlier = float(self.table.rows[-1]["seconds"]) if self.table.rows else 0.0
+        self.began = time.monotonic()
+        self.commit = commit()
+        self.terminal = Terminal(experiment.name, steps, step, out if out is not None else sys.stdout)
+        self.wandb = _open_wandb(experiment, self.folder)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run so far, with that of the sessions before this one (up to their last logged step)."""
+        return self.earlier + time.monotonic() - self.began
+
+    def tick(self, step: int) -> None:
+        """One step more is done: moves the bar, where there is one."""
+        self.step = step
+        if self.writes:
+            self.terminal.tick(step)
+
+    def log(self, step: int, row: Row) -> None:
+        """Write the row of `step`. A second row of the same step is joined to the first."""
+        self.step = step
+        if not self.writes:
+            return
+        self.table.write(step, {"seconds": round(self.seconds, 3), **row})
+        self.terminal.row(step, row)
+        if self.wandb is not None:
+            self.wandb.log({"step": step, **row})
+
+    def say(self, text: str) -> None:
+        """One line for people: on the terminal above the bar, and in log.txt."""
+        if not self.writes:
+            return
+        self.log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self.log_file.flush()
+        self.terminal.say(text)
+
+    def close(self, status: str = "finished", **facts: Any) -> None:
+        """Write run_summary.json with `status` (finished, stopped or failed) and further facts, and end wandb's run."""
+        if not self.writes:
+            return
+        self.writes = False
+        self.terminal.close()
+        self.log_file.close()
+        summary = {
+            "name": self.experiment.name,
+            "note": self.experiment.note,
+            "status": status,
+            "step": self.step,
+            "experiment_hash": self.experiment.hash,
+            "data_hash": self.data_hash,
+            "commit": self.commit,
+            "versions": versions(),
+            "wall_seconds": round(self.seconds, 1),
+            "best": self.table.best(),
+            "final": self.table.final(),
+            **facts,
+        }
+        write_json(self.folder / "run_summary.json", summary)
+        if self.wandb is not None:
+            self.wandb.summary.update(
+                {"status": status, **{f"best/{k}": v["value"] for k, v in summary["best"].items()}}
+            )
+            self.wandb.finish(exit_code=0 if status == "finished" else 1)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.close("failed", error=f"{kind.__name__}: {error}")
+
+
+class Table:
+    """A CSV file of rows by step. New columns widen it; rows past `step` are dropped when it is opened."""
+
+    def __init__(self, file: Path, step: int):
+        self.file = file
+        self.columns: list[str] = ["step", "seconds"]
+        self.rows: list[dict[str, str]] = []
+        if file.exists():
+            text = file.read_text(encoding="utf-8")
+            reader = csv.DictReader(
+                text[: text.rfind("\n") + 1].splitlines()
+            )  # a crash may have cut the last row short
+            self.rows = [row for row in reader if int(row["step"]) <= step]
+            self.columns = list(reader.fieldnames or self.columns)
+        self._rewrite()
+
+    def write(self, step: int, row: Row) -> None:
+        """Add a row, or join it to the last one if that is of the same step."""
+        new = {"step": str(step), **{key: f"{value:.8g}" for key, value in row.items()}}
+        wider = [key for key in new if key not in self.columns]
+        joined = bool(self.rows) and self.rows[-1]["step"] == str(step)
+        if joined:
+            self.rows[-1].update(new)
+        else:
+            self.rows.append(new)
+        if wider or joined:
+            self.columns += wider
+            self._rewrite()
+        else:
+            with self.file.open("a", newline="", encoding="utf-8") as f:
+                csv.DictWriter(f, self.columns, restval="").writerow(new)
+
+    def values(self, column: str) -> list[tuple[int, float]]:
+        """(step, number) of the rows that have a finite number there."""
+        pairs = [(int(row["step"]), float(row[column])) for row in self.rows if row.get(column)]
+        return [(step, value) for step, value in pairs if math.isfinite(value)]
+
+    def best(self) -> dict[str, dict[str, float]]:
+        """The lowest value of every loss, and its step."""
+        found: dict[str, dict[str, float]] = {}
+        for column in self.columns:
+            values = self.values(column) if "loss" in column else []
+            if values:
+                step, value = min(values, key=lambda pair: pair[1])
+                found[column] = {"value": value, "step": step}
+        return found
+
+    def final(self) -> dict[str, float]:
+        """The last number in every column."""
+        return {c: values[-1][1] for c in self.columns if c != "step" and (values := self.values(c))}
+
+    def _rewrite(self) -> None:
+        partial = self.file.with_suffix(".partial")
+        with partial.open("w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, self.columns, restval="")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        partial.replace(self.file)
+
+
+class Terminal:
+    """A progress bar where somebody watches; a plain line per row where nobody does. No thread of its own."""
+
+    def __init__(self, name: str, steps: int, step: int, out: TextIO):
+        self.name, self.steps = name, steps
+        self.console = Console(file=out, highlight=False, soft_wrap=True)
+        self.progress: Progress | None = None
+        if self.console.is_terminal:
+            columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"))
+            times = (TimeElapsedColumn(), TimeRemainingColumn())
+            self.progress = Progress(name, *columns, *times, console=self.console, auto_refresh=False)
+            self.task = self.progress.add_task(name, total=steps, completed=step, shown="")
+            self.progress.start()
+
+    def tick(self, step: int) -> None:
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step, refresh=True)
+
+    def row(self, step: int, row: Row) -> None:
+        shown = "  ".join(text.format(row[key]) for key, text in SHOWN.items() if key in row)
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step, shown=shown, refresh=True)
+        elif shown:
+            self.say(f"{self.name} {step}/{self.steps}  {shown}")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
+def _open_wandb(experiment: Experiment, folder: Path) -> Any:
+    if experiment.journal.wandb == "disabled":
+        return None
+    import wandb  # takes a second and starts a process: only where it is asked for
+
+    id_file = folder / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4))
+    try:
+        run = wandb.init(
+            project=experiment.journal.project,
+            entity=experiment.journal.entity,
+            name=experiment.name,
+            notes=experiment.note,
+            id=id_file.read_text().strip(),
+            resume="allow",
+            mode=experiment.journal.wandb,
+            dir=folder,
+            config=redact(experiment.model_dump()),
+            # Nothing of the machine: no paths, no command line, no user, no code, no terminal.
+            settings=wandb.Settings(
+                x_disable_meta=True,
+                x_disable_machine_info=True,
+                disable_git=True,
+                disable_code=True,
+                x_save_requirements=False,
+                host="-",
+                console="off",
+                silent=True,
+            ),
+        )
+    except wandb.errors.Error as error:
+        raise UserError(f"wandb: {redact(str(error))}; or train without it: journal.wandb=offline") from None
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def commit() -> str | None:
+    """The commit of this project, with `+` when tracked files differ from it; None outside a git checkout."""
+    try:
+        head, changed = (
+            subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30).stdout
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.strip() + ("+" if changed.strip() else "")
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide what a run computes."""
+    installed = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            installed[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = file.with_suffix(file.suffix + ".partial")
+    with partial.open("w", encoding="utf-8") as f:
+        json.dump(content, f, indent=2, default=str)
+        f.flush()
+        os.fsync(f.fileno())
+    partial.replace(file)

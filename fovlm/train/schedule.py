@@ -1,0 +1,45 @@
+"""Learning rates as pure functions of progress: how much of the run is done, in [0, 1]. No torch.
+
+Every schedule starts with a linear warm-up over the first `warmup` share of the run.
+
+    constant     the group's own rate
+    cosine       down to `final` times the group's own rate (arXiv 1608.03983, without restarts)
+    converging   every group from its own rate to one common rate, along the same cosine in the logarithm, so that the
+                 ratio between groups shrinks evenly
+"""
+
+import math
+
+from fovlm.config.schema import Optim
+
+
+def rates(optim: Optim, progress: float) -> dict[str, float]:
+    """The rate of every trained group (connector, dino, llm) at `progress`; frozen groups are left out."""
+    peaks = {"connector": optim.lr_connector, "dino": optim.lr_dino, "llm": optim.lr_llm}
+    return {group: rate(optim, peak, progress) for group, peak in peaks.items() if peak is not None}
+
+
+def rate(optim: Optim, peak: float, progress: float) -> float:
+    """The rate of a group whose own rate is `peak`. `progress` outside [0, 1] counts as the nearer end."""
+    progress = min(max(progress, 0.0), 1.0)
+    return peak * warm(progress, optim.warmup) * _shape(optim, peak, descent(progress, optim.warmup))
+
+
+def warm(progress: float, warmup: float) -> float:
+    """0 at the start, 1 from the end of the warm-up on."""
+    return min(1.0, progress / warmup) if warmup else 1.0
+
+
+def descent(progress: float, warmup: float) -> float:
+    """Half a cosine: 1 until the warm-up ends, 0 at the end of the run."""
+    after = max(0.0, progress - warmup) / (1.0 - warmup)
+    return 0.5 * (1.0 + math.cos(math.pi * after))
+
+
+def _shape(optim: Optim, peak: float, high: float) -> float:
+    if optim.schedule == "constant":
+        return 1.0
+    if optim.schedule == "cosine":
+        return optim.final + (1.0 - optim.final) * high
+    assert optim.lr_common is not None  # config.py holds this
+    return (optim.lr_common / peak) ** (1.0 - high)

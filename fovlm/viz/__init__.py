@@ -1,0 +1,1 @@
+"""Where the model looks: heat maps, pages, videos, cameras, the demo."""

@@ -1,0 +1,71 @@
+"""One question about one clip, and the answer piece by piece: what `fovlm ask` and the demo have in common."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import partial
+from threading import Event
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, TextIteratorStreamer
+
+from fovlm.media.clip import Clip
+
+# What two questions to a model with `prompt: after` show.
+ALIKE = "this model was trained with the question behind the frames: it looks alike whatever is asked"
+
+
+class Stopped(StoppingCriteria):
+    """Ends `generate` at its next token once nobody reads on."""
+
+    def __init__(self) -> None:
+        self.event = Event()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+def inputs_for(model: Any, processor: Any, clip: Clip, question: str) -> Any:
+    """The model's inputs for a question about a clip, where the model is."""
+    shown = {"type": "image", "image": clip.frames[0]} if clip.still else {"type": "video", "video": clip.frames}
+    content = [shown, {"type": "text", "text": question}]
+    return processor(messages=[{"role": "user", "content": content}]).to(model.device)
+
+
+def answer(
+    model: Any,
+    processor: Any,
+    clip: Clip,
+    question: str,
+    max_new_tokens: int,
+    told: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Iterator[str]:
+    """The answer in pieces, as they are made; `told` and `options` go to `generate`. Raises UserError, as that does."""
+    inputs = inputs_for(model, processor, clip, question)
+    return pieces(processor, partial(model.generate, **inputs, max_new_tokens=max_new_tokens, **options), told)
+
+
+def pieces(processor: Any, work: Callable[..., Any], told: Callable[[int, int], None] | None = None) -> Iterator[str]:
+    """What `work(streamer=..., stopping_criteria=..., told=...)` says, in pieces as they are made; raises as it does.
+
+    Closing the iterator ends the work at its next frame or token. `told` hears how many frames are seen, of how many.
+    """
+    streamer, stopped = TextIteratorStreamer(processor.tokenizer, skip_special_tokens=True), Stopped()
+
+    def seen(done: int, of: int) -> None:
+        if stopped.event.is_set():
+            raise CancelledError  # nobody reads on
+        if told:
+            told(done, of)
+
+    pool = ThreadPoolExecutor(1)
+    made = pool.submit(work, streamer=streamer, stopping_criteria=[stopped], told=seen)
+    made.add_done_callback(lambda _: streamer.end())  # also when it fails
+    try:
+        yield from streamer
+        made.result()
+    finally:
+        stopped.event.set()
+        pool.shutdown(wait=False)

@@ -1,0 +1,192 @@
+"""`fovlm demo`: choose a clip, ask, read the answer as it is made, see where the model looked. The one door to Gradio.
+
+Nothing goes out to the network: no analytics, no fonts or scripts from elsewhere, and the gaze is the page of
+`fovlm look` inside a frame of its own.
+"""
+
+import base64
+import html
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+import gradio as gr
+
+from fovlm.errors import UserError
+from fovlm.media import decode
+from fovlm.media.clip import Clip, read_clip
+from fovlm.viz.answer import ALIKE, answer, pieces
+from fovlm.viz.gaze import Gaze, gaze_of
+from fovlm.viz.html import write_page
+
+LARGEST = "1gb"  # of an uploaded file
+# The gaze's frame gets the height of what is in it.
+FIT = "this.style.height = this.contentDocument.documentElement.scrollHeight + 8 + 'px'"
+CSS = """
+.fovlm-strip {display: flex; gap: 4px; overflow-x: auto; padding-bottom: 6px}
+.fovlm-strip figure {margin: 0; flex: none; text-align: center; font-size: 11px; opacity: .85}
+.fovlm-strip img {height: 84px; border-radius: 4px; display: block}
+.fovlm-gaze {width: 100%; border: 1px solid var(--border-color-primary); border-radius: 8px; background: white}
+#examples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important}
+footer {display: none !important}
+"""
+
+
+def app(
+    model: Any, processor: Any, title: str, examples: list[Path], tokens: int, frames: int, mode: str | None
+) -> gr.Blocks:
+    """The page. A clip is read when it is chosen; the answer streams, and the gaze follows it."""
+    size = model.config.frame_size
+    shown = [(path, thumb) for path in examples if (thumb := _thumb(path, size)) is not None]
+    examples = [path for path, _ in shown]
+
+    def read(path: str | None, fps: float) -> Clip:
+        if not path:
+            raise gr.Error("Choose a clip first.", print_exception=False)
+        try:
+            return read_clip(path, size, frames, fps)
+        except UserError as error:
+            raise gr.Error(str(error).replace(path, Path(path).name), print_exception=False) from error
+
+    def chosen(path: str | None, fps: float) -> str:
+        return strip(read(path, fps)) if path else ""
+
+    def picked(event: gr.SelectData) -> str:
+        return str(examples[event.index])
+
+    def asked(path: str | None, question: str | None, other: str | None, fps: float) -> Iterator[tuple[str, str]]:
+        questions = [text.strip() for text in (question, other) if text and text.strip()]
+        if not questions:
+            raise gr.Error("Ask something.", print_exception=False)
+        clip, text = read(path, fps), ""
+        gazes: list[Gaze] = []
+
+        def look(question: str, **options: Any) -> None:
+            gazes.append(gaze_of(model, processor, clip, question, tokens, mode, **options))
+
+        blind = model.config.visual == "multi_token"  # it sees all of every frame alike
+        yield "…", ""
+        try:
+            if blind:
+                said = answer(model, processor, clip, questions[0], tokens, mode=mode)
+            else:
+                said = pieces(processor, partial(look, questions[0]))
+            for piece in said:
+                text += piece
+                yield text, ""
+            if blind:
+                yield text, "<small>this model sees all of every frame alike: it has no gaze to show</small>"
+                return
+            yield text, "<small>drawing where it looked …</small>"
+            for each in questions[1:]:
+                look(each)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        alike = len(gazes) == 2 and model.config.prompt == "after"
+        yield text, (f"<small>{ALIKE}</small>" if alike else "") + framed(gazes)
+
+    with gr.Blocks(title=f"fovlm · {title}", analytics_enabled=False) as page:
+        gr.Markdown(f"## Where does it look?\n**{title}** spends one token on each frame, and decides where to look.")
+        with gr.Row():
+            with gr.Column(scale=2):
+                file = gr.File(label="A video, animation or picture", elem_id="clip", height=150)
+                if examples:
+                    gallery = gr.Gallery(
+                        [thumb for _, thumb in shown],
+                        label="or one of these",
+                        show_label=False,
+                        columns=4,
+                        height=min(25 + 120 * -(-len(examples) // 4), 265),
+                        allow_preview=False,
+                        buttons=[],
+                        elem_id="examples",
+                    )
+                    gallery.select(picked, None, file)
+            with gr.Column(scale=3):
+                question = gr.Textbox(label="Question", value="What happens in this video?", elem_id="question")
+                with gr.Accordion("More", open=False):
+                    other = gr.Textbox(label="Another question, to see both gazes side by side", elem_id="other")
+                    fps = gr.Slider(0.5, 8, value=1, step=0.5, label="Frames a second (training takes one)")
+                go = gr.Button("Ask", variant="primary", elem_id="ask")
+                said = gr.Textbox(label="Answer", lines=3, interactive=False, elem_id="answer")
+        seen = gr.HTML(elem_id="frames")
+        gaze = gr.HTML(elem_id="gaze")
+        gr.on([file.change, fps.release], chosen, [file, fps], seen)
+        gr.on([go.click, question.submit], asked, [file, question, other, fps], [said, gaze])
+    return page
+
+
+def serve(
+    model: Any,
+    processor: Any,
+    title: str,
+    examples: list[Path],
+    tokens: int = 128,
+    frames: int = 64,
+    mode: str | None = None,
+    port: int = 0,
+    wait: bool = True,
+) -> str:
+    """Serve the page on this machine until Ctrl-C (or return at once, unless `wait`) -> its address.
+
+    `port` 0 is the first that is free from 7860 on. Raises UserError when the port is taken.
+    """
+    page = app(model, processor, title, examples, tokens, frames, mode)
+    theme = gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    try:
+        _, address, _ = page.queue().launch(
+            server_name="127.0.0.1",
+            server_port=port or None,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            ssr_mode=False,
+            footer_links=[],
+            max_file_size=LARGEST,
+            allowed_paths=[str(path.absolute()) for path in examples],  # which may lie anywhere
+            theme=theme,
+            css=CSS,
+        )
+    except OSError as error:
+        raise UserError(f"port {port or '7860 and those behind it'} is taken: give another --port") from error
+    if wait:
+        print(f"fovlm: open {address} in a browser on this machine; Ctrl-C ends", flush=True)
+        page.block_thread()
+    return address
+
+
+def strip(clip: Clip) -> str:
+    """The frames of a clip with their times, as the model gets them."""
+    figures = (
+        f"<figure><img src='data:image/jpeg;base64,{_jpeg(frame)}'>{second:g} s</figure>"
+        for frame, second in zip(clip.frames, clip.seconds)
+    )
+    count = f"{len(clip.frames)} frame{'' if len(clip.frames) == 1 else 's'}, as the model gets them"
+    note = f" · <b>{html.escape(clip.note)}</b>" if clip.note else ""
+    return f"<small>{count}{note}</small><div class='fovlm-strip'>{''.join(figures)}</div>"
+
+
+def framed(gazes: list[Any]) -> str:
+    """The page of `fovlm look` in a frame of its own: its styles and scripts stay inside."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = write_page(gazes, Path(folder) / "look.html").read_text(encoding="utf-8")
+    return f'<iframe class="fovlm-gaze" height="860" onload="{FIT}" srcdoc="{html.escape(text)}"></iframe>'
+
+
+def _jpeg(frame: Any) -> str:
+    return base64.b64encode(decode.encode_jpeg(frame.permute(1, 2, 0).numpy())).decode()
+
+
+def _thumb(path: Path, size: int) -> Any:
+    """The first frame u8 [size, size, 3], or None where nothing decodes: that clip is not on offer."""
+    try:
+        return read_clip(path, size, 1).frames[0].permute(1, 2, 0).numpy()
+    except UserError as error:
+        print(f"fovlm: left out: {error}", file=sys.stderr, flush=True)
+        return None

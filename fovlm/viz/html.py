@@ -1,0 +1,110 @@
+"""One HTML page that shows a gaze, or two side by side, and needs nothing else: no network, no other file.
+
+Pictures are JPEGs in it, and weights one byte a patch. `page.html` is the page, `page.js` what moves in it.
+Questions and answers are strangers' words: they reach the page as JSON without a `<`, are shown as text, and only our
+own script may run (by its hash).
+"""
+
+import base64
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fovlm.errors import UserError
+from fovlm.media import decode
+from fovlm.viz.gaze import Gaze
+from fovlm.viz.heatmap import DARKEN, STOPS, entropy
+
+QUALITY = 85  # of the JPEGs
+
+
+def write_page(gazes: list[Gaze], path: str | Path) -> Path:
+    """Write the page of one gaze, or of two at one clip, and return its path. Raises UserError for anything else."""
+    first = gazes[0]
+    if len(gazes) > 2:
+        raise UserError(f"{len(gazes)} gazes: a page shows one or two")
+    for other in gazes[1:]:
+        same = first.frames.shape == other.frames.shape and torch.equal(first.frames, other.frames)
+        if not same or first.weights["coarse"].shape != other.weights["coarse"].shape:
+            raise UserError("two gazes on one page look at the same clip, with models of one shape")
+    pieces = files("fovlm.viz")
+    script = pieces.joinpath("page.js").read_text(encoding="utf-8")
+    parts = {
+        "HASH": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "DATA": json.dumps(_data(gazes), separators=(",", ":")).replace("<", "\\u003c"),
+        "SCRIPT": script,
+    }
+    # Cut first: no part is searched for the marks of another.
+    page, rest = "", pieces.joinpath("page.html").read_text(encoding="utf-8")
+    for name, part in parts.items():
+        before, _, rest = rest.partition(f"%{name}%")
+        page += before + part
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page + rest, encoding="utf-8")
+    return path
+
+
+def _data(gazes: list[Gaze]) -> dict[str, Any]:
+    first = gazes[0]
+    layers, K, H, N = first.weights["coarse"].shape
+    frames, frame_of_look = [], []  # a picture that is looked at several times is stored once
+    for k, frame in enumerate(first.frames):
+        if not k or not torch.equal(frame, first.frames[k - 1]):
+            jpeg = decode.encode_jpeg(frame.permute(1, 2, 0).numpy(), QUALITY)
+            frames.append("data:image/jpeg;base64," + base64.b64encode(jpeg).decode())
+        frame_of_look.append(len(frames) - 1)
+    still = len(set(first.seconds)) < K  # looks at one picture share its time; equal frames of a film do not
+    count = (
+        f"{K} looks at {len(frames)} picture{'' if len(frames) == 1 else 's'}"
+        if still
+        else f"{K} frame{'' if K == 1 else 's'}"
+    )
+    models = " and ".join(dict.fromkeys(gaze.model for gaze in gazes))
+    ways = {"autoregressive": "frame by frame, as deployed", "coarse_fine": "in two passes, as trained"}
+    how = ways.get(first.mode, "the same way at every frame")
+    return {
+        "about": f"{first.clip} · {count} · model {models}, looking {how} · {layers} layers, {H} heads",
+        "K": K,
+        "H": H,
+        "layers": layers,
+        "side": round((N - 1) ** 0.5),
+        "stops": STOPS,
+        "darken": DARKEN,
+        "frames": frames,
+        "frame_of_look": frame_of_look,
+        "times": [f"look {k + 1}" if still else clock(second) for k, second in enumerate(first.seconds)],
+        "coarse": _weights(first.weights["coarse"]),
+        "gazes": [
+            {
+                "question": gaze.question,
+                "answer": gaze.answer,
+                "fine": _weights(gaze.weights["fine"]) if "fine" in gaze.weights else None,
+                "tokens": [[token.kind, token.text, token.look] for token in gaze.tokens],
+            }
+            for gaze in gazes
+        ],
+    }
+
+
+def _weights(weights: np.ndarray) -> dict[str, Any]:
+    """[layers, K, H, N] -> u8 of the patches; for each layer, look and head what 255 means, CLS and entropy."""
+    patches = weights[..., 1:].astype(np.float32)
+    most = patches.max(-1).clip(1e-12)
+    return {
+        "u8": base64.b64encode((patches / most[..., None] * 255).round().astype(np.uint8).tobytes()).decode(),
+        "most": base64.b64encode(most.astype("<f4").tobytes()).decode(),
+        "cls": [round(float(x), 4) for x in weights[..., 0].flat],
+        "entropy": [round(float(x), 3) for x in entropy(torch.from_numpy(weights)).flatten()],
+    }
+
+
+def clock(seconds: float) -> str:
+    """75.5 -> `1:15.5`."""
+    minutes, rest = divmod(round(seconds, 2), 60)
+    return f"{int(minutes)}:{rest:05.2f}".rstrip("0").rstrip(".") if rest % 1 else f"{int(minutes)}:{int(rest):02d}"

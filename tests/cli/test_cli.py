@@ -1,0 +1,258 @@
+"""The command line as a person meets it: help at once, answers, and one line with status 2 for every mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fovlm.cli import use
+from fovlm.cli.main import main
+from fovlm.viz import camera
+from helpers import ROOT, models, tiny
+
+
+@pytest.fixture
+def film(tmp_path) -> str:
+    path = tmp_path / "film.mp4"
+    path.write_bytes(tiny.video(3, size=32))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    monkeypatch.delenv("FOVLM_MODEL", raising=False)
+
+
+# -- help -----------------------------------------------------------------------------------------------------------
+
+
+def test_help_needs_neither_torch_nor_a_second():
+    code = (
+        "import sys; from fovlm.cli.main import main; status = main(['--help']);"
+        "heavy = {'torch', 'transformers', 'numpy', 'av', 'gradio', 'deepspeed'} & set(sys.modules);"
+        "print('heavy:', sorted(heavy)); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.endswith("heavy: []\n")
+    for name in ("ask", "look", "demo", "convert", "import", "bench"):
+        assert f" {name} " in done.stdout
+
+
+@pytest.mark.parametrize("name", ["ask", "look", "demo", "convert", "import", "bench"])
+def test_every_command_teaches_by_an_example(name, capsys):
+    assert main([name, "--help"]) == 0
+    assert f"Example: fovlm {name} " in " ".join(capsys.readouterr().out.split())
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 0
+    assert "Usage: fovlm" in capsys.readouterr().out
+
+
+# -- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def mistake(capsys, *words: str) -> str:
+    """The one line that a mistake gets."""
+    assert main(list(words)) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("fovlm: ")
+    assert told.err.count("\n") == 1
+    return told.err
+
+
+def test_misspelt_words_are_told_with_the_nearest(capsys, film, saved_model):
+    assert "no command 'lok' (did you mean 'look'?)" in mistake(capsys, "lok")
+    assert "--tokens" in mistake(capsys, "ask", film, "what", "--token", "3")
+    assert "see fovlm ask --help" in mistake(capsys, "ask", film)
+    assert "see fovlm ask --help" in mistake(capsys, "ask", film, "what", "--tokens", "many")
+    assert "did you mean 'coarse_fine'?" in mistake(
+        capsys, "ask", film, "what", "-m", saved_model, "--mode", "coarsefine"
+    )
+
+
+def test_a_folder_that_is_no_model(capsys, film, saved_model, tmp_path):
+    assert "which model?" in mistake(capsys, "ask", film, "what")
+    assert "did you mean 'tiny'?" in mistake(capsys, "ask", film, "what", "-m", saved_model[:-1] + "i")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert f"fovlm convert {tmp_path / 'run'} OUT" in mistake(capsys, "ask", film, "what", "-m", str(tmp_path / "run"))
+    assert "no model" in mistake(capsys, "look", film, "-m", str(tmp_path))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in Path(saved_model).iterdir():
+        if file.name != "model.safetensors":
+            (broken / file.name).write_bytes(file.read_bytes())
+    assert "weights are missing" in mistake(capsys, "ask", film, "what", "-m", str(broken))
+    (broken / "model.safetensors").write_bytes(Path(saved_model, "model.safetensors").read_bytes()[:-1000])
+    assert "does not load" in mistake(capsys, "ask", film, "what", "-m", str(broken))
+
+
+@pytest.mark.parametrize("name", ["ask", "look"])
+def test_a_file_that_cannot_be_watched(capsys, saved_model, film, tmp_path, name):
+    question = ["what is this"]
+    words = lambda path: mistake(capsys, name, str(path), *question, "-m", saved_model)  # noqa: E731
+    assert "did you mean 'film.mp4'?" in words(film[:-5] + ".mp4")
+    (tmp_path / "letter.mp4").write_text("Dear Sir or Madam")
+    assert "is no video or picture" in words(tmp_path / "letter.mp4")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    assert "is empty" in words(tmp_path / "empty.mp4")
+    (tmp_path / "cut.mp4").write_bytes(Path(film).read_bytes()[:-700])  # its index is at the end
+    assert "no pictures in it" in words(tmp_path / "cut.mp4")
+    (tmp_path / "none").mkdir()
+    assert "holds no pictures" in words(tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["ask", "look"])
+def test_a_question_longer_than_the_context(capsys, saved_model, film, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where `look` makes its folder
+    assert "no room for an answer in the context of 2048" in mistake(
+        capsys, name, film, "is it " * 1100, "-m", saved_model
+    )
+
+
+# -- answers --------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_printed_and_nothing_else(capsys, saved_model, film, monkeypatch):
+    monkeypatch.setenv("FOVLM_MODEL", saved_model)
+    assert main(["ask", film, "what is this ?", "--tokens", "5"]) == 0
+    first = capsys.readouterr()
+    assert first.err == ""
+    assert len(first.out.strip()) > 0
+    assert main(["ask", film, "what is this ?", "--tokens", "5"]) == 0
+    assert capsys.readouterr().out == first.out
+    assert main(["ask", film, "what is this ?", "--tokens", "9"]) == 0
+    assert capsys.readouterr().out.startswith(first.out.rstrip("\n"))
+
+
+def test_the_answer_is_that_of_generate(capsys, saved_model, film):
+    from fovlm.media.clip import read_clip
+    from fovlm.model.processing import open_model
+
+    model, processor = open_model(saved_model)
+    content = [{"type": "video", "video": read_clip(film, models.FRAME).frames}, {"type": "text", "text": "what ?"}]
+    inputs = processor(messages=[{"role": "user", "content": content}])
+    expected = processor.batch_decode(model.generate(**inputs, max_new_tokens=6))[0]
+    assert main(["ask", film, "what ?", "--tokens", "6", "-m", saved_model]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_a_damaged_video_is_answered_with_a_note(capsys, saved_model, tmp_path):
+    tiny.noise(10, tmp_path / "whole.mp4", movflags="faststart")
+    whole, cut = (tmp_path / "whole.mp4").read_bytes(), tmp_path / "cut.mp4"
+    cut.write_bytes(whole[: len(whole) // 2])
+    assert main(["ask", str(cut), "what ?", "--tokens", "3", "-m", saved_model]) == 0
+    told = capsys.readouterr()
+    assert told.err.startswith("fovlm: cut.mp4: the file is cut short: read ")
+    assert told.out.strip()
+
+
+def test_an_interrupt_is_quiet(capsys, monkeypatch, saved_model):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(use, "open_", stop)
+    assert main(["ask", "film.mp4", "what", "-m", saved_model]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_the_status_reaches_the_shell_and_a_reader_that_has_enough_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m fovlm lok; echo $?; {sys.executable} -m fovlm --help | head -n 1",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.startswith("2\n")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("questions", [[], ["what ?"], ["what ?", "is it red ?"]], ids=len)
+def test_looks_are_written_as_page_film_sheet_and_weights(capsys, saved_model, film, tmp_path, questions):
+    out = tmp_path / "look"
+    assert main(["look", film, *questions, "--tokens", "3", "--layer", "1", "--out", str(out), "-m", saved_model]) == 0
+    said, told = capsys.readouterr()
+    assert ("it looks alike whatever is asked" in told) == (len(questions) == 2)  # the question is behind the frames
+    names = ["look-1", "look-2"] if len(questions) == 2 else ["look"]
+    assert {path.name for path in out.iterdir()} == {
+        "look.html",
+        *(f"{name}.{kind}" for name in names for kind in ("mp4", "png", "npz")),
+    }
+    assert all(question in said for question in [*questions, str(out / "look.html")])
+    new = str(tmp_path / "new")
+    assert "this model has layers 0 to 2" in mistake(
+        capsys, "look", film, "what ?", "--layer", "3", "--out", new, "-m", saved_model
+    )
+    assert not Path(new).exists()
+    assert "cannot be made" in mistake(capsys, "look", film, "what ?", "--out", f"{film}/new", "-m", saved_model)
+    assert "is a file" in mistake(capsys, "look", film, "--out", film, "-m", saved_model)
+
+
+def test_the_command_runs_from_any_folder(tmp_path):
+    python = tmp_path / "a project" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$PYTHONPATH" "$@"\n')
+    python.chmod(0o755)
+    subprocess.run(
+        ["bash", "-c", f". {ROOT}/scripts/env.sh; _make_command"], cwd=tmp_path / "a project", check=True, timeout=60
+    )
+    (tmp_path / "fovlm").symlink_to(python.parent / "fovlm")
+    done = subprocess.run(["./fovlm", "ask", "a b"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    where, *rest = done.stdout.strip().rsplit(" -m ", 1)
+    assert Path(where.split(":")[0]).resolve() == (tmp_path / "a project").resolve()
+    assert rest == ["fovlm ask a b"]
+
+
+def test_a_camera_is_watched_frame_by_frame(capsys, saved_model, film, monkeypatch):
+    assert main(["look", "--live", film, "what ?", "--tokens", "3", "-m", saved_model]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in told if line.startswith("frame ")] == ["frame 1", "frame 2", "frame 3"]
+    assert told[1].startswith("what ?  ")
+    assert told[-1].startswith("3 frames seen, 3 tokens kept")
+    monkeypatch.setattr(camera, "camera", lambda *_: iter(()))
+    assert "nothing in it decodes" in mistake(capsys, "look", "--live", film, "-m", saved_model)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(camera, "camera", interrupted)
+    assert main(["look", "--live", "0", "-m", saved_model]) == 0
+    assert "0 frames seen" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert "no camera 97" in mistake(capsys, "look", "--live", "97", "-m", saved_model)
+
+
+@pytest.mark.parametrize("option", ["--out", "--layer", "--mode"])
+def test_options_without_an_effect_on_a_camera_are_refused(capsys, film, saved_model, option):
+    told = mistake(capsys, "look", "--live", film, option, "1", "-m", saved_model)
+    assert told == f"fovlm: {option} has no effect with --live: a camera is shown in the terminal, nothing is kept\n"
+
+
+def test_a_universal_checkpoint_takes_no_type(capsys, tmp_path):
+    words = ("convert", "run", str(tmp_path / "out"), "--to", "universal")
+    assert "--shard-size has no effect with --to universal" in mistake(capsys, *words, "--shard-size", "1GB")
+
+
+def test_what_is_no_folder_at_all_is_told_in_a_line(capsys, film):
+    long = "x" * 300
+    for words in (
+        ("ask", film, "what ?", "-m", long),
+        ("look", film, "--out", long),
+        ("convert", long, "out"),
+        ("import", long, "out"),
+        ("import", film, long),
+        ("eval", long),
+    ):
+        assert "File name too long" in mistake(capsys, *words)
+
+
+def test_the_demo_tells_what_it_needs(capsys, saved_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "fovlm.viz.demo", raising=False)
+    assert "pip install 'fovlm[demo]'" in mistake(capsys, "demo", "-m", saved_model)

@@ -1,0 +1,168 @@
+"""Chat text: the template is the tokenizer's own, pieces are found in the whole, weights and cuts are right."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from fovlm.bad import BadSample
+from fovlm.config.schema import model_root
+from fovlm.data.chat import SYSTEM, Chat, load_tokenizer, template, tokenize_sft, tokenize_stage1
+from fovlm.errors import UserError
+from helpers import tiny
+
+TINY = tiny.tokenizer()
+REAL = model_root() / "SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(params=["tiny", pytest.param("real", marks=pytest.mark.real)])
+def tokenizer(request):
+    return TINY if request.param == "tiny" else AutoTokenizer.from_pretrained(REAL)
+
+
+def chat(tokenizer=TINY, prompt="after", loss="all_text", most=512) -> Chat:
+    return Chat(tokenizer, prompt, loss, most)
+
+
+def rendered(tokenizer, user: str, answer: str) -> str:
+    turns = [("system", SYSTEM), ("user", user), ("assistant", answer)]
+    return tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False)
+
+
+RECORDS = [
+    ("what is this ?", "it is red"),
+    ("A dög 🐶?", "Drei 🐶🐶 Hünde.\nAnd 42."),
+    (" spaces  ", "\n\n  here"),
+    ("a", "a"),
+]
+
+
+@pytest.mark.parametrize(("user", "answer"), RECORDS)
+def test_the_text_is_the_tokenizers_own_template_tokenized_whole(tokenizer, user, answer):
+    whole = tokenizer(rendered(tokenizer, user.strip(), answer.strip()), add_special_tokens=False)["input_ids"]
+    for prompt in ("after", "before"):
+        text = chat(tokenizer, prompt).text({"user": user, "assistant": answer}, None, frames=True)
+        assert text.tokens.tolist() == whole[: len(text.tokens)]
+        assert len(whole) - len(text.tokens) == 1  # the newline behind the last turn
+        assert text.tokens[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.mark.parametrize(("user", "answer"), RECORDS)
+def test_pieces_tokenized_apart_give_the_whole(tokenizer, user, answer):
+    """What generation sees (question, then tokens one by one) is what was trained on."""
+    text = chat(tokenizer, "before").text({"user": user, "assistant": answer}, None, frames=True)
+    head, middle, _ = template(tokenizer)
+    pieces = [head + user.strip(), middle, answer.strip() + "<|im_end|>"]
+    ids = [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
+    assert text.tokens.tolist() == ids
+    asked = chat(tokenizer, "before").ask(user, frames=True)
+    assert text.tokens.tolist()[: len(asked.tokens)] == asked.tokens.tolist()
+    assert asked.prompt == text.prompt == len(tokenizer(pieces[0], add_special_tokens=False)["input_ids"])
+
+
+def test_weights_of_the_answer_include_the_token_that_ends_it(tokenizer):
+    text = chat(tokenizer, loss="answer").text(tiny.conversation("it is red"), None, frames=True)
+    learnt = tokenizer.decode(text.tokens[text.weight == 1])
+    assert learnt.replace(" ", "") == "itisred<|im_end|>"
+    assert chat(tokenizer).text(tiny.conversation("it is red"), None, frames=True).weight.min() == 1
+
+
+def test_the_first_token_has_no_weight_when_nothing_stands_ahead_of_it():
+    record = tiny.conversation()
+    for prompt, frames, first in (("after", True, 1), ("before", True, 0), ("after", False, 0), ("before", False, 0)):
+        text = chat(prompt=prompt).text(record, None, frames)
+        assert text.weight[0] == first
+        assert text.weight[1:].min() == 1
+
+
+def test_prompt_orders():
+    record = tiny.conversation("red", "what is this ?")
+    after, before = (chat(prompt=p).text(record, None, frames=True) for p in ("after", "before"))
+    assert after.tokens.tolist() == before.tokens.tolist()
+    assert after.prompt == 0
+    assert TINY.decode(before.tokens[: before.prompt]).replace(" ", "").endswith("user\nwhatisthis?")
+    assert TINY.decode(before.tokens[before.prompt]) == "<|im_end|>"
+    alone = chat(prompt="before").text(record, None, frames=False)
+    assert (alone.prompt, alone.tokens.tolist()) == (0, before.tokens.tolist())
+
+
+def test_long_text_is_cut():
+    record = tiny.conversation("red " * 100)
+    text = chat(most=60, loss="answer").text(record, None, frames=True)
+    assert len(text.tokens) == len(text.weight) == 60
+    with pytest.raises(BadSample, match="nothing to learn within max_text"):
+        chat(most=20, loss="answer").text(record, None, frames=True)
+    assert chat(most=20, prompt="before").text(record, None, frames=True).prompt == 20
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.text(min_size=1).filter(str.strip), st.text(min_size=1).filter(str.strip), st.sampled_from(["after", "before"])
+)
+def test_ready_made_tokens_equal_those_made_on_the_fly(user, answer, prompt):
+    sample = {"user": user, "assistant": answer}
+    for loss, tokenize in (("all_text", tokenize_stage1), ("answer", tokenize_sft)):
+        for frames in (True, False):
+            fly = chat(prompt=prompt, loss=loss).text(sample, None, frames)
+            ready = chat(prompt=prompt, loss="answer").text(sample | tokenize(sample, TINY), None, frames)
+            assert fly.tokens.equal(ready.tokens)
+            assert fly.weight.equal(ready.weight)
+            assert fly.prompt == ready.prompt
+
+
+def test_the_sources_prompt_asks_where_the_record_does_not():
+    own = chat().text({"user": "what is this ?", "assistant": "red"}, "is it red ?", frames=True)
+    sources = chat().text({"assistant": "red"}, "what is this ?", frames=True)
+    assert own.tokens.equal(sources.tokens)
+
+
+def test_preference_pairs_share_the_question():
+    record = {"user": "what is this ?", "chosen": "red", "rejected": "it is blue"}
+    chosen, rejected = chat(prompt="before", loss="answer").texts(record, None, frames=True, pair=True)
+    assert chosen.prompt == rejected.prompt
+    assert (len(rejected.tokens) - len(chosen.tokens)) == 4  # words and the spaces between them
+    with pytest.raises(BadSample, match="no chosen or no rejected"):
+        chat().texts({"user": "?", "chosen": "red"}, None, frames=True, pair=True)
+
+
+@pytest.mark.parametrize(
+    ("record", "cause"),
+    [
+        ({"user": "?"}, "empty answer"),
+        ({"user": "?", "assistant": " \n"}, "empty answer"),
+        ({"user": "?", "assistant": ["red"]}, "empty answer"),
+        ({"assistant": "red"}, "no question"),
+        ({"user": "?", "assistant": "\ud83d"}, "not Unicode"),
+        ({"token_ids": [1, 2], "loss_mask": [1]}, "loss_mask"),
+        ({"token_ids": [1, 2], "loss_mask": [1, 2]}, "loss_mask"),
+        ({"token_ids": [1, 2]}, "loss_mask"),
+        ({"token_ids": [], "loss_mask": []}, "token_ids"),
+        ({"token_ids": [1, 10**6], "loss_mask": [1, 1]}, "token_ids"),
+        ({"token_ids": [1, True], "loss_mask": [1, 1]}, "token_ids"),
+        ({"token_ids": "ab", "loss_mask": [1, 1]}, "token_ids"),
+        ({"token_ids": [1, 2], "loss_mask": [0, 1]}, "frames_at"),
+        ({"token_ids": [1, 2], "loss_mask": [0, 1], "frames_at": 3}, "frames_at"),
+        ({"token_ids": [1, 2], "loss_mask": [0, 0], "frames_at": 1}, "nothing to learn"),
+    ],
+)
+def test_unusable_records(record, cause):
+    with pytest.raises(BadSample, match=cause):
+        chat(prompt="before").text(record, None, frames=True)
+
+
+def test_unusable_tokenizers(tmp_path):
+    plain = tiny.tokenizer()
+    plain.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        chat(plain)
+    plain.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
+    with pytest.raises(UserError, match="changes the messages"):
+        chat(plain)
+    with pytest.raises(UserError, match="no tokenizer in"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_the_hash_follows_what_counts_depend_on():
+    assert chat().hash == chat(tiny.tokenizer()).hash
+    others = [chat(prompt="before"), chat(most=9), chat(loss="answer"), chat(tiny.tokenizer(["more"]))]
+    assert len({chat().hash, *(other.hash for other in others)}) == 5

@@ -1,0 +1,103 @@
+"""The dry run: complete, without weights, data or network; exact where the shards have been indexed."""
+
+import socket
+
+import pytest
+
+from fovlm.config import experiments
+from fovlm.config.schema import Data, Experiment, Model, Source, Train, load
+from fovlm.data.dataset import open_dataset
+from fovlm.data.packing import Size
+from fovlm.data.shards import write_shards
+from fovlm.errors import UserError
+from fovlm.estimate.dry_run import describe, largest_sizes, samples_per_step, sizes_at_hand
+from fovlm.estimate.flops import mean_cost, total
+from fovlm.estimate.shapes import geometry
+from helpers.tiny import picture, tokenizer
+
+SECTIONS = ["experiment", "DeepSpeed", "parameters", "FLOPs per sample", "length", "memory per rank"]
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path):
+    """No models, no data, no network."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the dry run went to the network")
+
+    for name in ("FOVLM_MODELS", "FOVLM_DATA", "FOVLM_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return tmp_path
+
+
+def tiny(data: Data, **train) -> Experiment:
+    llm = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    dino = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    model = Model(llm=llm, dino=dino, frame_size=28, tokenizer=str(data.sources["a"].prompt), query_dim=16)
+    return Experiment(name="tiny", model=model, data=data, train=Train(best="train_loss", **train))
+
+
+def test_everything_is_told_without_data_or_weights(bare):
+    text = describe(load("1.7B-C1-F"), 8, "cuda")
+    at = [text.index(f"-- {section}") for section in SECTIONS]
+    assert at == sorted(at)
+    for figure in ("1,711,376,384", "86,579,712", "AT MOST", "train.flops", "in a step", "activations", '"stage": 2'):
+        assert figure in text
+    assert "in main memory" not in text
+    assert "in main memory" in describe(load("1.7B-C1-F", ["engine=zero2_offload"]), 1, "cuda")
+
+
+@pytest.mark.parametrize("name", list(experiments.names()))
+def test_every_named_run_can_be_described(name, bare):
+    e = load(name)
+    assert f"{e.name}: {e.note}" in describe(e, 2, "cpu")
+
+
+def test_mistakes_are_told_as_in_the_run(bare):
+    with pytest.raises(UserError, match="cannot be shared evenly"):
+        describe(load("LR1"), 3, "cuda")
+    with pytest.raises(UserError, match=r"model\.llm"):
+        describe(load("LR1", ["model.llm=nowhere"]), 2, "cuda")
+
+
+def test_real_sizes_are_used_where_shards_are_indexed(bare):
+    folder = bare / "tokenizer"
+    tokenizer().save_pretrained(folder)
+    samples = [
+        {"__key__": f"{i}", "json": {"user": "what is this ?", "assistant": "a red " * (1 + i)}}
+        | {f"{n:03}.png": picture(n) for n in range(1 + i % 3)}
+        for i in range(6)
+    ]
+    write_shards(bare / "FOVLM_DATA" / "a-%d.tar", samples)
+    source = Source(shards="a-0.tar", kind="video", prompt=None)
+    data = Data(sources={"a": source}, train={"a": 1.0}, frames=8, text=128, max_frames=4, max_text=64, loss="all_text")
+    e = tiny(data, flops=1e9)
+    e = e.model_copy(update={"model": e.model.model_copy(update={"tokenizer": str(folder)})})
+
+    none, why = sizes_at_hand(e)
+    assert (none, "no index yet" in why) == ([], True)
+    assert not list((bare / "FOVLM_DATA").glob("*.index"))  # looking made none
+    assert "AT MOST" in describe(e, 1, "cpu")
+
+    dataset = open_dataset(e, tokenizer(), data.train)  # as the run does: makes the index
+    sizes, why = sizes_at_hand(e)
+    assert (sizes[:20], why) == ([dataset.size(i) for i in range(20)], "")
+    text = describe(e, 1, "cpu")
+    assert "AT MOST" not in text
+    mean = total(mean_cost(e, geometry(e.model), sizes)).total
+    assert f"{int(1e9 / mean):,}" in text
+
+
+def test_samples_in_a_step_are_those_that_packing_takes(bare):
+    e = load("LR1", ["data.frames=64", "data.text=512"])
+    assert samples_per_step(e, [Size(16, 16, 100, 0)] * 400) == 4 * e.train.packs_per_step
+    assert samples_per_step(e, [Size(64, 64, 512, 0)] * 3) == 3
+    sources = [next(largest_sizes(e)) for _ in range(1)]
+    assert sources[0].frames in (0, 64)

@@ -1,0 +1,127 @@
+"""Shapes and parameter counts without weights, against the real modules."""
+
+import itertools
+import json
+
+import pytest
+from transformers import Dinov2Config, LlamaConfig
+
+from fovlm.config import experiments
+from fovlm.config.schema import Data, Experiment, Model, Optim, Source, Train, model_root
+from fovlm.errors import UserError
+from fovlm.estimate.shapes import DINOV2, LLAMA, RELEASED, geometry, local_folder, parameters, vocabulary
+from fovlm.model.build import build
+
+LLM = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+DINO = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "mlp_ratio": 3,
+    "image_size": 28,
+    "patch_size": 7,
+}
+TIED, MORE = {**LLM, "tie_word_embeddings": True}, {**LLM, "attention_bias": True, "mlp_bias": True, "head_dim": 12}
+SWIGLU, BARE = {**DINO, "use_swiglu_ffn": True}, {**DINO, "qkv_bias": False, "use_mask_token": False}
+
+
+def experiment(model: Model, **rates) -> Experiment:
+    return Experiment(
+        name="tiny",
+        model=model,
+        data=Data(sources={"a": Source(shards="a.tar", kind="video")}, train={"a": 1.0}, max_text=64),
+        optim=Optim(**rates),
+        train=Train(steps=1, best="train_loss"),
+    )
+
+
+def tiny(llm=LLM, dino=DINO, **more) -> Model:
+    return Model(llm=llm, dino=dino, tokenizer="none", query_dim=20, frame_size=28, **more)
+
+
+@pytest.mark.parametrize("frozen", [{}, {"lr_dino": None}, {"lr_dino": None, "lr_llm": None}])
+@pytest.mark.parametrize("visual", ["foveated", "coarse", "multi_token"])
+@pytest.mark.parametrize(("llm", "dino"), [(LLM, DINO), (TIED, SWIGLU), (MORE, BARE)])
+def test_counts_are_those_of_the_modules(llm, dino, visual, frozen):
+    settings = tiny(llm, dino, visual=visual)
+    model = build(settings)
+    model.freeze(dino="lr_dino" in frozen, llm="lr_llm" in frozen)
+    counts = parameters(experiment(settings, **frozen), geometry(settings))
+    assert list(counts) == list(model.groups())
+    for (name, count), module in zip(counts.items(), (model.connector, model.encoder, model.llm), strict=True):
+        assert count.trainable == sum(p.numel() for p in model.groups()[name])
+        assert count.trainable + count.frozen == sum(p.numel() for p in module.parameters())
+
+
+def test_defaults_are_those_of_transformers():
+    llama, dino = LlamaConfig(), Dinov2Config()
+    unset = {
+        "num_key_value_heads": llama.num_attention_heads,
+        "head_dim": llama.hidden_size // llama.num_attention_heads,
+    }
+    assert {k: getattr(llama, k) for k in LLAMA} == LLAMA | unset
+    assert {k: getattr(dino, k) for k in DINOV2} == DINOV2
+
+
+def test_released_models_have_their_known_sizes(monkeypatch, tmp_path):
+    monkeypatch.setenv("FOVLM_MODELS", str(tmp_path))
+    names = iter(itertools.product(("135M", "360M", "1.7B"), ("small", "base")))
+    sizes = {"135M": 134_515_008, "360M": 361_821_120, "1.7B": 1_711_376_384, "small": 22_056_576, "base": 86_580_480}
+    for llm, dino in names:
+        shapes = geometry(Model(llm=f"HuggingFaceTB/SmolLM2-{llm}-Instruct", dino=f"facebook/dinov2-{dino}"))
+        assert (shapes.llm.parameters, shapes.dino.parameters) == (sizes[llm], sizes[dino])
+        assert (shapes.dino.N, shapes.llm.V, shapes.dino.D // shapes.dino.H) == (257, 49152, 64)
+
+
+def test_a_local_folder_is_read(monkeypatch, tmp_path):
+    monkeypatch.setenv("FOVLM_MODELS", str(tmp_path))
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert local_folder(name) is None
+    folder = tmp_path / "SmolLM2-135M-Instruct"  # below FOVLM_MODELS, and goes ahead of the table
+    LlamaConfig(**LLM).save_pretrained(folder)
+    assert local_folder(name) == folder
+    assert vocabulary(Model(llm=name)) == vocabulary(Model(llm=str(folder))) == 64
+    assert geometry(Model(llm=name)).llm == geometry(tiny()).llm
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(UserError, match="not the configuration of a llama model"):
+        geometry(Model(llm=name))
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        geometry(Model(llm=name))
+
+
+def test_models_are_below_the_project_by_default(monkeypatch, tmp_path):
+    monkeypatch.delenv("FOVLM_MODELS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert model_root() == experiments.ROOT / "models"
+    (tmp_path / "models" / "other").mkdir(parents=True)
+    assert local_folder("other") is None
+
+
+def test_an_unknown_model_is_a_clear_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("FOVLM_MODELS", str(tmp_path))
+    with pytest.raises(UserError, match=r"model\.llm: .*did you mean 'HuggingFaceTB/SmolLM2-135M-Instruct'"):
+        geometry(Model(llm="HuggingFaceTB/SmolLM-135M-Instruct"))
+    with pytest.raises(UserError, match=r"model\.dino: the shapes of 'nowhere' are not known"):
+        geometry(Model(dino="nowhere"))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["HuggingFaceTB/SmolLM2-135M-Instruct", "facebook/dinov2-small"])
+def test_the_table_agrees_with_the_real_folders(name):
+    folder = local_folder(name)
+    if folder is None:
+        pytest.skip("FOVLM_MODELS has no such model")
+    said = json.loads((folder / "config.json").read_text())
+    defaults = LLAMA if "SmolLM2" in name else DINOV2
+    unset = {"head_dim": 64} if "SmolLM2" in name else {}
+    assert {k: said[k] for k in defaults if k in said} == {
+        k: v for k, v in (defaults | RELEASED[name] | unset).items() if k in said
+    }

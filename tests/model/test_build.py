@@ -1,0 +1,157 @@
+"""Backbones from folders: what loads whole, and what is refused in one line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    Gemma3TextConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    SmolLM3Config,
+)
+
+from fovlm import open_model
+from fovlm.config.schema import Model
+from fovlm.data.chat import load_tokenizer
+from fovlm.errors import UserError
+from fovlm.model.build import build
+from fovlm.model.processing import FoveatedProcessor
+from fovlm.train.engine import load_weights
+
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
+LLM = SIZES | {"vocab_size": 64, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+DINO = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+FULL, MIXED = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
+
+
+def settings(llm: Path | dict = LLM, dino: Path | dict = DINO) -> Model:
+    llm, dino = (given if isinstance(given, dict) else str(given) for given in (llm, dino))
+    return Model(llm=llm, dino=dino, tokenizer="none", query_dim=20, frame_size=28)
+
+
+def refused(**backbone: Path | str) -> str:
+    with pytest.raises(UserError) as error:
+        build(settings(**backbone))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def llm_folder(folder: Path, config: PreTrainedConfig) -> Path:
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "config", [LlamaConfig, Qwen3Config, SmolLM3Config, lambda **sizes: MistralConfig(**sizes, sliding_window=None)]
+)
+def test_what_is_in_the_folders_is_what_trains(tmp_path, config, tied):
+    llm_folder(tmp_path / "llm", config(**LLM, tie_word_embeddings=tied))
+    Dinov2Model(Dinov2Config(**DINO)).save_pretrained(tmp_path / "dino")
+    model = build(settings(tmp_path / "llm", tmp_path / "dino"))
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "llm").state_dict()
+    assert all(torch.equal(stored[name], weight) for name, weight in model.llm.state_dict().items())
+    stored = Dinov2Model.from_pretrained(tmp_path / "dino").state_dict()
+    assert all(torch.equal(stored[name], weight) for name, weight in model.encoder.dino.state_dict().items())
+
+
+def test_another_encoder_is_refused(tmp_path):
+    sizes = SIZES | {"image_size": 28, "patch_size": 7}
+    SiglipVisionModel(SiglipVisionConfig(**sizes)).save_pretrained(tmp_path / "siglip")
+    assert "type 'siglip_vision_model' is not supported, only 'dinov2'" in refused(dino=tmp_path / "siglip")
+    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**DINO)).save_pretrained(tmp_path / "registers")
+    assert "'dinov2_with_registers' is not supported" in refused(dino=tmp_path / "registers")
+    config = json.loads((tmp_path / "registers" / "config.json").read_text()) | {"model_type": "dinov2"}
+    (tmp_path / "registers" / "config.json").write_text(json.dumps(config))
+    assert "1 unexpected weights, like embeddings.register_tokens" in refused(dino=tmp_path / "registers")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MistralConfig(**LLM), "sliding window of 4096"),
+        (Qwen3Config(**LLM, use_sliding_window=True, sliding_window=4, max_window_layers=1), "sliding_attention"),
+        (Gemma3TextConfig(**LLM, head_dim=8, layer_types=MIXED), "sliding_attention"),
+        (Lfm2Config(**LLM, layer_types=["conv", "full_attention"]), "conv"),
+        (MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2), "linear_attention"),
+        (Dinov2Config(**DINO), "'dinov2' is not a causal language model"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_a_language_model_without_full_attention_in_every_layer_is_refused(tmp_path, config, reason):
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()  # the configuration is refused before the weights are read
+    assert reason in refused(llm=tmp_path)
+
+
+def test_weights_that_are_missing_or_left_over_are_refused(tmp_path):
+    llm_folder(tmp_path, Qwen3Config(**LLM))
+    whole = load_file(tmp_path / "model.safetensors")
+
+    def with_weights(weights: dict[str, torch.Tensor]) -> str:
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+        return refused(llm=tmp_path)
+
+    cut = {name: weight for name, weight in whole.items() if ".layers.1." not in name}
+    assert "11 missing weights, like model.layers.1.input_layernorm.weight" in with_weights(cut)
+    assert "1 unexpected weights, like model.extra" in with_weights(whole | {"model.extra": torch.zeros(2)})
+    assert "1 mismatched weights, like model.norm.weight" in with_weights(whole | {"model.norm.weight": torch.zeros(5)})
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
+    assert "does not load" in refused(llm=tmp_path)
+
+
+def test_a_saved_model_with_a_weight_missing_is_refused(saved_model, tmp_path):
+    folder = Path(shutil.copytree(saved_model, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("connector.q_static")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"1 missing weights, like connector\.q_static"):
+        open_model(folder)
+    with pytest.raises(UserError, match=r"init_from=.*: 1 missing weights"):
+        load_weights(build(settings()), str(folder))
+
+
+@pytest.fixture
+def hostile(saved_model, tmp_path, monkeypatch) -> Path:
+    """A model folder with code of its own, that leaves a file when it runs; a terminal that would say yes."""
+    folder = Path(shutil.copytree(saved_model, tmp_path / "hostile"))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: ...\n")
+    code = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.C", "AutoModel": "code.C"}
+    config = {"model_type": "hostile", "auto_map": code}
+    (folder / "config.json").write_text(json.dumps(config))
+    words = {"tokenizer_class": "C", "auto_map": {"AutoTokenizer": ["code.C", "code.C"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    yield folder
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_in_a_model_folder_never_runs(hostile):
+    assert "contains custom code" in refused(llm=hostile)
+    assert "contains custom code" in refused(dino=hostile)
+    with pytest.raises(UserError, match="contains custom code"):
+        load_tokenizer(str(hostile))
+    with pytest.raises(ValueError, match="contains custom code"):
+        FoveatedProcessor.from_pretrained(hostile)
+
+
+def test_code_beside_a_known_model_is_passed_over(hostile):
+    llm_folder(hostile, LlamaConfig(**LLM))
+    config = json.loads((hostile / "config.json").read_text())
+    (hostile / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "code.C"}}))
+    build(settings(llm=hostile))

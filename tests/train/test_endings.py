@@ -1,0 +1,91 @@
+"""How a run ends that should not go on: too many broken samples, steps that are not finite, a rank that hangs."""
+
+import json
+
+import pytest
+
+from helpers.launch import run_ranks
+from helpers.training import arguments, environment, rows, write_data
+
+QUIET = ["data.workers=0", "data.val=[]", "train.eval_every=0", "train.best=train_loss", "train.save_every=0"]
+RUNS = {
+    "broken": {"arguments": ["data.train={broken: 1}", "data.max_bad_fraction=0.002", "train.log_every=2"]},
+    "broken but few": {"arguments": ["data.train={broken: 1}", "data.max_bad_fraction=0.05", "train.steps=2"]},
+    "not finite": {"arguments": ["train.max_nonfinite=3"], "spoilt": [2, 3, 5, 6, 7, 8]},
+    "not finite now and then": {"arguments": ["train.max_nonfinite=3", "train.steps=6"], "spoilt": [2, 3, 5, 6]},
+}
+# Minutes pass like seconds, and every step takes 0.6 s; the sixth never ends, as when a peer died in a collective.
+HUNG = """
+import faulthandler, sys, time
+from fovlm import train
+from fovlm.train.engine import Engine
+
+later, step, steps = faulthandler.dump_traceback_later, Engine.step, []
+
+def stuck(engine, batches):
+    steps.append(1)
+    time.sleep(0.6 if len(steps) < 6 else 90)
+    return step(engine, batches)
+
+Engine.step = stuck
+faulthandler.dump_traceback_later = lambda seconds, **more: later(seconds / 60, **more)
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("endings"))
+
+
+@pytest.fixture(scope="module")
+def ended(home) -> dict[str, dict]:
+    runs = {
+        name: run | {"arguments": arguments(home, name.replace(" ", "-"), *QUIET, *run["arguments"])}
+        for name, run in RUNS.items()
+    }
+    (home / "runs.json").write_text(json.dumps(runs))
+    run_ranks(1, ["-m", "helpers.recorded_runs", str(home / "runs.json"), str(home / "found.json")], environment(home))
+    return json.loads((home / "found.json").read_text())
+
+
+def test_too_many_broken_samples_end_a_run(ended, home):
+    run = ended["broken"]
+    assert run["status"] == 2
+    assert run["said"].count("\n") == 1
+    assert "samples were broken" in run["said"]
+    assert "more than data.max_bad_fraction=0.002 allows" in run["said"]
+    row = rows(home, "broken")[-1]
+    (count,) = [int(value) for cause, value in row.items() if cause.startswith("bad/broken/")]
+    assert f"{count} of {row['samples']} samples were broken ({count} x broken: " in run["said"]
+    assert count > 0.002 * 1000, "among few samples, one alone ends no run"
+    named = [line for line in (home / "runs" / "broken" / "log.txt").read_text().splitlines() if "is replaced" in line]
+    assert len(named) == count
+
+
+def test_broken_samples_end_no_run_while_they_are_few(ended):
+    """A quarter is broken and the limit is 5 %, but of a thousand samples at least."""
+    assert (ended["broken but few"]["status"], len(ended["broken but few"]["losses"])) == (0, 2)
+
+
+def test_steps_in_a_row_that_are_not_finite_end_a_run(ended):
+    run = ended["not finite"]
+    assert run["status"] == 2
+    assert "fovlm: 3 steps in a row were not finite" in run["said"]
+    assert len(run["losses"]) == 7, "two in a row, a good one, and three in a row"
+
+
+def test_steps_that_are_not_finite_now_and_then_end_no_run(ended):
+    run = ended["not finite now and then"]
+    assert run["status"] == 0
+    assert len(run["losses"]) == 6
+    assert run["losses"][3] == run["losses"][3], "the step between them is a number"
+
+
+def test_a_step_that_hangs_ends_a_run_and_says_where(home):
+    command = ["-c", HUNG, *arguments(home, "hung", *QUIET, "train.hang_minutes=3")]
+    output = run_ranks(1, command, environment(home), status=1)
+    assert "Timeout (0:00:03)!" in output
+    assert "in stuck" in output
+    assert "in _steps" in output
+    assert len(rows(home, "hung")) == 5, "the limit is for one step, not for all of them together"

@@ -1,0 +1,185 @@
+"""The journal: rows that survive a resume, a terminal for people and for files, nothing secret sent, a summary."""
+
+import csv
+import io
+import json
+import os
+
+import pytest
+
+from fovlm.config.schema import Experiment
+from fovlm.redact import HIDDEN, redact
+from fovlm.train.logger import Journal, Table, commit, versions
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    values = {
+        "name": "small",
+        "note": "a test",
+        "data": {
+            "sources": {"clips": {"shards": "clips.tar", "kind": "video"}},
+            "train": {"clips": 1.0},
+            "val": ["clips"],
+        },
+        "train": {"steps": 10},
+        "journal": {"wandb": "disabled", "folder": str(tmp_path / "run")},
+    }
+    return Experiment.model_validate(values)
+
+
+def rows(experiment) -> list[dict[str, str]]:
+    with (experiment.run_folder / "metrics.csv").open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def losses(experiment) -> list[tuple[str, str]]:
+    return [(row["step"], row["loss"]) for row in rows(experiment)]
+
+
+def test_a_row_per_log_step_with_columns_as_they_come(experiment):
+    with Journal(experiment, 10, out=io.StringIO()) as journal:
+        journal.log(2, {"loss": 3.0})
+        journal.log(4, {"loss": 2.5, "samples_per_second": 7.0})
+        journal.log(4, {"val_loss": 2.75})
+        journal.log(6, {"loss": 2.0})
+    assert losses(experiment) == [("2", "3"), ("4", "2.5"), ("6", "2")]
+    assert [row["val_loss"] for row in rows(experiment)] == ["", "2.75", ""]
+    assert [row["samples_per_second"] for row in rows(experiment)] == ["", "7", ""]
+
+
+def test_going_on_drops_the_rows_past_the_step_and_counts_the_time_on(experiment):
+    with Journal(experiment, 10, out=io.StringIO()) as journal:
+        journal.earlier = 100.0
+        for step in (2, 4, 6):
+            journal.log(step, {"loss": float(step)})
+    with Journal(experiment, 10, step=4, out=io.StringIO()) as journal:
+        journal.log(6, {"loss": 60.0})
+    assert losses(experiment) == [("2", "2"), ("4", "4"), ("6", "60")]
+    seconds = [float(row["seconds"]) for row in rows(experiment)]
+    assert seconds == sorted(seconds)
+    assert seconds[0] >= 100
+
+
+def test_a_fresh_start_in_an_old_folder_begins_anew(experiment):
+    for value in (1.0, 2.0):
+        with Journal(experiment, 10, step=0, out=io.StringIO()) as journal:
+            journal.log(1, {"loss": value})
+    assert losses(experiment) == [("1", "2")]
+
+
+def test_a_row_that_a_crash_cut_short_is_dropped(tmp_path):
+    file = tmp_path / "metrics.csv"
+    file.write_text("step,seconds,loss\n1,1,3\n2,2,2.")
+    assert [row["step"] for row in Table(file, 5).rows] == ["1"]
+    assert file.read_text().splitlines() == ["step,seconds,loss", "1,1,3"]
+
+
+def test_other_ranks_write_nothing(experiment):
+    with Journal(experiment, 10, rank=1, out=io.StringIO()) as journal:
+        journal.log(1, {"loss": 1.0})
+        journal.tick(2)
+        journal.say("hello")
+    assert not experiment.run_folder.exists()
+
+
+def test_without_a_terminal_there_is_a_plain_line_per_row(experiment):
+    out = io.StringIO()
+    with Journal(experiment, 10, out=out) as journal:
+        journal.tick(1)
+        journal.log(2, {"loss": 3.0, "fine_over_coarse": 0.9, "waiting": 0.25, "lr_llm": 1e-5})
+        journal.say("2 of 300 samples were bad: [truncated]")
+    assert out.getvalue().splitlines() == [
+        "small 2/10  loss 3.0000  fine/coarse 0.900  waiting 25%",
+        "2 of 300 samples were bad: [truncated]",
+    ]
+    assert "[truncated]" in (experiment.run_folder / "log.txt").read_text()
+
+
+def test_on_a_terminal_there_is_a_bar(experiment, monkeypatch):
+    class Watched(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = Watched()
+    with Journal(experiment, 10, out=out) as journal:
+        journal.log(3, {"loss": 3.0})
+        journal.tick(4)
+    assert "4/10" in out.getvalue()
+    assert "loss 3.0000" in out.getvalue()
+
+
+def test_the_summary_says_how_it_ended(experiment):
+    with Journal(experiment, 10, data_hash="d4", out=io.StringIO()) as journal:
+        journal.log(2, {"loss": 3.0, "val_loss": 4.0})
+        journal.log(4, {"loss": 2.0, "val_loss": 5.0})
+        journal.log(6, {"loss": float("nan")})
+        journal.close("stopped", reason="SIGTERM")
+    summary = json.loads((experiment.run_folder / "run_summary.json").read_text())
+    assert summary["best"] == {"loss": {"value": 2, "step": 4}, "val_loss": {"value": 4, "step": 2}}
+    assert (summary["final"]["loss"], summary["final"]["val_loss"]) == (2, 5)
+    assert (summary["status"], summary["step"], summary["reason"]) == ("stopped", 6, "SIGTERM")
+    assert (summary["data_hash"], summary["experiment_hash"]) == ("d4", experiment.hash)
+    assert summary["versions"] == versions()
+    assert summary["commit"] == commit()
+    assert summary["wall_seconds"] >= 0
+
+
+def test_an_error_is_in_the_summary(experiment):
+    with pytest.raises(ZeroDivisionError), Journal(experiment, 10, out=io.StringIO()):
+        _ = 1 / 0
+    summary = json.loads((experiment.run_folder / "run_summary.json").read_text())
+    assert (summary["status"], summary["error"]) == ("failed", "ZeroDivisionError: division by zero")
+
+
+def test_redact_hides_secrets_and_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("MY_API_KEY", "s3cr3t-value")
+    assert redact("/home/someone/shards") == "~/shards"
+    assert redact("/home/someone_else/shards") == "/home/someone_else/shards"
+    assert redact({"a": ["x s3cr3t-value y", 3, None]}) == {"a": [f"x {HIDDEN} y", 3, None]}
+    assert (
+        redact("https://me:pass@host/a.tar?X-Amz-Signature=abc&part=1")
+        == f"https://{HIDDEN}@host/a.tar?{HIDDEN}&part=1"
+    )
+    assert redact("hf_" + "a" * 30) == HIDDEN
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "MY_API_KEY", "PGPASSWORD", "DB_PASS", "AWS_SECRETS", "TOKEN2", "apikey"])
+def test_redact_knows_a_secret_by_a_word_of_its_name(monkeypatch, name):
+    monkeypatch.setenv(name, "s3cr3t-value")
+    assert redact("x s3cr3t-value y") == f"x {HIDDEN} y"
+
+
+@pytest.mark.parametrize("name", ["TOKENIZER_DIR", "TOKENIZERS_PARALLELISM", "KEYBOARD", "PASSAGE_FOLDER"])
+def test_redact_leaves_words_that_only_begin_like_a_secret(monkeypatch, name):
+    monkeypatch.setenv(name, "HuggingFaceTB/SmolLM2")
+    assert redact({"llm": "HuggingFaceTB/SmolLM2"}) == {"llm": "HuggingFaceTB/SmolLM2"}
+
+
+def test_wandb_gets_the_rows_but_no_secret_and_no_path(experiment, monkeypatch):
+    """Offline, with the real client: everything it would send lies in its folder."""
+    monkeypatch.setenv("SHARD_TOKEN", "s3cr3t-value")
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(experiment.run_folder / "cache"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(experiment.run_folder / "config"))
+    values = experiment.model_dump()
+    values["journal"]["wandb"] = "offline"
+    values["data"]["sources"]["clips"]["shards"] = "https://host/home/someone/clips.tar?token=s3cr3t-value"
+    values["data"]["sources"]["clips"]["prompt"] = "/home/someone/s3cr3t-value"
+    experiment = Experiment.model_validate(values)
+    ids = []
+    for step in (0, 2):
+        with Journal(experiment, 10, step=step, out=io.StringIO()) as journal:
+            journal.log(step + 2, {"loss": 3.25})
+            ids.append(journal.wandb.id)
+    assert ids[0] == ids[1], "a run that goes on is the same run"
+    wandb = experiment.run_folder / "wandb"
+    sent = b"".join(file.read_bytes() for file in [*wandb.glob("*/*.wandb"), *wandb.glob("*/files/*")])
+    assert b"lr_connector" in sent, "the settings are there"
+    host = os.uname().nodename.encode()  # a short one is in random bytes by chance: look for it as a whole value
+    hosts = [host] if len(host) > 6 else [bytes([len(host)]) + host, b'"' + host + b'"']
+    for hidden in (b"s3cr3t-value", b"/home/someone", *hosts):
+        assert hidden not in sent

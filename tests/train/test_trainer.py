@@ -1,0 +1,112 @@
+"""`python -m fovlm.train` from shards to a finished run: golden losses, a kill and a resume on fewer ranks, a signal.
+
+A start of two ranks takes some 15 s, so three starts serve all checks.
+"""
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers.launch import run_ranks, start_ranks
+from helpers.training import STEPS, arguments, assert_golden, environment, rows, write_data
+
+LOGGED = """loss_fine loss_coarse fine_over_coarse grad_norm lr_connector lr_dino lr_llm attention_entropy
+samples_per_second tokens_per_second waiting memory_gb val_loss"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("train"))
+
+
+def command(home: Path, name: str, *more: str) -> list[str]:
+    return ["-m", "fovlm.train", *arguments(home, name, *more)]
+
+
+@pytest.fixture(scope="module")
+def whole(home) -> tuple[str, list[dict[str, str]]]:
+    """An uninterrupted run on two ranks: what it printed, and its rows."""
+    output = run_ranks(2, command(home, "whole"), environment(home))
+    return output, rows(home, "whole")
+
+
+def test_losses_are_the_golden_ones(whole):
+    """On two ranks as on one: tests/train/test_golden.py writes and reads the same."""
+    losses = [float(row["loss"]) for row in whole[1]]
+    assert_golden("video", losses)
+    assert losses[-1] < 0.9 * losses[0], "and it learns"
+
+
+def test_the_run_folder_tells_everything(whole, home):
+    folder = home / "runs" / "whole"
+    summary = json.loads((folder / "run_summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["step"] == STEPS
+    assert set(summary["scores"]) == {"coarse_only", "coarse_fine", "autoregressive"}
+    assert (summary["ranks"], summary["device"], float(whole[1][-1]["progress"])) == (2, "cpu", 1.0)
+    assert summary["flops"] > summary["samples"] * 1e6
+    assert summary["val_samples"] > 4
+    assert (folder / "experiment.yaml").exists()
+    assert (folder / "deepspeed.json").exists()
+    assert (folder / "maps" / f"step-{STEPS:08d}.png").stat().st_size > 1000
+    row = whole[1][-1]
+    for key in LOGGED.split():
+        assert math.isfinite(float(row[key])), key
+    assert "autoregressive" in whole[0]
+    assert "run folder" in whole[0]
+    assert not [word for word in ("Traceback", "Warning") if word in whole[0]], whole[0]
+
+
+def test_a_broken_sample_is_counted_and_named(whole, home):
+    row = whole[1][-1]
+    (cause,) = [key for key in row if key.startswith("bad/")]
+    assert cause.startswith("bad/broken/")
+    named = [line for line in (home / "runs" / "whole" / "log.txt").read_text().splitlines() if "is replaced" in line]
+    assert len(named) == int(row[cause]) > 1
+    assert "sample p2 in broken-00.tar" in named[0]
+
+
+def test_a_killed_run_goes_on_exactly_on_another_number_of_ranks(whole, home):
+    processes = start_ranks(2, command(home, "killed", "data.workers=0"), environment(home))
+    until(lambda: len(rows(home, "killed")) >= 7)
+    for process in processes:  # at once, in the middle of a step
+        process.kill()
+    for process in processes:
+        process.wait()
+    stopped = len(rows(home, "killed"))
+    assert stopped < STEPS
+    output = run_ranks(1, command(home, "killed", "data.workers=0"), environment(home))
+    assert "going on from step-0000" in output
+    again = rows(home, "killed")
+    assert [row["samples"] for row in again] == [row["samples"] for row in whole[1]]
+    for row, expected in zip(again, whole[1], strict=True):
+        assert math.isclose(float(row["loss"]), float(expected["loss"]), rel_tol=5e-6), row["step"]
+    one, two = (json.loads((home / "runs" / name / "run_summary.json").read_text()) for name in ("killed", "whole"))
+    assert one["val_hash"] == two["val_hash"]
+
+
+def test_a_signal_saves_within_a_step_and_a_stranger_is_refused(whole, home):
+    (process,) = start_ranks(1, command(home, "signalled", "data.workers=0"), environment(home))
+    until(lambda: len(rows(home, "signalled")) >= 2)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    latest = (home / "runs" / "signalled" / "checkpoints" / "latest").read_text().strip()
+    saved = json.loads((home / "runs" / "signalled" / "checkpoints" / latest / "state.json").read_text())
+    assert saved["step"] == len(rows(home, "signalled"))
+    # The same run folder with another rate is another experiment.
+    output = run_ranks(1, command(home, "signalled", "optim.lr_llm=1e-3"), environment(home), status=2)
+    assert output.strip().count("\n") == 0
+    assert "another experiment" in output
+    assert "name=" in output
+
+
+def until(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)

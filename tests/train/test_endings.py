@@ -17,7 +17,7 @@ RUNS = {
 # Minutes pass like seconds, and every step takes 0.6 s; the sixth never ends, as when a peer died in a collective.
 HUNG = """
 import faulthandler, sys, time
-from fovlm import train
+from fovlm.train import trainer as train
 from fovlm.train.engine import Engine
 
 later, step, steps = faulthandler.dump_traceback_later, Engine.step, []

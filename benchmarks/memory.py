@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fovlm.config.deepspeed import resolve
-from fovlm.config.schema import Data, Experiment, Model, Optim, Source, Train
-from fovlm.data.packing import Batch, Sample, Size, collate
+from fovlm.config.schema import DataSettings, DataSource, Experiment, ModelSettings, OptimSettings, TrainSettings
+from fovlm.data.packing import Batch, PackSize, Sample, collate
 from fovlm.estimate.memory import estimate
 from fovlm.estimate.shapes import geometry
 
@@ -107,17 +107,17 @@ def experiment(name: str) -> Experiment:
     return Experiment(
         name="memory",
         engine=engine,
-        model=Model(**model, tokenizer="none"),
-        data=Data(
-            sources={"a": Source(shards="a.tar", kind="video")},
+        model=ModelSettings(**model, tokenizer="none"),
+        data=DataSettings(
+            sources={"a": DataSource(shards="a.tar", kind="video")},
             train={"a": 1.0},
             frames=frames,
             text=text,
             max_frames=frames,
             max_text=text,
         ),
-        optim=Optim(**rates),
-        train=Train(steps=2, packs_per_step=2, precision=precision, best="train_loss"),  # type: ignore[arg-type]
+        optim=OptimSettings(**rates),
+        train=TrainSettings(steps=2, packs_per_step=2, precision=precision, best="train_loss"),  # type: ignore[arg-type]
     )
 
 
@@ -128,7 +128,7 @@ def pack(e: Experiment, vocabulary: int, tokens_per_look: int) -> Batch:
     frames = torch.randint(0, 256, (F, 3, size, size), dtype=torch.uint8)
     tokens = torch.randint(0, vocabulary, (S,))
     sample = Sample("one", "a", frames, F, tokens, torch.ones(S), ahead)
-    return collate([sample], Size(F, F, S, S if ahead else 0), size, tokens_per_look)
+    return collate([sample], PackSize(F, F, S, S if ahead else 0), size, tokens_per_look)
 
 
 def measure(name: str) -> dict[str, Any]:

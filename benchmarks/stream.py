@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fovlm.config.schema import Model
+from fovlm.config.schema import ModelSettings
 from fovlm.media import decode
 from fovlm.model.build import build
 from fovlm.model.modeling import FoveatedVLM
@@ -38,7 +38,7 @@ def load(source: str, dtype: torch.dtype, size: int) -> FoveatedVLM:
     if "," not in source:
         return open_model(source, dtype)[0]
     dino, llm = source.split(",")
-    return build(Model(dino=dino, llm=llm, frame_size=size)).to(dtype).eval()
+    return build(ModelSettings(dino=dino, llm=llm, frame_size=size)).to(dtype).eval()
 
 
 def frames(folder: str | None, size: int, random: np.random.Generator):

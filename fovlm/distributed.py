@@ -26,7 +26,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def total(values: list[float] | Tensor, device: torch.device | str = "cpu") -> Tensor:
+def sum_over_ranks(values: list[float] | Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Each value summed over the ranks, in fp64 [n] on `device`."""
     tensor = torch.as_tensor(values, dtype=torch.float64, device=device).clone()
     if dist.is_initialized():
@@ -43,7 +43,7 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def from_first(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """Rank 0's picklable value, on every rank."""
     values = [value]
     if dist.is_initialized():
@@ -55,7 +55,7 @@ class SharedError(UserError):
     """A mistake that every rank knows of: rank 0 tells it, the others end in silence."""
 
 
-def all_at_once(work: Callable[[], T]) -> T:
+def collective_call(work: Callable[[], T]) -> T:
     """Do `work` on every rank; a UserError on any of them is raised as SharedError on all."""
     result, problem = None, ""
     try:
@@ -67,10 +67,10 @@ def all_at_once(work: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def first_then_all(work: Callable[[], T]) -> T:
+def rank_zero_first(work: Callable[[], T]) -> T:
     """Do `work` on rank 0 and then on the others, so that what it makes on disk is made once and found by the rest.
 
     A UserError on any rank is raised as SharedError on all: nobody is left waiting at a barrier.
     """
-    result = all_at_once(lambda: work() if rank() == 0 else None)
-    return cast(T, all_at_once(lambda: result if rank() == 0 else work()))
+    result = collective_call(lambda: work() if rank() == 0 else None)
+    return cast(T, collective_call(lambda: result if rank() == 0 else work()))

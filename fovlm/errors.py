@@ -15,7 +15,7 @@ class UserError(Exception):
     """A mistake in a command, a file or the surroundings. Commands print it without a traceback and exit with 2."""
 
 
-def nearest(word: str, words: Iterable[object]) -> str:
+def did_you_mean(word: str, words: Iterable[object]) -> str:
     """` (did you mean 'x'?)` with the closest of `words`, or an empty string when none is close."""
     candidates = [str(w) for w in words]
     lower = {w.lower(): w for w in candidates}
@@ -23,7 +23,7 @@ def nearest(word: str, words: Iterable[object]) -> str:
     return f" (did you mean '{lower[close[0]]}'?)" if close else ""
 
 
-def told(error: UserError | OSError) -> str:
+def format_error(error: UserError | OSError) -> str:
     """The line to tell of an error, or an empty string when it is a bug and wants its traceback."""
     if isinstance(error, UserError):
         return str(error)

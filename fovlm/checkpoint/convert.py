@@ -26,15 +26,15 @@ from rich.console import Console
 from transformers import AutoConfig, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 
 from fovlm.checkpoint import store
-from fovlm.checkpoint.locate import Source, find, steps
+from fovlm.checkpoint.locate import SavedRun, find, steps
 from fovlm.checkpoint.model_card import card, summary_of
 from fovlm.checkpoint.safetensors_writer import Plan, byte_size, write_tensors
 from fovlm.checkpoint.store import ENGINE, UNIVERSAL
 from fovlm.checkpoint.verify import check
 from fovlm.checkpoint.zero_reader import ZeroWeights
 from fovlm.data.chat import load_tokenizer, template
-from fovlm.data.dataset import tokenizer_of
-from fovlm.errors import EXIT_USER_ERROR, UserError, nearest, told
+from fovlm.data.dataset import tokenizer_path
+from fovlm.errors import EXIT_USER_ERROR, UserError, did_you_mean, format_error
 from fovlm.model.build import find_weights
 from fovlm.model.encoder import Dinov2Config, released_name
 from fovlm.model.modeling import FoveatedConfig, FoveatedVLM
@@ -62,9 +62,9 @@ def convert(
     (unless `trust`), and when the model as written does not answer as the one in training did.
     """
     if dtype not in DTYPES:
-        raise UserError(f"--dtype is bf16 or fp32, not '{dtype}'{nearest(dtype, DTYPES)}")
+        raise UserError(f"--dtype is bf16 or fp32, not '{dtype}'{did_you_mean(dtype, DTYPES)}")
     if to not in ("model", "universal"):
-        raise UserError(f"--to is model or universal, not '{to}'{nearest(to, ('model', 'universal'))}")
+        raise UserError(f"--to is model or universal, not '{to}'{did_you_mean(to, ('model', 'universal'))}")
     largest = byte_size(shard_size)
     out = Path(out)
     refuse_occupied(out)
@@ -106,7 +106,7 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 def _model(
-    source: Source, out: Path, name: str, dtype: torch.dtype, largest: int, trust: bool, tokenizer: str | None
+    source: SavedRun, out: Path, name: str, dtype: torch.dtype, largest: int, trust: bool, tokenizer: str | None
 ) -> None:
     config, words = _config(source), _tokenizer(source, tokenizer)
     stored = ZeroWeights(source.path / ENGINE, trust)
@@ -129,7 +129,7 @@ def _model(
     say(checked)
 
 
-def _config(source: Source) -> FoveatedConfig:
+def _config(source: SavedRun) -> FoveatedConfig:
     """The configuration that the engine stored, or, in older checkpoints, that of the experiment's backbones."""
     file = source.path / store.CONFIG
     if file.is_file():
@@ -152,12 +152,12 @@ def _config(source: Source) -> FoveatedConfig:
     return FoveatedConfig(llm, dino, image_frames=source.experiment.data.image_frames, **settings)
 
 
-def _tokenizer(source: Source, given: str | None) -> PreTrainedTokenizerBase:
+def _tokenizer(source: SavedRun, given: str | None) -> PreTrainedTokenizerBase:
     own = source.run / "tokenizer"
     if given is None and own.is_dir():
         return load_tokenizer(str(own))
     try:
-        return load_tokenizer(given or tokenizer_of(source.experiment))
+        return load_tokenizer(given or tokenizer_path(source.experiment))
     except UserError as error:
         raise UserError(
             f"{source.run}: an old run without its tokenizer, which was not found elsewhere: set FOVLM_MODELS and "
@@ -228,7 +228,7 @@ def write_texts(out: Path, config: FoveatedConfig, tokenizer: PreTrainedTokenize
     FoveatedProcessor.from_parts(tokenizer, config).save_pretrained(out)
 
 
-def _universal(source: Source, out: Path) -> None:
+def _universal(source: SavedRun, out: Path) -> None:
     from fovlm.train.engine import to_universal  # deepspeed takes seconds to import: only for this
 
     for file in source.path.iterdir():
@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         print(convert(**vars(parser.parse_args(arguments))))
     except (UserError, OSError) as error:
-        if not (said := told(error)):
+        if not (said := format_error(error)):
             raise
         print(f"fovlm: {said}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR

@@ -29,7 +29,7 @@ from fovlm.checkpoint.safetensors_writer import byte_size
 from fovlm.checkpoint.verify import load
 from fovlm.checkpoint.zero_reader import load_pickled
 from fovlm.data.chat import load_tokenizer
-from fovlm.errors import UserError, nearest
+from fovlm.errors import UserError, did_you_mean
 from fovlm.estimate.shapes import local_folder
 from fovlm.model.build import check_vocabulary
 from fovlm.model.encoder import Dinov2Config, config_of, released_name
@@ -82,7 +82,7 @@ class Published:
 
         def take(name: str, default: Tensor | None = None) -> Tensor:
             if name not in rest and default is None:
-                raise UserError(f"{self.origin}: '{name}' is missing{nearest(name, state)}")
+                raise UserError(f"{self.origin}: '{name}' is missing{did_you_mean(name, state)}")
             value = rest.pop(name, default)
             assert value is not None
             return value.double()
@@ -176,9 +176,9 @@ def import_published(
     Returns OUT. Raises UserError, and leaves nothing, for what is no such model.
     """
     if dtype not in DTYPES:
-        raise UserError(f"--dtype is bf16 or fp32, not '{dtype}'{nearest(dtype, DTYPES)}")
+        raise UserError(f"--dtype is bf16 or fp32, not '{dtype}'{did_you_mean(dtype, DTYPES)}")
     if prompt not in PROMPTS:
-        raise UserError(f"--prompt is after or before, not '{prompt}'{nearest(prompt, PROMPTS)}")
+        raise UserError(f"--prompt is after or before, not '{prompt}'{did_you_mean(prompt, PROMPTS)}")
     largest, path, out = byte_size(shard_size), Path(path), Path(out)
     refuse_occupied(out)
     stored = Published(read_state(path, trust), str(path))
@@ -226,7 +226,7 @@ def read_state(path: Path, trust: bool = False) -> dict[str, Tensor]:
     """The state dict of a file, or of the one in a folder, mapped into memory. Raises UserError."""
     if not path.exists():
         there = [str(f) for f in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such file{nearest(str(path), there)}")
+        raise UserError(f"{path}: no such file{did_you_mean(str(path), there)}")
     files = [path]
     if path.is_dir():
         pickled = (f for kind in PICKLED for f in path.glob(f"*.{kind}"))

@@ -10,11 +10,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from fovlm.checkpoint import store
 from fovlm.checkpoint.store import ENGINE, UNIVERSAL, Checkpoints
 from fovlm.config.schema import Experiment, run_root
-from fovlm.errors import UserError, nearest
+from fovlm.errors import UserError, did_you_mean
 
 
 @dataclass
-class Source:
+class SavedRun:
     """A checkpoint, the experiment that made it, and the run it belongs to (its own parent, when it stands alone)."""
 
     path: Path
@@ -23,12 +23,12 @@ class Source:
     state: store.State
 
 
-def find(source: Path, which: str | None = None) -> Source:
+def find(source: Path, which: str | None = None) -> SavedRun:
     """The checkpoint meant by `source` (a run's folder or name, or a checkpoint's folder), whole. Raises UserError."""
     folder = next((f for f in (source, run_root() / source) if f.is_dir()), None)
     if folder is None:
         there = [f.name for f in run_root().iterdir() if f.is_dir()] if run_root().is_dir() else []
-        raise UserError(f"{source}: no such folder, nor a run below {run_root()}{nearest(source.name, there)}")
+        raise UserError(f"{source}: no such folder, nor a run below {run_root()}{did_you_mean(source.name, there)}")
     if folder.name == "checkpoints":
         folder = folder.parent
     if (folder / store.MANIFEST).is_file():
@@ -57,7 +57,7 @@ def find(source: Path, which: str | None = None) -> Source:
     except (OSError, ValidationError, ValueError) as error:
         raise UserError(f"{path / 'experiment.yaml'}: {' '.join(str(error).split())[:160]}") from error
     run = path.resolve().parent.parent if path.resolve().parent.name == "checkpoints" else path
-    return Source(path, run, experiment, state)
+    return SavedRun(path, run, experiment, state)
 
 
 def _of_run(run: Path, which: str | None) -> Path:

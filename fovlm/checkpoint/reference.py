@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fovlm.data.dataset import Dataset
-from fovlm.data.packing import EMPTY, PADDING, Batch, Sample, Size, collate
+from fovlm.data.packing import EMPTY, PADDING, Batch, PackSize, Sample, collate
 from fovlm.errors import UserError
 
 FILE = "probe.safetensors"
@@ -24,7 +24,7 @@ SAMPLES, FRAMES = 4, 16  # at most; one sample at least
 
 
 @dataclass
-class Probe:
+class ReferenceOutputs:
     """Samples, nll f32 [s] of every token of each as the model in training gave it, and its type."""
 
     samples: list[Sample]
@@ -50,7 +50,7 @@ class Probe:
         (folder / FILE).write_bytes(save(tensors, metadata))  # its save_file makes a file that nobody else can read
 
     @classmethod
-    def load(cls, folder: Path) -> "Probe | None":
+    def load(cls, folder: Path) -> "ReferenceOutputs | None":
         """The probe of a checkpoint; None in one that was saved without. Raises UserError."""
         path = folder / FILE
         if not path.is_file():
@@ -71,18 +71,20 @@ class Probe:
 
 
 @dataclass
-class Question:
+class ReferenceBatch:
     """The samples of a probe in a pack of the run's own shape, so that asking compiles nothing anew."""
 
     samples: list[Sample]
     batch: Batch
 
-    def answered(self, nll: Tensor, dtype: torch.dtype) -> Probe:
+    def answered(self, nll: Tensor, dtype: torch.dtype) -> ReferenceOutputs:
         """The probe, from the pack's nll f32 [S] and the type that the model computes in."""
-        return Probe(self.samples, by_sample(nll, self.batch, len(self.samples)), str(dtype).removeprefix("torch."))
+        return ReferenceOutputs(
+            self.samples, by_sample(nll, self.batch, len(self.samples)), str(dtype).removeprefix("torch.")
+        )
 
 
-def choose(dataset: Dataset, budget: Size, tokens_per_look: int) -> Question | None:
+def choose_reference_batch(dataset: Dataset, budget: PackSize, tokens_per_look: int) -> ReferenceBatch | None:
     """The first samples of a data set that fit into one pack: at most SAMPLES of them and FRAMES frames.
 
     None when they cannot be read.
@@ -96,7 +98,7 @@ def choose(dataset: Dataset, budget: Size, tokens_per_look: int) -> Question | N
             break
         chosen += samples
         used += size
-    return Question(chosen, collate(chosen, budget, dataset.frame_size, tokens_per_look)) if chosen else None
+    return ReferenceBatch(chosen, collate(chosen, budget, dataset.frame_size, tokens_per_look)) if chosen else None
 
 
 def snug(samples: Sequence[Sample], tokens_per_look: int) -> Batch:
@@ -109,7 +111,7 @@ def snug(samples: Sequence[Sample], tokens_per_look: int) -> Batch:
         looks = frames
     elif looks == frames:  # as many looks as frames would mean one for each
         looks += 1
-    return collate(list(samples), Size(frames, looks, used.text, used.prompt), side, tokens_per_look)
+    return collate(list(samples), PackSize(frames, looks, used.text, used.prompt), side, tokens_per_look)
 
 
 def by_sample(nll: Tensor, batch: Batch, samples: int) -> list[Tensor]:

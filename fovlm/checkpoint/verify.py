@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from fovlm.checkpoint.reference import Probe, by_sample, mean_nll, snug
+from fovlm.checkpoint.reference import ReferenceOutputs, by_sample, mean_nll, snug
 from fovlm.checkpoint.zero_reader import ZeroWeights
 from fovlm.errors import UserError
 from fovlm.model.encoder import released_name
@@ -22,7 +22,7 @@ def check(out: Path, checkpoint: Path, dtype: torch.dtype, stored: ZeroWeights) 
     Where fp32 weights were written as bf16, each must be the stored one rounded, to the bit; the stored ones then take
     their places in the loaded model before it is asked, so that rounding hides nothing.
     """
-    probe = Probe.load(checkpoint)
+    probe = ReferenceOutputs.load(checkpoint)
     trained = getattr(torch, probe.precision) if probe else dtype
     # bf16 weights rounded from fp32 masters are exactly those that bf16 training computed with.
     model = load(out, torch.bfloat16 if probe is None and dtype == torch.bfloat16 else trained)
@@ -71,7 +71,7 @@ def load(folder: Path, dtype: torch.dtype) -> FoveatedVLM:
     return model.eval()
 
 
-def answers(model: FoveatedVLM, probe: Probe) -> list[torch.Tensor]:
+def answers(model: FoveatedVLM, probe: ReferenceOutputs) -> list[torch.Tensor]:
     """The model's nll of the probe's samples."""
     batch = snug(probe.samples, model.config.tokens_per_look)
     with torch.no_grad():

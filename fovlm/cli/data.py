@@ -69,11 +69,11 @@ def prepare(
 
     from rich.console import Console
 
-    from fovlm.errors import EXIT_STOPPED, UserError, nearest
+    from fovlm.errors import EXIT_STOPPED, UserError, did_you_mean
     from fovlm.prepare.job import Job
     from fovlm.prepare.pipeline import prepare as make
     from fovlm.prepare.registry import source_of
-    from fovlm.prepare.summary import tell_drawn, tell_manifest
+    from fovlm.prepare.summary import print_holdout, print_manifest
 
     console = Console(highlight=False, soft_wrap=True)
     workers = workers or os.cpu_count() or 1
@@ -83,7 +83,7 @@ def prepare(
         if source == "val":
             from fovlm.prepare.holdout import draw
 
-            tell_drawn(console, out, draw(raw, out, name or "val", samples or 10_000, seed, workers, console))
+            print_holdout(console, out, draw(raw, out, name or "val", samples or 10_000, seed, workers, console))
             return
         kind = source_of(source)
         if samples is not None:
@@ -93,13 +93,13 @@ def prepare(
             ("--turns", turns, ("first", "each")),
         ):
             if value and value not in allowed:
-                raise UserError(f"{option} {value}: it is {' or '.join(allowed)}{nearest(value, allowed)}")
+                raise UserError(f"{option} {value}: it is {' or '.join(allowed)}{did_you_mean(value, allowed)}")
         job = Job(
             source, Path(raw), out, name or "train", seed, per_shard, size, most, videos=videos, stage=stage,
             turns=turns or kind.turns, tokenize=tokenize, tokenizer=tokenizer, prompt=prompt, exclude=exclude,
             skip_missing=skip_missing,
         )  # fmt: skip
-        tell_manifest(console, out, make(job, workers, console), kind)
+        print_manifest(console, out, make(job, workers, console), kind)
     except OSError as error:  # a full disk, a folder that may not be written to
         raise UserError(
             f"{error.filename or out}: {error.strerror or error}; when that is mended, the same command goes on"
@@ -138,14 +138,14 @@ def check(
     from fovlm.errors import UserError
     from fovlm.prepare.check import audit
     from fovlm.prepare.repair import repair as write
-    from fovlm.prepare.summary import tell_audit
+    from fovlm.prepare.summary import print_check
 
     console = Console(highlight=False)
     workers = workers or os.cpu_count() or 1
     if repair is not None and repair.exists() and (not repair.is_dir() or any(repair.iterdir())):
         raise UserError(f"--repair {repair}: it is there and not an empty folder; give a new one")
     found = audit(patterns, against or [], workers, pictures, console)
-    tell_audit(console, found)
+    print_check(console, found)
     if repair is not None:
         try:
             left = write(found, repair, console)

@@ -72,14 +72,14 @@ def eval_(
         from fovlm.config.schema import data_root
         from fovlm.eval import tables
         from fovlm.eval.results import write
-        from fovlm.eval.runner import Asked, examine
-        from fovlm.eval.target import open_subject
+        from fovlm.eval.runner import Asked, run_eval
+        from fovlm.eval.target import open_target
 
         disable_progress_bar()  # ours is on already
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
         part = part_of(shard)
-        subject = open_subject(model, device)
+        subject = open_target(model, device)
     asked = Asked(
         sets=words(sets), modes=words(modes), controls=words(controls), data=data or data_root(),
         out=out or Path("eval") / subject.name, limit=limit, batch=batch, most=frames, letters=letters,
@@ -87,7 +87,7 @@ def eval_(
     )  # fmt: skip
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=part[0] > 0) as bar:
-        results = examine(subject, asked, lambda line: console.print(f"fovlm: {line}"), bar)
+        results = run_eval(subject, asked, lambda line: console.print(f"fovlm: {line}"), bar)
     if not results:
         console.print(f"part {part[0]} of {part[1]} is done; the last one to end tells the results")
         return

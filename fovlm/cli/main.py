@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from fovlm.cli import data, evidence, report, run, use
-from fovlm.errors import EXIT_USER_ERROR, UserError, nearest, told
+from fovlm.errors import EXIT_USER_ERROR, UserError, did_you_mean, format_error
 
 # Of the click that this release of typer brings or uses.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (UserError, OSError) as error:
-        if not (said := told(error)):
+        if not (said := format_error(error)):
             raise
         return _mistake(said)
 
@@ -62,5 +62,5 @@ def _usage(error: Any) -> str:
     said = " ".join(error.format_message().split()).rstrip(".")
     if context and said.startswith("No such command"):
         word = said.split("'")[1]
-        said = f"no command '{word}'{nearest(word, context.command.commands)}"
+        said = f"no command '{word}'{did_you_mean(word, context.command.commands)}"
     return f"{said[:1].lower()}{said[1:]}; see {command} --help"

@@ -32,8 +32,8 @@ def run(
 ) -> None:
     """Train many experiments; finished ones are skipped, interrupted ones go on, a failure does not end the rest."""
     from fovlm.errors import UserError
-    from fovlm.sweep.progress import Watch
-    from fovlm.sweep.runner import Many, Slot, cpu_slots, exit_status, gpu_slots
+    from fovlm.sweep.progress import SweepProgress
+    from fovlm.sweep.runner import Slot, SweepRunner, cpu_slots, exit_status, gpu_slots
     from fovlm.sweep.select import plan, select
 
     words = what or []
@@ -61,6 +61,6 @@ def run(
         found = cost.estimates(planned, table.read(run_root()), each, on_gpu, flops_per_second)
         print(cost.describe(found, len(slots), price, on_gpu))
         return
-    with Watch(len(planned)) as watch:
-        results = Many(planned, slots, watch).work(again)
+    with SweepProgress(len(planned)) as watch:
+        results = SweepRunner(planned, slots, watch).work(again)
     raise typer.Exit(exit_status(results, planned, watch.say))

@@ -127,10 +127,10 @@ def look(
     with waiting("loading the model"):
         from fovlm.media.clip import read_clip
         from fovlm.viz.answer import ALIKE
-        from fovlm.viz.contact_sheet import check_choice, save_weights, write_sheet
+        from fovlm.viz.contact_sheet import check_choice, save_weights, write_contact_sheet
         from fovlm.viz.gaze import gaze_of
         from fovlm.viz.html import write_page
-        from fovlm.viz.video import write_movie
+        from fovlm.viz.video import write_video
 
         net, processor = open_(model, frames)
     dino = net.config.dino_config
@@ -154,8 +154,8 @@ def look(
     for n, gaze in enumerate(gazes, start=1):
         name = "look" if len(gazes) == 1 else f"look-{n}"
         with waiting("writing the film and the sheet"):
-            write_movie(gaze, out / f"{name}.mp4", layer=layer, head=head)
-            write_sheet(gaze, out / f"{name}.png", layer=layer, head=head)
+            write_video(gaze, out / f"{name}.mp4", layer=layer, head=head)
+            write_contact_sheet(gaze, out / f"{name}.png", layer=layer, head=head)
             save_weights(gaze, out / f"{name}.npz")
         written += [f"{name}.mp4", f"{name}.png", f"{name}.npz"]
     with waiting("writing the page"):

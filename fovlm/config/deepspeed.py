@@ -11,7 +11,7 @@ from typing import Any
 
 from fovlm.config import experiments
 from fovlm.config.schema import Experiment, load
-from fovlm.errors import EXIT_USER_ERROR, UserError, nearest
+from fovlm.errors import EXIT_USER_ERROR, UserError, did_you_mean
 
 FOLDER = experiments.ROOT / "ds_configs"
 
@@ -67,7 +67,7 @@ def read(engine: str, folder: Path = FOLDER) -> dict[str, Any]:
     if not file.is_file():
         there = sorted(f.stem for f in folder.glob("*.json"))
         raise UserError(
-            f"engine: no file ds_configs/{engine}.json{nearest(engine, there)}; there are {', '.join(there)}"
+            f"engine: no file ds_configs/{engine}.json{did_you_mean(engine, there)}; there are {', '.join(there)}"
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
@@ -118,7 +118,7 @@ def _check(content: dict[str, Any], allowed: dict[str, Any], where: str) -> None
         if key in OWNED and key not in allowed:
             raise UserError(f"{where}{key}: belongs to the experiment: {OWNED[key]}")
         if key not in allowed:
-            raise UserError(f"{where}{key}: unknown key{nearest(key, allowed)}")
+            raise UserError(f"{where}{key}: unknown key{did_you_mean(key, allowed)}")
         if value == "auto":
             raise UserError(f"{where}{key}: 'auto' means nothing here: write a value")
         kind = allowed[key]

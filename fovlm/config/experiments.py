@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from fovlm.errors import EXIT_USER_ERROR, UserError, nearest
+from fovlm.errors import EXIT_USER_ERROR, UserError, did_you_mean
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ROOT / "experiments"
@@ -81,7 +81,7 @@ def settings(name: str, folder: Path = EXPERIMENTS) -> Settings:
     """What the files say about the run `name`. Raises UserError, naming the nearest run, when there is none."""
     runs = _all(folder)
     if name not in runs:
-        raise UserError(f"no run is called '{name}' in {_short(folder)}{nearest(name, runs)}; --list shows all")
+        raise UserError(f"no run is called '{name}' in {_short(folder)}{did_you_mean(name, runs)}; --list shows all")
     file, differences, note = runs[name]
     merged = _with_base(file, ())
     for where, difference in differences:
@@ -170,7 +170,7 @@ def _with_base(file: Path, above: tuple[Path, ...]) -> Settings:
         base = (file.parent / str(name)).resolve()
         if not isinstance(name, str) or not base.is_file():
             there = [f.name for f in base.parent.glob("*.yaml")]
-            raise UserError(f"{_short(file)}: base: no file '{name}' beside it{nearest(str(name), there)}")
+            raise UserError(f"{_short(file)}: base: no file '{name}' beside it{did_you_mean(str(name), there)}")
         merged = _with_base(base, (*above, file))
     merged.merge({k: v for k, v in content.items() if k not in FORMS}, f"{_short(file)}: ")
     return merged
@@ -242,7 +242,7 @@ def read(file: Path) -> dict[str, Any]:
         raise UserError(f"{_short(file)}: must be a mapping of sections")
     for key in content:
         if key not in SECTIONS + FORMS:
-            raise UserError(f"{_short(file)}: {key}: unknown section{nearest(key, SECTIONS + FORMS)}")
+            raise UserError(f"{_short(file)}: {key}: unknown section{did_you_mean(key, SECTIONS + FORMS)}")
     return content
 
 

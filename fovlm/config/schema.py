@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from fovlm.config import experiments
-from fovlm.errors import UserError, nearest
+from fovlm.errors import UserError, did_you_mean
 
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]  # 0: never, or none
@@ -30,7 +30,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
-class Model(Strict):
+class ModelSettings(Strict):
     """The network. `llm` and `dino` are a folder (as given, or below FOVLM_MODELS), a Hugging Face id, or the keyword
     arguments of a `LlamaConfig` / `Dinov2Config` for a model with random weights."""
 
@@ -52,7 +52,7 @@ class Model(Strict):
     init_from: str | None = None  # a run's name or folder: start from its weights with a fresh optimizer
 
 
-class Source(Strict):
+class DataSource(Strict):
     """Where one kind of data comes from."""
 
     shards: str  # tar files: braces and ${FOVLM_DATA} are expanded; a relative pattern is below FOVLM_DATA; or a URL
@@ -60,7 +60,7 @@ class Source(Strict):
     prompt: str | None = None  # the question for samples without one of their own
 
 
-class Hunt(Strict):
+class SyntheticTask(Strict):
     """The embedded task (`hunt.py`): objects change places and marks from frame to frame, a question names one object,
     the answer lists its marks. The generator writes the shards of the sources into `folder` before training starts."""
 
@@ -78,10 +78,10 @@ class Hunt(Strict):
     seed: Whole = 0
 
 
-class Data(Strict):
+class DataSettings(Strict):
     """Sources, their mix, and the fixed shape of a pack."""
 
-    sources: dict[str, Source] = {}
+    sources: dict[str, DataSource] = {}
     train: dict[str, Rate] = {}  # source -> weight: its share among the SAMPLES, relative to the others
     val: list[str] = []  # sources, each read from its start
     frames: Count = 64  # F: unique frames in a pack
@@ -93,10 +93,10 @@ class Data(Strict):
     workers: Whole = 2  # loader processes per rank; changes nothing but speed
     seed: Whole = 0  # of the order
     max_bad_fraction: Share = 0.01  # of the samples seen; beyond it the run fails
-    generate: Hunt | None = None
+    generate: SyntheticTask | None = None
 
 
-class Optim(Strict):
+class OptimSettings(Strict):
     """AdamW over three groups; rates are the peak of the schedule (`schedule.py`)."""
 
     lr_connector: Rate = 1e-4
@@ -112,7 +112,7 @@ class Optim(Strict):
     clip: Annotated[float, Field(ge=0)] = 1.0  # global norm of the gradient; 0: none
 
 
-class Train(Strict):
+class TrainSettings(Strict):
     """How long, how large a step, how often what. Exactly one of samples, steps and flops is given."""
 
     samples: Count | None = None  # to be seen
@@ -135,7 +135,7 @@ class Train(Strict):
     max_nonfinite: Count = 3  # steps in a row without a finite loss or gradient; then the run fails
 
 
-class Journal(Strict):
+class LoggerSettings(Strict):
     """Where progress is written besides the run folder's CSV and the terminal."""
 
     wandb: Literal["disabled", "offline", "online"] = "offline"
@@ -145,7 +145,7 @@ class Journal(Strict):
 
 
 # How a run is carried out, not what it computes: a checkpoint goes on under other values of these.
-HOW = {
+NOT_HASHED = {
     "model": {"checkpoint_llm", "checkpoint_dino", "compile"},
     "data": {"workers", "max_bad_fraction"},
     "train": {
@@ -169,11 +169,11 @@ class Experiment(Strict):
     note: str = ""
     seeds: Count = 1  # how often `fovlm run` repeats it, each time with other first weights
     engine: str = "zero2"  # a file of ds_configs
-    model: Model = Model()
-    data: Data = Data()
-    optim: Optim = Optim()
-    train: Train = Train()
-    journal: Journal = Journal()
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    optim: OptimSettings = OptimSettings()
+    train: TrainSettings = TrainSettings()
+    journal: LoggerSettings = LoggerSettings()
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Experiment":
@@ -192,8 +192,8 @@ class Experiment(Strict):
 
     @property
     def hash(self) -> str:
-        """16 hex digits of all that a checkpoint depends on: not the name, note, seeds, journal and `HOW`."""
-        exclude: dict[str, Any] = {"name": True, "note": True, "seeds": True, "journal": True, **HOW}
+        """16 hex digits of all that a checkpoint depends on: not the name, note, seeds, journal and `NOT_HASHED`."""
+        exclude: dict[str, Any] = {"name": True, "note": True, "seeds": True, "journal": True, **NOT_HASHED}
         what = json.dumps(self.model_dump(exclude=exclude), sort_keys=True)
         return hashlib.sha256(what.encode()).hexdigest()[:16]
 
@@ -229,7 +229,7 @@ def load(name: str, overrides: list[str] | None = None, folder: Path = experimen
     try:
         return Experiment.model_validate(settings.values)
     except ValidationError as error:
-        raise UserError(_oneline(error, settings, name)) from None
+        raise UserError(_one_line(error, settings, name)) from None
 
 
 # -- checks between fields, and errors in one line ------------------------------------------------------------------
@@ -251,7 +251,7 @@ def _problems(e: Experiment) -> list[tuple[str, str]]:
         for source in used:
             if source not in d.sources:
                 at = f"data.train.{source}" if key == "train" else "data.val"
-                found.append((at, f"'{source}' is none of data.sources{nearest(source, d.sources)}"))
+                found.append((at, f"'{source}' is none of data.sources{did_you_mean(source, d.sources)}"))
     if (task := d.generate) and max(task.objects) > min(task.names, task.grid**2):
         found.append(("data.generate.objects", f"{max(task.objects)} objects need as many names and places: there are "
                       f"{task.names} names and {task.grid**2} places"))  # fmt: skip
@@ -270,7 +270,7 @@ def _problems(e: Experiment) -> list[tuple[str, str]]:
     return found
 
 
-def _oneline(error: ValidationError, settings: experiments.Settings, name: str) -> str:
+def _one_line(error: ValidationError, settings: experiments.Settings, name: str) -> str:
     errors = error.errors(include_url=False)
     first, more = errors[0], len(errors) - 1
     path = tuple(first["ctx"]["path"].split(".")) if first["type"] == "fits" else _path(first["loc"], settings.values)
@@ -301,9 +301,9 @@ def _what(error: ErrorDetails, path: tuple[str, ...]) -> str:
     if error["type"] == "extra_forbidden":
         beside = [key[-1] for key in schema if key[:-1] == known[:-1]]
         elsewhere = [".".join(key) for key in schema if key[-1] == known[-1]]
-        return "unknown key" + (f" (did you mean '{elsewhere[0]}'?)" if elsewhere else nearest(known[-1], beside))
+        return "unknown key" + (f" (did you mean '{elsewhere[0]}'?)" if elsewhere else did_you_mean(known[-1], beside))
     words = get_args(schema[known]) if error["type"] == "literal_error" else ()
-    return f"{message}, not {error['input']!r}{nearest(str(error['input']), words)}"
+    return f"{message}, not {error['input']!r}{did_you_mean(str(error['input']), words)}"
 
 
 def _schema(section: type[BaseModel], at: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 from fovlm.errors import UserError
 
 SYSTEM = "You are a helpful AI assistant."
@@ -27,7 +27,7 @@ SHOWN, ANSWER = "\ue000shown\ue000", "\ue000answer\ue000"  # marks that no one t
 
 
 @dataclass
-class Text:
+class TokenizedText:
     """tokens i64 [s], weight f32 [s] (the share of each in the loss), and the number of tokens ahead of the frames."""
 
     tokens: Tensor
@@ -35,8 +35,8 @@ class Text:
     prompt: int
 
 
-class Chat:
-    """Turns records of a shard into `Text`. Raises UserError for a tokenizer that has no usable chat template.
+class ChatTokenizer:
+    """Turns records of a shard into `TokenizedText`. Raises UserError for a tokenizer that has no usable chat template.
 
     prompt: `after` | `before` the frames; loss: `all_text` | `answer`; most: tokens of a sample, the rest is cut.
     `hash` changes with everything that decides which records are usable and how many tokens they have.
@@ -48,16 +48,16 @@ class Chat:
         what = [tokenizer.backend_tokenizer.to_str(), *self.pieces, prompt, loss, str(most)]
         self.hash = hashlib.blake2b("\n".join(what).encode(), digest_size=16).hexdigest()
 
-    def texts(self, record: dict[str, Any], question: str | None, frames: bool, pair: bool) -> list[Text]:
+    def texts(self, record: dict[str, Any], question: str | None, frames: bool, pair: bool) -> list[TokenizedText]:
         """The one conversation of a record, or the two of a preference `pair`: `chosen`, then `rejected`."""
         if not pair:
             return [self.text(record, question, frames)]
         if "chosen" not in record or "rejected" not in record:
-            raise BadSample("no chosen or no rejected answer")
+            raise SampleError("no chosen or no rejected answer")
         user = record.get("user")
         return [self.text({"user": user, "assistant": record[s]}, question, frames) for s in ("chosen", "rejected")]
 
-    def text(self, record: dict[str, Any], question: str | None, frames: bool) -> Text:
+    def text(self, record: dict[str, Any], question: str | None, frames: bool) -> TokenizedText:
         """A record with `assistant` (and `user`, else `question` is asked), or `token_ids` and `loss_mask`.
 
         `frames` says whether the sample has any. Raises BadSample.
@@ -72,27 +72,27 @@ class Chat:
             weight[0] = 0.0  # nothing stands ahead of this token to predict it from
         ids, weight = ids[: self.most], weight[: self.most]
         if not any(weight):
-            raise BadSample("nothing to learn within max_text")
-        return Text(torch.tensor(ids), torch.tensor(weight), min(prompt, self.most))
+            raise SampleError("nothing to learn within max_text")
+        return TokenizedText(torch.tensor(ids), torch.tensor(weight), min(prompt, self.most))
 
-    def ask(self, user: str, frames: bool) -> Text:
+    def ask(self, user: str, frames: bool) -> TokenizedText:
         """A question up to the place where its answer starts, for generation; no token has a weight."""
         head, middle, _ = self.pieces
         asked = head + user.strip()
         ids, spans = _tokenize(asked + middle, self.tokenizer)
         prompt = _tokens_up_to(spans, len(asked)) if frames and self.prompt == "before" else 0
-        return Text(torch.tensor(ids), torch.zeros(len(ids)), prompt)
+        return TokenizedText(torch.tensor(ids), torch.zeros(len(ids)), prompt)
 
     def _ready_made(self, record: dict[str, Any]) -> tuple[list[int], list[float], int]:
         ids: Any = record["token_ids"]
         mask: Any = record.get("loss_mask")
         frames_at = record.get("frames_at")
         if not _whole_numbers(ids, len(self.tokenizer)) or not ids:
-            raise BadSample("token_ids are not ids of this tokenizer")
+            raise SampleError("token_ids are not ids of this tokenizer")
         if not _whole_numbers(mask, 2) or len(mask) != len(ids):
-            raise BadSample("loss_mask is not one 0 or 1 for each of token_ids")
+            raise SampleError("loss_mask is not one 0 or 1 for each of token_ids")
         if self.prompt == "before" and not _whole_numbers([frames_at], len(ids) + 1):
-            raise BadSample("no frames_at beside token_ids, which the prompt order needs")
+            raise SampleError("no frames_at beside token_ids, which the prompt order needs")
         return ids, [float(m) for m in mask], frames_at or 0
 
 
@@ -130,7 +130,7 @@ def template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
 
 def conversation(
     turns: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, shown: int | None, before: bool
-) -> Text:
+) -> TokenizedText:
     """(role, words) of each turn, the last one a user's -> the tokens up to the place where the answer starts.
 
     The system message of training is added when there is none. Frames belong to turn `shown`; `before` puts them
@@ -150,7 +150,7 @@ def conversation(
     asked, _, rest = rendered.partition(SHOWN)
     ids, spans = _tokenize(asked + rest, tokenizer)
     prompt = _tokens_up_to(spans, len(asked)) if shown is not None and before else 0
-    return Text(torch.tensor(ids), torch.zeros(len(ids)), prompt)
+    return TokenizedText(torch.tensor(ids), torch.zeros(len(ids)), prompt)
 
 
 def encode(
@@ -164,9 +164,9 @@ def encode(
     user = _words(record.get("user")) or (question or "").strip()
     answer = _words(record.get("assistant"))
     if not user:
-        raise BadSample("no question, and the source has no prompt")
+        raise SampleError("no question, and the source has no prompt")
     if not answer:
-        raise BadSample("empty answer")
+        raise SampleError("empty answer")
     asked = head + user
     answer_at = len(asked + middle)
     ids, spans = _tokenize(asked + middle + answer + tail, tokenizer)
@@ -212,7 +212,7 @@ def _words(value: object) -> str:
     if not isinstance(value, str):
         return ""
     if any("\ud800" <= letter <= "\udfff" for letter in value):  # JSON can spell halves of a surrogate pair
-        raise BadSample("text is not Unicode")
+        raise SampleError("text is not Unicode")
     return value.strip()
 
 

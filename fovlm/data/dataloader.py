@@ -29,7 +29,7 @@ from typing import Any
 import torch.utils.data
 
 from fovlm.data.dataset import Dataset
-from fovlm.data.packing import Batch, Size, collate, fill_step
+from fovlm.data.packing import Batch, PackSize, collate, pack_samples
 from fovlm.errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Plan:
+class StepPlan:
     """One step: the positions in each pack, and the first position behind the step."""
 
     packs: list[list[int]]
@@ -45,7 +45,7 @@ class Plan:
 
 
 @dataclass
-class Step:
+class StepBatches:
     """This rank's share of one step; `samples` counts those of all ranks, `cursor` is where the next step starts."""
 
     batches: list[Batch]
@@ -53,22 +53,24 @@ class Step:
     samples: int
 
 
-def plan(dataset: Dataset, budget: Size, packs: int, cursor: int, stop: int | None = None) -> Iterator[Plan]:
+def plan_steps(
+    dataset: Dataset, budget: PackSize, packs: int, cursor: int, stop: int | None = None
+) -> Iterator[StepPlan]:
     """The steps from `cursor` on, without end, or up to the position `stop` (the last step may then hold less)."""
     while stop is None or cursor < stop:
         positions = count(cursor) if stop is None else range(cursor, stop)
-        contents, taken = fill_step((dataset.size(p) for p in positions), packs, budget)
-        yield Plan([[cursor + number for number in pack] for pack in contents], cursor + taken)
+        contents, taken = pack_samples((dataset.size(p) for p in positions), packs, budget)
+        yield StepPlan([[cursor + number for number in pack] for pack in contents], cursor + taken)
         cursor += taken
 
 
-def that_fill(packs: int, dataset: Dataset, budget: Size) -> int:
+def samples_that_fill(packs: int, dataset: Dataset, budget: PackSize) -> int:
     """How many samples, from the first on and each at most once, fill so many packs."""
     once = min(dataset.samples.values()) * len(dataset.samples)
-    return next(plan(dataset, budget, packs, 0, once)).cursor
+    return next(plan_steps(dataset, budget, packs, 0, once)).cursor
 
 
-class Loader:
+class PackLoader:
     """Iterates over the steps of a run from `cursor`, as rank `rank` of `world`.
 
     `packs` are all packs of a step, over all ranks; the world size divides it. `pin` puts batches into page-locked
@@ -79,7 +81,7 @@ class Loader:
     def __init__(
         self,
         dataset: Dataset,
-        budget: Size,
+        budget: PackSize,
         packs: int,
         *,
         rank: int = 0,
@@ -106,11 +108,11 @@ class Loader:
             _check_shared_memory(workers, budget.frames * 3 * dataset.frame_size**2)
             _start_server()  # it imports torch meanwhile
 
-    def __iter__(self) -> Iterator[Step]:
-        planned: deque[Plan] = deque()  # the steps that workers were asked for and that were not yet handed out
+    def __iter__(self) -> Iterator[StepBatches]:
+        planned: deque[StepPlan] = deque()  # the steps that workers were asked for and that were not yet handed out
 
         def packs_of_rank() -> Iterator[list[int]]:
-            for step in plan(self.dataset, self.budget, self.packs, self.cursor, self.stop):
+            for step in plan_steps(self.dataset, self.budget, self.packs, self.cursor, self.stop):
                 planned.append(step)
                 yield from step.packs[self.rank :: self.world]
 
@@ -124,7 +126,7 @@ class Loader:
             step = planned.popleft()
             self._report(mine)
             samples, self.cursor = step.cursor - self.cursor, step.cursor
-            yield Step(mine, step.cursor, samples)
+            yield StepBatches(mine, step.cursor, samples)
 
     def _batches(self, packs: Iterator[list[int]]) -> torch.utils.data.DataLoader:
         options: dict[str, Any] = {}
@@ -151,7 +153,7 @@ class _Packs(torch.utils.data.Dataset):
     """The positions in a pack -> the pack as a Batch."""
 
     dataset: Dataset
-    budget: Size
+    budget: PackSize
     tokens_per_look: int
 
     def __getitem__(self, positions: list[int]) -> Batch:

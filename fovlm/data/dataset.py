@@ -21,15 +21,15 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fovlm.bad import BadSample
-from fovlm.config.schema import Experiment, Source, data_root
-from fovlm.data.chat import Chat
-from fovlm.data.index import MEDIA, Index, hash_of, open_indices
-from fovlm.data.packing import EMPTY, Bad, Sample, Size
+from fovlm.bad import SampleError
+from fovlm.config.schema import DataSource, Experiment, data_root
+from fovlm.data.chat import ChatTokenizer
+from fovlm.data.index import MEDIA, Index, index_hash, open_indices
+from fovlm.data.packing import EMPTY, PackSize, Sample, SampleIssue
 from fovlm.data.sample_format import Member, contents, list_members, parse_json
-from fovlm.data.sampling import Mix, Shuffle
+from fovlm.data.sampling import MixtureSampler, ShardShuffle
 from fovlm.data.shards import cache_root, find_shards
-from fovlm.data.token_counts import Lengths, open_lengths
+from fovlm.data.token_counts import TokenCounts, open_token_counts
 from fovlm.errors import UserError
 from fovlm.estimate.shapes import local_folder
 from fovlm.media import decode
@@ -45,7 +45,7 @@ def open_dataset(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, wei
     sample.
     """
     data, model = experiment.data, experiment.model
-    chat = Chat(tokenizer, model.prompt, data.loss, data.max_text)
+    chat = ChatTokenizer(tokenizer, model.prompt, data.loss, data.max_text)
     return Dataset(
         {name: data.sources[name] for name in weights},
         weights,
@@ -57,14 +57,14 @@ def open_dataset(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, wei
     )
 
 
-def budget_of(experiment: Experiment) -> Size:
+def pack_budget(experiment: Experiment) -> PackSize:
     """What one pack holds. Looks follow from frames; text ahead of the frames has no limit of its own."""
     data = experiment.data
     prompt = data.text if experiment.model.prompt == "before" else 0
-    return Size(data.frames, data.frames * data.image_frames, data.text, prompt)
+    return PackSize(data.frames, data.frames * data.image_frames, data.text, prompt)
 
 
-def tokenizer_of(experiment: Experiment) -> str:
+def tokenizer_path(experiment: Experiment) -> str:
     """The tokenizer's folder or hub id: as given, that of the embedded task, or the language model's own."""
     model, task = experiment.model, experiment.data.generate
     name = model.tokenizer or model.llm
@@ -75,14 +75,14 @@ def tokenizer_of(experiment: Experiment) -> str:
 
 
 @dataclass
-class Shelf:
+class SourceShards:
     """One source: what its shards hold, and the order in which they are read."""
 
     name: str
-    source: Source
+    source: DataSource
     indices: list[Index]
-    lengths: list[Lengths]
-    order: Shuffle
+    lengths: list[TokenCounts]
+    order: ShardShuffle
     first: np.ndarray  # i64 [shards]: the number of each shard's first sample in the source
 
     def following(self, shard: int, row: int) -> Iterator[tuple[int, int]]:
@@ -100,9 +100,9 @@ class Dataset:
 
     def __init__(
         self,
-        sources: dict[str, Source],
+        sources: dict[str, DataSource],
         weights: dict[str, float],
-        chat: Chat,
+        chat: ChatTokenizer,
         *,
         frame_size: int,
         max_frames: int = 64,
@@ -111,10 +111,10 @@ class Dataset:
     ):
         self.chat, self.frame_size, self.max_frames, self.image_frames = chat, frame_size, max_frames, image_frames
         self.seed = seed
-        self.mix = Mix(weights)
+        self.mix = MixtureSampler(weights)
         self.shelves = [self._open(name, sources[name], seed) for name in self.mix.names]
         self.asked = {
-            "sources": [[s.name, s.source.kind, s.source.prompt, hash_of(s.indices)] for s in self.shelves],
+            "sources": [[s.name, s.source.kind, s.source.prompt, index_hash(s.indices)] for s in self.shelves],
             "weights": weights,
         }
         self.hash = _digest(self.asked | {"settings": [chat.hash, max_frames, image_frames, seed]})
@@ -126,32 +126,32 @@ class Dataset:
         """
         return _digest(self.asked | {"settings": [self.chat.hash, self.seed, samples]})
 
-    def _open(self, name: str, source: Source, seed: int) -> Shelf:
+    def _open(self, name: str, source: DataSource, seed: int) -> SourceShards:
         indices = open_indices(find_shards(name, source.shards), cache_root())
-        lengths = open_lengths(indices, source, self.chat, cache_root())
+        lengths = open_token_counts(indices, source, self.chat, cache_root())
         rows = [len(index) for index in indices]
         causes = Counter(cause for one in lengths for cause in one.broken.values())
         if causes.total() == sum(rows):
             why = causes.most_common(1)[0][0] if causes else "the shards are empty"
             raise UserError(f"data.sources.{name}: no sample of '{source.shards}' can be used; mostly: {why}")
         first = np.concatenate([[0], np.cumsum(rows)[:-1]])
-        return Shelf(name, source, indices, lengths, Shuffle(rows, seed, name), first)
+        return SourceShards(name, source, indices, lengths, ShardShuffle(rows, seed, name), first)
 
     @property
     def samples(self) -> dict[str, int]:
         """How many samples each source has: the length of its epoch."""
         return {shelf.name: shelf.order.total for shelf in self.shelves}
 
-    def largest(self) -> Size:
+    def largest(self) -> PackSize:
         """The largest of each part of a size, over all samples; a budget must hold it."""
         parts = [
             np.stack(self._sizes(index, lengths)).max(axis=1, initial=0)
             for shelf in self.shelves
             for index, lengths in zip(shelf.indices, shelf.lengths, strict=True)
         ]
-        return Size(*np.max(parts, axis=0).tolist())
+        return PackSize(*np.max(parts, axis=0).tolist())
 
-    def size(self, position: int) -> Size:
+    def size(self, position: int) -> PackSize:
         """What the sample at `position`, or its substitute, takes of a pack."""
         shelf, shard, row = self._find(position)
         for at in shelf.following(shard, row):
@@ -159,7 +159,7 @@ class Dataset:
                 return size
         return EMPTY
 
-    def read(self, position: int) -> tuple[list[Sample], Bad | None]:
+    def read(self, position: int) -> tuple[list[Sample], SampleIssue | None]:
         """The sample at `position`; two for a preference pair; none when neither it nor a substitute can be used.
 
         With it comes the report, when the sample at that position itself was broken.
@@ -170,12 +170,12 @@ class Dataset:
             size = self._size(shelf, *at)
             try:
                 if size is None:
-                    raise BadSample(shelf.lengths[at[0]].broken[at[1]])
+                    raise SampleError(shelf.lengths[at[0]].broken[at[1]])
                 if size.fits(planned):
                     return self._load(shelf, *at), bad
-            except BadSample as error:
+            except SampleError as error:
                 index = shelf.indices[shard]
-                bad = bad or Bad(str(error), shelf.name, index.path.name, index.key[row])
+                bad = bad or SampleIssue(str(error), shelf.name, index.path.name, index.key[row])
         return [], bad
 
     def kind(self, position: int) -> str:
@@ -189,28 +189,28 @@ class Dataset:
         files = _read_members(shelf.indices[shard], row)
         return parse_json(next(files[m] for m in files if m.extension == "json"))
 
-    def _find(self, position: int) -> tuple[Shelf, int, int]:
+    def _find(self, position: int) -> tuple[SourceShards, int, int]:
         """Position -> (source, shard, row)."""
         source, number = self.mix(position)
         shelf = self.shelves[source]
         place = shelf.order(number)
         return shelf, place.shard, place.row
 
-    def _size(self, shelf: Shelf, shard: int, row: int) -> Size | None:
+    def _size(self, shelf: SourceShards, shard: int, row: int) -> PackSize | None:
         """The size of one sample; None when it is known to be broken."""
         lengths = shelf.lengths[shard]
         if row in lengths.broken:
             return None
-        return Size(*(int(part) for part in self._sizes(shelf.indices[shard], lengths, row)))
+        return PackSize(*(int(part) for part in self._sizes(shelf.indices[shard], lengths, row)))
 
-    def _sizes(self, index: Index, lengths: Lengths, rows: int | slice = slice(None)) -> tuple[np.ndarray, ...]:
+    def _sizes(self, index: Index, lengths: TokenCounts, rows: int | slice = slice(None)) -> tuple[np.ndarray, ...]:
         """Frames, looks, text tokens and tokens ahead of the frames of some rows; a pair has its frames twice."""
         frames = np.minimum(index.frames[rows], self.max_frames)
         looks = np.where(index.media[rows] == IMAGE, self.image_frames, frames)
         texts = 1 + index.preference[rows].astype(np.int64)
         return texts * frames, texts * looks, lengths.text[rows], lengths.prompt[rows]
 
-    def _load(self, shelf: Shelf, shard: int, row: int) -> list[Sample]:
+    def _load(self, shelf: SourceShards, shard: int, row: int) -> list[Sample]:
         """Read, check, decode and tokenize one sample. Raises BadSample."""
         index = shelf.indices[shard]
         files = _read_members(index, row)
@@ -253,10 +253,10 @@ def _read_members(index: Index, row: int) -> dict[Member, bytes]:
             shard.seek(int(index.offset[row]))
             data = shard.read(int(index.length[row]))
     except OSError as error:
-        raise BadSample("unreadable shard") from error
+        raise SampleError("unreadable shard") from error
     if len(data) != index.length[row]:
-        raise BadSample("truncated tar")
+        raise SampleError("truncated tar")
     if zlib.crc32(data) != index.crc32[row]:
-        raise BadSample("checksum mismatch")
+        raise SampleError("checksum mismatch")
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         return {m: data[m.offset : m.offset + m.length] for m in list_members(tar)}

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 from fovlm.data.sample_format import Member, contents, list_members, parse_json
 from fovlm.errors import UserError
 from fovlm.media import decode as media
@@ -95,7 +95,7 @@ def open_indices(shards: list[Path], cache: Path) -> list[Index]:
         return list(tqdm(indices, "indexing shards", len(shards), unit="shard", delay=2))
 
 
-def hash_of(indices: Iterable[Index]) -> str:
+def index_hash(indices: Iterable[Index]) -> str:
     """One hash of a set of shards in its order; where they lie does not enter into it."""
     return hashlib.blake2b("\n".join(i.checksum for i in indices).encode(), digest_size=16).hexdigest()
 
@@ -115,7 +115,7 @@ def make_index(shard: Path) -> Index:
             where_json = next(((m.offset, m.length) for m in members if m.extension == "json"), (0, 0))
             try:
                 what = describe(members, data)
-            except BadSample as error:
+            except SampleError as error:
                 broken[row], what = str(error), ("text", 0, False)
             keys.append(members[0].key)
             rows.append((start, length, zlib.crc32(data), *where_json, what[1], MEDIA.index(what[0]), what[2]))
@@ -136,7 +136,7 @@ def describe(members: list[Member], data: bytes) -> tuple[str, int, bool]:
         start = member.offset - members[0].start
         found = data[start : start + member.length]
         if len(found) < member.length:
-            raise BadSample("truncated tar")
+            raise SampleError("truncated tar")
         return found
 
     kind, pictures = contents(members)

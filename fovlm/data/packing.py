@@ -24,7 +24,7 @@ PADDING = -1
 
 
 @dataclass(frozen=True)
-class Size:
+class PackSize:
     """What one sample takes of a pack: unique frames, looks, text tokens, and text tokens ahead of the frames."""
 
     frames: int
@@ -32,15 +32,15 @@ class Size:
     text: int
     prompt: int
 
-    def __add__(self, other: "Size") -> "Size":
-        return Size(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Size)))
+    def __add__(self, other: "PackSize") -> "PackSize":
+        return PackSize(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(PackSize)))
 
-    def fits(self, budget: "Size") -> bool:
+    def fits(self, budget: "PackSize") -> bool:
         """True when every part is within the budget's."""
-        return all(getattr(self, f.name) <= getattr(budget, f.name) for f in fields(Size))
+        return all(getattr(self, f.name) <= getattr(budget, f.name) for f in fields(PackSize))
 
 
-EMPTY = Size(0, 0, 0, 0)
+EMPTY = PackSize(0, 0, 0, 0)
 
 
 @dataclass
@@ -62,8 +62,8 @@ class Sample:
     role: str = ""
 
     @property
-    def size(self) -> Size:
-        return Size(len(self.frames), self.looks, len(self.tokens), self.prompt)
+    def size(self) -> PackSize:
+        return PackSize(len(self.frames), self.looks, len(self.tokens), self.prompt)
 
 
 @dataclass
@@ -100,11 +100,11 @@ class Batch:
     keys: list[str]
     sources: list[str]
     roles: list[str]
-    sizes: list[Size]
-    bad: list["Bad"] = field(default_factory=list)
+    sizes: list[PackSize]
+    bad: list["SampleIssue"] = field(default_factory=list)
 
     @property
-    def used(self) -> Size:
+    def used(self) -> PackSize:
         """What the samples took of the budget."""
         return sum(self.sizes, EMPTY)
 
@@ -128,7 +128,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Bad:
+class SampleIssue:
     """A broken sample that was replaced or left out: for the journal's counts and the log."""
 
     cause: str
@@ -137,7 +137,7 @@ class Bad:
     key: str
 
 
-def fill_step(sizes: Iterable[Size], packs: int, budget: Size) -> tuple[list[list[int]], int]:
+def pack_samples(sizes: Iterable[PackSize], packs: int, budget: PackSize) -> tuple[list[list[int]], int]:
     """Spread consecutive samples over the packs of one step, first fit.
 
     Takes sizes in order; sample i goes into the first pack with room. The step closes at the first sample that fits
@@ -166,7 +166,11 @@ def fill_step(sizes: Iterable[Size], packs: int, budget: Size) -> tuple[list[lis
 
 
 def collate(
-    samples: list[Sample], budget: Size, frame_size: int, tokens_per_look: int = 1, bad: list[Bad] | None = None
+    samples: list[Sample],
+    budget: PackSize,
+    frame_size: int,
+    tokens_per_look: int = 1,
+    bad: list[SampleIssue] | None = None,
 ) -> Batch:
     """Lay the samples out in one pack, in the order given, and pad it to the budget.
 

@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 from fovlm.media import decode
 
 NUMBERED = re.compile(r"(\d+)\.(\w+)")
@@ -58,13 +58,13 @@ def contents(members: list[Member]) -> tuple[str, list[Member]]:
         elif extension in decode.PICTURES or extension in decode.VIDEOS:
             single.append(member)
     if sum(m.extension == "json" for m in members) != 1:
-        raise BadSample("no JSON" if all(m.extension != "json" for m in members) else "more than one JSON")
+        raise SampleError("no JSON" if all(m.extension != "json" for m in members) else "more than one JSON")
     if len(single) + bool(numbered) > 1:
-        raise BadSample("more than one picture or video")
+        raise SampleError("more than one picture or video")
     if numbered:
         frames = {int(m.extension.partition(".")[0]): m for m in numbered}
         if len(frames) < len(numbered):
-            raise BadSample("two pictures with the same number")
+            raise SampleError("two pictures with the same number")
         return "video", [frames[number] for number in sorted(frames)]
     if single:
         return "video" if single[0].extension in decode.VIDEOS else "image", single
@@ -76,7 +76,7 @@ def parse_json(data: bytes) -> dict:
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise BadSample("malformed JSON") from error
+        raise SampleError("malformed JSON") from error
     if not isinstance(record, dict):
-        raise BadSample("malformed JSON")
+        raise SampleError("malformed JSON")
     return record

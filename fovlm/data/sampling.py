@@ -1,7 +1,7 @@
 """The order of a run: position -> (source, epoch, shard, row), as pure functions of numbers. numpy only.
 
-Two parts. `Mix` decides which source a position belongs to: Tijdeman's chairman assignment rule keeps every source
-within one sample of its exact share in every prefix of the run. `Shuffle` decides which sample of that source it is:
+Two parts. `MixtureSampler` decides which source a position belongs to: Tijdeman's chairman assignment rule keeps every source
+within one sample of its exact share in every prefix of the run. `ShardShuffle` decides which sample of that source it is:
 each epoch visits the shards in a new order, a few at a time, and the rows of those few in a new order; so reads stay
 near each other on disk, and every epoch reads every sample exactly once.
 
@@ -23,7 +23,7 @@ LONGEST_PERIOD = 100_000
 BLOCK = 8  # shards whose rows are shuffled together
 
 
-class Mix:
+class MixtureSampler:
     """Which source each position of the run belongs to, by weight and per sample.
 
     Weights are read as the decimal fractions that a person wrote, so the pattern is exact and repeats with a period;
@@ -45,7 +45,7 @@ class Mix:
             )
         self.names = list(exact)
         self.counts = np.array([int(share * period) for share in shares])
-        self.pattern = np.array(chairmen(self.counts.tolist()))  # [period]: the source of each position
+        self.pattern = np.array(spread_evenly(self.counts.tolist()))  # [period]: the source of each position
         self.number = np.empty(period, np.int64)  # [period]: which one of its source's samples it is
         for source, count in enumerate(self.counts):
             self.number[self.pattern == source] = np.arange(count)
@@ -57,7 +57,7 @@ class Mix:
         return source, round * int(self.counts[source]) + int(self.number[at])
 
 
-def chairmen(counts: list[int]) -> list[int]:
+def spread_evenly(counts: list[int]) -> list[int]:
     """Spread counts[i] turns of each i over sum(counts) places; i has had n * share within less than 1 after n places.
 
     R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32 (1980): of those who are owed enough, the
@@ -87,7 +87,7 @@ class Place:
     row: int
 
 
-class Shuffle:
+class ShardShuffle:
     """The order of one source's samples, epoch after epoch. `rows` are the samples of each shard."""
 
     def __init__(self, rows: list[int], seed: int, source: str, block: int = BLOCK):

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fovlm import distributed
-from fovlm.config.schema import Hunt, data_root
+from fovlm.config.schema import SyntheticTask, data_root
 from fovlm.data.chat import SYSTEM
 from fovlm.data.packing import Batch
 from fovlm.data.shards import write_shards
@@ -38,12 +38,12 @@ CHATML = (
 )
 
 
-def folder(task: Hunt) -> Path:
+def folder(task: SyntheticTask) -> Path:
     """Where the task's files are."""
     return data_root() / task.folder
 
 
-def make(task: Hunt) -> None:
+def make(task: SyntheticTask) -> None:
     """Write the shards video, image, text and val, the tokenizer and the truth, unless the same are there already.
 
     Of two runs that start at once, one writes and the other waits.
@@ -62,7 +62,7 @@ def _is_made(target: Path, settings: str) -> bool:
     return (target / "task.json").exists() and (target / "task.json").read_text() == settings
 
 
-def _make(task: Hunt, target: Path, settings: str) -> None:
+def _make(task: SyntheticTask, target: Path, settings: str) -> None:
     if target.exists() and not (target / "task.json").exists():
         raise UserError(f"data.generate.folder: {target} holds other things: name another folder")
     unfinished = target.with_name(target.name + ".unfinished")
@@ -85,7 +85,7 @@ def _make(task: Hunt, target: Path, settings: str) -> None:
     unfinished.rename(target)
 
 
-def tokenizer(task: Hunt) -> PreTrainedTokenizerFast:
+def tokenizer(task: SyntheticTask) -> PreTrainedTokenizerFast:
     """A word-level ChatML tokenizer that knows the words of the task and no others."""
     words = ["system", "user", "assistant", *SYSTEM.split(), *QUESTION.split(), *COLOURS, *SHAPES, *map(str, range(10))]
     words += [*COUNT.split(), *NUMBERS.values()]
@@ -104,7 +104,7 @@ def tokenizer(task: Hunt) -> PreTrainedTokenizerFast:
 
 
 def _videos(
-    task: Hunt, kind: str, count: int, frames: int, objects: list[int], stream: int, truth: dict | None = None
+    task: SyntheticTask, kind: str, count: int, frames: int, objects: list[int], stream: int, truth: dict | None = None
 ) -> Iterator[dict[str, Any]]:
     """Samples with `frames` numbered JPEGs, or one picture; `truth` gets the cells of the asked object."""
     called = names(task.names)
@@ -128,7 +128,7 @@ def _videos(
             yield {"__key__": key, "json": record, **named}
 
 
-def _texts(task: Hunt, count: int) -> Iterator[dict[str, Any]]:
+def _texts(task: SyntheticTask, count: int) -> Iterator[dict[str, Any]]:
     """Text alone: counting on from a number, round and round."""
     rng = np.random.default_rng([task.seed, 4])
     for i in range(count):
@@ -138,7 +138,7 @@ def _texts(task: Hunt, count: int) -> Iterator[dict[str, Any]]:
         yield {"__key__": f"text{i:06d}", "json": {"user": asked, "assistant": answer, "source": "hunt/text"}}
 
 
-def blind_loss(task: Hunt, frames: float | None = None) -> float:
+def blind_loss(task: SyntheticTask, frames: float | None = None) -> float:
     """What the best model reaches on the answers without a picture: marks are independent and all alike, so each costs
     ln(marks), and the token that ends the answer nothing. `frames`: of a clip, in the mean; a picture has one. The
     task's own when None."""
@@ -147,7 +147,9 @@ def blind_loss(task: Hunt, frames: float | None = None) -> float:
 
 
 @torch.no_grad()
-def judge(task: Hunt, model: FoveatedVLM, batches: Iterable[Batch], device: torch.device | str) -> dict[str, float]:
+def judge(
+    task: SyntheticTask, model: FoveatedVLM, batches: Iterable[Batch], device: torch.device | str
+) -> dict[str, float]:
     """Where the looks land on validation packs of this rank, added up over the ranks; the same on every rank. Beside
     it the blind loss of the clips and pictures that were scored; not when other samples were, like text.
 
@@ -172,12 +174,12 @@ def judge(task: Hunt, model: FoveatedVLM, batches: Iterable[Batch], device: torc
                 entry[0] += float((looks.argmax(1) == cells).sum())
                 entry[1] += float(looks.gather(1, cells[:, None]).sum())
                 entry[2] += len(cells)
-    marks, clips, others = (int(number) for number in distributed.total([marks, clips, others]).tolist())
+    marks, clips, others = (int(number) for number in distributed.sum_over_ranks([marks, clips, others]).tolist())
     facts = {}
     if clips and not others:
         facts["validation loss without a picture, at best"] = blind_loss(task, marks / clips)
     for name in ("coarse", "fine"):
-        hits, mass, looks = distributed.total(found.get(name, [0.0, 0.0, 0.0])).tolist()
+        hits, mass, looks = distributed.sum_over_ranks(found.get(name, [0.0, 0.0, 0.0])).tolist()
         if looks:
             facts[f"{name} looks on the asked object"] = hits / looks
             facts[f"attention of {name} looks on it"] = mass / looks

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fovlm.bad import BadSample
-from fovlm.errors import UserError, nearest
+from fovlm.bad import SampleError
+from fovlm.errors import UserError, did_you_mean
 
 LINES = 64  # rows in a block of a text file: small blocks mix well, and any of them is a single read
 FORMATS = {"parquet": "parquet", "csv": "csv", "jsonl": "jsonl", "json": "json"}
@@ -41,7 +41,7 @@ def find_tables(where: Path, formats: tuple[str, ...]) -> list[Path]:
             raise UserError(f"{where} is no table that this source has (wanted: {kinds})")
         return [where]
     if not where.is_dir():
-        near = nearest(where.name, (p.name for p in where.parent.iterdir())) if where.parent.is_dir() else ""
+        near = did_you_mean(where.name, (p.name for p in where.parent.iterdir())) if where.parent.is_dir() else ""
         raise UserError(f"no such file or folder: {where}{near}")
     for name in formats:
         if found := _tables_in(where, name):
@@ -91,7 +91,7 @@ def blocks_of(file: Path, needs: tuple[tuple[str, ...], ...]) -> list[Block]:
         return []
     for names in needs:
         if not set(names) & set(columns):
-            near = nearest(names[0], columns)
+            near = did_you_mean(names[0], columns)
             raise UserError(f"{file} has no column '{names[0]}'{near}; its columns are: {', '.join(columns)}")
     return blocks
 
@@ -137,7 +137,7 @@ def pick(row: Row, *names: str) -> Any:
     for name in names:
         if (value := row.get(name)) is not None and value != "":
             return value
-    raise BadSample(f"no {names[0]}")
+    raise SampleError(f"no {names[0]}")
 
 
 def _row_of(line: bytes, more: Row | None = None) -> Row | str:

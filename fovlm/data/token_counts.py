@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from fovlm.bad import BadSample
-from fovlm.config.schema import Source
-from fovlm.data.chat import Chat
+from fovlm.bad import SampleError
+from fovlm.config.schema import DataSource
+from fovlm.data.chat import ChatTokenizer
 from fovlm.data.index import Index, replace_file
 from fovlm.data.sample_format import parse_json
 from fovlm.errors import UserError
 
 
 @dataclass
-class Lengths:
+class TokenCounts:
     """Of a shard's n samples: text tokens i64 [n], those ahead of the frames i64 [n] (both answers of a preference pair
     counted), and the cause for each broken sample, the index's included."""
 
@@ -30,13 +30,13 @@ class Lengths:
     broken: dict[int, str]
 
 
-def open_lengths(indices: list[Index], source: Source, chat: Chat, cache: Path) -> list[Lengths]:
+def open_token_counts(indices: list[Index], source: DataSource, chat: ChatTokenizer, cache: Path) -> list[TokenCounts]:
     """The lengths of a source's shards, read from their files or made now."""
     shards = tqdm(indices, "counting tokens", unit="shard", delay=2)
     return [_open(index, source, chat, cache) for index in shards]
 
 
-def _open(index: Index, source: Source, chat: Chat, cache: Path) -> Lengths:
+def _open(index: Index, source: DataSource, chat: ChatTokenizer, cache: Path) -> TokenCounts:
     settings = json.dumps([index.checksum, chat.hash, source.kind, source.prompt])
     file = cache / "lengths" / (hashlib.blake2b(settings.encode(), digest_size=16).hexdigest() + ".json")
     try:
@@ -52,12 +52,12 @@ def _open(index: Index, source: Source, chat: Chat, cache: Path) -> Lengths:
             ) from None
         return lengths
     broken = {int(row): cause for row, cause in stored["broken"].items()}
-    return Lengths(np.array(stored["text"], np.int64), np.array(stored["prompt"], np.int64), broken)
+    return TokenCounts(np.array(stored["text"], np.int64), np.array(stored["prompt"], np.int64), broken)
 
 
-def _count(index: Index, source: Source, chat: Chat) -> Lengths:
+def _count(index: Index, source: DataSource, chat: ChatTokenizer) -> TokenCounts:
     n = len(index)
-    lengths = Lengths(np.zeros(n, np.int64), np.zeros(n, np.int64), dict(index.broken))
+    lengths = TokenCounts(np.zeros(n, np.int64), np.zeros(n, np.int64), dict(index.broken))
     with open(index.path, "rb") as file:
         for row in range(n):
             if row in lengths.broken:
@@ -65,12 +65,12 @@ def _count(index: Index, source: Source, chat: Chat) -> Lengths:
             file.seek(int(index.json_offset[row]))
             try:
                 if index.kind(row) != source.kind:
-                    raise BadSample(f"a sample of kind {index.kind(row)} in a source of kind {source.kind}")
+                    raise SampleError(f"a sample of kind {index.kind(row)} in a source of kind {source.kind}")
                 record = parse_json(file.read(int(index.json_length[row])))
                 for text in chat.texts(record, source.prompt, bool(index.frames[row]), source.kind == "preference"):
                     lengths.text[row] += len(text.tokens)
                     lengths.prompt[row] += text.prompt
-            except BadSample as error:
+            except SampleError as error:
                 lengths.broken[row] = str(error)
                 lengths.text[row] = lengths.prompt[row] = 0
     return lengths

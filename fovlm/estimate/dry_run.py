@@ -17,9 +17,9 @@ import torch
 from fovlm.config.deepspeed import resolve
 from fovlm.config.schema import Experiment, data_root
 from fovlm.data.chat import load_tokenizer
-from fovlm.data.dataset import budget_of, open_dataset, tokenizer_of
-from fovlm.data.packing import Size, fill_step
-from fovlm.data.sampling import Mix
+from fovlm.data.dataset import open_dataset, pack_budget, tokenizer_path
+from fovlm.data.packing import PackSize, pack_samples
+from fovlm.data.sampling import MixtureSampler
 from fovlm.data.shards import URL, find_shards
 from fovlm.errors import UserError
 from fovlm.estimate.flops import largest, mean_cost, samples_for, total
@@ -38,7 +38,7 @@ def describe(experiment: Experiment, world_size: int, device: str | None = None)
         device = "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
     deepspeed = resolve(experiment, world_size, device)
     shapes = geometry(experiment.model)
-    sizes, why_not = sizes_at_hand(experiment)
+    sizes, why_not = known_sizes(experiment)
     parts = [
         f"{experiment.name}: {experiment.note}" if experiment.note else experiment.name,
         _section("experiment", experiment.dump().rstrip()),
@@ -51,7 +51,7 @@ def describe(experiment: Experiment, world_size: int, device: str | None = None)
     return "\n\n".join(parts)
 
 
-def sizes_at_hand(experiment: Experiment) -> tuple[list[Size], str]:
+def known_sizes(experiment: Experiment) -> tuple[list[PackSize], str]:
     """The sizes of the first training samples; or none, and why, when the shards have not been indexed."""
     task = experiment.data.generate
     if task and not (data_root() / task.folder / "task.json").is_file():
@@ -64,7 +64,7 @@ def sizes_at_hand(experiment: Experiment) -> tuple[list[Size], str]:
             shard = next((s for s in find_shards(name, pattern) if not _index_of(s).is_file()), None)
             if shard:
                 return [], f"{shard.name} of {name} has no index yet; the run itself makes it"
-        tokenizer = tokenizer_of(experiment)
+        tokenizer = tokenizer_path(experiment)
         if not Path(tokenizer).is_dir():
             return [], "the tokenizer is not here yet"
         dataset = open_dataset(experiment, load_tokenizer(tokenizer), experiment.data.train)
@@ -77,14 +77,14 @@ def _index_of(shard: Path) -> Path:
     return shard.with_name(shard.name + ".index")
 
 
-def largest_sizes(experiment: Experiment) -> Iterator[Size]:
+def largest_sizes(experiment: Experiment) -> Iterator[PackSize]:
     """The samples of the run in their order, each as large as the settings let those of its source be. Without end."""
     shapes = largest(experiment)
-    mix = Mix(experiment.data.train)
+    mix = MixtureSampler(experiment.data.train)
     position = 0
     while True:
         source, _ = mix(position)
-        yield Size(*shapes[mix.names[source]])
+        yield PackSize(*shapes[mix.names[source]])
         position += 1
 
 
@@ -98,7 +98,7 @@ def _parameters(experiment: Experiment, shapes: Geometry) -> str:
     return aligned(["", "trained", "frozen"], rows)
 
 
-def _flops(experiment: Experiment, shapes: Geometry, sizes: list[Size], why_not: str) -> str:
+def _flops(experiment: Experiment, shapes: Geometry, sizes: list[PackSize], why_not: str) -> str:
     if sizes:
         said = f"mean of the first {len(sizes)} samples: {_mean(sizes)}"
     else:
@@ -112,7 +112,7 @@ def _flops(experiment: Experiment, shapes: Geometry, sizes: list[Size], why_not:
     return aligned(["", "forward", "backward", "both", "recomputed"], rows) + "\n" + said
 
 
-def _mean(sizes: list[Size]) -> str:
+def _mean(sizes: list[PackSize]) -> str:
     n = len(sizes)
     frames, looks, text = (sum(getattr(s, part) for s in sizes) / n for part in ("frames", "looks", "text"))
     return f"{frames:.1f} frames, {looks:.1f} looks, {text:.0f} text tokens"
@@ -131,7 +131,7 @@ class Length(NamedTuple):
         return self.samples * self.per_sample
 
 
-def length(experiment: Experiment, shapes: Geometry, sizes: list[Size]) -> Length:
+def length(experiment: Experiment, shapes: Geometry, sizes: list[PackSize]) -> Length:
     """The length of a run whose samples have these sizes; with none, of the largest that there may be."""
     train = experiment.train
     sizes = sizes or list(islice(largest_sizes(experiment), SIZED))
@@ -143,7 +143,7 @@ def length(experiment: Experiment, shapes: Geometry, sizes: list[Size]) -> Lengt
     return Length(samples, math.ceil(samples / per_step), per_step, per_sample)
 
 
-def _length(experiment: Experiment, shapes: Geometry, sizes: list[Size]) -> str:
+def _length(experiment: Experiment, shapes: Geometry, sizes: list[PackSize]) -> str:
     long = length(experiment, shapes, sizes)
     given = next(key for key in ("samples", "steps", "flops") if getattr(experiment.train, key))
     rows = [
@@ -155,12 +155,12 @@ def _length(experiment: Experiment, shapes: Geometry, sizes: list[Size]) -> str:
     return aligned(["", f"from train.{given}"], rows) + ("" if sizes else "\nwith the largest samples, as above")
 
 
-def samples_per_step(experiment: Experiment, sizes: Iterable[Size]) -> float:
+def samples_per_step(experiment: Experiment, sizes: Iterable[PackSize]) -> float:
     """How many samples a step takes on average: these sizes packed as the run packs them."""
-    budget = budget_of(experiment)
+    budget = pack_budget(experiment)
     left, steps, packed = list(sizes), 0, 0
     while left:
-        _, taken = fill_step(left, experiment.train.packs_per_step, budget)
+        _, taken = pack_samples(left, experiment.train.packs_per_step, budget)
         if taken == len(left) and steps:  # the last step may not be full
             break
         left, steps, packed = left[taken:], steps + 1, packed + taken

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from fovlm.config.schema import Experiment, Source
+from fovlm.config.schema import DataSource, Experiment
 from fovlm.errors import UserError
 from fovlm.estimate.shapes import Geometry, geometry
 
@@ -122,7 +122,7 @@ def largest(experiment: Experiment) -> dict[str, Shape]:
     return {name: _largest(experiment, experiment.data.sources[name]) for name in experiment.data.train}
 
 
-def _largest(experiment: Experiment, source: Source) -> Shape:
+def _largest(experiment: Experiment, source: DataSource) -> Shape:
     data, ahead = experiment.data, experiment.model.prompt == "before"
     frames = {"text": 0, "image": 1}.get(source.kind, data.max_frames)
     looks = data.image_frames if source.kind == "image" else frames

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fovlm.config.schema import Experiment, model_root
-from fovlm.config.schema import Model as ModelSettings
-from fovlm.errors import UserError, nearest
+from fovlm.config.schema import ModelSettings as ModelSettings
+from fovlm.errors import UserError, did_you_mean
 
 # What transformers 5.23 assumes for settings that a LlamaConfig or a Dinov2Config is not given.
 LLAMA = {
@@ -188,7 +188,7 @@ def _settings(source: str | dict[str, Any], key: str, kind: str, defaults: dict[
         if source not in RELEASED:
             raise UserError(
                 f"model.{key}: the shapes of '{source}' are not known: it is no local folder (see FOVLM_MODELS) "
-                f"and none of the released models in fovlm/estimate/shapes.py{nearest(source, RELEASED)}"
+                f"and none of the released models in fovlm/estimate/shapes.py{did_you_mean(source, RELEASED)}"
             )
         return defaults | RELEASED[source]
     file = folder / "config.json"

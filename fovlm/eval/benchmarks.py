@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from fovlm.data import tables
-from fovlm.errors import UserError, nearest
-from fovlm.eval.questions import LETTERS, Question, unmarked
+from fovlm.errors import UserError, did_you_mean
+from fovlm.eval.questions import LETTERS, EvalQuestion, unmarked
 
 FILMS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif", ".flv", ".jpg", ".jpeg", ".png")
 POPE_FILE = re.compile(r"(?:(.+)_)?pope_(?:seem_)?(random|popular|adversarial)")  # coco_, aokvqa_ or gqa_
@@ -39,7 +39,7 @@ MVBENCH_FOLDERS = {
 }  # fmt: skip
 
 
-def mvbench(where: Path) -> Iterator[Question]:
+def mvbench(where: Path) -> Iterator[EvalQuestion]:
     """Every task of MVBench, or the task of one JSON file. Raises UserError."""
     files = [where] if where.is_file() else sorted((where / "json").glob("*.json")) or sorted(where.glob("*.json"))
     if not files:
@@ -55,7 +55,7 @@ def mvbench(where: Path) -> Iterator[Question]:
             # Pieces are published too, beside rows that still say where in the whole film they were.
             cut = any(folder.endswith("_segment") for folder in film.relative_to(root).parts[:-1])
             timed = row.get("end") is not None and not cut
-            yield Question(
+            yield EvalQuestion(
                 id=f"{file.stem}/{number}",
                 category=file.stem,
                 media=(film,),
@@ -66,13 +66,13 @@ def mvbench(where: Path) -> Iterator[Question]:
             )
 
 
-def videomme(where: Path) -> Iterator[Question]:
+def videomme(where: Path) -> Iterator[EvalQuestion]:
     """Video-MME without its subtitles. Raises UserError."""
     root = where.parent if where.is_file() else where
     for file, number, row in _parquet(where, ("question", "options", "answer")):
         text, options, answer = _columns(file, number, row, "question", "options", "answer")
         name = str(row.get("videoID") or row.get("video_id"))
-        yield Question(
+        yield EvalQuestion(
             id=str(row.get("question_id") or number),
             category=str(row.get("task_type") or "all"),
             media=(_find(root, f"{name}.mp4", ""),),
@@ -83,7 +83,7 @@ def videomme(where: Path) -> Iterator[Question]:
         )
 
 
-def scienceqa(where: Path) -> Iterator[Question]:
+def scienceqa(where: Path) -> Iterator[EvalQuestion]:
     """ScienceQA with its hints ahead of the questions; the test split where the files tell. Raises UserError."""
     for file, number, row in _parquet(where, ("question", "choices", "answer")):
         text, options, answer = _columns(file, number, row, "question", "choices", "answer")
@@ -94,7 +94,7 @@ def scienceqa(where: Path) -> Iterator[Question]:
             raise UserError(
                 f"{file}, row {number}: its answer {answer!r} is not a number of its {len(options)} choices"
             )
-        yield Question(
+        yield EvalQuestion(
             id=f"{file.stem}/{number}",
             category=str(row.get("subject") or "all"),
             media=(bytes(data),) if data else (),
@@ -106,7 +106,7 @@ def scienceqa(where: Path) -> Iterator[Question]:
         )
 
 
-def pope(where: Path) -> Iterator[Question]:
+def pope(where: Path) -> Iterator[EvalQuestion]:
     """POPE's yes and no questions, of all three kinds. Raises UserError.
 
     It is published over pictures of COCO and, as benchmarks of their own, of A-OKVQA and GQA: where COCO's is there it
@@ -147,7 +147,7 @@ def _pope_files(where: Path) -> tuple[str, list[Path]]:
     return edition, editions.get(edition, [])
 
 
-def _pope_parquet(where: Path) -> Iterator[Question]:
+def _pope_parquet(where: Path) -> Iterator[EvalQuestion]:
     for file, number, row in _parquet(where, ("question", "answer", "image")):
         text, label, image = _columns(file, number, row, "question", "answer", "image")
         category = str(row.get("category") or "all")
@@ -155,18 +155,18 @@ def _pope_parquet(where: Path) -> Iterator[Question]:
         yield _yes_or_no(f"{category}/{row.get('id', number)}", category, data, text, label, file, number)
 
 
-def _yes_or_no(key: str, category: str, shown: Path | bytes, text: str, label: str, file: Path, n: int) -> Question:
+def _yes_or_no(key: str, category: str, shown: Path | bytes, text: str, label: str, file: Path, n: int) -> EvalQuestion:
     if (said := label.strip().lower()) not in ("yes", "no"):
         raise UserError(f"{file}, question {n}: its label is yes or no, not '{label}'")
-    return Question(key, category, (shown,), text.strip(), ("yes", "no"), ("yes", "no").index(said))
+    return EvalQuestion(key, category, (shown,), text.strip(), ("yes", "no"), ("yes", "no").index(said))
 
 
-READERS: dict[str, Callable[[Path], Iterator[Question]]] = {
+READERS: dict[str, Callable[[Path], Iterator[EvalQuestion]]] = {
     "mvbench": mvbench, "videomme": videomme, "scienceqa": scienceqa, "pope": pope,
 }  # fmt: skip
 
 
-def questions_of(name: str, where: Path) -> list[Question]:
+def questions_of(name: str, where: Path) -> list[EvalQuestion]:
     """Every question of the benchmark `name`, in order. Raises UserError, also when one is there twice."""
     questions, ids = list(READERS[name](where)), set()
     for question in questions:
@@ -230,7 +230,7 @@ WORDS = ("question", "text", "label", "video")  # columns whose values are texts
 def _columns(file: Path, number: int, row: dict[str, Any], *names: str) -> list[Any]:
     for name in names:
         if row.get(name) is None:
-            near = nearest(name, row)
+            near = did_you_mean(name, row)
             raise UserError(f"{file}, question {number}: no '{name}'{near}; it has: {', '.join(map(str, row))}")
         if name in WORDS and not isinstance(row[name], str):
             raise UserError(f"{file}, question {number}: '{name}' is {str(row[name])[:40]!r}, not a text")
@@ -294,6 +294,6 @@ def _files(root: Path) -> Iterator[Path]:
 
 def _nothing(where: Path, wanted: str) -> UserError:
     if not where.exists():
-        near = nearest(where.name, (p.name for p in where.parent.iterdir())) if where.parent.is_dir() else ""
+        near = did_you_mean(where.name, (p.name for p in where.parent.iterdir())) if where.parent.is_dir() else ""
         return UserError(f"no such file or folder: {where}{near}")
     return UserError(f"{where} holds no {wanted}: give the folder that does")

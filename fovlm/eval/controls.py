@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fovlm.errors import UserError, nearest
+from fovlm.errors import UserError, did_you_mean
 from fovlm.eval.likelihood import View
 
 CONTROLS = ("blind", "shuffled", "repeated", "foreign")
@@ -22,7 +22,7 @@ def check(names: list[str]) -> None:
     """Raises UserError for a control that there is not."""
     for name in names:
         if name not in CONTROLS:
-            raise UserError(f"no control '{name}'{nearest(name, CONTROLS)}: there are {', '.join(CONTROLS)}")
+            raise UserError(f"no control '{name}'{did_you_mean(name, CONTROLS)}: there are {', '.join(CONTROLS)}")
 
 
 def applies(control: str, visual: str, mode: str) -> bool:

@@ -16,13 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fovlm.bad import BadSample
-from fovlm.config.schema import Source
-from fovlm.data.chat import Chat, Text
+from fovlm.bad import SampleError
+from fovlm.config.schema import DataSource
+from fovlm.data.chat import ChatTokenizer, TokenizedText
 from fovlm.data.dataset import Dataset
 from fovlm.data.index import MEDIA, open_indices
 from fovlm.data.shards import cache_root, find_shards
-from fovlm.errors import UserError, nearest
+from fovlm.errors import UserError, did_you_mean
 from fovlm.eval.benchmarks import READERS, questions_of
 from fovlm.eval.questions import drawn, frames_of, hash_of
 
@@ -47,7 +47,7 @@ class Item:
     clip: str
     frames: Tensor  # u8 [f, 3, s, s]
     looks: Tensor
-    texts: list[Text]
+    texts: list[TokenizedText]
     answer: int | None
     extra: dict[str, str] = field(default_factory=dict)
 
@@ -56,7 +56,7 @@ class Item:
 class Form:
     """How a model is asked: all that decides its tokens and frames, beside the questions."""
 
-    chat: Chat  # with loss "answer", the model's prompt order, and nothing cut (UNCUT)
+    chat: ChatTokenizer  # with loss "answer", the model's prompt order, and nothing cut (UNCUT)
     frame_size: int
     image_frames: int
     context: int  # positions of the language model
@@ -64,12 +64,12 @@ class Form:
     most: int = 64  # frames
     letters: bool = False  # options are listed in the question, and their letters are the answers
 
-    def fits(self, texts: list[Text], looks: int) -> bool:
+    def fits(self, texts: list[TokenizedText], looks: int) -> bool:
         """Whether the longest of the texts has room in the context beside so many looks."""
         return max(len(text.tokens) for text in texts) + looks * self.per_look <= self.context
 
 
-class Exam(Protocol):
+class EvalSet(Protocol):
     """A set: its items by number, and what names it. `left_out` says how many questions are not in it, and why.
 
     `hash` names what is asked, whatever the model: two sets with one hash are the same questions.
@@ -131,7 +131,7 @@ class Questions:
             try:
                 record = {"user": q.asked(form.letters), "assistant": option}
                 texts.append(form.chat.text(record, None, bool(len(frames))))
-            except BadSample as error:
+            except SampleError as error:
                 return f"{error}: the question or an option is empty"
         looks = torch.arange(len(frames)).repeat_interleave(form.image_frames if image else 1)
         if not form.fits(texts, len(looks)):
@@ -164,7 +164,7 @@ class Shards:
     Raises UserError for shards that were tokenized ahead with a loss on every token.
     """
 
-    def __init__(self, name: str, sources: dict[str, Source], form: Form, limit: int | None):
+    def __init__(self, name: str, sources: dict[str, DataSource], form: Form, limit: int | None):
         self.name, self.form, self.protocol = name, form, "loss of the answer"
         self.left_out: dict[str, int] = {}
         kinds = _by_kind(sources)
@@ -184,12 +184,12 @@ class Shards:
         once = [p for p in there if of[self.data.mix(p)[0]] in (self.data.kind(p), "preference")]
         self.positions = sorted(sorted(once, key=_rank)[:limit])
         for position in {self.data.mix(p)[0]: p for p in reversed(once)}.values():  # the first one of each source
-            with suppress(BadSample):
+            with suppress(SampleError):
                 if _on_every_token(self.data.record(position)):
                     told = f"{name}: its samples are tokenized for a loss on every token, and an answer's is measured"
                     raise UserError(f"{told}: make the set with --tokenize sft, or without")
         # The tokenizer belongs to it, since losses are per token; the prompt order and the frames do not.
-        self.tokens = Chat(form.chat.tokenizer, "after", "answer", UNCUT).hash
+        self.tokens = ChatTokenizer(form.chat.tokenizer, "after", "answer", UNCUT).hash
         self.hash = self.hash_without(())
 
     def __len__(self) -> int:
@@ -203,7 +203,7 @@ class Shards:
         record, kind = self.data.record(self.positions[number]), self.data.kind(self.positions[number])
         if _on_every_token(record):
             return "tokenized for a loss on every token"
-        texts = [Text(sample.tokens, sample.weight, sample.prompt)]
+        texts = [TokenizedText(sample.tokens, sample.weight, sample.prompt)]
         if not self.form.fits(texts, sample.looks):
             return TOO_LONG
         f = len(sample.frames)
@@ -232,9 +232,9 @@ def _on_every_token(record: dict[str, Any]) -> bool:
     return isinstance(mask, list) and bool(mask) and all(mask)
 
 
-def _by_kind(sources: dict[str, Source]) -> dict[str, Source]:
+def _by_kind(sources: dict[str, DataSource]) -> dict[str, DataSource]:
     """A source for each kind of sample that there is: shards drawn for evaluation hold several."""
-    found: dict[str, Source] = {}
+    found: dict[str, DataSource] = {}
     for name, source in sources.items():
         indices = open_indices(find_shards(name, source.shards), cache_root())
         for kind in [k for n, k in enumerate(MEDIA) if any((index.media == n).any() for index in indices)]:
@@ -247,7 +247,7 @@ def _rank(position: int) -> bytes:
     return hashlib.blake2b(str(position).encode(), digest_size=8).digest()
 
 
-def open_exam(
+def open_eval_set(
     spec: str,
     data: Path,
     form: Form,
@@ -255,21 +255,21 @@ def open_exam(
     limit: int | None = None,
     skip_missing: bool = False,
     say: Say = print,
-) -> Exam:
+) -> EvalSet:
     """The set that `NAME` or `NAME=PATH` means. `own` are the validation sources of a run. Raises UserError."""
     name, _, path = spec.partition("=")
     if name in READERS:
         return Questions(name, Path(path) if path else data / name, form, limit, skip_missing, say)
     if path:
-        return Shards(name, {name: Source(shards=_pattern(name, path), kind="video")}, form, limit)
+        return Shards(name, {name: DataSource(shards=_pattern(name, path), kind="video")}, form, limit)
     if name == "val" and own and not (data / "val").exists():
-        return Shards(name, {key: Source(**value) for key, value in own.items()}, form, limit)
+        return Shards(name, {key: DataSource(**value) for key, value in own.items()}, form, limit)
     for place in (data / name, data / f"{name}.json", data / f"{name}-*.tar"):
         if place.exists() or glob.glob(str(place)):
-            return Shards(name, {name: Source(shards=_pattern(name, str(place)), kind="video")}, form, limit)
+            return Shards(name, {name: DataSource(shards=_pattern(name, str(place)), kind="video")}, form, limit)
     known = [*READERS, *(p.name for p in data.iterdir() if p.is_dir())] if data.is_dir() else list(READERS)
     raise UserError(
-        f"no set '{name}'{nearest(name, known)}: there is no {data / name}; say where it is with {name}=PATH or --data"
+        f"no set '{name}'{did_you_mean(name, known)}: there is no {data / name}; say where it is with {name}=PATH or --data"
     )
 
 

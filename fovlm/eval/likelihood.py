@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fovlm.checkpoint.reference import snug
-from fovlm.data.chat import Text
+from fovlm.data.chat import TokenizedText
 from fovlm.data.packing import Sample
 from fovlm.model.autoregressive import Stream
 from fovlm.model.encoder import Cache
@@ -132,7 +132,7 @@ def _deployed(model: FoveatedVLM, view: View) -> Tensor:
 
 
 @torch.no_grad()
-def score(model: FoveatedVLM, tokens: Tensor, texts: list[Text]) -> list[Tensor]:
+def score(model: FoveatedVLM, tokens: Tensor, texts: list[TokenizedText]) -> list[Tensor]:
     """Visual tokens [K * T, E] and B texts with one place for them -> the nll f32 [s] of each text's tokens.
 
     0 where a token has no weight or nothing ahead of it. The texts' common beginning is read once.
@@ -163,7 +163,7 @@ def score(model: FoveatedVLM, tokens: Tensor, texts: list[Text]) -> list[Tensor]
     return [_nll(model, state, text, first_is_known=p > 0 or K == 0) for state, text in zip(states, texts, strict=True)]
 
 
-def _nll(model: FoveatedVLM, states: Tensor, text: Text, first_is_known: bool) -> Tensor:
+def _nll(model: FoveatedVLM, states: Tensor, text: TokenizedText, first_is_known: bool) -> Tensor:
     counted = text.weight > 0
     counted[0] &= not first_is_known  # the very first position is predicted by nothing
     out = torch.zeros(len(text.tokens))

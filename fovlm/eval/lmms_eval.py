@@ -15,8 +15,8 @@ from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from rich.progress import track
 
-from fovlm.data.chat import Chat
-from fovlm.errors import UserError, nearest
+from fovlm.data.chat import ChatTokenizer
+from fovlm.errors import UserError, did_you_mean
 from fovlm.eval.likelihood import View, encode, score, visual
 from fovlm.media import decode
 from fovlm.model.processing import open_model
@@ -46,7 +46,7 @@ class Fovlm(lmms):
         if unknown:
             known = ("pretrained", "mode", "max_frames", "dtype", "device")
             word = next(iter(unknown))
-            raise UserError(f"--model_args has no '{word}'{nearest(word, known)}: there are {', '.join(known)}")
+            raise UserError(f"--model_args has no '{word}'{did_you_mean(word, known)}: there are {', '.join(known)}")
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         where = self.accelerator.device if device in (None, "", "cuda") else device
@@ -54,7 +54,7 @@ class Fovlm(lmms):
         self.processor.max_frames = int(max_frames)
         modes = MODES[self.model.config.visual]
         if mode is not None and mode not in modes:
-            raise UserError(f"mode={mode}{nearest(mode, modes)}: this model has {', '.join(modes)}")
+            raise UserError(f"mode={mode}{did_you_mean(mode, modes)}: this model has {', '.join(modes)}")
         self.mode = mode or modes[-1]
 
     @property
@@ -107,7 +107,9 @@ class Fovlm(lmms):
         model, config = self.model, self.model.config
         asked = self._asked(words, shown)
         inputs = self.processor(messages=asked)
-        chat = Chat(self.processor.tokenizer, config.prompt, "answer", config.llm_config.max_position_embeddings)
+        chat = ChatTokenizer(
+            self.processor.tokenizer, config.prompt, "answer", config.llm_config.max_position_embeddings
+        )
         texts = [chat.text({"user": words, "assistant": said}, None, bool(shown)) for said in continuations]
         view = None
         if shown:

@@ -30,7 +30,7 @@ def line_of(nll: list[float], tokens: list[int], answer: int | None) -> Line:
     }
 
 
-def numbers(lines: Iterable[Line]) -> dict[str, Any]:
+def compute_metrics(lines: Iterable[Line]) -> dict[str, Any]:
     """What the lines of a set come to. Losses are means over tokens, in nats, of the right answer."""
     scored = [line for line in lines if "nll" in line]
     left: dict[str, int] = {}

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 from fovlm.errors import UserError
 from fovlm.media import decode as media
 from fovlm.media import tolerant
@@ -27,7 +27,7 @@ FOLDER_FPS = 3.0  # MVBench's folders of frames hold three for each second
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalQuestion:
     """`media` are files (Path) or the bytes of pictures, all shown; `part` is (from, to) in seconds of a video.
 
     `answer` is the number of the right one of `options`. A question with one option is scored by its loss alone.
@@ -73,7 +73,7 @@ def unmarked(options: Sequence[str]) -> tuple[str, ...]:
     return tuple(options)
 
 
-def frames_of(question: Question, size: int, most: int) -> Tensor:
+def frames_of(question: EvalQuestion, size: int, most: int) -> Tensor:
     """What a question shows -> u8 [f, 3, size, size]: a frame a second of a video, at most `most`; f is 0 for none.
 
     Raises UserError naming the question for what cannot be read, or only in part.
@@ -85,15 +85,15 @@ def frames_of(question: Question, size: int, most: int) -> Tensor:
     return frames[media.spread(len(frames), most)]
 
 
-def _frames(shown: Path | bytes, question: Question, size: int, most: int) -> Tensor:
+def _frames(shown: Path | bytes, question: EvalQuestion, size: int, most: int) -> Tensor:
     if isinstance(shown, bytes):
         file = BytesIO(shown)
         kind = tolerant.kind_of(file)
         try:
             if kind is None:
-                raise BadSample("neither a video nor a picture")
+                raise SampleError("neither a video nor a picture")
             seen = tolerant.decode_some(file, kind, size, 1)
-        except BadSample as error:
+        except SampleError as error:
             raise UserError(f"question {question.id}: its picture cannot be read: {error}") from error
         if seen.note:
             raise UserError(f"question {question.id}: its picture cannot be read: {seen.note}")
@@ -115,7 +115,7 @@ def _frames(shown: Path | bytes, question: Question, size: int, most: int) -> Te
     return clip.frames[[inside[n] for n in media.spread(len(inside), most)]]
 
 
-def hash_of(questions: Sequence[Question]) -> str:
+def hash_of(questions: Sequence[EvalQuestion]) -> str:
     """Names a set: what is asked, offered, right, and shown (files by name and size, pictures by content)."""
     digest = hashlib.blake2b(digest_size=16)
     for q in questions:
@@ -125,7 +125,7 @@ def hash_of(questions: Sequence[Question]) -> str:
     return digest.hexdigest()
 
 
-def drawn(questions: list[Question], limit: int | None) -> list[Question]:
+def drawn(questions: list[EvalQuestion], limit: int | None) -> list[EvalQuestion]:
     """`limit` questions drawn by the hash of their ids, so from all categories, the same every time; in order."""
     if limit is None or limit >= len(questions):
         return questions

@@ -16,14 +16,14 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from fovlm.data.chat import Chat
-from fovlm.errors import UserError, nearest
+from fovlm.data.chat import ChatTokenizer
+from fovlm.errors import UserError, did_you_mean
 from fovlm.eval import controls as ways
-from fovlm.eval.eval_sets import UNCUT, Exam, Form, Item, open_exam
+from fovlm.eval.eval_sets import UNCUT, EvalSet, Form, Item, open_eval_set
 from fovlm.eval.likelihood import Encoding, View, encode, score, visual
-from fovlm.eval.metrics import line_of, numbers
+from fovlm.eval.metrics import compute_metrics, line_of
 from fovlm.eval.results import Line, Record, agree, write
-from fovlm.eval.target import Subject
+from fovlm.eval.target import Target
 from fovlm.model.generation import context_of
 from fovlm.train.validation import MODES
 
@@ -50,8 +50,8 @@ class Asked:
     part: tuple[int, int] = (0, 1)  # this rank, of how many
 
 
-def examine(
-    subject: Subject, asked: Asked, say: Callable[[str], None] = print, bar: Progress | None = None
+def run_eval(
+    subject: Target, asked: Asked, say: Callable[[str], None] = print, bar: Progress | None = None
 ) -> list[Result]:
     """Score all sets; returns their results in order once the lines of all ranks are there, and none before that.
 
@@ -63,7 +63,7 @@ def examine(
         per_look = f" at {form.per_look} tokens each" if form.per_look > 1 else ""
         say(f"a clip shows at most {form.most} frames{per_look}: half of the model's context of {form.context}")
     exams = [
-        open_exam(spec, asked.data, form, subject.own, asked.limit, asked.skip_missing, say) for spec in asked.sets
+        open_eval_set(spec, asked.data, form, subject.own, asked.limit, asked.skip_missing, say) for spec in asked.sets
     ]  # all of them first: what is missing is told before anything is computed
     every = [examine_one(subject, exam, form, asked, modes, bar) for exam in exams]
     # Only now: another rank may have ended its share of the first set while this one was at the last.
@@ -72,27 +72,27 @@ def examine(
     return found if len(found) == sum(len(records) for _, records in every) else []
 
 
-def modes_of(subject: Subject, wanted: list[str]) -> list[str]:
+def modes_of(subject: Target, wanted: list[str]) -> list[str]:
     """The modes to score. Raises UserError for one that the model does not have."""
     there = MODES[subject.model.config.visual]
     for mode in wanted:
         if mode not in there:
             visual = subject.model.config.visual
-            raise UserError(f"no mode '{mode}'{nearest(mode, there)}: a {visual} model has {', '.join(there)}")
+            raise UserError(f"no mode '{mode}'{did_you_mean(mode, there)}: a {visual} model has {', '.join(there)}")
     return wanted or list(there)
 
 
-def form_of(subject: Subject, asked: Asked) -> Form:
+def form_of(subject: Target, asked: Asked) -> Form:
     """How this model is asked."""
     config = subject.model.config
     context, per_look = context_of(config), config.tokens_per_look
-    chat = Chat(subject.tokenizer, config.prompt, "answer", UNCUT)
+    chat = ChatTokenizer(subject.tokenizer, config.prompt, "answer", UNCUT)
     most = max(min(asked.most, context // 2 // per_look), 1)  # frames leave half of the context to the text
     return Form(chat, config.frame_size, config.image_frames, context, per_look, most, asked.letters)
 
 
 def examine_one(
-    subject: Subject, exam: Exam, form: Form, asked: Asked, modes: list[str], bar: Progress | None = None
+    subject: Target, exam: EvalSet, form: Form, asked: Asked, modes: list[str], bar: Progress | None = None
 ) -> tuple[Result, Records]:
     """Score this rank's share of one set under every control in every mode; returns what is said of all, and where."""
     records: Records = {}
@@ -126,12 +126,12 @@ def examine_one(
     return facts, records
 
 
-def merge(exam: Exam, facts: Result, records: Records) -> list[Result]:
+def merge(exam: EvalSet, facts: Result, records: Records) -> list[Result]:
     """The results of those ways in which all of a set is scored, also written. `set_hash` names what was scored."""
     found = []
     for (control, mode), record in records.items():
         if (lines := record.merge()) is not None:
-            counted = numbers(lines)
+            counted = compute_metrics(lines)
             missing = exam.left_out | counted.pop("left_out")
             result = facts | {"control": control, "mode": mode, "left_out": missing} | counted
             if without := {line["n"] for line in lines if "left_out" in line}:
@@ -149,7 +149,7 @@ def chunks_of(items: int, batch: int) -> list[range]:
     return [range(a, b) for a, b in zip(starts, [*starts[1:], items], strict=True)]
 
 
-def _ahead(exam: Exam, chunks: list[range]) -> Iterator[list[tuple[int, Item | str]]]:
+def _ahead(exam: EvalSet, chunks: list[range]) -> Iterator[list[tuple[int, Item | str]]]:
     """The items of each chunk with their numbers; the next ones are decoded meanwhile."""
 
     def load(chunk: range) -> list[tuple[int, Item | str]]:
@@ -165,7 +165,7 @@ def _ahead(exam: Exam, chunks: list[range]) -> Iterator[list[tuple[int, Item | s
             yield ready
 
 
-def score_chunk(subject: Subject, exam: Exam, items: list[tuple[int, Item | str]], records: Records) -> None:
+def score_chunk(subject: Target, exam: EvalSet, items: list[tuple[int, Item | str]], records: Records) -> None:
     """Encode the frames of a chunk once, and add its lines to every record that lacks them."""
     whole = [item for _, item in items if isinstance(item, Item)]
     views = views_of(subject, whole)
@@ -192,7 +192,7 @@ def score_chunk(subject: Subject, exam: Exam, items: list[tuple[int, Item | str]
                 record.add(line)
 
 
-def views_of(subject: Subject, items: list[Item]) -> dict[int, View | None]:
+def views_of(subject: Target, items: list[Item]) -> dict[int, View | None]:
     """What each item shows, by its number: the frames of all of them are encoded once, ENCODED at a time."""
     model = subject.model
     views: dict[int, View | None] = {item.number: None for item in items}
@@ -219,7 +219,7 @@ def _other(item: Item, items: list[Item], views: dict[int, View | None]) -> View
     return next((views[other.number] for other in around if len(other.frames) and other.clip != item.clip), None)
 
 
-def _elsewhere(subject: Subject, exam: Exam, item: Item, behind: int) -> View | None:
+def _elsewhere(subject: Target, exam: EvalSet, item: Item, behind: int) -> View | None:
     """The same from behind the chunk, for an item whose chunk shows nothing else; costs one more encoding."""
     if not len(item.frames):
         return None
@@ -230,7 +230,7 @@ def _elsewhere(subject: Subject, exam: Exam, item: Item, behind: int) -> View | 
     return None
 
 
-def _line(subject: Subject, item: Item, view: View | None, mode: str) -> Line:
+def _line(subject: Target, item: Item, view: View | None, mode: str) -> Line:
     nll = score(subject.model, visual(subject.model, view, mode), item.texts)
     sums = [float(one.double().sum()) for one in nll]
     told = {"n": item.number, "id": item.id, "source": item.source, "modality": item.modality}

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fovlm.checkpoint import store
 from fovlm.config.schema import Experiment, run_root
 from fovlm.data.chat import load_tokenizer
-from fovlm.data.dataset import tokenizer_of
+from fovlm.data.dataset import tokenizer_path
 from fovlm.errors import UserError
 from fovlm.model.build import build
 from fovlm.model.modeling import FoveatedConfig, FoveatedVLM
@@ -20,7 +20,7 @@ from fovlm.model.processing import open_model
 
 
 @dataclass
-class Subject:
+class Target:
     """A model ready to be asked. `own` are a run's validation sources, by name."""
 
     model: FoveatedVLM
@@ -30,7 +30,7 @@ class Subject:
     own: dict[str, dict[str, Any]]
 
 
-def open_subject(where: str, device: torch.device | str = "cpu") -> Subject:
+def open_target(where: str, device: torch.device | str = "cpu") -> Target:
     """The model of a folder that `fovlm convert` made, or of a run (folder or name). Raises UserError.
 
     On a CPU it computes in fp32 whatever its weights are stored as; on a GPU in bf16.
@@ -49,7 +49,7 @@ def open_subject(where: str, device: torch.device | str = "cpu") -> Subject:
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode() + weight.detach().float().contiguous().numpy().tobytes())
     model = model.to(device, dtype).eval().requires_grad_(False)
-    return Subject(model, tokenizer, folder.resolve().name, digest.hexdigest(), own)
+    return Target(model, tokenizer, folder.resolve().name, digest.hexdigest(), own)
 
 
 def _of_run(folder: Path) -> tuple[FoveatedVLM, PreTrainedTokenizerBase, Experiment]:
@@ -75,4 +75,4 @@ def _of_run(folder: Path) -> tuple[FoveatedVLM, PreTrainedTokenizerBase, Experim
             f"{path}: its weights are not those of its model ({' '.join(str(error).split())[:160]})"
         ) from error
     own = run / "tokenizer"
-    return model, load_tokenizer(str(own) if own.is_dir() else tokenizer_of(experiment)), experiment
+    return model, load_tokenizer(str(own) if own.is_dir() else tokenizer_path(experiment)), experiment

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fovlm.bad import BadSample
-from fovlm.errors import UserError, nearest
+from fovlm.bad import SampleError
+from fovlm.errors import UserError, did_you_mean
 from fovlm.media import decode, tolerant
 
 KINDS = "mp4, mov, webm, mkv, avi, mpg, flv, ogv; animated webp or gif; jpg, png, webp; or a folder of pictures"
@@ -52,7 +52,7 @@ def _read(path: Path, size: int, most: int, fps: float, told: Callable[[int, int
     if not path.exists():
         if not path.parent.is_dir():
             raise UserError(f"no such folder: {path.parent}")
-        raise UserError(f"no such file: {path}{nearest(path.name, (p.name for p in path.parent.iterdir()))}")
+        raise UserError(f"no such file: {path}{did_you_mean(path.name, (p.name for p in path.parent.iterdir()))}")
     if path.is_dir():
         return _read_folder(path, size, most)
     if not path.is_file():
@@ -64,7 +64,7 @@ def _read(path: Path, size: int, most: int, fps: float, told: Callable[[int, int
                 what = "is no video or picture" if path.stat().st_size else "is empty"
                 raise UserError(f"{path} {what} (what can be read: {KINDS})")
             seen = tolerant.decode_some(file, kind, size, most, fps, told)
-    except BadSample as error:
+    except SampleError as error:
         raise UserError(f"{path}: {_told(str(error), kind)}") from error
     return Clip(seen.frames, seen.seconds, path.name, seen.note, still=seen.still)
 
@@ -115,7 +115,7 @@ def _read_folder(folder: Path, size: int, most: int) -> Clip:
             with files[n].open("rb") as file:
                 kind = tolerant.kind_of(file) or ""
                 seen = tolerant.decode_some(file, kind if kind in decode.PICTURES.values() else "JPEG", size, 1)
-        except (BadSample, OSError) as error:
+        except (SampleError, OSError) as error:
             causes.append(f"{files[n].name}: {_told(str(error), None)}")
             continue
         frames.append(seen.frames)

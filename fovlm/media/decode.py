@@ -2,7 +2,7 @@
 
 Everything here reads bytes that strangers made. So the container is named by the file's extension and never guessed
 (FFmpeg would guess playlists that open other files), sizes are read from the headers and refused when absurd before
-a pixel is decoded, and whatever a decoder complains about becomes a `BadSample` with a countable cause.
+a pixel is decoded, and whatever a decoder complains about becomes a `SampleError` with a countable cause.
 """
 
 import io
@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 
 PICTURES = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}  # extension -> Pillow's name of the format
 VIDEOS = {"mp4": "mp4", "webm": "matroska", "mkv": "matroska"}  # extension -> FFmpeg's name of the container
@@ -56,7 +56,7 @@ def _decode_jpeg(data: bytes, size: int) -> np.ndarray | None:
             return None
         return simplejpeg.decode_jpeg(data, "RGB", min_height=size, min_width=size)
     except ValueError as error:
-        raise error if isinstance(error, BadSample) else BadSample("undecodable picture") from error
+        raise error if isinstance(error, SampleError) else SampleError("undecodable picture") from error
 
 
 def _decode_pillow(data: bytes, format: str) -> np.ndarray:
@@ -66,10 +66,10 @@ def _decode_pillow(data: bytes, format: str) -> np.ndarray:
             refuse_absurd(*image.size)
             return opaque(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadSample("absurd picture size") from error
+        raise SampleError("absurd picture size") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
         # Pillow's plugins raise SyntaxError for broken PNG chunks and OSError for truncated data.
-        raise error if isinstance(error, BadSample) else BadSample("undecodable picture") from error
+        raise error if isinstance(error, SampleError) else SampleError("undecodable picture") from error
 
 
 def opaque(image: Image.Image) -> np.ndarray:
@@ -83,7 +83,7 @@ def opaque(image: Image.Image) -> np.ndarray:
 
 def refuse_absurd(width: int, height: int) -> None:
     if width < 1 or height < 1 or width * height > MAX_PIXELS:
-        raise BadSample("absurd picture size")
+        raise SampleError("absurd picture size")
 
 
 def fit(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -113,9 +113,9 @@ def video_seconds(data: bytes, extension: str) -> int:
             shown = (p for p in container.demux(stream) if p.pts is not None and not p.is_discard)
             stamps = [float(p.pts * p.time_base) for p in shown]
     except (av.FFmpegError, ValueError) as error:
-        raise error if isinstance(error, BadSample) else BadSample("undecodable video") from error
+        raise error if isinstance(error, SampleError) else SampleError("undecodable video") from error
     if not stamps:
-        raise BadSample("video without frames")
+        raise SampleError("video without frames")
     return int(max(stamps) - min(stamps)) + 1
 
 
@@ -137,18 +137,18 @@ def decode_video(data: bytes, extension: str, size: int, seconds: int, most: int
                 pixels = picture.to_ndarray(format="rgb24", width=wide, height=high, interpolation="BILINEAR")
                 frames[found - 1] = fit(pixels, size).transpose(2, 0, 1)
     except (av.FFmpegError, ValueError) as error:
-        raise error if isinstance(error, BadSample) else BadSample("undecodable video") from error
+        raise error if isinstance(error, SampleError) else SampleError("undecodable video") from error
     if found != len(wanted):
-        raise BadSample("video shorter than its index says")
+        raise SampleError("video shorter than its index says")
     return torch.from_numpy(frames)
 
 
 def video_stream(container) -> av.VideoStream:
     if not container.streams.video:
-        raise BadSample("video without frames")
+        raise SampleError("video without frames")
     stream = container.streams.video[0]
     if stream.codec_context is None:  # FFmpeg has no decoder for it, or its description is damaged
-        raise BadSample("undecodable video")
+        raise SampleError("undecodable video")
     refuse_absurd(stream.codec_context.width, stream.codec_context.height)
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # sizes may change in the middle of a stream
     stream.codec_context.thread_count = 1
@@ -173,7 +173,7 @@ def _pictures_at(container, stream, seconds: list[int]) -> Iterator[av.VideoFram
         if shown is None or (following is None and shown.time < time - 1):
             return
         if shown.is_corrupt:
-            raise BadSample("undecodable video")
+            raise SampleError("undecodable video")
         yield shown
 
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 from fovlm.media.decode import (
     PICTURES,
     SEEK_AFTER,
@@ -80,7 +80,7 @@ def decode_some(file: BinaryIO, kind: str, size: int, most: int, fps: float = 1.
     try:
         return _decode_damaged(file, kind, size, most, fps, told)
     except (av.FFmpegError, ValueError) as error:
-        raise error if isinstance(error, BadSample) else BadSample("undecodable video") from error
+        raise error if isinstance(error, SampleError) else SampleError("undecodable video") from error
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
@@ -108,7 +108,7 @@ def _decode_damaged(file: BinaryIO, kind: str, size: int, most: int, fps: float,
         stamps, claimed = _stamps(container, stream), _claimed_seconds(container, stream)
         announced = stream.frames  # by the header; 0 where it says nothing
     if not stamps:
-        raise BadSample("video without frames")
+        raise SampleError("video without frames")
     start, length = stamps[0], stamps[-1] - stamps[0]
     lasts = length * len(stamps) / max(len(stamps) - 1, 1)  # with the time of the last frame itself
     wanted = [n / fps for n in spread(int(length * fps) + 1, most)]
@@ -122,7 +122,7 @@ def _decode_damaged(file: BinaryIO, kind: str, size: int, most: int, fps: float,
             if told:
                 told(n + 1, len(wanted))
     if not seen:
-        raise BadSample("undecodable video")
+        raise SampleError("undecodable video")
     notes = []
     if claimed > lasts + 1 and not 0 < announced <= len(stamps):  # the last frame may stay longer than others
         notes.append(f"the file is cut short: read {lasts:.0f} of {claimed:.0f} seconds")
@@ -209,13 +209,15 @@ def camera(source: str, size: int, fps: float = 1.0) -> Iterator[Tensor]:
             with open(source, "rb") as file:
                 kind = kind_of(file)
             if kind is None or kind in (*PICTURES.values(), "GIF"):
-                raise BadSample(f"{source} is no video and no camera; cameras are numbered from 0")
+                raise SampleError(f"{source} is no video and no camera; cameras are numbered from 0")
             container = av.open(source, format=kind)
     except (av.FFmpegError, OSError, ValueError) as error:
-        if isinstance(error, BadSample):
+        if isinstance(error, SampleError):
             raise
         why = getattr(error, "strerror", None) or error
-        raise BadSample(f"no {'camera' if live else 'video'} {source} ({why}); cameras are numbered from 0") from error
+        raise SampleError(
+            f"no {'camera' if live else 'video'} {source} ({why}); cameras are numbered from 0"
+        ) from error
     with container:
         stream, due = video_stream(container), -1.0
         for picture in _decode_left(container, stream):
@@ -274,13 +276,13 @@ def _decode_animation(file: BinaryIO, format: str, size: int, most: int, fps: fl
                     milliseconds = image.info.get("duration", 0)
                     ends += (milliseconds if milliseconds > 10 else 100) / 1000  # what browsers do without a time
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadSample("absurd picture size") from error
+        raise SampleError("absurd picture size") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, IndexError, struct.error) as error:
-        if isinstance(error, BadSample):
+        if isinstance(error, SampleError):
             raise
         whole = False
     if not read:
-        raise BadSample("undecodable picture")
+        raise SampleError("undecodable picture")
     show(until=begins + 2e-6)  # as of videos: the last one counts at its beginning
     kept = spread(len(frames), most)
     note = "" if whole else f"the file is cut short or damaged: read {read} pictures, {ends:.1f} seconds"

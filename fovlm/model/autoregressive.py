@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fovlm.data.packing import Batch
 from fovlm.model.encoder import Cache
-from fovlm.model.kv_cache import Recall
+from fovlm.model.kv_cache import ContextCache
 
 Model = Any  # a FoveatedVLM; its module imports this one
 
@@ -21,7 +21,7 @@ class Stream:
 
     def __init__(self, model: Model):
         self.model = model
-        self.memory = Recall(model.llm.config.num_hidden_layers)
+        self.memory = ContextCache(model.llm.config.num_hidden_layers)
         self.hidden: Tensor | None = None
 
     def words(self, tokens: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fovlm.config.schema import Model as ModelSettings
+from fovlm.config.schema import ModelSettings
 from fovlm.errors import UserError
 from fovlm.estimate.shapes import local_folder
 from fovlm.model.encoder import Dinov2Config, Dinov2Model

@@ -26,14 +26,16 @@ from kernels.query_attention import query_attention
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-Kept = tuple[Tensor, ...]  # of one layer: key and value, each [F, N, H, d]; or the one [F, N, D] both are made from
+LayerCache = tuple[
+    Tensor, ...
+]  # of one layer: key and value, each [F, N, H, d]; or the one [F, N, D] both are made from
 
 
 @dataclass
 class Cache:
     """What looks attend to, layer by layer. A shallow look has one layer."""
 
-    layers: list[Kept]
+    layers: list[LayerCache]
 
     def frames(self, index: Tensor | slice) -> "Cache":
         """The same cache for some of the frames."""
@@ -105,7 +107,7 @@ def heads(x: Tensor, width: int) -> Tensor:
     return x.unflatten(-1, (-1, width))
 
 
-def walk_layer(layer: nn.Module, x: Tensor, n: int, d: int, last: bool, absorb: bool) -> tuple[Tensor, Kept]:
+def walk_layer(layer: nn.Module, x: Tensor, n: int, d: int, last: bool, absorb: bool) -> tuple[Tensor, LayerCache]:
     """One layer for the rows x [F, n or n + 1, D] over the keys of its first n rows.
 
     Returns the rows behind the layer and what it keeps for looks: normed rows (`absorb`) or keys and values. In the
@@ -114,7 +116,7 @@ def walk_layer(layer: nn.Module, x: Tensor, n: int, d: int, last: bool, absorb: 
     p = parts(layer)
     normed = p.norm1(x)
     if last and absorb:
-        kept: Kept = (normed[:, :n],)
+        kept: LayerCache = (normed[:, :n],)
     else:
         key, value = heads(p.key(normed), d)[:, :n], heads(p.value(normed), d)[:, :n]
         kept = (normed[:, :n],) if absorb else (key, value)
@@ -127,7 +129,7 @@ def walk_layer(layer: nn.Module, x: Tensor, n: int, d: int, last: bool, absorb: 
     return x + p.scale2(p.mlp(p.norm2(x))), kept
 
 
-def look_layer(layer: nn.Module, x: Tensor, kept: Kept, frame_of_look: Tensor | None, d: int) -> Tensor:
+def look_layer(layer: nn.Module, x: Tensor, kept: LayerCache, frame_of_look: Tensor | None, d: int) -> Tensor:
     """One layer for the looks x [K, D] over what it kept of F frames."""
     p = parts(layer)
     seen = attend(p, heads(p.query(p.norm1(x)), d), kept, frame_of_look, d**-0.5)
@@ -135,7 +137,7 @@ def look_layer(layer: nn.Module, x: Tensor, kept: Kept, frame_of_look: Tensor | 
     return x + p.scale2(p.mlp(p.norm2(x)))
 
 
-def attend(p: Parts, query: Tensor, kept: Kept, frame_of_look: Tensor | None, scale: float) -> Tensor:
+def attend(p: Parts, query: Tensor, kept: LayerCache, frame_of_look: Tensor | None, scale: float) -> Tensor:
     """What the looks' queries [K, H, d] bring back from a layer [K, H, d], in the form of what it kept."""
     if len(kept) == 2:
         return query_attention(query, *kept, frame_of_look, scale)
@@ -230,7 +232,7 @@ class Encoder(nn.Module):
             n = x.shape[1]
             if row is not None:
                 x = torch.cat([x, row.to(x.dtype).expand(len(x), 1, -1)], dim=1)
-            layers: list[Kept] = []
+            layers: list[LayerCache] = []
             for layer in self.dino.encoder.layer:
                 last = layer is self.dino.encoder.layer[-1]
                 x, kept = self._run(layer, x, n, last, self._absorbs(x, last))
@@ -282,7 +284,7 @@ class Encoder(nn.Module):
     def _absorbs(self, x: Tensor, last: bool) -> bool:
         return absorbs(x, last) if self.attention == "auto" else self.attention == "absorbed"
 
-    def _run(self, layer: nn.Module, x: Tensor, n: int, last: bool, absorb: bool) -> tuple[Tensor, Kept]:
+    def _run(self, layer: nn.Module, x: Tensor, n: int, last: bool, absorb: bool) -> tuple[Tensor, LayerCache]:
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._walk_layer, layer, x, n, self.head_width, last, absorb, use_reentrant=False)
         return self._walk_layer(layer, x, n, self.head_width, last, absorb)

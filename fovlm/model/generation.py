@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from fovlm.data.packing import EMPTY, Sample, collate
-from fovlm.errors import UserError, nearest
+from fovlm.errors import UserError, did_you_mean
 from fovlm.model.autoregressive import Stream
 from fovlm.model.encoder import Cache
 from fovlm.model.streaming import FrameStream
@@ -93,7 +93,7 @@ class FoveatedGenerationMixin(GenerationMixin):
         """
         modes = MODES[self.config.visual]
         if mode is not None and mode not in modes:
-            raise UserError(f"mode is {', '.join(modes)} for this model, not '{mode}'{nearest(mode, modes)}")
+            raise UserError(f"mode is {', '.join(modes)} for this model, not '{mode}'{did_you_mean(mode, modes)}")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         samples = [
             _sample(

@@ -83,7 +83,7 @@ class Layer(DynamicLayer):
             self.keys, self.values = (room[:, :, :n] for room in self.rooms)
 
 
-class Recall(Cache):
+class ContextCache(Cache):
     """A cache of such layers."""
 
     def __init__(self, layers: int):

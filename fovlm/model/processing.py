@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from fovlm.data.chat import Text, conversation, load_tokenizer
-from fovlm.errors import UserError, nearest
+from fovlm.data.chat import TokenizedText, conversation, load_tokenizer
+from fovlm.errors import UserError, did_you_mean
 from fovlm.media import decode as media
 from fovlm.media.clip import read_clip
 from fovlm.media.tolerant import pixels_of
@@ -122,7 +122,7 @@ class FoveatedProcessor(ProcessorMixin):
 
     # -- one conversation --------------------------------------------------------------------------------------------
 
-    def _conversation(self, turns: Sequence[dict[str, Any]]) -> tuple[Text, Seen]:
+    def _conversation(self, turns: Sequence[dict[str, Any]]) -> tuple[TokenizedText, Seen]:
         """The messages of a conversation -> its text and what is seen. Frames belong to the first turn with any."""
         spoken: list[tuple[str, str]] = []
         seen: list[Seen] = []
@@ -150,7 +150,7 @@ class FoveatedProcessor(ProcessorMixin):
             kind = part.get("type", "") if isinstance(part, dict) else ""
             given = next((part[key] for key in (kind, "path", "url") if key in part), None) if kind else None
             if kind not in ("text", "image", "video") or given is None:
-                hint = nearest(kind, ("text", "image", "video"))
+                hint = did_you_mean(kind, ("text", "image", "video"))
                 raise UserError(f"a part of a message is {{'type': 'video', 'video': ...}}, image or text{hint}")
             if kind == "text":
                 words.append(given)
@@ -206,7 +206,7 @@ class FoveatedProcessor(ProcessorMixin):
             for question, shown in zip(questions, parts, strict=True)
         ]
 
-    def _padded(self, conversations: list[tuple[Text, Seen]]) -> BatchFeature:
+    def _padded(self, conversations: list[tuple[TokenizedText, Seen]]) -> BatchFeature:
         B = len(conversations)
         S, f = (
             max(len(part) for part in parts)
@@ -262,7 +262,7 @@ def open_model(
     folder = Path(folder)
     types = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
     if isinstance(dtype, str) and dtype not in types:
-        raise UserError(f"dtype is auto, bf16 or fp32, not '{dtype}'{nearest(dtype, types)}")
+        raise UserError(f"dtype is auto, bf16 or fp32, not '{dtype}'{did_you_mean(dtype, types)}")
     try:
         check_folder(folder)
     except OSError as error:  # no permission, or a name that is none
@@ -288,7 +288,7 @@ def check_folder(folder: Path) -> None:
         if folder.exists():
             raise UserError(f"{folder} is a file: give the folder of a model")
         there = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else NONE
-        raise UserError(f"no such folder: {folder}{nearest(folder.name, there)}")
+        raise UserError(f"no such folder: {folder}{did_you_mean(folder.name, there)}")
     if not (folder / "config.json").is_file():
         if (folder / "checkpoints").is_dir() or (folder / "manifest.json").is_file():
             raise UserError(f"{folder} is a run, not a model yet: fovlm convert {folder} OUT")

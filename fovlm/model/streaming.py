@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from fovlm.data.chat import conversation
-from fovlm.errors import UserError, nearest
+from fovlm.errors import UserError, did_you_mean
 from fovlm.model.autoregressive import Model, Stream
 from fovlm.model.encoder import Cache
 
@@ -48,7 +48,7 @@ class FrameStream:
         if config.visual == "multi_token":
             raise UserError("a multi_token model takes its frames all at once: it has no stream")
         if full not in ("stop", "slide"):
-            raise UserError(f"full is stop or slide, not '{full}'{nearest(full, ('stop', 'slide'))}")
+            raise UserError(f"full is stop or slide, not '{full}'{did_you_mean(full, ('stop', 'slide'))}")
         if isinstance(frames, (str, Path)):
             raise UserError(f"a stream takes frames, not a path: processor.video('{frames}')[0] are some of its frames")
         self.model, self.processor, self.question = model, processor, question

@@ -16,11 +16,11 @@ from braceexpand import braceexpand
 from rich.console import Console
 from rich.progress import track
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 from fovlm.data.index import make_index
 from fovlm.data.sample_format import Member, contents, list_members, parse_json
 from fovlm.data.workers import each
-from fovlm.errors import UserError, nearest
+from fovlm.errors import UserError, did_you_mean
 from fovlm.media import decode as media
 from fovlm.prepare import manifest as books
 from fovlm.prepare.job import fingerprints
@@ -106,7 +106,7 @@ def shards_of(patterns: list[str]) -> list[Path]:
             files = [Path(file) for file in glob.glob(name, recursive=True) if Path(file).is_file()]
             if not files:
                 folder = Path(name).parent
-                near = nearest(Path(name).name, (p.name for p in folder.iterdir())) if folder.is_dir() else ""
+                near = did_you_mean(Path(name).name, (p.name for p in folder.iterdir())) if folder.is_dir() else ""
                 raise UserError(
                     f"no shard '{name}'{near}"
                     + ("" if folder.is_dir() or glob.has_magic(name) else f": no folder {folder}")
@@ -144,7 +144,7 @@ def scan_shard(path: Path, decode: bool) -> Scan:
             file.seek(entry.offset)
             try:
                 _look_at(entry, file.read(entry.length), decode)
-            except BadSample as error:
+            except SampleError as error:
                 entry.cause = str(error)
     return scan
 
@@ -183,14 +183,14 @@ def _check_record(record: dict[str, Any]) -> None:
     if "token_ids" in record:
         ids, mask = record["token_ids"], record.get("loss_mask")
         if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
-            raise BadSample("loss_mask is not one 0 or 1 for each of token_ids")
+            raise SampleError("loss_mask is not one 0 or 1 for each of token_ids")
         if not any(mask):
-            raise BadSample("empty answer")
+            raise SampleError("empty answer")
         return
     answers = ("chosen", "rejected") if "chosen" in record or "rejected" in record else ("assistant",)
     for name in answers:
         if not isinstance(record.get(name), str) or not record[name].strip():
-            raise BadSample("empty answer")
+            raise SampleError("empty answer")
 
 
 def _listed(path: Path) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 from fovlm.media import decode, tolerant
 from fovlm.prepare.job import Job
 
@@ -19,7 +19,7 @@ def find_video(name: object, job: Job) -> Path:
     """The file of a video by the name in its row, with or without its suffix. Raises BadSample."""
     relative = Path(str(name))
     if relative.is_absolute() or ".." in relative.parts:
-        raise BadSample("the video's path leads out of the folder")
+        raise SampleError("the video's path leads out of the folder")
     for folder in video_folders(job):
         file = folder / relative
         if _is_file(file):
@@ -28,7 +28,7 @@ def find_video(name: object, job: Job) -> Path:
             for suffix in SUFFIXES:
                 if _is_file(with_suffix := file.with_name(file.name + suffix)):
                     return with_suffix
-    raise BadSample(NO_VIDEO)
+    raise SampleError(NO_VIDEO)
 
 
 def _is_file(path: Path) -> bool:
@@ -51,12 +51,12 @@ def video_frames(file: Path, job: Job) -> list[bytes]:
         with open(file, "rb") as data:
             kind = tolerant.kind_of(data)
             if kind is None:
-                raise BadSample("not a video")
+                raise SampleError("not a video")
             seen = tolerant.decode_some(data, kind, job.size, job.most)
     except OSError as error:
-        raise BadSample("unreadable file") from error
+        raise SampleError("unreadable file") from error
     if seen.note:
-        raise BadSample("video cut short or damaged")
+        raise SampleError("video cut short or damaged")
     return jpegs(seen.frames, job)
 
 
@@ -67,20 +67,20 @@ def picture(image: Any, job: Job) -> bytes:
         data = image.get("path")
     if isinstance(data, str):
         if Path(data).is_absolute() or ".." in Path(data).parts or not _is_file(job.folder / data):
-            raise BadSample("no such picture file")
+            raise SampleError("no such picture file")
         try:
             data = (job.folder / data).read_bytes()
         except OSError as error:
-            raise BadSample("unreadable file") from error
+            raise SampleError("unreadable file") from error
     if not data or not isinstance(data, bytes):
-        raise BadSample("no picture")
+        raise SampleError("no picture")
     file = io.BytesIO(data)
     kind = tolerant.kind_of(file)
     if kind not in (*decode.PICTURES.values(), "GIF"):
-        raise BadSample("not a picture")
+        raise SampleError("not a picture")
     seen = tolerant.decode_some(file, kind, job.size, 1)
     if seen.note:
-        raise BadSample("undecodable picture")
+        raise SampleError("undecodable picture")
     return jpegs(seen.frames, job)[0]
 
 

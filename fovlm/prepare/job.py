@@ -49,7 +49,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Source:
+class RawSource:
     """One kind of raw data. `make` turns a row into samples and raises BadSample; it runs in the workers."""
 
     name: str

@@ -25,7 +25,7 @@ from fovlm.data.workers import each
 from fovlm.errors import UserError
 from fovlm.prepare import manifest as books
 from fovlm.prepare.frames import NO_VIDEO, video_folders
-from fovlm.prepare.job import Job, Source
+from fovlm.prepare.job import Job, RawSource
 from fovlm.prepare.manifest import Manifest, Shard
 from fovlm.prepare.registry import source_of
 from fovlm.prepare.shard_plan import Task, plan
@@ -96,7 +96,7 @@ def _without_videos(shard: Shard) -> bool:
     return not shard.samples and set(shard.rejected) == {NO_VIDEO}
 
 
-def _check(job: Job, source: Source) -> None:
+def _check(job: Job, source: RawSource) -> None:
     """What would otherwise fail in every worker, or spoil what is there. Raises UserError."""
     if job.out.resolve() == job.folder.resolve():
         raise UserError(f"{job.out} holds the raw data: take another folder for OUT")
@@ -114,7 +114,7 @@ def _check(job: Job, source: Source) -> None:
         excluded(job.exclude)
 
 
-def _blocks(job: Job, source: Source) -> list[Block]:
+def _blocks(job: Job, source: RawSource) -> list[Block]:
     if source.rows is not None:
         rows = len(all_rows(job.source, job.raw, job.skip_missing))
         return [Block(job.raw, "rows", n, min(LINES, rows - n)) for n in range(0, rows, LINES)]

@@ -1,16 +1,16 @@
 """All sources by name."""
 
-from fovlm.errors import UserError, nearest
-from fovlm.prepare.job import Source
+from fovlm.errors import UserError, did_you_mean
+from fovlm.prepare.job import RawSource
 from fovlm.prepare.sources import benchmarks, cauldron, openvid, rlaif_v, smoltalk, videos, webvid
 
-SOURCES: dict[str, Source] = {
+SOURCES: dict[str, RawSource] = {
     module.SOURCE.name: module.SOURCE for module in (openvid, webvid, cauldron, smoltalk, rlaif_v, videos)
 } | {source.name: source for source in benchmarks.SOURCES}
 
 
-def source_of(name: str) -> Source:
+def source_of(name: str) -> RawSource:
     """Raises UserError naming the sources there are."""
     if name not in SOURCES:
-        raise UserError(f"no source '{name}'{nearest(name, SOURCES)}: there are {', '.join(SOURCES)}, and val")
+        raise UserError(f"no source '{name}'{did_you_mean(name, SOURCES)}: there are {', '.join(SOURCES)}, and val")
     return SOURCES[name]

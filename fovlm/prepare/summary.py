@@ -8,13 +8,13 @@ from rich.table import Column, Table
 
 from fovlm.prepare import manifest as books
 from fovlm.prepare.check import Audit
-from fovlm.prepare.job import Source
+from fovlm.prepare.job import RawSource
 from fovlm.prepare.manifest import Manifest
 
 PROMPTS = {"video": "Describe the video.", "image": "Describe the picture."}  # of samples without a question
 
 
-def tell_manifest(console: Console, out: Path, manifest: Manifest, source: Source | None = None) -> None:
+def print_manifest(console: Console, out: Path, manifest: Manifest, source: RawSource | None = None) -> None:
     """Totals, what was rejected, and the line that declares the source."""
     shards = sorted(name for name, shard in manifest.shards.items() if shard.samples)
     table = Table("shards", "samples", "frames", "MB", "rejected", "hash")
@@ -37,9 +37,9 @@ def tell_manifest(console: Console, out: Path, manifest: Manifest, source: Sourc
         console.print(line, markup=False)
 
 
-def tell_drawn(console: Console, out: Path, manifest: Manifest) -> None:
+def print_holdout(console: Console, out: Path, manifest: Manifest) -> None:
     """What `fovlm prepare val` has drawn, the lines that declare it, and that training must be kept apart from it."""
-    tell_manifest(console, out, manifest)
+    print_manifest(console, out, manifest)
     by_kind: dict[str, list[str]] = {}
     for name in sorted(manifest.shards):
         by_kind.setdefault(name.rpartition("-")[0].rpartition("-")[2], []).append(name)
@@ -64,7 +64,7 @@ def pattern_of(names: list[str]) -> str:
     return f"{stem}-{{{first}..{last}}}.tar" if int(last) - int(first) == len(names) - 1 else f"{stem}-*.tar"
 
 
-def tell_audit(console: Console, found: Audit) -> None:
+def print_check(console: Console, found: Audit) -> None:
     """What there is by source, and what is wrong with it, each cause with an example."""
     good: Counter[tuple[str, str]] = Counter()
     bad: Counter[tuple[str, str]] = Counter()

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 from fovlm.data import chat
 from fovlm.data.shards import write_shard
 from fovlm.data.tables import Row, read_block
@@ -34,9 +34,9 @@ def make_shard(job: Job, task: Task) -> tuple[Shard, Rejected]:
         for file, number, row in _rows(job, task):
             try:
                 if isinstance(row, str):
-                    raise BadSample(row)
+                    raise SampleError(row)
                 made = list(source_of(job.source).make(row, job))
-            except BadSample as error:
+            except SampleError as error:
                 rejected.append({"shard": path.name, "file": file, "row": number, "cause": str(error)})
                 continue
             for turn, one in enumerate(made):
@@ -44,7 +44,7 @@ def make_shard(job: Job, task: Task) -> tuple[Shard, Rejected]:
                 try:
                     yield _finished(key, one, job)
                     counts.update(samples=1, frames=len(one.pictures))
-                except BadSample as error:
+                except SampleError as error:
                     where = {"file": file, "row": number} | ({"turn": turn} if len(made) > 1 else {})
                     rejected.append({"shard": path.name, **where, "cause": str(error)})
 
@@ -92,15 +92,15 @@ def _finished(key: str, made: Made, job: Job) -> dict[str, Any]:
     record = dict(made.record)
     answers = [name for name in ("assistant", "chosen", "rejected") if name in record]
     if not all(record[name].strip() for name in answers):
-        raise BadSample("empty answer")
+        raise SampleError("empty answer")
     if any("\ud800" <= letter <= "\udfff" for name in ("user", *answers) for letter in record[name]):
-        raise BadSample("text is not Unicode")
+        raise SampleError("text is not Unicode")
     if not made.pictures and not record["user"].strip():
-        raise BadSample("no question")
+        raise SampleError("no question")
     if job.exclude is not None:
         whole, looks = fingerprints(record, made.pictures)
         if whole in (taken := excluded(job.exclude)) or looks in taken:
-            raise BadSample("in the evaluation set")
+            raise SampleError("in the evaluation set")
     if job.tokenize:
         record |= TOKENIZE[job.tokenize](record, _tokenizer(job.tokenizer), job.prompt)
     if made.still:

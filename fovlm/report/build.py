@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fovlm.report import figures, tables
-from fovlm.report.collect import PICTURES, Evidence, Run, collect
+from fovlm.report.collect import PICTURES, Evidence, RunRecord, collect
 from fovlm.report.document import Block, Bold, Figure, Heading, Points, Table, Text, markdown, page
 from fovlm.report.grid import ARCHS, LAW_RULE, OPTIMUM_RULE, TREND_RULE, Grid, grid, law_text, optimum_text, trend_text
 from fovlm.report.questions import BASELINE, NAMES, Answer, answers
@@ -72,7 +72,7 @@ def _summary(evidence: Evidence, found: list[Answer], cells: Grid | None, unaske
     return blocks + ([Text("Not asked, for want of finished runs: " + "; ".join(unasked) + ".")] if unasked else [])
 
 
-def _limits(runs: Sequence[Run]) -> list[str]:
+def _limits(runs: Sequence[RunRecord]) -> list[str]:
     """What a reader must know before taking an answer further than the runs go."""
     told = []
     fresh = [run for run in runs if isinstance(run.experiment.model.llm, dict) and not run.experiment.model.init_from]
@@ -253,6 +253,6 @@ def _seeing(evidence: Evidence) -> float | None:
 
 def _fact(evidence: Evidence, key: str) -> float | None:
     """A fact that all summaries agree on, among the runs that are compared with the baseline."""
-    runs: list[Run] = [run for run in evidence.runs if run.role and run.role not in PICTURES]
+    runs: list[RunRecord] = [run for run in evidence.runs if run.role and run.role not in PICTURES]
     values = {float(run.summary[key]) for run in runs if key in run.summary}
     return values.pop() if len(values) == 1 else None

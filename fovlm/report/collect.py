@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from fovlm.config import schema
 from fovlm.config.schema import Experiment
-from fovlm.errors import UserError, nearest
+from fovlm.errors import UserError, did_you_mean
 from fovlm.estimate import flops
 from fovlm.estimate.shapes import geometry, parameters
 from fovlm.sweep import select
@@ -48,7 +48,7 @@ PICTURES = ("A8a", "A8b")  # on picture data, with a validation set of their own
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """A finished run. `role` is one of ROLES, "" for a run of a grid or of no known role; `label` names its side."""
 
     name: str
@@ -125,15 +125,15 @@ class Run:
 class Evidence:
     """What was given: runs to compare, and what was left out and why."""
 
-    runs: list[Run]
+    runs: list[RunRecord]
     left_out: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
 
-    def side(self, role: str) -> list[Run]:
+    def side(self, role: str) -> list[RunRecord]:
         """The runs of a role by seed."""
         return sorted((run for run in self.runs if run.role == role), key=lambda run: run.seed)
 
     @property
-    def cells(self) -> list[Run]:
+    def cells(self) -> list[RunRecord]:
         return [run for run in self.runs if run.is_cell]
 
 
@@ -149,7 +149,7 @@ def collect(words: Iterable[str]) -> Evidence:
     runs, left_out = [], []
     for folder in found:
         run = _read(folder)
-        if isinstance(run, Run):
+        if isinstance(run, RunRecord):
             runs.append(run)
         else:
             left_out.append((folder.name, run))
@@ -190,7 +190,7 @@ def _folders(word: str) -> list[Path]:
         names = [name for _, name in select.select([word])]
     except UserError as error:
         known = [p.parent.name for p in schema.run_root().glob("*/experiment.yaml")]
-        where = f"here or in {schema.run_root()}{nearest(word, known)}"
+        where = f"here or in {schema.run_root()}{did_you_mean(word, known)}"
         raise UserError(f"no run folder '{word}' {where}; {error}") from None
     inside = [p for name in names for p in _with_seeds(name)]
     if not inside:
@@ -203,7 +203,7 @@ def _with_seeds(name: str) -> list[Path]:
     return [folder for folder in found if SEED.sub("", folder.name) == name]
 
 
-def _read(folder: Path) -> "Run | str":
+def _read(folder: Path) -> "RunRecord | str":
     """A finished run, or why it is left out."""
     try:
         experiment = Experiment.parse((folder / "experiment.yaml").read_text(encoding="utf-8"))
@@ -221,10 +221,12 @@ def _read(folder: Path) -> "Run | str":
     if last in ROLES:
         if not ROLES[last](experiment):
             return f"its settings are not those of {last}"
-        return Run(experiment.name, folder, experiment, summary, rows, group + dash, last)
+        return RunRecord(experiment.name, folder, experiment, summary, rows, group + dash, last)
     cell = CELL.match(name)
     if cell and cell["arch"] == ARCH[experiment.model.visual]:
-        return Run(experiment.name, folder, experiment, summary, rows, cell["group"], "", cell["size"], cell["budget"])
+        return RunRecord(
+            experiment.name, folder, experiment, summary, rows, cell["group"], "", cell["size"], cell["budget"]
+        )
     if cell:
         return f"its name says architecture {cell['arch']}, its settings {ARCH[experiment.model.visual]}"
     return "is neither an ablation nor a run of a grid: no comparison asks for it"
@@ -240,9 +242,9 @@ def _rows(file: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if math.isfinite(v)} for row in numbers]
 
 
-def _once(runs: list[Run]) -> tuple[list[Run], list[tuple[str, str]]]:
+def _once(runs: list[RunRecord]) -> tuple[list[RunRecord], list[tuple[str, str]]]:
     """Each side has each seed once: a copy is no further evidence."""
-    kept: dict[tuple[str, str, str, str, str, int], Run] = {}
+    kept: dict[tuple[str, str, str, str, str, int], RunRecord] = {}
     twice = []
     for run in runs:
         key = (run.group, run.role, run.size, run.budget, run.arch, run.seed)
@@ -253,7 +255,7 @@ def _once(runs: list[Run]) -> tuple[list[Run], list[tuple[str, str]]]:
     return list(kept.values()), twice
 
 
-def _same(runs: list[Run]) -> None:
+def _same(runs: list[RunRecord]) -> None:
     """Raises UserError unless all are of one group and were scored on one validation set."""
     sets = _by(runs, lambda run: f"{'+'.join(run.experiment.data.val)} {run.val_set}")
     if len(sets) > 1:
@@ -265,13 +267,13 @@ def _same(runs: list[Run]) -> None:
         raise UserError(f"runs of different groups can't be compared: {told}; report on them apart")
 
 
-def _order(run: Run) -> tuple[bool, int, float, str, str, int]:
+def _order(run: RunRecord) -> tuple[bool, int, float, str, str, int]:
     """Ablations in their order, then cells by size, budget and architecture; each by seed."""
     role = list(ROLES).index(run.role) if run.role else 0
     return run.is_cell, role, run.parameters if run.is_cell else 0, run.budget, run.arch, run.seed
 
 
-def _by(runs: list[Run], key: Callable[[Run], str]) -> dict[str, list[str]]:
+def _by(runs: list[RunRecord], key: Callable[[RunRecord], str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for run in runs:
         found.setdefault(key(run), []).append(run.name)

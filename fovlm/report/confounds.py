@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from typing import Any
 
-from fovlm.config.schema import HOW, Experiment
-from fovlm.report.collect import Evidence, Run
+from fovlm.config.schema import NOT_HASHED, Experiment
+from fovlm.report.collect import Evidence, RunRecord
 
 # Settings that are no difference between sides: seeds, and how a run is carried out (`config.HOW`).
 APART_FROM = {"name", "note", "seeds", "journal", "train.seed", "engine"}
-APART_FROM |= {f"{section}.{key}" for section, keys in HOW.items() for key in keys}
+APART_FROM |= {f"{section}.{key}" for section, keys in NOT_HASHED.items() for key in keys}
 SIZE = ("model.llm", "model.dino", "model.query_dim")  # these and the next two are what the words of a cell say
 BUDGET, ARCH = "train.flops", "model.visual"
 LENGTH = ("train.samples", "train.steps", BUDGET)
@@ -44,7 +44,7 @@ def confounds(evidence: Evidence, roles: Sequence[str], varies: Sequence[str]) -
     return "; ".join(said)
 
 
-def grid_faults(cells: Sequence[Run]) -> str:
+def grid_faults(cells: Sequence[RunRecord]) -> str:
     """Why runs of a grid are not what the sizes, budgets and architectures of their names say; "" when they are.
 
     A budget is one `train.flops` and a size one pair of backbones, each different from the others; nothing else may
@@ -69,17 +69,17 @@ def grid_faults(cells: Sequence[Run]) -> str:
     return "; ".join(said)
 
 
-def is_scaled(run: Run, cell: Run) -> bool:
+def is_scaled(run: RunRecord, cell: RunRecord) -> bool:
     """Whether a run outside of a grid is like its cells in all but size, length and architecture, data included."""
     paths = differing(run.experiment, cell.experiment)
     return not _outside(paths, (*SIZE, *LENGTH, ARCH)) and not _of_many_data([run, cell])
 
 
-def _backbones(run: Run) -> tuple[Any, ...]:
+def _backbones(run: RunRecord) -> tuple[Any, ...]:
     return run.experiment.model.llm, run.experiment.model.dino, run.experiment.model.query_dim
 
 
-def _paths(runs: Sequence[Run]) -> list[str]:
+def _paths(runs: Sequence[RunRecord]) -> list[str]:
     """Key paths in which any of the runs differs from the first."""
     return sorted({path for run in runs for path in differing(runs[0].experiment, run.experiment)})
 
@@ -89,11 +89,13 @@ def _outside(paths: Iterable[str], parts: Iterable[str]) -> list[str]:
     return [path for path in paths if not any(path == part or path.startswith(part + ".") for part in parts)]
 
 
-def _of_many_data(runs: Sequence[Run]) -> bool:
+def _of_many_data(runs: Sequence[RunRecord]) -> bool:
     return len({run.summary.get("data_hash") for run in runs}) > 1
 
 
-def _grouped(runs: Sequence[Run], key: Callable[[Run], str], of: Callable[[Run], Any]) -> dict[str, list[Any]]:
+def _grouped(
+    runs: Sequence[RunRecord], key: Callable[[RunRecord], str], of: Callable[[RunRecord], Any]
+) -> dict[str, list[Any]]:
     """For each key the different values that its runs have."""
     found: dict[str, list[Any]] = {}
     for run in runs:

@@ -17,7 +17,7 @@ matplotlib.use("Agg")  # draws into files; needs no screen
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from fovlm.report.collect import Evidence, Run
+from fovlm.report.collect import Evidence, RunRecord
 from fovlm.report.grid import ARCHS, Grid
 from fovlm.report.questions import NAMES
 
@@ -216,7 +216,7 @@ def _band(axis: Axes, curves: list[list[tuple[float, float]]], colour: str, mark
         axis.fill_between(x, [min(ys) for _, ys in rows], [max(ys) for _, ys in rows], color=colour, alpha=0.18, lw=0)
 
 
-def _by_flops(run: Run) -> list[tuple[float, float]]:
+def _by_flops(run: RunRecord) -> list[tuple[float, float]]:
     return [(samples * run.flops_per_sample, loss) for samples, loss in run.curve("val_loss")]
 
 

@@ -8,7 +8,7 @@ import math
 import statistics
 from dataclasses import dataclass, field
 
-from fovlm.report.collect import Evidence, Run
+from fovlm.report.collect import Evidence, RunRecord
 from fovlm.report.confounds import confounds, grid_faults, is_scaled
 from fovlm.report.scaling_law import FEW, NORMAL, STEEPEST, Fit, Optimum, cost_of_size, fit_law, parabola, student
 from fovlm.report.statistics import LEVEL, Difference
@@ -107,7 +107,7 @@ class Grid:
 
 def grid(evidence: Evidence, draws: int = 200) -> Grid | None:
     """Fit all that the cells allow; None without cells."""
-    by_cell: dict[tuple[str, str, str], list[Run]] = {}
+    by_cell: dict[tuple[str, str, str], list[RunRecord]] = {}
     for run in evidence.cells:
         by_cell.setdefault((run.size, run.budget, run.arch), []).append(run)
     if not by_cell:
@@ -201,7 +201,7 @@ def trend_text(found: Grid, floor: float | None = None) -> str:
     return f"{gaining} with scale: {told}. {count}"
 
 
-def _cell(size: str, budget: str, arch: str, runs: list[Run]) -> Cell:
+def _cell(size: str, budget: str, arch: str, runs: list[RunRecord]) -> Cell:
     mean = statistics.fmean
     return Cell(
         size, budget, arch, float(runs[0].parameters), mean(run.samples for run in runs),
@@ -209,7 +209,7 @@ def _cell(size: str, budget: str, arch: str, runs: list[Run]) -> Cell:
     )  # fmt: skip
 
 
-def _noise(groups: list[list[Run]], evidence: Evidence) -> tuple[float | None, str, int]:
+def _noise(groups: list[list[RunRecord]], evidence: Evidence) -> tuple[float | None, str, int]:
     """(seed spread of log loss, whose, degrees of freedom): of the cells together, else of a baseline like them."""
     base = evidence.side("LR1")
     if confounds(evidence, ("LR1",), ()) or not all(is_scaled(run, groups[0][0]) for run in base):

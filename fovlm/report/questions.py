@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from fovlm.report.collect import Evidence, Run
+from fovlm.report.collect import Evidence, RunRecord
 from fovlm.report.confounds import confounds
 from fovlm.report.statistics import (
     LEVEL,
@@ -128,7 +128,7 @@ def side(evidence: Evidence, role: str) -> Side:
     return Side(role, tuple(run.loss for run in evidence.side(role)))
 
 
-def loss_at(run: Run, flops: float) -> float | None:
+def loss_at(run: RunRecord, flops: float) -> float | None:
     """Validation loss at a number of FLOPs: between validations linear in log FLOPs; None before the first or beyond
     the last."""
     points = [(math.log(samples * run.flops_per_sample), loss) for samples, loss in run.curve("val_loss")]

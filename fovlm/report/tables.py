@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fovlm.report.collect import Evidence, Run
+from fovlm.report.collect import Evidence, RunRecord
 from fovlm.report.grid import Grid
 from fovlm.report.questions import Answer
 from fovlm.report.scaling_law import Fit
@@ -72,7 +72,7 @@ def parts(fit: Fit) -> dict[str, tuple[float, tuple[float, float]]]:
     return {name: (value, fit.intervals[name]) for name, value in values.items() if value is not None}
 
 
-def overview(runs: Sequence[Run]) -> tuple[Sequence[str], Sequence[tuple[str, ...]]]:
+def overview(runs: Sequence[RunRecord]) -> tuple[Sequence[str], Sequence[tuple[str, ...]]]:
     """Head and rows of the table of all runs."""
     head = ("run", "what it asks", "seed", "val loss", "parameters", "samples", "FLOPs", "minutes")
     rows = [

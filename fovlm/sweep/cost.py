@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from fovlm.data.packing import Size
-from fovlm.estimate.dry_run import aligned, length, metric, sizes_at_hand
+from fovlm.data.packing import PackSize
+from fovlm.estimate.dry_run import aligned, known_sizes, length, metric
 from fovlm.estimate.shapes import geometry
 from fovlm.sweep.progress import span
-from fovlm.sweep.select import Planned, standing
+from fovlm.sweep.select import PlannedRun, run_status
 from fovlm.sweep.table import rows_of, size_of
 
 
@@ -32,8 +32,8 @@ class Speed:
 class Estimate:
     """What is left to do of a run. `why_at_most`: why samples are taken to be as large as they may be, or ""."""
 
-    run: Planned
-    standing: str
+    run: PlannedRun
+    status: str
     samples: float
     flops: float
     why_at_most: str
@@ -51,32 +51,32 @@ class Estimate:
 
 
 def estimates(
-    planned: Iterable[Planned], table: Mapping[str, Mapping[str, str]], ranks: int, on_gpu: bool, given: float | None
+    planned: Iterable[PlannedRun], table: Mapping[str, Mapping[str, str]], ranks: int, on_gpu: bool, given: float | None
 ) -> list[Estimate]:
     """What is left to do, for `ranks` ranks a run. `table` is runs.csv, `given` a speed instead: FLOP/s of a rank.
 
     Raises UserError for models whose shapes only the hub knows.
     """
-    known: dict[str, tuple[list[Size], str]] = {}  # runs that share their data share the sizes
+    known: dict[str, tuple[list[PackSize], str]] = {}  # runs that share their data share the sizes
     found = []
     for run in planned:
         key = run.experiment.model_dump_json(include={"data": True, "model": {"prompt", "llm", "tokenizer"}})
         if key not in known:
-            known[key] = sizes_at_hand(run.experiment)
+            known[key] = known_sizes(run.experiment)
         sizes, why_not = known[key]
         long = length(run.experiment, geometry(run.experiment.model), sizes)
-        how = standing(run)
+        how = run_status(run)
         left = {"finished": 0.0, "begun": 1.0 - _progress(run)}.get(how, 1.0)
         speed = Speed(given) if given else _measured(run, table, on_gpu)
         found.append(Estimate(run, how, long.samples * left, long.flops * left, why_not, speed, ranks))
     return found
 
 
-def _progress(run: Planned) -> float:
+def _progress(run: PlannedRun) -> float:
     return next((float(row["progress"]) for row in reversed(rows_of(run.folder)) if row.get("progress")), 0.0)
 
 
-def _measured(run: Planned, table: Mapping[str, Mapping[str, str]], on_gpu: bool) -> Speed | None:
+def _measured(run: PlannedRun, table: Mapping[str, Mapping[str, str]], on_gpu: bool) -> Speed | None:
     """The median speed of finished runs like this one, on the same kind of device."""
     size, visual = size_of(run.experiment), run.experiment.model.visual
     alike = [
@@ -99,7 +99,7 @@ def describe(found: list[Estimate], slots: int, price: float | None, on_gpu: boo
     """
     hours = "GPU hours" if on_gpu else "process hours"
     head = ["run", "is", "samples", "FLOPs", "time", hours, *(["cost"] if price is not None else [])]
-    to_do = [e for e in found if e.standing != "finished"]
+    to_do = [e for e in found if e.status != "finished"]
     time = _side_by_side([e.seconds for e in to_do], slots)
     samples, flops = sum(e.samples for e in to_do), sum(e.flops for e in to_do)
     everything = _cells(samples, flops, time, _sum([e.rank_seconds for e in to_do]), price)
@@ -124,7 +124,7 @@ def describe(found: list[Estimate], slots: int, price: float | None, on_gpu: boo
 
 
 def _row(e: Estimate, price: float | None) -> list[str]:
-    return [e.run.name, e.standing, *_cells(e.samples, e.flops, e.seconds, e.rank_seconds, price)]
+    return [e.run.name, e.status, *_cells(e.samples, e.flops, e.seconds, e.rank_seconds, price)]
 
 
 def _cells(

@@ -6,14 +6,14 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from fovlm.sweep.select import Planned
+from fovlm.sweep.select import PlannedRun
 from fovlm.sweep.table import rows_of
 from fovlm.train.logger import SHOWN
 
 PLAIN = 10  # lines in the life of a run, where there is no bar
 
 
-class Watch:
+class SweepProgress:
     """`total` runs are to be done. Use as a context manager; call `look` now and then."""
 
     def __init__(self, total: int, out: TextIO | None = None):
@@ -33,21 +33,21 @@ class Watch:
         """A line that stays."""
         self.console.print(text, markup=False)
 
-    def starts(self, run: Planned, where: str, goes_on: bool) -> None:
+    def starts(self, run: PlannedRun, where: str, goes_on: bool) -> None:
         self.tenths[run.name] = int(self._read(run)[0] * PLAIN) if goes_on else 0
         if self.progress is not None:
             self.tasks[run.name] = self.progress.add_task(run.name, total=1.0, shown="starting")
         else:
             self.say(f"{run.name} {'goes on' if goes_on else 'starts'}{where}")
 
-    def ends(self, run: Planned, text: str) -> None:
+    def ends(self, run: PlannedRun, text: str) -> None:
         """A run is over, or need not be done: `text` says how."""
         self.ended += 1
         if self.progress is not None and run.name in self.tasks:
             self.progress.remove_task(self.tasks.pop(run.name))
         self.say(f"[{self.ended}/{self.total}] {run.name}: {text}")
 
-    def look(self, running: list[Planned]) -> None:
+    def look(self, running: list[PlannedRun]) -> None:
         """Read how far each running run is, and show it."""
         done = float(self.ended)
         for run in running:
@@ -62,7 +62,7 @@ class Watch:
             self.progress.update(self.all, completed=done, shown=f"{self.ended} of {self.total} runs")
             self.progress.refresh()
 
-    def _read(self, run: Planned) -> tuple[float, str]:
+    def _read(self, run: PlannedRun) -> tuple[float, str]:
         rows = rows_of(run.folder)
         if not rows:
             return 0.0, ""
@@ -71,7 +71,7 @@ class Watch:
         share = next((float(row["progress"]) for row in reversed(rows) if row.get("progress")), 0.0)
         return share, shown
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "SweepProgress":
         if self.progress is not None:
             self.progress.start()
         return self

@@ -23,8 +23,8 @@ from fovlm.config.experiments import ROOT
 from fovlm.config.schema import run_root
 from fovlm.errors import EXIT_STOPPED, UserError
 from fovlm.sweep import table
-from fovlm.sweep.progress import Watch, span
-from fovlm.sweep.select import Planned, standing, summary_of
+from fovlm.sweep.progress import SweepProgress, span
+from fovlm.sweep.select import PlannedRun, run_status, summary_of
 
 LAUNCH = ROOT / "launch.sh"
 LOG = "launch.log"  # in the run folder: all that launch.sh and the run printed
@@ -78,7 +78,7 @@ def _threads(number: int) -> dict[str, str]:
 class Child:
     """A run that goes on."""
 
-    run: Planned
+    run: PlannedRun
     slot: int
     process: subprocess.Popen[bytes]
     log: IO[bytes]
@@ -86,10 +86,10 @@ class Child:
     began: float
 
 
-class Many:
+class SweepRunner:
     """Does the runs in their order, each in the first free slot, after those it starts from (`model.init_from`)."""
 
-    def __init__(self, planned: list[Planned], slots: list[Slot], watch: Watch, launch: Path = LAUNCH):
+    def __init__(self, planned: list[PlannedRun], slots: list[Slot], watch: SweepProgress, launch: Path = LAUNCH):
         self.waiting, self.slots, self.watch, self.launch = list(planned), slots, watch, launch
         self.children: list[Child] = []
         self.results: dict[str, str] = {}  # name -> finished, stopped, failed, changed, blocked or busy
@@ -121,7 +121,7 @@ class Many:
         table.read(run_root())  # while nothing runs that it would end
         rows = {}
         for run in list(self.waiting):
-            how = standing(run)
+            how = run_status(run)
             if how == "changed" and again:
                 _move_away(run.folder)
             elif how == "changed":
@@ -133,7 +133,7 @@ class Many:
         if rows:
             table.write(run_root(), rows)
 
-    def _leave(self, run: Planned, result: str, said: str) -> None:
+    def _leave(self, run: PlannedRun, result: str, said: str) -> None:
         self.waiting.remove(run)
         self.results[run.name] = result
         self.watch.ends(run, said)
@@ -152,7 +152,7 @@ class Many:
                 if self._start(run, slot):
                     break
 
-    def _start(self, run: Planned, slot: int) -> bool:
+    def _start(self, run: PlannedRun, slot: int) -> bool:
         run.folder.mkdir(parents=True, exist_ok=True)
         log = (run.folder / LOG).open("ab")
         try:
@@ -162,7 +162,7 @@ class Many:
             log.close()
             self._leave(run, "busy", "another `fovlm run` is at it already")
             return False
-        goes_on = standing(run) == "begun"
+        goes_on = run_status(run) == "begun"
         place, port = self.slots[slot], _free_port({c.port for c in self.children})
         env = {key: value for key, value in os.environ.items() if key not in place.without} | dict(place.env)
         env |= {"MASTER_PORT": str(port), "FOVLM_PYTHON": os.environ.get("FOVLM_PYTHON", sys.executable)}
@@ -212,7 +212,7 @@ class Many:
                 os.killpg(child.process.pid, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
-def exit_status(results: Mapping[str, str], planned: list[Planned], say: Callable[[str], None]) -> int:
+def exit_status(results: Mapping[str, str], planned: list[PlannedRun], say: Callable[[str], None]) -> int:
     """Tell how it went in all; 0 when all are finished, 75 when a signal stopped it, else 1."""
     by_result: dict[str, list[str]] = {}
     for run in planned:

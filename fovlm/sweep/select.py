@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from fovlm.config import experiments, schema
 from fovlm.config.schema import Experiment
-from fovlm.errors import UserError, nearest
+from fovlm.errors import UserError, did_you_mean
 
 # new: nothing to go on from; begun: a checkpoint, or something else that the run itself judges; changed: what is there
 # was made under other settings.
@@ -25,7 +25,7 @@ FEW = 12  # names in a message
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """One run to be done: `words` are what launch.sh is given, the experiment's name and overrides."""
 
     name: str
@@ -54,7 +54,7 @@ def select(patterns: Iterable[str], only: str = "", folder: Path = experiments.E
     if not kept:
         names = [name for _, name in dict.fromkeys(found)]
         told = ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
-        raise UserError(f"--filter {only}: none of {told}{nearest(only, names)}")
+        raise UserError(f"--filter {only}: none of {told}{did_you_mean(only, names)}")
     return kept
 
 
@@ -65,14 +65,16 @@ def _matches(pattern: str, groups: dict[str, list[str]], everything: list[tuple[
         wanted = [pair for pair in everything if pair[1] == pattern]
         wanted = wanted or [pair for pair in everything if fnmatchcase(pair[1], pattern) or pair[0] == pattern]
         if not wanted:
-            raise UserError(f"no run or group is called '{pattern}'{nearest(pattern, [*names, *groups])}")
+            raise UserError(f"no run or group is called '{pattern}'{did_you_mean(pattern, [*names, *groups])}")
         return wanted
     inside = [pair for pair in everything if fnmatchcase(pair[0], group)]
     if not inside:
-        raise UserError(f"'{pattern}': no file experiments/{group}.yaml{nearest(group, groups)}")
+        raise UserError(f"'{pattern}': no file experiments/{group}.yaml{did_you_mean(group, groups)}")
     wanted = [pair for pair in inside if fnmatchcase(pair[1], name or "*")]
     if not wanted:
-        raise UserError(f"'{pattern}': no such run in experiments/{group}.yaml{nearest(name, [n for _, n in inside])}")
+        raise UserError(
+            f"'{pattern}': no such run in experiments/{group}.yaml{did_you_mean(name, [n for _, n in inside])}"
+        )
     return wanted
 
 
@@ -81,7 +83,7 @@ def plan(
     overrides: list[str],
     seeds: int | None = None,
     folder: Path = experiments.EXPERIMENTS,
-) -> list[Planned]:
+) -> list[PlannedRun]:
     """The runs with their settings, then those once more that are to be repeated, as often as each one's file says.
 
     `seeds` repeats all of them so often instead. Repeat number s of NAME is called NAME-s1, NAME-s2 ... and has
@@ -102,7 +104,7 @@ def plan(
             if repeat:
                 words += [f"name={experiment.name}-s{repeat}", f"train.seed={experiment.train.seed + repeat}"]
                 experiment = schema.load(name, words[1:], folder)
-            planned.append(Planned(experiment.name, group, tuple(words), experiment))
+            planned.append(PlannedRun(experiment.name, group, tuple(words), experiment))
     names = [run.name for run in planned]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two runs would be called {twice}")
@@ -120,7 +122,7 @@ def _refuse_circles(starts_from: dict[str, str | None]) -> None:
             raise UserError(f"model.init_from goes in a circle: {told}; one of them has to start without another")
 
 
-def standing(run: Planned) -> Standing:
+def run_status(run: PlannedRun) -> Standing:
     """How the run stands, by what is in its folder."""
     summary, was = summary_of(run.folder), recorded_hash(run.folder)
     finished = summary.get("status") == "finished"

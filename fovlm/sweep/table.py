@@ -13,7 +13,7 @@ from typing import Any
 
 from fovlm.config.schema import Experiment
 from fovlm.errors import UserError
-from fovlm.sweep.select import Planned, summary_of
+from fovlm.sweep.select import PlannedRun, summary_of
 
 FILE = "runs.csv"
 # In this order; the losses of each way of looking, and by source, come behind as they are met.
@@ -53,7 +53,7 @@ def write(root: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
         partial.replace(root / FILE)
 
 
-def row_of(run: Planned, status: str, **known: Any) -> dict[str, Any]:
+def row_of(run: PlannedRun, status: str, **known: Any) -> dict[str, Any]:
     """The row of a run as its folder tells it. `known` are further columns."""
     summary, metrics = summary_of(run.folder), rows_of(run.folder)
     last = metrics[-1] if metrics else {}

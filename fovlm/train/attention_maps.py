@@ -19,10 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fovlm.data.chat import SYSTEM
 from fovlm.data.dataset import Dataset
-from fovlm.data.packing import Batch, Sample, Size, collate, fill_step
+from fovlm.data.packing import Batch, PackSize, Sample, collate, pack_samples
 from fovlm.media import decode
 from fovlm.model.modeling import FoveatedVLM
-from fovlm.viz.heatmap import maps, paint
+from fovlm.viz.heatmap import draw_heatmap, maps
 
 matplotlib.use("Agg")  # draws into files; needs no screen
 
@@ -49,11 +49,11 @@ def watched(val_set: Dataset, clips: int = CLIPS) -> list[Sample]:
     return list(found.values())
 
 
-def packs(samples: list[Sample], budget: Size) -> list[Batch]:
+def packs(samples: list[Sample], budget: PackSize) -> list[Batch]:
     """The samples in packs of the run's own shape, for which its model is compiled and has the memory."""
     batches, left = [], samples
     while left:
-        _, taken = fill_step((sample.size for sample in left), 1, budget)
+        _, taken = pack_samples((sample.size for sample in left), 1, budget)
         batches.append(collate(left[:taken], budget, left[0].frames.shape[-1]))
         left = left[taken:]
     return batches
@@ -62,7 +62,7 @@ def packs(samples: list[Sample], budget: Size) -> list[Batch]:
 def save_maps(
     model: FoveatedVLM,
     samples: list[Sample],
-    budget: Size,
+    budget: PackSize,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     step: int,
@@ -123,7 +123,7 @@ def _draw(weights: dict[str, list[torch.Tensor]], frames: list[torch.Tensor], te
         # One picture for a whole clip: an axis for each frame takes seconds.
         picture = np.full((high, wide, 3), 255, np.uint8)
         for row, w in enumerate(weights.values()):
-            for column, painted in enumerate(paint(frames[number], maps(w[number]), size)):
+            for column, painted in enumerate(draw_heatmap(frames[number], maps(w[number]), size)):
                 top, left = row * (size + GAP), column * (size + GAP)
                 picture[top : top + size, left : left + size] = painted
         axis.imshow(picture, interpolation="antialiased")

@@ -31,10 +31,10 @@ from torch import Tensor
 
 from fovlm import distributed
 from fovlm.checkpoint import store
-from fovlm.checkpoint.reference import Probe, Question
+from fovlm.checkpoint.reference import ReferenceBatch, ReferenceOutputs
 from fovlm.checkpoint.store import ENGINE
 from fovlm.checkpoint.zero_reader import ZeroWeights
-from fovlm.config.schema import Optim, run_root
+from fovlm.config.schema import OptimSettings, run_root
 from fovlm.data.packing import Batch
 from fovlm.errors import UserError
 from fovlm.model.modeling import FoveatedVLM, check_report
@@ -60,7 +60,7 @@ def start() -> torch.device:
 
 
 @dataclass
-class Step:
+class StepResult:
     """What one optimizer step did, the same on every rank."""
 
     loss: float  # mean over the weighted tokens (or pairs) of the global batch
@@ -80,7 +80,7 @@ class Engine:
     def __init__(
         self,
         model: FoveatedVLM,
-        optim: Optim,
+        optim: OptimSettings,
         config: dict[str, Any],
         device: torch.device,
         reference: FoveatedVLM | None = None,
@@ -117,7 +117,9 @@ class Engine:
         with torch.no_grad():
             batch = batch.to(self.device)
             nll, weight = self.nll(batch, visual="coarse"), text_weight(batch)
-            loss, weight = distributed.total([float(text_loss(nll, batch).total), float(weight)], self.device).tolist()
+            loss, weight = distributed.sum_over_ranks(
+                [float(text_loss(nll, batch).total), float(weight)], self.device
+            ).tolist()
         return loss / max(weight, 1e-9)
 
     def set_rates(self, rates: dict[str, float]) -> None:
@@ -125,7 +127,7 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rates[group["name"]]
 
-    def step(self, batches: list[Batch]) -> Step:
+    def step(self, batches: list[Batch]) -> StepResult:
         """One optimizer step over this rank's packs, as many as there are accumulation steps.
 
         The gradient is that of the mean over all weighted tokens of the global batch. DeepSpeed divides by the
@@ -136,7 +138,7 @@ class Engine:
             raise ValueError(f"{len(batches)} packs for {self.accumulation} accumulation steps")
         self.deepspeed.train()
         weights = [self._weight(batch) for batch in batches]
-        total = max(float(distributed.total([float(sum(weights))], self.device)), 1e-9)
+        total = max(float(distributed.sum_over_ranks([float(sum(weights))], self.device)), 1e-9)
         scale = distributed.world() * self.accumulation / total
         losses = []
         for batch in batches:
@@ -152,12 +154,14 @@ class Engine:
         # DeepSpeed skips a step whose gradient norm is not finite, the same on every rank, without a word.
         applied = self.deepspeed.was_step_applied()
         norm = self.deepspeed.get_global_grad_norm()
-        first, first_weight, *summed = distributed.total(
+        first, first_weight, *summed = distributed.sum_over_ranks(
             [float(losses[0]["loss"]), float(weights[0]), *sums.values()], self.device
         ).tolist()
         parts = {name: value / total for name, value in zip(sums, summed, strict=True)}
         finite = applied and math.isfinite(parts["loss"])
-        return Step(parts.pop("loss"), first / max(first_weight, 1e-9), float(norm or 0.0), total, not finite, parts)
+        return StepResult(
+            parts.pop("loss"), first / max(first_weight, 1e-9), float(norm or 0.0), total, not finite, parts
+        )
 
     def _weight(self, batch: Batch) -> Tensor:
         return pair_weight(batch) if self.reference is not None else text_weight(batch)
@@ -185,16 +189,16 @@ class Engine:
         state: store.State,
         experiment: str,
         best: bool,
-        probe: Question | None = None,
+        probe: ReferenceBatch | None = None,
     ) -> Path:
         """Write a checkpoint together with all ranks; see `checkpoint.py` for the order of things.
 
         The nll of `probe` goes with it, for a conversion to be held against. Raises UserError, on every rank and
         before anything is written, when the disk cannot hold it.
         """
-        distributed.all_at_once(lambda: checkpoints.need_room(self.checkpoint_bytes()))
+        distributed.collective_call(lambda: checkpoints.need_room(self.checkpoint_bytes()))
         name = f"step-{state.step:08d}"
-        staging = Path(distributed.from_first(str(checkpoints.staging(name)) if distributed.rank() == 0 else ""))
+        staging = Path(distributed.broadcast(str(checkpoints.staging(name)) if distributed.rank() == 0 else ""))
         self.deepspeed.save_checkpoint(
             str(staging), tag=ENGINE, client_state={"iteration": state.step}, save_latest=False
         )
@@ -212,10 +216,10 @@ class Engine:
         if distributed.rank() == 0:
             manifest = {name: entry for part in sealed for name, entry in part.items()}
             final = checkpoints.publish(staging, manifest, state, best)
-        return Path(distributed.from_first(str(final)))
+        return Path(distributed.broadcast(str(final)))
 
     @torch.no_grad()
-    def _ask(self, probe: Question) -> Probe:
+    def _ask(self, probe: ReferenceBatch) -> ReferenceOutputs:
         self.deepspeed.eval()
         return probe.answered(self.nll(probe.batch.to(self.device)), self.dtype)
 

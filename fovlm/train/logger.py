@@ -47,7 +47,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "triton", "webdataset", "wandb
 Row = Mapping[str, float]
 
 
-class Journal:
+class Logger:
     """Opens the run folder and goes on after `step`. Use as a context manager, or call `close`.
 
     `steps` is the whole length of the run, `data_hash` names the data of the run in the summary.
@@ -135,7 +135,7 @@ class Journal:
             )
             self.wandb.finish(exit_code=0 if status == "finished" else 1)
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "Logger":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

@@ -10,16 +10,16 @@ Every schedule starts with a linear warm-up over the first `warmup` share of the
 
 import math
 
-from fovlm.config.schema import Optim
+from fovlm.config.schema import OptimSettings
 
 
-def rates(optim: Optim, progress: float) -> dict[str, float]:
+def rates(optim: OptimSettings, progress: float) -> dict[str, float]:
     """The rate of every trained group (connector, dino, llm) at `progress`; frozen groups are left out."""
     peaks = {"connector": optim.lr_connector, "dino": optim.lr_dino, "llm": optim.lr_llm}
     return {group: rate(optim, peak, progress) for group, peak in peaks.items() if peak is not None}
 
 
-def rate(optim: Optim, peak: float, progress: float) -> float:
+def rate(optim: OptimSettings, peak: float, progress: float) -> float:
     """The rate of a group whose own rate is `peak`. `progress` outside [0, 1] counts as the nearer end."""
     progress = min(max(progress, 0.0), 1.0)
     return peak * warm(progress, optim.warmup) * _shape(optim, peak, descent(progress, optim.warmup))
@@ -36,7 +36,7 @@ def descent(progress: float, warmup: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * after))
 
 
-def _shape(optim: Optim, peak: float, high: float) -> float:
+def _shape(optim: OptimSettings, peak: float, high: float) -> float:
     if optim.schedule == "constant":
         return 1.0
     if optim.schedule == "cosine":

@@ -10,7 +10,7 @@ import torch
 from fovlm.checkpoint.store import State
 
 
-class Meter:
+class Throughput:
     """Counts from one row to the next. `state` is the run's when it begins."""
 
     def __init__(self, state: State):

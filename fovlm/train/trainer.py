@@ -23,14 +23,14 @@ import torch
 
 from fovlm import distributed
 from fovlm.checkpoint import store
-from fovlm.checkpoint.reference import choose
+from fovlm.checkpoint.reference import choose_reference_batch
 from fovlm.config import deepspeed, schema
 from fovlm.config.schema import Experiment
 from fovlm.data import synthetic_shards
 from fovlm.data.chat import load_tokenizer
-from fovlm.data.dataloader import Loader, Step, plan, that_fill
-from fovlm.data.dataset import Dataset, budget_of, open_dataset, tokenizer_of
-from fovlm.data.packing import Bad, Batch
+from fovlm.data.dataloader import PackLoader, StepBatches, plan_steps, samples_that_fill
+from fovlm.data.dataset import Dataset, open_dataset, pack_budget, tokenizer_path
+from fovlm.data.packing import Batch, SampleIssue
 from fovlm.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from fovlm.estimate.flops import mean_cost, samples_of, total
 from fovlm.estimate.shapes import geometry
@@ -39,10 +39,10 @@ from fovlm.model.modeling import FoveatedVLM
 from fovlm.train import resume, schedule
 from fovlm.train.attention_maps import save_maps, watched
 from fovlm.train.engine import Engine, load_weights, start, universal_for
-from fovlm.train.engine import Step as Done
-from fovlm.train.logger import Journal, write_json
-from fovlm.train.throughput import Meter, device_name, memory_gb, peak_flops
-from fovlm.train.validation import AS_TRAINED, MODES, Score, attention_entropy, evaluate, table
+from fovlm.train.engine import StepResult as Done
+from fovlm.train.logger import Logger, write_json
+from fovlm.train.throughput import Throughput, device_name, memory_gb, peak_flops
+from fovlm.train.validation import AS_TRAINED, MODES, Score, attention_entropy, evaluate, score_table
 
 SIZED = 5000  # samples whose sizes stand for those of all when a budget of FLOPs is turned into samples
 FEW = 1000  # samples: among fewer, a single broken one would pass any reasonable fraction
@@ -53,32 +53,32 @@ class Stopped(Exception):
     """A signal asked the run to save and stop."""
 
 
-class Run:
+class Trainer:
     """One rank's side of a run: what is made before the first step, and the loop."""
 
     def __init__(self, experiment: Experiment, device: torch.device):
         self.experiment, self.device = experiment, device
         self.checkpoints = store.Checkpoints(experiment.run_folder)
         self.stop_asked = False
-        self.unsaid: list[Bad] = []  # broken samples that the log does not name yet
+        self.unsaid: list[SampleIssue] = []  # broken samples that the log does not name yet
         self.validated: tuple[int, dict[str, Score]] = (-1, {})  # the step of the last validation, and its scores
 
         data, settings = experiment.data, experiment.model
         if task := data.generate:
-            distributed.first_then_all(lambda: synthetic_shards.make(task))
-        tokenizer = self.tokenizer = distributed.all_at_once(lambda: load_tokenizer(tokenizer_of(experiment)))
-        self.train_set = distributed.first_then_all(lambda: open_dataset(experiment, tokenizer, data.train))
+            distributed.rank_zero_first(lambda: synthetic_shards.make(task))
+        tokenizer = self.tokenizer = distributed.collective_call(lambda: load_tokenizer(tokenizer_path(experiment)))
+        self.train_set = distributed.rank_zero_first(lambda: open_dataset(experiment, tokenizer, data.train))
         self.val_set: Dataset | None = None
         if data.val:
             every = dict.fromkeys(data.val, 1.0)
-            self.val_set = distributed.first_then_all(lambda: open_dataset(experiment, tokenizer, every))
-            self.val_samples = that_fill(experiment.train.eval_packs, self.val_set, budget_of(experiment))
+            self.val_set = distributed.rank_zero_first(lambda: open_dataset(experiment, tokenizer, every))
+            self.val_samples = samples_that_fill(experiment.train.eval_packs, self.val_set, pack_budget(experiment))
 
         torch.manual_seed(experiment.train.seed)
-        model = distributed.all_at_once(lambda: build(settings, data.image_frames))
-        distributed.all_at_once(lambda: check_vocabulary(model, len(tokenizer)))
+        model = distributed.collective_call(lambda: build(settings, data.image_frames))
+        distributed.collective_call(lambda: check_vocabulary(model, len(tokenizer)))
         if source := settings.init_from:
-            distributed.all_at_once(lambda: load_weights(model, source))
+            distributed.collective_call(lambda: load_weights(model, source))
         model.freeze(dino=experiment.optim.lr_dino is None, llm=experiment.optim.lr_llm is None)
         if settings.compile:
             model.compile_backbones()
@@ -88,8 +88,10 @@ class Run:
         self.peak, self.flops = peak_flops(device), 0.0  # FLOP/s of the GPU, and FLOPs of the mean sample
         with contextlib.suppress(UserError):  # shapes that only the hub knows: the run goes on without its MFU
             self.flops = total(mean_cost(experiment, geometry(settings), some)).total
-        self.budget, probed = budget_of(experiment), self.val_set or self.train_set
-        self.probe = distributed.all_at_once(lambda: choose(probed, self.budget, model.config.tokens_per_look))
+        self.budget, probed = pack_budget(experiment), self.val_set or self.train_set
+        self.probe = distributed.collective_call(
+            lambda: choose_reference_batch(probed, self.budget, model.config.tokens_per_look)
+        )
 
     def _start_engine(self, model: FoveatedVLM) -> None:
         """Make the engine, and put it where the checkpoint left it when there is one to go on from."""
@@ -119,7 +121,7 @@ class Run:
         self.started_at = self.state.samples
         self.saved = self.state.step if found else -1  # the step of the newest checkpoint known to be whole
         self.losses: list[float] = []  # of the steps since then
-        distributed.all_at_once(lambda: self.checkpoints.need_room(self.engine.checkpoint_bytes()))
+        distributed.collective_call(lambda: self.checkpoints.need_room(self.engine.checkpoint_bytes()))
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -127,7 +129,7 @@ class Run:
         """Train to the end, or until a signal; returns the exit status."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask_to_stop)
-        self.journal = Journal(
+        self.journal = Logger(
             self.experiment, self._steps_in_all(), self.state.step, distributed.rank(), self.train_set.hash
         )
         with self.journal:
@@ -149,7 +151,7 @@ class Run:
 
     def _steps(self) -> None:
         train, loader = self.experiment.train, self._loader()
-        steps, meter, skipped = iter(loader), Meter(self.state), 0
+        steps, meter, skipped = iter(loader), Throughput(self.state), 0
         while self.progress < 1.0:
             # A rank that waits in vain, for a dead peer or a stuck disk, says where and ends the run.
             faulthandler.dump_traceback_later(train.hang_minutes * 60, exit=True)
@@ -173,13 +175,13 @@ class Run:
             if logs:
                 self.journal.log(self.state.step, self._row(done, before, rates, meter))
                 self._hold_against_limit(loader.bad)
-                meter = Meter(self.state)
+                meter = Throughput(self.state)
             self.journal.tick(self.state.step)
             if train.eval_every and self.state.step % train.eval_every == 0:
                 self._validate()
             if train.save_every and self.state.step % train.save_every == 0 and self.progress < 1.0:
                 self._save()
-            if float(distributed.total([float(self.stop_asked)], self.device)):
+            if float(distributed.sum_over_ranks([float(self.stop_asked)], self.device)):
                 raise Stopped
         faulthandler.cancel_dump_traceback_later()
 
@@ -197,12 +199,12 @@ class Run:
         train = self.experiment.train
         if train.steps:
             return train.steps
-        some = list(islice(plan(self.train_set, self.budget, train.packs_per_step, 0, self.samples_wanted), 20))
+        some = list(islice(plan_steps(self.train_set, self.budget, train.packs_per_step, 0, self.samples_wanted), 20))
         return max(1, round(len(some) * self.samples_wanted / max(some[-1].cursor, 1)))
 
-    def _loader(self) -> Loader:
+    def _loader(self) -> PackLoader:
         data = self.experiment.data
-        return Loader(
+        return PackLoader(
             self.train_set,
             self.budget,
             self.experiment.train.packs_per_step,
@@ -214,7 +216,7 @@ class Run:
             pin=self.device.type == "cuda",
         )
 
-    def _count(self, step: Step, done: Done) -> None:
+    def _count(self, step: StepBatches, done: Done) -> None:
         self.state.step += 1
         self.state.cursor = step.cursor
         self.state.samples += step.samples
@@ -231,7 +233,9 @@ class Run:
             found["attention_entropy"] = attention_entropy(self.engine.model.gaze(batch.to(self.device))["fine"])
         return found
 
-    def _row(self, done: Done, before: dict[str, float], rates: dict[str, float], meter: Meter) -> dict[str, float]:
+    def _row(
+        self, done: Done, before: dict[str, float], rates: dict[str, float], meter: Throughput
+    ) -> dict[str, float]:
         row = {
             "loss": done.loss,
             **done.parts,
@@ -296,7 +300,7 @@ class Run:
     def _val_batches(self) -> Iterator[Batch]:
         """This rank's share of the validation samples: the first `val_samples`, the same for any ranks."""
         assert self.val_set is not None
-        loader = Loader(
+        loader = PackLoader(
             self.val_set,
             self.budget,
             distributed.world(),
@@ -336,7 +340,7 @@ class Run:
         task, facts = self.experiment.data.generate, {}
         if task and self.val_set is not None and self.experiment.model.visual != "multi_token":
             facts = synthetic_shards.judge(task, self.engine.model, self._val_batches(), self.device)
-        for line in table(scores, facts):
+        for line in score_table(scores, facts):
             self.journal.say(line)
         folder = self.experiment.run_folder
         self.journal.say(f"run folder: {folder}")
@@ -383,7 +387,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(describe(experiment, int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
-        return Run(experiment, start()).train()
+        return Trainer(experiment, start()).train()
     except distributed.SharedError as error:
         if first:
             print(f"fovlm: {error}", file=sys.stderr, flush=True)

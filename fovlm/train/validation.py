@@ -81,7 +81,7 @@ def attention_entropy(weights: Tensor) -> float:
     return float(entropy.mean() / torch.log(torch.tensor(float(weights.shape[-1]))))
 
 
-def table(scores: dict[str, Score], facts: dict[str, float]) -> list[str]:
+def score_table(scores: dict[str, Score], facts: dict[str, float]) -> list[str]:
     """The end of a run in a few lines: validation loss by mode and source, and what the task itself measures."""
     sources = sorted({source for score in scores.values() for source in score.by_source})
     lines = [f"{'validation loss':<22}" + "".join(f"{s:>12}" for s in ("all", *sources))] if scores else []

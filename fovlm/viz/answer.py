@@ -44,10 +44,12 @@ def answer(
 ) -> Iterator[str]:
     """The answer in pieces, as they are made; `told` and `options` go to `generate`. Raises UserError, as that does."""
     inputs = inputs_for(model, processor, clip, question)
-    return pieces(processor, partial(model.generate, **inputs, max_new_tokens=max_new_tokens, **options), told)
+    return stream_answer(processor, partial(model.generate, **inputs, max_new_tokens=max_new_tokens, **options), told)
 
 
-def pieces(processor: Any, work: Callable[..., Any], told: Callable[[int, int], None] | None = None) -> Iterator[str]:
+def stream_answer(
+    processor: Any, work: Callable[..., Any], told: Callable[[int, int], None] | None = None
+) -> Iterator[str]:
     """What `work(streamer=..., stopping_criteria=..., told=...)` says, in pieces as they are made; raises as it does.
 
     Closing the iterator ends the work at its next frame or token. `told` hears how many frames are seen, of how many.

@@ -15,11 +15,11 @@ from rich.live import Live
 from rich.text import Text
 from torch import Tensor
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 from fovlm.errors import UserError
 from fovlm.media.tolerant import camera
 from fovlm.viz.gaze import ANYTHING
-from fovlm.viz.heatmap import entropy, maps, paint
+from fovlm.viz.heatmap import draw_heatmap, entropy, maps
 
 ASK_EVERY = 10  # frames between two answers to the same question
 SIDE = 44  # pixels of a drawn picture's side, at most
@@ -61,7 +61,7 @@ def watch(
                     print(line, *(f"{q}  {answers[q]}" for q in asked), sep="\n", flush=True)
         if not stream.seen:
             raise UserError(f"{source}: nothing in it decodes")
-    except BadSample as error:
+    except SampleError as error:
         raise UserError(str(error)) from error
     except KeyboardInterrupt:
         pass
@@ -72,7 +72,7 @@ def watch(
 def pictures(frame: Tensor, weights: Tensor, side: int) -> Columns:
     """The frame u8 [3, s, s] and, beside it, where the look goes (the mean over layers and heads)."""
     small = nnf.interpolate(frame[None].float(), (side, side), mode="area").to(torch.uint8)
-    painted = paint(small, maps(weights))[0]
+    painted = draw_heatmap(small, maps(weights))[0]
     return Columns([blocks(small[0].permute(1, 2, 0).numpy()), blocks(painted)])
 
 

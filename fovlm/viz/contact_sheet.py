@@ -10,7 +10,7 @@ import torch
 from fovlm.errors import UserError
 from fovlm.media import decode
 from fovlm.viz.gaze import Gaze
-from fovlm.viz.heatmap import maps, paint
+from fovlm.viz.heatmap import draw_heatmap, maps
 from fovlm.viz.html import clock
 
 matplotlib.use("Agg")  # draws into files; needs no screen
@@ -27,7 +27,7 @@ AXES = (
 )
 
 
-def write_sheet(
+def write_contact_sheet(
     gaze: Gaze, path: str | Path, layer: int | None = None, head: int | None = None, most: int = MOST
 ) -> Path:
     """Write a PNG (or PDF, by the path's ending) and return its path; of one layer and head, else their means.
@@ -43,7 +43,7 @@ def write_sheet(
     for axis in axes.flat:
         axis.axis("off")
     for n, (name, weights) in enumerate(gaze.weights.items()):
-        painted = paint(gaze.frames[shown], maps(torch.from_numpy(weights[:, shown]), layer, head), 224)
+        painted = draw_heatmap(gaze.frames[shown], maps(torch.from_numpy(weights[:, shown]), layer, head), 224)
         for i, (k, picture) in enumerate(zip(shown, painted, strict=True)):
             axis = axes[i // columns * len(gaze.weights) + n, i % columns]
             axis.imshow(picture)

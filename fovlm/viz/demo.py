@@ -21,7 +21,7 @@ import gradio as gr
 from fovlm.errors import UserError
 from fovlm.media import decode
 from fovlm.media.clip import Clip, read_clip
-from fovlm.viz.answer import ALIKE, answer, pieces
+from fovlm.viz.answer import ALIKE, answer, stream_answer
 from fovlm.viz.gaze import Gaze, gaze_of
 from fovlm.viz.html import write_page
 
@@ -76,7 +76,7 @@ def app(
             if blind:
                 said = answer(model, processor, clip, questions[0], tokens, mode=mode)
             else:
-                said = pieces(processor, partial(look, questions[0]))
+                said = stream_answer(processor, partial(look, questions[0]))
             for piece in said:
                 text += piece
                 yield text, ""

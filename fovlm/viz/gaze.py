@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fovlm.data.packing import Sample, Size, collate
-from fovlm.errors import UserError, nearest
+from fovlm.data.packing import PackSize, Sample, collate
+from fovlm.errors import UserError, did_you_mean
 from fovlm.media import decode
 from fovlm.media.clip import Clip
 from fovlm.model.autoregressive import Stream
@@ -86,7 +86,7 @@ def gaze_of(
         raise UserError("a multi_token model sees all of every frame alike: it has no gaze to show")
     mode = mode or MODES[0]
     if mode not in MODES:
-        raise UserError(f"mode is {', '.join(MODES)}, not '{mode}'{nearest(mode, MODES)}")
+        raise UserError(f"mode is {', '.join(MODES)}, not '{mode}'{did_you_mean(mode, MODES)}")
     mode = "coarse_only" if visual == "coarse" else mode
     question = (question or "").strip() or (ANYTHING if model.config.prompt == "before" else "")
 
@@ -172,7 +172,7 @@ def _weights(model: Any, query: Tensor, cache: Cache, frame_of_look: Tensor) -> 
 def _parallel_queries(model: Any, shown: Tensor, ids: Tensor, prompt: int) -> Tensor:
     """The queries [K, Q] of training's parallel passes over the frames u8 [K, 3, s, s] of each look."""
     sample = Sample("", "", shown.cpu(), len(shown), ids.cpu(), torch.zeros(len(ids)), prompt)
-    batch = collate([sample], Size(len(shown), len(shown), len(ids), prompt), shown.shape[-1]).to(shown.device)
+    batch = collate([sample], PackSize(len(shown), len(shown), len(ids), prompt), shown.shape[-1]).to(shown.device)
     cache, tokens = model.coarse(batch)
     for _ in range(model.config.rounds - 1):
         tokens = model.connector.token(model.look(model.queries(batch, tokens), cache))

@@ -30,7 +30,7 @@ def smooth(grid: Tensor, size: int) -> Tensor:
     return nnf.interpolate(grid[:, None].float(), (size, size), mode="bicubic", align_corners=False)[:, 0].clamp(min=0)
 
 
-def paint(frames: Tensor, grid: Tensor, size: int | None = None) -> np.ndarray:
+def draw_heatmap(frames: Tensor, grid: Tensor, size: int | None = None) -> np.ndarray:
     """Frames u8 [K, 3, s, s] and their maps [K, side, side] -> u8 [K, size, size, 3]; each map's most is the brightest.
 
     `size` is s unless told.

@@ -9,7 +9,7 @@ import torch
 from fovlm.media import decode
 from fovlm.viz.contact_sheet import check
 from fovlm.viz.gaze import Gaze
-from fovlm.viz.heatmap import maps, paint
+from fovlm.viz.heatmap import draw_heatmap, maps
 from fovlm.viz.html import clock
 
 SIDE = 336  # pixels of a frame
@@ -18,7 +18,7 @@ LONGEST = 400  # letters of a caption
 RATE = 4  # frames a second of the file; each look stays for several
 
 
-def write_movie(
+def write_video(
     gaze: Gaze, path: str | Path, layer: int | None = None, head: int | None = None, fps: float = 2
 ) -> Path:
     """Write an MP4 of `fps` looks a second and return its path; of one layer and head, else their means.
@@ -43,7 +43,7 @@ def _pictures(gaze: Gaze, layer: int | None, head: int | None, times: int) -> It
         row = np.full((SIDE, width, 3), 20, np.uint8)
         for n, grid in enumerate(grids.values()):
             left = GAP + n * (SIDE + GAP)
-            row[:, left : left + SIDE] = paint(gaze.frames[k : k + 1], grid[k : k + 1], SIDE)[0]
+            row[:, left : left + SIDE] = draw_heatmap(gaze.frames[k : k + 1], grid[k : k + 1], SIDE)[0]
         picture = np.vstack([above, row, below])
         for _ in range(times):
             yield picture

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from fovlm.checkpoint import convert, store, verify, zero_reader
 from fovlm.checkpoint.locate import find
-from fovlm.checkpoint.reference import Probe, mean_nll
+from fovlm.checkpoint.reference import ReferenceOutputs, mean_nll
 from fovlm.checkpoint.safetensors_writer import byte_size
 from fovlm.checkpoint.verify import answers
 from fovlm.checkpoint.zero_reader import ZeroWeights
@@ -112,7 +112,7 @@ def test_each_type_is_held_against_what_was_recorded(tmp_path, dtype, trained):
     written = {value.dtype for value in stored(out).values()}
     assert written == {convert.DTYPES[dtype]}
     assert json.loads((out / "config.json").read_text())["dtype"] == str(convert.DTYPES[dtype]).removeprefix("torch.")
-    probe = Probe.load(path)
+    probe = ReferenceOutputs.load(path)
     assert probe is not None
     assert probe.precision == str(trained).removeprefix("torch.")
     card = (out / "README.md").read_text()
@@ -290,7 +290,7 @@ def test_old_names_of_dinov2_are_written_that_every_transformers_reads(run, tmp_
 
 def test_a_probes_answers_do_not_depend_on_the_pack(tmp_path):
     path = write_run(tmp_path / "run", tiny_model(seed=3))
-    probe = Probe.load(path)
+    probe = ReferenceOutputs.load(path)
     assert probe is not None
     assert [s.key for s in probe.samples] == [s.key for s in SAMPLES]
     torch.testing.assert_close(torch.cat(answers(tiny_model(seed=3), probe)), torch.cat(probe.nll))

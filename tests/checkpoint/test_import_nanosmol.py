@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from fovlm.checkpoint.import_nanosmol import import_published
-from fovlm.config.schema import Model
+from fovlm.config.schema import ModelSettings
 from fovlm.errors import UserError
 from fovlm.model.encoder import Dinov2Config
 from fovlm.model.modeling import FoveatedConfig, FoveatedVLM
@@ -212,7 +212,7 @@ def test_shapes_of_dinov2_small_and_smollm2_135m_tell_the_configuration(tmp_path
     out = import_published(tmp_path / "published.safetensors", tmp_path / "out", tokenizer=str(words), dtype="fp32")
     again = FoveatedVLM.from_pretrained(out)
     assert again.config.dino_config.image_size == 518
-    assert again.config.query_dim == Model().query_dim
+    assert again.config.query_dim == ModelSettings().query_dim
     batch = pack([sample("text", text=8)])
     frames = torch.randint(0, 256, (len(batch.frames), 3, 224, 224), dtype=torch.uint8)
     batch.frames = frames

@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 from fovlm.config.schema import model_root
-from fovlm.data.chat import SYSTEM, Chat, load_tokenizer, template, tokenize_sft, tokenize_stage1
+from fovlm.data.chat import SYSTEM, ChatTokenizer, load_tokenizer, template, tokenize_sft, tokenize_stage1
 from fovlm.errors import UserError
 from helpers import tiny
 
@@ -20,8 +20,8 @@ def tokenizer(request):
     return TINY if request.param == "tiny" else AutoTokenizer.from_pretrained(REAL)
 
 
-def chat(tokenizer=TINY, prompt="after", loss="all_text", most=512) -> Chat:
-    return Chat(tokenizer, prompt, loss, most)
+def chat(tokenizer=TINY, prompt="after", loss="all_text", most=512) -> ChatTokenizer:
+    return ChatTokenizer(tokenizer, prompt, loss, most)
 
 
 def rendered(tokenizer, user: str, answer: str) -> str:
@@ -90,7 +90,7 @@ def test_long_text_is_cut():
     record = tiny.conversation("red " * 100)
     text = chat(most=60, loss="answer").text(record, None, frames=True)
     assert len(text.tokens) == len(text.weight) == 60
-    with pytest.raises(BadSample, match="nothing to learn within max_text"):
+    with pytest.raises(SampleError, match="nothing to learn within max_text"):
         chat(most=20, loss="answer").text(record, None, frames=True)
     assert chat(most=20, prompt="before").text(record, None, frames=True).prompt == 20
 
@@ -121,7 +121,7 @@ def test_preference_pairs_share_the_question():
     chosen, rejected = chat(prompt="before", loss="answer").texts(record, None, frames=True, pair=True)
     assert chosen.prompt == rejected.prompt
     assert (len(rejected.tokens) - len(chosen.tokens)) == 4  # words and the spaces between them
-    with pytest.raises(BadSample, match="no chosen or no rejected"):
+    with pytest.raises(SampleError, match="no chosen or no rejected"):
         chat().texts({"user": "?", "chosen": "red"}, None, frames=True, pair=True)
 
 
@@ -146,7 +146,7 @@ def test_preference_pairs_share_the_question():
     ],
 )
 def test_unusable_records(record, cause):
-    with pytest.raises(BadSample, match=cause):
+    with pytest.raises(SampleError, match=cause):
         chat(prompt="before").text(record, None, frames=True)
 
 

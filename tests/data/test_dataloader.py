@@ -15,16 +15,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from fovlm.config.schema import Source
-from fovlm.data.chat import Chat
-from fovlm.data.dataloader import Loader, plan
+from fovlm.config.schema import DataSource
+from fovlm.data.chat import ChatTokenizer
+from fovlm.data.dataloader import PackLoader, plan_steps
 from fovlm.data.dataset import Dataset
-from fovlm.data.packing import Size
+from fovlm.data.packing import PackSize
 from fovlm.data.shards import write_shards
 from fovlm.errors import UserError
 from helpers import ROOT, tiny
 
-BUDGET = Size(12, 12, 160, 160)
+BUDGET = PackSize(12, 12, 160, 160)
 PACKS = 12
 
 
@@ -40,12 +40,12 @@ def data(tmp_path_factory):
         images[4]["jpg"] = b"no picture"
         write_shards(folder / "image-%d.tar", images)
         sources = {
-            "video": Source(shards="video-*.tar", kind="video"),
-            "image": Source(shards="image-0.tar", kind="image"),
-            "text": Source(shards="text-*.tar", kind="text"),
+            "video": DataSource(shards="video-*.tar", kind="video"),
+            "image": DataSource(shards="image-0.tar", kind="image"),
+            "text": DataSource(shards="text-*.tar", kind="text"),
         }
         weights = {"video": 0.56, "image": 0.3, "text": 0.14}
-        yield Dataset(sources, weights, Chat(tiny.tokenizer(), "before", "answer", 100), frame_size=16)
+        yield Dataset(sources, weights, ChatTokenizer(tiny.tokenizer(), "before", "answer", 100), frame_size=16)
 
 
 def fingerprint(batch) -> str:
@@ -59,7 +59,7 @@ def fingerprint(batch) -> str:
 def steps(data, world: int, workers: int, n: int, cursor: int = 0):
     """n steps of all ranks -> (the packs' fingerprints in the order of the run, the keys of each step, the cursors)."""
     ranks = [
-        list(islice(Loader(data, BUDGET, PACKS, rank=r, world=world, workers=workers, cursor=cursor), n))
+        list(islice(PackLoader(data, BUDGET, PACKS, rank=r, world=world, workers=workers, cursor=cursor), n))
         for r in range(world)
     ]
     prints, keys, cursors = [], [], []
@@ -80,7 +80,7 @@ def test_the_order_is_one_over_ranks_and_workers(data):
 
 
 def test_every_sample_is_read_once_an_epoch_through_the_loader(data):
-    loader = Loader(data, BUDGET, PACKS)
+    loader = PackLoader(data, BUDGET, PACKS)
     keys: dict[str, list[str]] = {name: [] for name in data.samples}
     for step in islice(loader, 8):
         by_position = Counter()
@@ -106,15 +106,15 @@ def test_a_run_goes_on_from_its_cursor_on_other_ranks_and_workers(data):
 
 
 def test_a_loader_that_is_iterated_again_goes_on(data):
-    loader = Loader(data, BUDGET, PACKS)
+    loader = PackLoader(data, BUDGET, PACKS)
     cursors = [step.cursor for step in islice(loader, 2)] + [step.cursor for step in islice(loader, 2)]
-    assert cursors == [step.cursor for step in islice(Loader(data, BUDGET, PACKS), 4)]
+    assert cursors == [step.cursor for step in islice(PackLoader(data, BUDGET, PACKS), 4)]
 
 
 def test_broken_samples_are_counted_once_they_are_handed_out(data, caplog):
     counts = Counter()
     for rank in range(2):
-        loader = Loader(data, BUDGET, PACKS, rank=rank, world=2)
+        loader = PackLoader(data, BUDGET, PACKS, rank=rank, world=2)
         samples = sum(step.samples for step in islice(loader, 8))
         counts += loader.bad
     images = round(0.3 * samples)
@@ -124,14 +124,14 @@ def test_broken_samples_are_counted_once_they_are_handed_out(data, caplog):
 
 
 def test_packs_keep_to_the_budget_and_waste_little(data):
-    used = [batch.used for step in islice(Loader(data, BUDGET, PACKS), 4) for batch in step.batches]
+    used = [batch.used for step in islice(PackLoader(data, BUDGET, PACKS), 4) for batch in step.batches]
     assert all(size.fits(BUDGET) for size in used)
     fullest = [max(size.frames / BUDGET.frames, size.text / BUDGET.text) for size in used]
     assert sum(fullest) / len(fullest) > 0.8
 
 
 def test_an_epoch_of_validation_ends_with_the_same_steps_on_all_ranks(data):
-    ranks = [list(Loader(data, BUDGET, PACKS, rank=r, world=4, stop=50)) for r in range(4)]
+    ranks = [list(PackLoader(data, BUDGET, PACKS, rank=r, world=4, stop=50)) for r in range(4)]
     assert len({len(steps) for steps in ranks}) == 1
     assert [step.cursor for step in ranks[0]][-1] == 50
     assert sum(len(batch.keys) for steps in ranks for step in steps for batch in step.batches) == 50
@@ -140,21 +140,21 @@ def test_an_epoch_of_validation_ends_with_the_same_steps_on_all_ranks(data):
 
 def test_the_plan_needs_no_decoding(data, monkeypatch):
     monkeypatch.setattr(data, "read", None)
-    planned = list(islice(plan(data, BUDGET, PACKS, 0), 3))
+    planned = list(islice(plan_steps(data, BUDGET, PACKS, 0), 3))
     positions = sorted(p for step in planned for pack in step.packs for p in pack)
     assert positions == list(range(planned[-1].cursor))
 
 
 def test_what_does_not_fit_is_said_before_the_run(data):
     with pytest.raises(UserError, match=r"need 9 frames.*raise data\.frames or data\.text"):
-        Loader(data, Size(8, 8, 160, 160), PACKS)
+        PackLoader(data, PackSize(8, 8, 160, 160), PACKS)
     with pytest.raises(UserError, match="packs_per_step=12 does not divide among 5 ranks"):
-        Loader(data, BUDGET, PACKS, world=5)
+        PackLoader(data, BUDGET, PACKS, world=5)
 
 
 def test_workers_leave_signals_to_their_parent(data):
     """A scheduler signals every process of a job; the run must still get its batches to save at a step's end."""
-    loader = iter(Loader(data, BUDGET, PACKS, workers=1))
+    loader = iter(PackLoader(data, BUDGET, PACKS, workers=1))
     next(loader)
     server = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     workers = [process.pid for process in multiprocessing.active_children()]
@@ -168,7 +168,7 @@ def test_workers_leave_signals_to_their_parent(data):
 def test_too_little_shared_memory_is_said_before_workers_die_of_it(data, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"workers of a rank need .* lower data\.workers"):
-        Loader(data, BUDGET, PACKS, workers=1)
+        PackLoader(data, BUDGET, PACKS, workers=1)
 
 
 @pytest.mark.parametrize("end", ["raise RuntimeError('it fails')", "os.kill(os.getpid(), signal.SIGKILL)"])
@@ -178,11 +178,11 @@ def test_workers_end_with_a_run_that_fails_or_is_killed(tmp_path, end):
         import multiprocessing, os, signal, sys
         from pathlib import Path
         sys.path.insert(0, {str(ROOT / "tests")!r})
-        from fovlm.data.packing import Size
-        from fovlm.data.dataloader import Loader
+        from fovlm.data.packing import PackSize
+        from fovlm.data.dataloader import PackLoader
         from helpers import tiny
         data = tiny.dataset(Path({str(tmp_path)!r}))
-        steps = iter(Loader(data, Size(12, 12, 160, 160), 2, workers=1))
+        steps = iter(PackLoader(data, PackSize(12, 12, 160, 160), 2, workers=1))
         next(steps)
         print(*(process.pid for process in multiprocessing.active_children()), flush=True)
         {end}

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fovlm.config.schema import Experiment, Source
+from fovlm.config.schema import DataSource, Experiment
 from fovlm.data import dataset as dataset_module
-from fovlm.data.chat import Chat, tokenize_sft
+from fovlm.data.chat import ChatTokenizer, tokenize_sft
 from fovlm.data.dataset import Dataset, open_dataset
-from fovlm.data.packing import EMPTY, Size
+from fovlm.data.packing import EMPTY, PackSize
 from fovlm.data.shards import write_shards
 from fovlm.errors import UserError
 from helpers import tiny
@@ -29,15 +29,17 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("FOVLM_CACHE", str(tmp_path / "cache"))
 
 
-def opened(sources: dict[str, Source], weights=None, prompt="before", loss="answer", most=200, **settings) -> Dataset:
+def opened(
+    sources: dict[str, DataSource], weights=None, prompt="before", loss="answer", most=200, **settings
+) -> Dataset:
     weights = weights or dict.fromkeys(sources, 1.0)
-    return Dataset(sources, weights, Chat(TOKENIZER, prompt, loss, most), frame_size=16, **settings)
+    return Dataset(sources, weights, ChatTokenizer(TOKENIZER, prompt, loss, most), frame_size=16, **settings)
 
 
 def one(folder: Path, samples: list[dict], kind: str, prompt: str | None = None, **settings) -> Dataset:
     """A data set of one source in one shard."""
     write_shards(folder / "one-%d.tar", samples)
-    return opened({"one": Source(shards="one-0.tar", kind=kind, prompt=prompt)}, **settings)
+    return opened({"one": DataSource(shards="one-0.tar", kind=kind, prompt=prompt)}, **settings)
 
 
 @pytest.fixture
@@ -49,9 +51,9 @@ def mixed(tmp_path):
         [{"__key__": f"i{i}", "json": {"assistant": "red"}, "jpg": tiny.picture(i)} for i in range(4)],
     )
     return {
-        "video": Source(shards="video-*.tar", kind="video"),
-        "image": Source(shards="image-0.tar", kind="image", prompt="what is this ?"),
-        "text": Source(shards="text-*.tar", kind="text"),
+        "video": DataSource(shards="video-*.tar", kind="video"),
+        "image": DataSource(shards="image-0.tar", kind="image", prompt="what is this ?"),
+        "text": DataSource(shards="text-*.tar", kind="text"),
     }
 
 
@@ -170,7 +172,7 @@ def spoil(path: Path, key: str) -> None:
 def test_a_changed_byte_is_noticed(tmp_path):
     one(tmp_path, GOOD, "image")
     spoil(tmp_path / "one-0.tar", "g1")
-    data = opened({"one": Source(shards="one-0.tar", kind="image")})
+    data = opened({"one": DataSource(shards="one-0.tar", kind="image")})
     found = [data.read(i)[1] for i in range(4)]
     assert [(bad.cause, bad.key) for bad in found if bad] == [("checksum mismatch", "g1")]
 
@@ -180,7 +182,7 @@ def test_a_truncated_shard_loses_its_tail_alone(tmp_path):
     with tarfile.open(path) as tar:
         end = tar.getmember("g3.jpg").offset_data + 10
     path.write_bytes(path.read_bytes()[:end])
-    data = opened({"one": Source(shards="one-0.tar", kind="image")})
+    data = opened({"one": DataSource(shards="one-0.tar", kind="image")})
     found = [data.read(i) for i in range(4)]
     assert [bad.cause for _, bad in found if bad] == ["truncated tar"]
     assert all(len(samples) == 1 for samples, _ in found)
@@ -237,7 +239,7 @@ def test_links_in_a_tar_are_passed_over(tmp_path):
         link = tarfile.TarInfo("b.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    data = opened({"one": Source(shards="one-0.tar", kind="text")})
+    data = opened({"one": DataSource(shards="one-0.tar", kind="text")})
     assert [data.read(i)[1] for i in range(2)] == [None, None]
 
 
@@ -247,7 +249,7 @@ def test_a_source_without_a_usable_sample_is_a_clear_error(tmp_path):
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
     with pytest.raises(UserError, match="the shards are empty"):
-        opened({"e": Source(shards="empty.tar", kind="text")})
+        opened({"e": DataSource(shards="empty.tar", kind="text")})
 
 
 def test_the_hash_follows_data_and_settings_and_not_the_place(mixed, tmp_path, monkeypatch):
@@ -290,10 +292,10 @@ def test_shards_without_samples_are_no_trouble(tmp_path):
     for number in (1, 4):
         (path,) = write_shards(tmp_path / f"part{number}-%d.tar", [{**s, "__key__": f"{number}"} for s in GOOD[:1]])
         path.rename(tmp_path / f"s-{number}.tar")
-    data = opened({"s": Source(shards="s-*.tar", kind="image")})
+    data = opened({"s": DataSource(shards="s-*.tar", kind="image")})
     assert sorted(data.read(i)[0][0].key for i in range(2)) == ["s-1.tar/1", "s-4.tar/4"]
     shelf = data.shelves[0]
     following = list(shelf.following(1, 0))
     assert following[:3] == [(1, 0), (4, 0), (1, 0)]
     assert len(following) <= dataset_module.SUBSTITUTES + 1
-    assert isinstance(data.size(0), Size)
+    assert isinstance(data.size(0), PackSize)

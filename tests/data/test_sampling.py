@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fovlm.data.sampling import Mix, Place, Shuffle, chairmen, permutation
+from fovlm.data.sampling import MixtureSampler, Place, ShardShuffle, permutation, spread_evenly
 from fovlm.errors import UserError
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=7))
 def test_every_prefix_is_within_one_sample_of_the_exact_share(counts):
-    order, period = chairmen(counts), sum(counts)
+    order, period = spread_evenly(counts), sum(counts)
     taken = Counter()
     for n, source in enumerate(order, start=1):
         taken[source] += 1
@@ -25,7 +25,7 @@ def test_every_prefix_is_within_one_sample_of_the_exact_share(counts):
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.sampled_from([0.05, 0.14, 0.3, 0.55, 1.0, 2.5, 7.0]), min_size=1, max_size=5), st.integers(0, 3000))
 def test_a_position_is_looked_up_as_if_counted_from_the_start(weights, position):
-    mix = Mix({str(i): weight for i, weight in enumerate(weights)})
+    mix = MixtureSampler({str(i): weight for i, weight in enumerate(weights)})
     seen = Counter()
     for p in range(position):
         source, number = mix(p)
@@ -35,23 +35,25 @@ def test_a_position_is_looked_up_as_if_counted_from_the_start(weights, position)
 
 
 def test_fourteen_percent_of_text_is_exact():
-    mix = Mix({"video": 0.56, "image": 0.30, "text": 0.14})
+    mix = MixtureSampler({"video": 0.56, "image": 0.30, "text": 0.14})
     assert len(mix.pattern) == 50
     assert Counter(mix.names[mix(p)[0]] for p in range(5000)) == {"video": 2800, "image": 1500, "text": 700}
 
 
 def test_weights_need_not_add_up_to_one():
-    assert [Mix({"a": 3, "b": 1})(p) for p in range(8)] == [Mix({"a": 0.75, "b": 0.25})(p) for p in range(8)]
+    assert [MixtureSampler({"a": 3, "b": 1})(p) for p in range(8)] == [
+        MixtureSampler({"a": 0.75, "b": 0.25})(p) for p in range(8)
+    ]
 
 
 def test_weights_without_a_short_period_are_refused():
     with pytest.raises(UserError, match="round them"):
-        Mix({"a": 0.3333333333, "b": 0.7654321})
+        MixtureSampler({"a": 0.3333333333, "b": 0.7654321})
 
 
 def shuffles():
     return st.builds(
-        Shuffle,
+        ShardShuffle,
         st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any),
         st.integers(0, 5),
         st.sampled_from(["a", "b"]),
@@ -71,20 +73,23 @@ def test_an_epoch_reads_every_sample_once(order, epoch):
 @settings(deadline=None, max_examples=60)
 @given(shuffles(), st.lists(st.integers(0, 200), min_size=1, max_size=20))
 def test_places_do_not_depend_on_what_was_asked_before(order, numbers):
-    fresh = [Shuffle(order.rows.tolist(), order.seed, order.source, order.block)(n) for n in numbers]
+    fresh = [ShardShuffle(order.rows.tolist(), order.seed, order.source, order.block)(n) for n in numbers]
     assert [order(n) for n in numbers] == fresh
 
 
 def test_order_differs_between_epochs_seeds_and_sources():
     rows = [50, 50, 50]
-    first = [Shuffle(rows, 0, "a")(i) for i in range(150)]
-    for other in ([Shuffle(rows, 1, "a")(i) for i in range(150)], [Shuffle(rows, 0, "b")(i) for i in range(150)]):
+    first = [ShardShuffle(rows, 0, "a")(i) for i in range(150)]
+    for other in (
+        [ShardShuffle(rows, 1, "a")(i) for i in range(150)],
+        [ShardShuffle(rows, 0, "b")(i) for i in range(150)],
+    ):
         assert other != first
-    assert [Shuffle(rows, 0, "a")(150 + i).row for i in range(150)] != [p.row for p in first]
+    assert [ShardShuffle(rows, 0, "a")(150 + i).row for i in range(150)] != [p.row for p in first]
 
 
 def test_reads_stay_within_a_few_shards_at_a_time():
-    order = Shuffle([10] * 40, 0, "a", block=4)
+    order = ShardShuffle([10] * 40, 0, "a", block=4)
     for start in range(0, 400, 40):
         assert len({order(start + i).shard for i in range(40)}) == 4
 
@@ -92,6 +97,6 @@ def test_reads_stay_within_a_few_shards_at_a_time():
 def test_the_order_is_the_same_in_every_release():
     """A checkpoint's cursor means the same samples for as long as these numbers stay."""
     assert permutation(8, 0, "a", 0).tolist() == [6, 1, 5, 0, 4, 2, 7, 3]
-    places = [Shuffle([3, 2], 0, "a")(i) for i in range(5)]
+    places = [ShardShuffle([3, 2], 0, "a")(i) for i in range(5)]
     assert places == [Place(0, 1, 1), Place(0, 0, 2), Place(0, 0, 0), Place(0, 1, 0), Place(0, 0, 1)]
-    assert Mix({"a": 0.5, "b": 0.3, "c": 0.2}).pattern.tolist() == [0, 1, 0, 2, 0, 1, 0, 2, 1, 0]
+    assert MixtureSampler({"a": 0.5, "b": 0.3, "c": 0.2}).pattern.tolist() == [0, 1, 0, 2, 0, 1, 0, 2, 1, 0]

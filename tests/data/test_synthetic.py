@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from fovlm.config import schema
-from fovlm.config.schema import Hunt
+from fovlm.config.schema import SyntheticTask
 from fovlm.data import synthetic, synthetic_shards
-from fovlm.data.chat import Chat, load_tokenizer
+from fovlm.data.chat import ChatTokenizer, load_tokenizer
 from fovlm.data.dataset import open_dataset
-from fovlm.data.packing import Sample, Size, collate
+from fovlm.data.packing import PackSize, Sample, collate
 from fovlm.media.decode import decode_pictures, encode_jpeg
 
-TASK = Hunt(train_clips=24, val_clips=5, frames=3, objects=[2, 5], names=20, marks=7, grid=3, patch=14)
+TASK = SyntheticTask(train_clips=24, val_clips=5, frames=3, objects=[2, 5], names=20, marks=7, grid=3, patch=14)
 RUNS = ("quickstart", "hunt", "hunt_coarse")
 
 
@@ -25,7 +25,7 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("FOVLM_CACHE", str(tmp_path / "cache"))
 
 
-def draw(task: Hunt = TASK, clips: int = 12, seed: int = 0) -> synthetic.Clips:
+def draw(task: SyntheticTask = TASK, clips: int = 12, seed: int = 0) -> synthetic.Clips:
     rng = np.random.default_rng(seed)
     return synthetic.generate(rng, clips, task.objects, task.frames, task.grid, task.patch, task.names, task.marks)
 
@@ -37,7 +37,7 @@ def patches(frames: np.ndarray, p: int) -> np.ndarray:
     return np.moveaxis(grid, -3, -4).reshape(*frames.shape[:-3], side * side, p, p, 3)
 
 
-def read(frames: np.ndarray, task: Hunt) -> np.ndarray:
+def read(frames: np.ndarray, task: SyntheticTask) -> np.ndarray:
     """The sprite that every patch is nearest to, i64 [..., G * G]: 0 is empty, else 1 + name * marks + mark."""
     known = synthetic.sprites(task.names, task.marks, task.patch).reshape(-1, task.patch**2 * 3).astype(np.float32)
     seen = patches(frames, task.patch)
@@ -46,7 +46,7 @@ def read(frames: np.ndarray, task: Hunt) -> np.ndarray:
     return distance.argmin(1).reshape(seen.shape[:-3])
 
 
-def files(task: Hunt) -> dict[str, bytes]:
+def files(task: SyntheticTask) -> dict[str, bytes]:
     folder = synthetic_shards.folder(task)
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -104,7 +104,7 @@ def test_a_mark_follows_neither_from_the_frame_before_nor_from_the_name():
 
 
 def test_all_names_and_marks_are_read_back_from_jpeg():
-    task = Hunt(names=24, marks=10, grid=16)
+    task = SyntheticTask(names=24, marks=10, grid=16)
     known = synthetic.sprites(24, 10, task.patch)
     canvas = np.concatenate([known, np.repeat(known[:1], 15, 0)]).reshape(16, 16, task.patch, task.patch, 3)
     canvas = canvas.transpose(0, 2, 1, 3, 4).reshape(16 * task.patch, 16 * task.patch, 3)
@@ -129,7 +129,7 @@ def test_every_question_and_answer_survives_the_tokenizer():
 
 def test_the_frames_stand_right_behind_the_question():
     tokenizer = synthetic_shards.tokenizer(TASK)
-    chat = Chat(tokenizer, "before", "answer", 64)
+    chat = ChatTokenizer(tokenizer, "before", "answer", 64)
     text = chat.text({"user": "what does the red gate show?", "assistant": "3 1 5"}, None, frames=True)
     assert tokenizer.decode(text.tokens[: text.prompt]).endswith("the red gate show?")
     assert answered(tokenizer, text.tokens, text.weight) == "3 1 5"
@@ -216,7 +216,7 @@ def test_the_named_runs_fit_their_task(name):
     assert task.names <= len(synthetic.names(99))
     tokenizer = synthetic_shards.tokenizer(task)
     assert len(tokenizer) <= model.llm["vocab_size"]
-    longest = Chat(tokenizer, "before", "answer", 1000).text(
+    longest = ChatTokenizer(tokenizer, "before", "answer", 1000).text(
         {"user": synthetic.QUESTION.format(name="red gate"), "assistant": "1 " * task.frames}, None, frames=True
     )
     assert len(longest.tokens) <= data.max_text
@@ -235,8 +235,8 @@ def test_the_pair_differs_in_the_look_alone():
 
 
 def test_blind_loss_is_that_of_guessing_every_mark():
-    assert synthetic_shards.blind_loss(Hunt(frames=4, marks=8)) == pytest.approx(4 * math.log(8) / 5)
-    assert synthetic_shards.blind_loss(Hunt(frames=1, marks=10)) == pytest.approx(math.log(10) / 2)
+    assert synthetic_shards.blind_loss(SyntheticTask(frames=4, marks=8)) == pytest.approx(4 * math.log(8) / 5)
+    assert synthetic_shards.blind_loss(SyntheticTask(frames=1, marks=10)) == pytest.approx(math.log(10) / 2)
 
 
 class Gaze:
@@ -265,7 +265,7 @@ def judged(weights_of, kinds=("val", "val_image")) -> dict[str, float]:
         samples.append(Sample("text-000.tar/text000000", "words", frames[:0], 0, torch.ones(2).long(), torch.ones(2)))
     looks = len(weights) + 4  # and padding, which must not count
     weights += [torch.eye(count + 1)[1]] * 4
-    batch = collate(samples, Size(looks, looks, 2 * len(samples), 0), side)
+    batch = collate(samples, PackSize(looks, looks, 2 * len(samples), 0), side)
     return synthetic_shards.judge(TASK, Gaze(torch.stack(weights)), [batch], "cpu")
 
 

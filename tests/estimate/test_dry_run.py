@@ -5,12 +5,12 @@ import socket
 import pytest
 
 from fovlm.config import experiments
-from fovlm.config.schema import Data, Experiment, Model, Source, Train, load
+from fovlm.config.schema import DataSettings, DataSource, Experiment, ModelSettings, TrainSettings, load
 from fovlm.data.dataset import open_dataset
-from fovlm.data.packing import Size
+from fovlm.data.packing import PackSize
 from fovlm.data.shards import write_shards
 from fovlm.errors import UserError
-from fovlm.estimate.dry_run import describe, largest_sizes, samples_per_step, sizes_at_hand
+from fovlm.estimate.dry_run import describe, known_sizes, largest_sizes, samples_per_step
 from fovlm.estimate.flops import mean_cost, total
 from fovlm.estimate.shapes import geometry
 from helpers.tiny import picture, tokenizer
@@ -31,7 +31,7 @@ def bare(monkeypatch, tmp_path):
     return tmp_path
 
 
-def tiny(data: Data, **train) -> Experiment:
+def tiny(data: DataSettings, **train) -> Experiment:
     llm = {
         "vocab_size": 64,
         "hidden_size": 32,
@@ -40,8 +40,8 @@ def tiny(data: Data, **train) -> Experiment:
         "num_attention_heads": 4,
     }
     dino = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
-    model = Model(llm=llm, dino=dino, frame_size=28, tokenizer=str(data.sources["a"].prompt), query_dim=16)
-    return Experiment(name="tiny", model=model, data=data, train=Train(best="train_loss", **train))
+    model = ModelSettings(llm=llm, dino=dino, frame_size=28, tokenizer=str(data.sources["a"].prompt), query_dim=16)
+    return Experiment(name="tiny", model=model, data=data, train=TrainSettings(best="train_loss", **train))
 
 
 def test_everything_is_told_without_data_or_weights(bare):
@@ -76,18 +76,20 @@ def test_real_sizes_are_used_where_shards_are_indexed(bare):
         for i in range(6)
     ]
     write_shards(bare / "FOVLM_DATA" / "a-%d.tar", samples)
-    source = Source(shards="a-0.tar", kind="video", prompt=None)
-    data = Data(sources={"a": source}, train={"a": 1.0}, frames=8, text=128, max_frames=4, max_text=64, loss="all_text")
+    source = DataSource(shards="a-0.tar", kind="video", prompt=None)
+    data = DataSettings(
+        sources={"a": source}, train={"a": 1.0}, frames=8, text=128, max_frames=4, max_text=64, loss="all_text"
+    )
     e = tiny(data, flops=1e9)
     e = e.model_copy(update={"model": e.model.model_copy(update={"tokenizer": str(folder)})})
 
-    none, why = sizes_at_hand(e)
+    none, why = known_sizes(e)
     assert (none, "no index yet" in why) == ([], True)
     assert not list((bare / "FOVLM_DATA").glob("*.index"))  # looking made none
     assert "AT MOST" in describe(e, 1, "cpu")
 
     dataset = open_dataset(e, tokenizer(), data.train)  # as the run does: makes the index
-    sizes, why = sizes_at_hand(e)
+    sizes, why = known_sizes(e)
     assert (sizes[:20], why) == ([dataset.size(i) for i in range(20)], "")
     text = describe(e, 1, "cpu")
     assert "AT MOST" not in text
@@ -97,7 +99,7 @@ def test_real_sizes_are_used_where_shards_are_indexed(bare):
 
 def test_samples_in_a_step_are_those_that_packing_takes(bare):
     e = load("LR1", ["data.frames=64", "data.text=512"])
-    assert samples_per_step(e, [Size(16, 16, 100, 0)] * 400) == 4 * e.train.packs_per_step
-    assert samples_per_step(e, [Size(64, 64, 512, 0)] * 3) == 3
+    assert samples_per_step(e, [PackSize(16, 16, 100, 0)] * 400) == 4 * e.train.packs_per_step
+    assert samples_per_step(e, [PackSize(64, 64, 512, 0)] * 3) == 3
     sources = [next(largest_sizes(e)) for _ in range(1)]
     assert sources[0].frames in (0, 64)

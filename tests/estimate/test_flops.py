@@ -10,8 +10,8 @@ from transformers import Dinov2Config, LlamaConfig
 
 import fovlm.model.encoder
 import kernels.absorbed_attention
-from fovlm.config.schema import Data, Experiment, Model, Optim, Source, Train
-from fovlm.data.packing import Size, collate
+from fovlm.config.schema import DataSettings, DataSource, Experiment, ModelSettings, OptimSettings, TrainSettings
+from fovlm.data.packing import PackSize, collate
 from fovlm.errors import UserError
 from fovlm.estimate.flops import largest, mean_cost, sample_cost, samples_for, samples_of, total
 from fovlm.estimate.shapes import geometry
@@ -43,10 +43,12 @@ def experiment(dino=DINO, frozen=(False, False), train=None, **model) -> Experim
     model = {"query_dim": 24, "frame_size": FRAME, "tokenizer": "none", **model}
     return Experiment(
         name="tiny",
-        model=Model(llm=LLM, dino=dino, **model),
-        data=Data(sources={"a": Source(shards="a.tar", kind="video")}, train={"a": 1.0}, max_frames=5, max_text=14),
-        optim=Optim(lr_dino=None if frozen[0] else 1e-5, lr_llm=None if frozen[1] else 1e-5),
-        train=Train(**(train or {"steps": 1}), best="train_loss"),
+        model=ModelSettings(llm=LLM, dino=dino, **model),
+        data=DataSettings(
+            sources={"a": DataSource(shards="a.tar", kind="video")}, train={"a": 1.0}, max_frames=5, max_text=14
+        ),
+        optim=OptimSettings(lr_dino=None if frozen[0] else 1e-5, lr_llm=None if frozen[1] else 1e-5),
+        train=TrainSettings(**(train or {"steps": 1}), best="train_loss"),
     )
 
 
@@ -77,7 +79,7 @@ def pooling(folded, hidden, frame_of_look, scale):
     return nnf.scaled_dot_product_attention(folded[:, None], hidden, hidden, scale=scale)[:, 0], None
 
 
-def counted(e: Experiment, size: Size, monkeypatch) -> int:
+def counted(e: Experiment, size: PackSize, monkeypatch) -> int:
     """FLOPs of a forward and a backward pass over a pack that holds one sample and no padding."""
     monkeypatch.setattr(fovlm.model.encoder, "query_attention", attention)
     monkeypatch.setattr(kernels.absorbed_attention, "absorbed_pooling", lambda *a, implementation: pooling(*a))
@@ -96,12 +98,12 @@ def counted(e: Experiment, size: Size, monkeypatch) -> int:
     return counter.get_total_flops()
 
 
-def check(e: Experiment, size: Size, monkeypatch) -> None:
+def check(e: Experiment, size: PackSize, monkeypatch) -> None:
     cost = total(sample_cost(e, geometry(e.model), size))
     assert cost.total + cost.recompute == pytest.approx(counted(e, size, monkeypatch), rel=0.02)
 
 
-VIDEO = {"after": Size(5, 5, 14, 0), "before": Size(5, 5, 14, 6)}
+VIDEO = {"after": PackSize(5, 5, 14, 0), "before": PackSize(5, 5, 14, 6)}
 
 
 @pytest.mark.parametrize("prompt", ["after", "before"])
@@ -124,9 +126,9 @@ def test_recomputed_parts_are_counted_apart(visual, frozen, monkeypatch):
 @pytest.mark.parametrize("visual", ["foveated", "coarse", "multi_token"])
 def test_an_image_is_encoded_once_however_often_it_is_looked_at(visual, monkeypatch):
     e = experiment(visual=visual)
-    check(e, Size(1, 8, 14, 0), monkeypatch)
+    check(e, PackSize(1, 8, 14, 0), monkeypatch)
     shapes = geometry(e.model)
-    one, many = (sample_cost(e, shapes, Size(1, k, 14, 0)) for k in (1, 8))
+    one, many = (sample_cost(e, shapes, PackSize(1, k, 14, 0)) for k in (1, 8))
     assert one["encoder"] == many["encoder"]
 
 
@@ -137,7 +139,7 @@ def test_more_rounds_and_other_encoders(monkeypatch):
 
 def test_text_alone_costs_no_vision():
     e = experiment()
-    parts = sample_cost(e, geometry(e.model), Size(0, 0, 14, 0))
+    parts = sample_cost(e, geometry(e.model), PackSize(0, 0, 14, 0))
     assert {name for name, cost in parts.items() if cost.total} == {"fine_llm", "head"}
 
 
@@ -145,26 +147,26 @@ def test_a_preference_pair_costs_two_samples_and_a_reference():
     e = experiment()
     pair = e.model_copy(update={"train": e.train.model_copy(update={"objective": "dpo"})})
     shapes = geometry(e.model)
-    one = total(sample_cost(e, shapes, Size(5, 5, 14, 0)))
-    two = total(sample_cost(pair, shapes, Size(10, 10, 28, 0)))
+    one = total(sample_cost(e, shapes, PackSize(5, 5, 14, 0)))
+    two = total(sample_cost(pair, shapes, PackSize(10, 10, 28, 0)))
     assert two.total == 2 * one.total + 2 * one.forward
 
 
 def test_one_real_token_a_frame_is_cheaper_than_sixteen():
     """Sizes as in the grid: LR1 and B1 at 64 frames; the 135M model does 6 N FLOPs per token and a little more."""
-    shapes = geometry(Model(llm="HuggingFaceTB/SmolLM2-135M-Instruct", dino="facebook/dinov2-small"))
+    shapes = geometry(ModelSettings(llm="HuggingFaceTB/SmolLM2-135M-Instruct", dino="facebook/dinov2-small"))
     e = experiment()
-    cost = sample_cost(e, shapes, Size(0, 0, 200, 0))
+    cost = sample_cost(e, shapes, PackSize(0, 0, 200, 0))
     assert total(cost).total == pytest.approx(6 * 134_515_008 * 200, rel=0.1)
-    looks = total(sample_cost(e, shapes, Size(64, 64, 200, 0))).total
-    pooled = geometry(Model(visual="multi_token", llm="HuggingFaceTB/SmolLM2-135M-Instruct"))
-    assert looks < total(sample_cost(experiment(visual="multi_token"), pooled, Size(64, 64, 200, 0))).total
+    looks = total(sample_cost(e, shapes, PackSize(64, 64, 200, 0))).total
+    pooled = geometry(ModelSettings(visual="multi_token", llm="HuggingFaceTB/SmolLM2-135M-Instruct"))
+    assert looks < total(sample_cost(experiment(visual="multi_token"), pooled, PackSize(64, 64, 200, 0))).total
 
 
 def test_a_budget_buys_samples_of_mean_cost():
     e = experiment(train={"flops": 1e9})
     shapes = geometry(e.model)
-    sizes = [Size(5, 5, 14, 0), Size(0, 0, 9, 0), Size(3, 3, 6, 0)]
+    sizes = [PackSize(5, 5, 14, 0), PackSize(0, 0, 9, 0), PackSize(3, 3, 6, 0)]
     mean = total(mean_cost(e, shapes, sizes)).total
     assert mean == pytest.approx(sum(total(sample_cost(e, shapes, s)).total for s in sizes) / 3)
     assert samples_of(e, sizes) == int(1e9 / mean) == samples_for(1e9, mean)
@@ -178,4 +180,4 @@ def test_without_data_the_largest_sample_is_the_bound():
     assert largest(e) == {"a": (5, 5, 14, 14)}
     shapes = geometry(e.model)
     bound = total(sample_cost(e, shapes, largest(e)["a"])).total
-    assert bound >= total(mean_cost(e, shapes, [Size(5, 5, 14, 6)])).total
+    assert bound >= total(mean_cost(e, shapes, [PackSize(5, 5, 14, 6)])).total

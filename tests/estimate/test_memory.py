@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.memory import Live, pack
 from fovlm.config.deepspeed import resolve
-from fovlm.config.schema import Data, Experiment, Model, Optim, Source, Train, load
+from fovlm.config.schema import DataSettings, DataSource, Experiment, ModelSettings, OptimSettings, TrainSettings, load
 from fovlm.estimate.memory import activations, estimate
 from fovlm.estimate.shapes import geometry, parameters
 from fovlm.model.build import build
@@ -28,17 +28,17 @@ def experiment(frames=32, text=64, frozen=(), **model) -> Experiment:
     rates = {f"lr_{part}": None for part in frozen}
     return Experiment(
         name="small",
-        model=Model(llm=LLM, dino=DINO, frame_size=56, tokenizer="none", **model),
-        data=Data(
-            sources={"a": Source(shards="a.tar", kind="video")},
+        model=ModelSettings(llm=LLM, dino=DINO, frame_size=56, tokenizer="none", **model),
+        data=DataSettings(
+            sources={"a": DataSource(shards="a.tar", kind="video")},
             train={"a": 1.0},
             frames=frames,
             text=text,
             max_frames=frames,
             max_text=text,
         ),
-        optim=Optim(**rates),
-        train=Train(steps=1, best="train_loss"),
+        optim=OptimSettings(**rates),
+        train=TrainSettings(steps=1, best="train_loss"),
     )
 
 

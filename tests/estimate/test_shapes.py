@@ -7,7 +7,15 @@ import pytest
 from transformers import Dinov2Config, LlamaConfig
 
 from fovlm.config import experiments
-from fovlm.config.schema import Data, Experiment, Model, Optim, Source, Train, model_root
+from fovlm.config.schema import (
+    DataSettings,
+    DataSource,
+    Experiment,
+    ModelSettings,
+    OptimSettings,
+    TrainSettings,
+    model_root,
+)
 from fovlm.errors import UserError
 from fovlm.estimate.shapes import DINOV2, LLAMA, RELEASED, geometry, local_folder, parameters, vocabulary
 from fovlm.model.build import build
@@ -32,18 +40,18 @@ TIED, MORE = {**LLM, "tie_word_embeddings": True}, {**LLM, "attention_bias": Tru
 SWIGLU, BARE = {**DINO, "use_swiglu_ffn": True}, {**DINO, "qkv_bias": False, "use_mask_token": False}
 
 
-def experiment(model: Model, **rates) -> Experiment:
+def experiment(model: ModelSettings, **rates) -> Experiment:
     return Experiment(
         name="tiny",
         model=model,
-        data=Data(sources={"a": Source(shards="a.tar", kind="video")}, train={"a": 1.0}, max_text=64),
-        optim=Optim(**rates),
-        train=Train(steps=1, best="train_loss"),
+        data=DataSettings(sources={"a": DataSource(shards="a.tar", kind="video")}, train={"a": 1.0}, max_text=64),
+        optim=OptimSettings(**rates),
+        train=TrainSettings(steps=1, best="train_loss"),
     )
 
 
-def tiny(llm=LLM, dino=DINO, **more) -> Model:
-    return Model(llm=llm, dino=dino, tokenizer="none", query_dim=20, frame_size=28, **more)
+def tiny(llm=LLM, dino=DINO, **more) -> ModelSettings:
+    return ModelSettings(llm=llm, dino=dino, tokenizer="none", query_dim=20, frame_size=28, **more)
 
 
 @pytest.mark.parametrize("frozen", [{}, {"lr_dino": None}, {"lr_dino": None, "lr_llm": None}])
@@ -75,7 +83,7 @@ def test_released_models_have_their_known_sizes(monkeypatch, tmp_path):
     names = iter(itertools.product(("135M", "360M", "1.7B"), ("small", "base")))
     sizes = {"135M": 134_515_008, "360M": 361_821_120, "1.7B": 1_711_376_384, "small": 22_056_576, "base": 86_580_480}
     for llm, dino in names:
-        shapes = geometry(Model(llm=f"HuggingFaceTB/SmolLM2-{llm}-Instruct", dino=f"facebook/dinov2-{dino}"))
+        shapes = geometry(ModelSettings(llm=f"HuggingFaceTB/SmolLM2-{llm}-Instruct", dino=f"facebook/dinov2-{dino}"))
         assert (shapes.llm.parameters, shapes.dino.parameters) == (sizes[llm], sizes[dino])
         assert (shapes.dino.N, shapes.llm.V, shapes.dino.D // shapes.dino.H) == (257, 49152, 64)
 
@@ -87,14 +95,14 @@ def test_a_local_folder_is_read(monkeypatch, tmp_path):
     folder = tmp_path / "SmolLM2-135M-Instruct"  # below FOVLM_MODELS, and goes ahead of the table
     LlamaConfig(**LLM).save_pretrained(folder)
     assert local_folder(name) == folder
-    assert vocabulary(Model(llm=name)) == vocabulary(Model(llm=str(folder))) == 64
-    assert geometry(Model(llm=name)).llm == geometry(tiny()).llm
+    assert vocabulary(ModelSettings(llm=name)) == vocabulary(ModelSettings(llm=str(folder))) == 64
+    assert geometry(ModelSettings(llm=name)).llm == geometry(tiny()).llm
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(UserError, match="not the configuration of a llama model"):
-        geometry(Model(llm=name))
+        geometry(ModelSettings(llm=name))
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
-        geometry(Model(llm=name))
+        geometry(ModelSettings(llm=name))
 
 
 def test_models_are_below_the_project_by_default(monkeypatch, tmp_path):
@@ -108,9 +116,9 @@ def test_models_are_below_the_project_by_default(monkeypatch, tmp_path):
 def test_an_unknown_model_is_a_clear_error(monkeypatch, tmp_path):
     monkeypatch.setenv("FOVLM_MODELS", str(tmp_path))
     with pytest.raises(UserError, match=r"model\.llm: .*did you mean 'HuggingFaceTB/SmolLM2-135M-Instruct'"):
-        geometry(Model(llm="HuggingFaceTB/SmolLM-135M-Instruct"))
+        geometry(ModelSettings(llm="HuggingFaceTB/SmolLM-135M-Instruct"))
     with pytest.raises(UserError, match=r"model\.dino: the shapes of 'nowhere' are not known"):
-        geometry(Model(dino="nowhere"))
+        geometry(ModelSettings(dino="nowhere"))
 
 
 @pytest.mark.real

@@ -6,7 +6,7 @@ import pytest
 
 from fovlm.errors import UserError
 from fovlm.eval.benchmarks import READERS, questions_of
-from fovlm.eval.questions import Question, drawn, frames_of, hash_of, unmarked
+from fovlm.eval.questions import EvalQuestion, drawn, frames_of, hash_of, unmarked
 from helpers.tiny import picture, video
 
 pyarrow = pytest.importorskip("pyarrow", reason="the extra [data]")
@@ -206,10 +206,10 @@ def test_an_empty_folder_is_a_mistake(tmp_path, name):
 
 
 def test_sets_have_a_hash_of_their_content_and_small_ones_are_drawn_alike():
-    made = [Question(f"q{n}", "c", (), "?", ("a", "b"), 0) for n in range(50)]
+    made = [EvalQuestion(f"q{n}", "c", (), "?", ("a", "b"), 0) for n in range(50)]
     assert drawn(made, 9) == drawn(made, 9) != made[:9]
     assert [q.id for q in drawn(made, 9)] == sorted((q.id for q in drawn(made, 9)), key=lambda i: int(i[1:]))
-    other = [*made[:-1], Question("q49", "c", (), "?", ("a", "b"), 1)]
+    other = [*made[:-1], EvalQuestion("q49", "c", (), "?", ("a", "b"), 1)]
     assert hash_of(made) == hash_of(list(made)) != hash_of(other)
     assert unmarked(["A. x", "B. y"]) == ("x", "y")
     assert unmarked(["A. x", "A. y"]) == ("A. x", "A. y")

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from fovlm.checkpoint.reference import snug
-from fovlm.data.chat import Chat, tokenize_sft, tokenize_stage1
+from fovlm.data.chat import ChatTokenizer, tokenize_sft, tokenize_stage1
 from fovlm.data.packing import Sample
 from fovlm.data.shards import write_shards
 from fovlm.errors import UserError
 from fovlm.eval import benchmarks, eval_sets, runner
-from fovlm.eval.metrics import line_of, numbers
-from fovlm.eval.questions import Question, hash_of
-from fovlm.eval.runner import Asked, examine
+from fovlm.eval.metrics import compute_metrics, line_of
+from fovlm.eval.questions import EvalQuestion, hash_of
+from fovlm.eval.runner import Asked, run_eval
 from fovlm.eval.tables import main_tables
-from fovlm.eval.target import Subject
+from fovlm.eval.target import Target
 from fovlm.train.validation import nll_in_mode
 from helpers.models import tiny_model
 from helpers.tiny import clip, clips, picture, tokenizer, video
@@ -23,21 +23,21 @@ from helpers.tiny import clip, clips, picture, tokenizer, video
 OPTIONS = ("red", "it is blue")
 
 
-def subject(context: int = 2048, words: list[str] | None = None, **settings) -> Subject:
+def subject(context: int = 2048, words: list[str] | None = None, **settings) -> Target:
     model = tiny_model(**settings).eval()
     model.config.llm_config.max_position_embeddings = context
-    return Subject(model, tokenizer(words), "tiny", "weights", {})
+    return Target(model, tokenizer(words), "tiny", "weights", {})
 
 
 def asked(tmp_path, *names: str, **more) -> Asked:
     return Asked(list(names), **{"data": tmp_path, "out": tmp_path / "out", "modes": ["coarse_only"]} | more)
 
 
-def question(n: int, *media, words: str = "what is this ?") -> Question:
-    return Question(f"q{n}", "a", media, words, OPTIONS, n % 2)
+def question(n: int, *media, words: str = "what is this ?") -> EvalQuestion:
+    return EvalQuestion(f"q{n}", "a", media, words, OPTIONS, n % 2)
 
 
-def quiz(monkeypatch, name: str, made: list[Question]) -> None:
+def quiz(monkeypatch, name: str, made: list[EvalQuestion]) -> None:
     monkeypatch.setitem(benchmarks.READERS, name, lambda where: iter(made))
 
 
@@ -60,11 +60,11 @@ def test_the_last_rank_to_end_has_the_results_of_all_sets(tmp_path, monkeypatch)
     def score_chunk(subject, which, *rest):
         if which.name == "mvbench" and not nested:
             nested.append(None)
-            nested.append(examine(subject, share(1)))
+            nested.append(run_eval(subject, share(1)))
         plain(subject, which, *rest)
 
     monkeypatch.setattr(runner, "score_chunk", score_chunk)
-    assert [result["set"] for result in examine(subject(), share(0))] == [*names]
+    assert [result["set"] for result in run_eval(subject(), share(0))] == [*names]
     assert nested == [None, []]
 
 
@@ -78,7 +78,7 @@ def test_a_short_context_is_shared_by_frames_and_text_and_nothing_is_cut(tmp_pat
     said: list[str] = []
     form = runner.form_of(one, Asked([]))
     todo = asked(tmp_path, "pope", f"val={tmp_path}/val-*.tar", modes=["multi_token"])
-    many, shards = examine(one, todo, said.append)
+    many, shards = run_eval(one, todo, said.append)
     assert "at most 8 frames at 16 tokens each: half of the model's context of 256" in said[0]
     assert (many["most_frames"], many["n"], many["left_out"]) == (8, 2, {eval_sets.TOO_LONG: 1})
     assert (shards["n"], shards["left_out"]) == (2, {eval_sets.TOO_LONG: 1})
@@ -94,9 +94,9 @@ def test_a_short_context_is_shared_by_frames_and_text_and_nothing_is_cut(tmp_pat
 def test_the_hash_of_a_set_is_that_of_its_samples_whatever_the_model(tmp_path):
     pattern = clips(tmp_path, "val", [3, 2, 0, 3])
 
-    def named(one: Subject, **more) -> str:
+    def named(one: Target, **more) -> str:
         form = runner.form_of(one, asked(tmp_path, **more))
-        return eval_sets.open_exam(f"val={pattern}", tmp_path, form, {}, more.get("limit")).hash
+        return eval_sets.open_eval_set(f"val={pattern}", tmp_path, form, {}, more.get("limit")).hash
 
     first = named(subject())
     alike = (subject(prompt="before"), subject(256, visual="multi_token"), subject(image_frames=4, rounds=2))
@@ -113,13 +113,13 @@ def test_what_cannot_be_read_whole_ends_the_exam_or_is_left_out_and_counted(tmp_
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     made = [question(n, tmp_path / name) for n, name in enumerate(files)]
-    beyond = Question("q3", "a", (tmp_path / "whole.mkv",), "what ?", OPTIONS, 0, part=(20.0, 24.0))
+    beyond = EvalQuestion("q3", "a", (tmp_path / "whole.mkv",), "what ?", OPTIONS, 0, part=(20.0, 24.0))
     for one, told in ((made[0], "q0: .*damaged.mp4"), (made[1], "q1: .*cut.mkv: .*cut short"), (beyond, "q3: .*ends")):
         quiz(monkeypatch, "pope", [one, made[2]])
         with pytest.raises(UserError, match=f"pope, question {told}.*; --skip-missing goes on without"):
-            examine(subject(), asked(tmp_path, "pope", out=tmp_path / one.id))
+            run_eval(subject(), asked(tmp_path, "pope", out=tmp_path / one.id))
     quiz(monkeypatch, "pope", [*made, beyond])
-    (result,) = examine(subject(), asked(tmp_path, "pope", skip_missing=True, out=tmp_path / "skipped"))
+    (result,) = run_eval(subject(), asked(tmp_path, "pope", skip_missing=True, out=tmp_path / "skipped"))
     assert (result["n"], result["left_out"]) == (1, {"their video or picture cannot be read, or only in part": 3})
     assert result["set_hash"] == hash_of(made[2:])  # as if the others were missing
 
@@ -129,13 +129,13 @@ def test_samples_whose_every_token_counts_are_no_answers(tmp_path):
     for kind, tokenize in (("stage1", tokenize_stage1), ("sft", tokenize_sft)):
         (tmp_path / kind).mkdir()
         write_shards(tmp_path / kind / "%02d.tar", [clip(kind, 1, **tokenize(record, tokenizer()))])
-    (result,) = examine(subject(), asked(tmp_path, "sft"))
+    (result,) = run_eval(subject(), asked(tmp_path, "sft"))
     assert result["n"] == 1
     with pytest.raises(UserError, match=r"stage1: its samples are tokenized for a loss on every token.*--tokenize sft"):
-        examine(subject(), asked(tmp_path, "stage1"))
+        run_eval(subject(), asked(tmp_path, "stage1"))
     mixed = [clip("a", 1), clip("b", 1, **tokenize_stage1(record, tokenizer()))]
     write_shards(tmp_path / "mixed-%02d.tar", mixed[::-1])  # the first that is looked at is a good one
-    found = eval_sets.open_exam("mixed", tmp_path, runner.form_of(subject(), Asked([])), {})
+    found = eval_sets.open_eval_set("mixed", tmp_path, runner.form_of(subject(), Asked([])), {})
     assert [item for item in map(found.item, range(2)) if isinstance(item, str)] == [
         "tokenized for a loss on every token"
     ]
@@ -144,15 +144,15 @@ def test_samples_whose_every_token_counts_are_no_answers(tmp_path):
 def test_a_set_of_which_nothing_could_be_scored_hides_no_table():
     facts = {"protocol": "likelihood of the option's text", "control": "", "mode": "coarse_only"}
     line = {"n": 0, "category": "a", "source": "s", "modality": "text"} | line_of([1.0, 2.0], [1, 1], 0)
-    empty = facts | {"set": "none"} | numbers([{"n": 0, "left_out": "gone"}])
-    tables = dict(main_tables([empty, facts | {"set": "some"} | numbers([line])]))
+    empty = facts | {"set": "none"} | compute_metrics([{"n": 0, "left_out": "gone"}])
+    tables = dict(main_tables([empty, facts | {"set": "some"} | compute_metrics([line])]))
     assert [len(table) for table in tables.values()] == [3, 3]
     assert any("per token" in title for title in tables)
 
 
 def test_texts_are_never_cut(tmp_path):
     form = runner.form_of(subject(64), Asked([]))
-    assert form.chat.hash == Chat(form.chat.tokenizer, "after", "answer", eval_sets.UNCUT).hash
+    assert form.chat.hash == ChatTokenizer(form.chat.tokenizer, "after", "answer", eval_sets.UNCUT).hash
     text = form.chat.text({"user": "what ?", "assistant": "red " * 99}, None, False)
     assert len(text.tokens) > 99
     assert not form.fits([text], 0)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fovlm.checkpoint.reference import snug
-from fovlm.data.chat import Chat
+from fovlm.data.chat import ChatTokenizer
 from fovlm.data.packing import Sample
 from fovlm.eval.vlmevalkit import Fovlm
 from fovlm.media import decode
@@ -78,7 +78,7 @@ def words() -> Any:
 
 def taught() -> FoveatedVLM:
     """A tiny model that tells bright from dark, in the words of three tasks."""
-    model, chat, samples = tiny_model(prompt="before"), Chat(words(), "before", "answer", 999), []
+    model, chat, samples = tiny_model(prompt="before"), ChatTokenizer(words(), "before", "answer", 999), []
     for grey in (0, 40, 80, 120, 150, 190, 230, 255):
         said = {POPE_ASKED: "yes", ASK: "yes it is blue"} if grey > 130 else {POPE_ASKED: "no", ASK: "no it is red"}
         said[MVBENCH_ASKED] = "A" if grey > 130 else "B"
@@ -96,7 +96,7 @@ def taught() -> FoveatedVLM:
 
 def best_option(model: FoveatedVLM, image: bytes) -> int:
     """The option of least loss, from a pass over the whole conversation."""
-    frames, chat, losses = decode_pictures([("jpg", image)], 28), Chat(words(), "before", "answer", 999), []
+    frames, chat, losses = decode_pictures([("jpg", image)], 28), ChatTokenizer(words(), "before", "answer", 999), []
     for option in OPTIONS:
         text = chat.text({"user": ASK, "assistant": option}, None, True)
         batch = snug([Sample("", "", frames, 1, text.tokens, text.weight, text.prompt)], 1)

@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from fovlm.checkpoint.reference import snug
-from fovlm.config.schema import Source
-from fovlm.data.chat import Chat
+from fovlm.config.schema import DataSource
+from fovlm.data.chat import ChatTokenizer
 from fovlm.data.packing import Sample
 from fovlm.data.shards import write_shards
 from fovlm.errors import UserError
 from fovlm.eval import controls, eval_sets, runner
 from fovlm.eval.likelihood import View, encode, score, visual
-from fovlm.eval.metrics import line_of, numbers
-from fovlm.eval.questions import Question
+from fovlm.eval.metrics import compute_metrics, line_of
+from fovlm.eval.questions import EvalQuestion
 from fovlm.eval.results import Record
-from fovlm.eval.runner import Asked, chunks_of, examine
+from fovlm.eval.runner import Asked, chunks_of, run_eval
 from fovlm.eval.tables import main_tables, markdown, parts_tables
-from fovlm.eval.target import Subject
+from fovlm.eval.target import Target
 from fovlm.eval.wilson import wilson
 from fovlm.train.validation import MODES, nll_in_mode
 from helpers.models import VOCABULARY, tiny_model
@@ -32,11 +32,11 @@ CASES = [(v, p, r) for v, p, r in product(("foveated", "coarse", "multi_token"),
 CASES = [case for case in CASES if case[0] == "foveated" or case[2] == 1]
 
 
-def subject(seed: int = 0, **settings) -> Subject:
-    return Subject(tiny_model(seed, **settings).eval(), TOKENIZER, "tiny", f"seed {seed}", {})
+def subject(seed: int = 0, **settings) -> Target:
+    return Target(tiny_model(seed, **settings).eval(), TOKENIZER, "tiny", f"seed {seed}", {})
 
 
-def questions(folder, count: int = 7) -> list[Question]:
+def questions(folder, count: int = 7) -> list[EvalQuestion]:
     """Questions about folders of pictures, single pictures and nothing."""
     found = []
     for n in range(count):
@@ -49,7 +49,7 @@ def questions(folder, count: int = 7) -> list[Question]:
         elif n % 3 == 1:
             media = (picture(30 * n, 28),)
         extra = {"grade": str(n % 2)}
-        found.append(Question(f"q{n}", "ab"[n % 2], media, "what is this ?", OPTIONS, n % 3, extra=extra))
+        found.append(EvalQuestion(f"q{n}", "ab"[n % 2], media, "what is this ?", OPTIONS, n % 3, extra=extra))
     return found
 
 
@@ -72,8 +72,8 @@ def lines(folder, mode: str) -> list[dict]:
 @pytest.mark.parametrize(("visual", "prompt", "rounds"), CASES)
 def test_an_option_has_the_likelihood_that_it_has_alone(visual, prompt, rounds, tmp_path, quiz):
     one = subject(visual=visual, prompt=prompt, rounds=rounds, image_frames=2)
-    examine(one, asked(tmp_path))
-    chat = Chat(TOKENIZER, prompt, "answer", 999)
+    run_eval(one, asked(tmp_path))
+    chat = ChatTokenizer(TOKENIZER, prompt, "answer", 999)
     form = eval_sets.Form(chat, 28, 2, 999)
     for mode in MODES[visual]:
         for line, question in zip(lines(tmp_path / "out/pope", mode), quiz, strict=True):
@@ -95,7 +95,7 @@ def test_frames_are_encoded_once_for_all_options_modes_and_controls(tmp_path, qu
     walk = one.model.encoder.encode
     monkeypatch.setattr(one.model.encoder, "encode", lambda frames, row: seen.append(len(frames)) or walk(frames, row))
     monkeypatch.setattr(one.model.encoder, "encode_only", lambda frames: pytest.fail("encoded again"))
-    examine(one, asked(tmp_path, controls=list(controls.CONTROLS)))
+    run_eval(one, asked(tmp_path, controls=list(controls.CONTROLS)))
     shown = sum(len(eval_sets.frames_of(q, 28, 64)) for q in quiz)
     assert sum(seen) == shown
     assert len(seen) == len(chunks_of(len(quiz), 3))
@@ -139,7 +139,7 @@ def test_blind_shows_the_model_no_frame_at_all(tmp_path, quiz):
         if run == "two":
             for path in (tmp_path / "media").rglob("*.jpg"):
                 path.write_bytes(picture(255, 28))
-        examine(subject(), asked(tmp_path, out=tmp_path / run, controls=["blind"]))
+        run_eval(subject(), asked(tmp_path, out=tmp_path / run, controls=["blind"]))
         found.append([lines(tmp_path / run / "pope" / c, "coarse_fine") for c in ("", "blind")])
     (seen, blind), (seen_too, blind_too) = found
     assert [line["nll"] for line in blind] == [line["nll"] for line in blind_too]
@@ -161,7 +161,7 @@ def tree(folder) -> dict[str, bytes]:
 
 def test_a_killed_run_goes_on_and_shares_merge_to_the_same_files(tmp_path, quiz, monkeypatch):
     more = {"controls": ["shuffled", "foreign"]}
-    examine(subject(), asked(tmp_path, out=tmp_path / "whole", **more))
+    run_eval(subject(), asked(tmp_path, out=tmp_path / "whole", **more))
     whole = tree(tmp_path / "whole")
     names = {f"{mode}.{end}" for mode in MODES["foveated"] for end in ("json", "jsonl")}
     assert {name.rsplit("/", 1)[-1] for name in whole} == {"exam.json", *names}
@@ -175,44 +175,44 @@ def test_a_killed_run_goes_on_and_shares_merge_to_the_same_files(tmp_path, quiz,
 
     monkeypatch.setattr(Record, "add", add)
     with pytest.raises(KeyboardInterrupt):
-        examine(subject(), asked(tmp_path, out=tmp_path / "killed", **more))
+        run_eval(subject(), asked(tmp_path, out=tmp_path / "killed", **more))
     monkeypatch.setattr(Record, "add", kept)
     parts = sorted((tmp_path / "killed").rglob("*.part-*"))
     with open(parts[0], "a") as file:
         file.write('{"n": 3, "half a li')
-    examine(subject(), asked(tmp_path, out=tmp_path / "killed", **more))
+    run_eval(subject(), asked(tmp_path, out=tmp_path / "killed", **more))
     assert tree(tmp_path / "killed") == whole
 
     for number in (1, 0):
-        found = examine(subject(), asked(tmp_path, out=tmp_path / "shared", part=(number, 2), **more))
+        found = run_eval(subject(), asked(tmp_path, out=tmp_path / "shared", part=(number, 2), **more))
         assert bool(found) == (number == 0)
     assert tree(tmp_path / "shared") == whole
 
     monkeypatch.setattr(runner, "score_chunk", lambda *a: pytest.fail("nothing was left to do"))
-    again = examine(subject(), asked(tmp_path, out=tmp_path / "whole", **more))
+    again = run_eval(subject(), asked(tmp_path, out=tmp_path / "whole", **more))
     assert [r["mode"] for r in again if not r["control"]] == list(MODES["foveated"])
 
 
 def test_results_of_another_model_or_set_are_not_mixed(tmp_path, quiz):
-    examine(subject(), asked(tmp_path, modes=["coarse_only"]))
+    run_eval(subject(), asked(tmp_path, modes=["coarse_only"]))
     with pytest.raises(UserError, match="give another --out"):
-        examine(subject(1), asked(tmp_path, modes=["coarse_only"]))
+        run_eval(subject(1), asked(tmp_path, modes=["coarse_only"]))
     with pytest.raises(UserError, match="set_hash"):
-        examine(subject(), asked(tmp_path, modes=["coarse_only"], limit=3))
+        run_eval(subject(), asked(tmp_path, modes=["coarse_only"], limit=3))
     other = subject()
     other.model.config.image_frames += 1
     with pytest.raises(UserError, match="results with image_frames"):
-        examine(other, asked(tmp_path, modes=["coarse_only"]))
+        run_eval(other, asked(tmp_path, modes=["coarse_only"]))
     with pytest.raises(UserError, match="did you mean 'coarse_fine'"):
-        examine(subject(), asked(tmp_path, modes=["coarse_fin"]))
+        run_eval(subject(), asked(tmp_path, modes=["coarse_fin"]))
 
 
 def test_missing_videos_are_told_at_once_or_skipped(tmp_path, quiz):
-    quiz.append(Question("gone", "a", (tmp_path / "gone.mp4",), "what is this ?", OPTIONS, 0))
+    quiz.append(EvalQuestion("gone", "a", (tmp_path / "gone.mp4",), "what is this ?", OPTIONS, 0))
     with pytest.raises(UserError, match=r"1 of 7 videos or pictures are missing, the first is .*gone.mp4; --skip"):
-        examine(subject(), asked(tmp_path))
+        run_eval(subject(), asked(tmp_path))
     said: list[str] = []
-    result = examine(subject(), asked(tmp_path, skip_missing=True), said.append)[0]
+    result = run_eval(subject(), asked(tmp_path, skip_missing=True), said.append)[0]
     assert "going on without 1 of 8 questions" in said[0]
     assert result["n"] == 7
     assert result["left_out"] == {"their video or picture is missing": 1}
@@ -226,7 +226,7 @@ def test_accuracy_is_by_sum_and_by_token_and_by_category():
         {"n": 2, "category": "b"} | facts | line_of([1.0, 3.0], [1, 1], 1),
         {"n": 3, "left_out": "too long"},
     ]
-    found = numbers(made)
+    found = compute_metrics(made)
     assert (found["n"], found["left_out"]) == (3, {"too long": 1})
     assert (found["accuracy"], found["accuracy_normalised"], found["chance"]) == (2 / 3, 1 / 3, 0.5)
     assert found["by_category"]["a"]["accuracy"] == 1.0
@@ -241,7 +241,7 @@ def test_shards_give_losses_by_source_and_modality(tmp_path):
     one = subject(prompt="before", image_frames=2)
     more = str(tmp_path / "more-00.tar")
     one.own = {"val": {"shards": pattern, "kind": "video"}, "more": {"shards": more, "kind": "image"}}
-    results = examine(one, Asked(["val"], data=tmp_path / "none", out=tmp_path / "out", controls=["blind", "foreign"]))
+    results = run_eval(one, Asked(["val"], data=tmp_path / "none", out=tmp_path / "out", controls=["blind", "foreign"]))
     by = {(r["control"], r["mode"]): r for r in results}
     whole = by["", "coarse_fine"]
     assert whole["samples_by_modality"] == {"image": 1, "text": 2, "video": 3}
@@ -249,7 +249,9 @@ def test_shards_give_losses_by_source_and_modality(tmp_path):
     assert "accuracy" not in whole
     assert whole["protocol"] == "loss of the answer"
     assert ("foreign", "coarse_only") not in by
-    data = eval_sets.Shards("val", {k: Source(**v) for k, v in one.own.items()}, runner.form_of(one, Asked([])), None)
+    data = eval_sets.Shards(
+        "val", {k: DataSource(**v) for k, v in one.own.items()}, runner.form_of(one, Asked([])), None
+    )
     for line in lines(tmp_path / "out/val", "coarse_fine"):
         (sample,), _ = data.data.read(data.positions[line["n"]])
         alone = snug([sample], 1)
@@ -266,7 +268,7 @@ def test_shards_give_losses_by_source_and_modality(tmp_path):
 
 def test_texts_with_one_beginning_share_it_and_may_be_of_any_length():
     model = tiny_model(prompt="before").eval()
-    chat = Chat(TOKENIZER, "before", "answer", 99)
+    chat = ChatTokenizer(TOKENIZER, "before", "answer", 99)
     texts = [chat.text({"user": "what ?", "assistant": a}, None, True) for a in OPTIONS]
     own, _ = views(model)
     tokens = visual(model, View(own.encoding, own.looks, texts[0].tokens[: texts[0].prompt]), "coarse_fine")

@@ -16,15 +16,15 @@ from safetensors.torch import save_file
 
 from fovlm import distributed
 from fovlm.checkpoint import store
-from fovlm.checkpoint.reference import Question
-from fovlm.config.schema import Optim
+from fovlm.checkpoint.reference import ReferenceBatch
+from fovlm.config.schema import OptimSettings
 from fovlm.data.packing import Batch
 from fovlm.errors import UserError
 from fovlm.train.engine import Engine, load_weights, start, universal_for
 from helpers.models import pack, sample, tiny_model
 from helpers.zero_files import experiment
 
-OPTIM = Optim(lr_connector=1e-3, lr_dino=5e-4, lr_llm=2e-3, weight_decay=0.0)
+OPTIM = OptimSettings(lr_connector=1e-3, lr_dino=5e-4, lr_llm=2e-3, weight_decay=0.0)
 BETA = 0.3
 # Every pattern of kinds over two ranks, with unequal numbers of tokens: step by step, two packs each.
 VIDEO, IMAGE = ("video", 3, 3), ("image", 1, 4)
@@ -85,7 +85,7 @@ def main() -> None:
         checkpoints = store.Checkpoints(out / f"zero{stage}")
         state = store.State(step=5, world_size=distributed.world(), zero_stage=stage)
         settings_of_run = experiment(tiny_model(), out / f"zero{stage}" / "tokenizer").dump()
-        probe = Question(
+        probe = ReferenceBatch(
             [sample("probe", 3), sample("words", text=9)], pack([sample("probe", 3), sample("words", text=9)])
         )
         path = trained.save(checkpoints, state, settings_of_run, best=True, probe=probe)

@@ -10,7 +10,7 @@ import sys
 import torch
 
 import fovlm.model.encoder
-from fovlm.data.packing import Batch, Size
+from fovlm.data.packing import Batch, PackSize
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.train.losses import text_loss
 from helpers.models import pack, sample, tiny_model
@@ -27,7 +27,7 @@ def use(implementation: str) -> None:
 def packs() -> list[Batch]:
     """An image that is looked at several times, and a video with one look a frame."""
     image = sample("image", frames=1, looks=4, text=6)
-    return [pack([image], Size(1, 4, 6, 0)), pack([sample("video", frames=2, text=7)], Size(2, 2, 7, 0))]
+    return [pack([image], PackSize(1, 4, 6, 0)), pack([sample("video", frames=2, text=7)], PackSize(2, 2, 7, 0))]
 
 
 def sensitive_model() -> FoveatedVLM:

@@ -5,13 +5,13 @@ import math
 import torch
 from transformers import Dinov2Config, LlamaConfig
 
-from fovlm.data.packing import Batch, Sample, Size, collate
+from fovlm.data.packing import Batch, PackSize, Sample, collate
 from fovlm.model.encoder import MEAN, STD
 from fovlm.model.modeling import FoveatedConfig, FoveatedVLM
 
 FRAME = 28  # pixels: 4 x 4 patches of 7
 VOCABULARY = 64
-BUDGET = Size(frames=6, looks=10, text=30, prompt=12)
+BUDGET = PackSize(frames=6, looks=10, text=30, prompt=12)
 
 
 def tiny_model(seed: int = 0, **settings) -> FoveatedVLM:
@@ -50,7 +50,7 @@ def sample(
     )
 
 
-def pack(samples: list[Sample], budget: Size = BUDGET, **options) -> Batch:
+def pack(samples: list[Sample], budget: PackSize = BUDGET, **options) -> Batch:
     return collate(samples, budget, FRAME, **options)
 
 

@@ -13,20 +13,20 @@ from torch import Tensor
 
 from fovlm.data.packing import Batch
 from fovlm.train import trainer
-from fovlm.train.engine import Engine, Step
+from fovlm.train.engine import Engine, StepResult
 
 
 class Recorded(Engine):
     """An engine that keeps what its steps gave. In the steps that are to be spoilt, no nll is a number."""
 
-    steps: list[Step]
+    steps: list[StepResult]
     spoilt: list[int]
 
     def nll(self, batch: Batch, visual: str | None = None) -> Tensor:
         nll = super().nll(batch, visual)
         return nll * float("nan") if len(self.steps) + 1 in self.spoilt else nll
 
-    def step(self, batches: list[Batch]) -> Step:
+    def step(self, batches: list[Batch]) -> StepResult:
         done = super().step(batches)
         self.steps.append(done)
         return done

@@ -12,8 +12,8 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fovlm.config.schema import Source
-from fovlm.data.chat import Chat
+from fovlm.config.schema import DataSource
+from fovlm.data.chat import ChatTokenizer
 from fovlm.data.dataset import Dataset
 from fovlm.data.shards import write_shards
 from fovlm.media import decode
@@ -105,5 +105,7 @@ def clips(folder: Path, name: str, frames: list[int], per_shard: int = 5) -> str
 def dataset(folder: Path) -> Dataset:
     """Three clips."""
     clips(folder, "video", [3, 1, 4])
-    source = Source(shards="video-00.tar", kind="video")
-    return Dataset({"video": source}, {"video": 1.0}, Chat(tokenizer(), "before", "answer", 100), frame_size=16)
+    source = DataSource(shards="video-00.tar", kind="video")
+    return Dataset(
+        {"video": source}, {"video": 1.0}, ChatTokenizer(tokenizer(), "before", "answer", 100), frame_size=16
+    )

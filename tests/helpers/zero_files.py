@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fovlm.checkpoint import store
-from fovlm.checkpoint.reference import Question
+from fovlm.checkpoint.reference import ReferenceBatch
 from fovlm.checkpoint.store import Checkpoints, State
-from fovlm.config.schema import Data, Experiment, Model, Source, Train
+from fovlm.config.schema import DataSettings, DataSource, Experiment, ModelSettings, TrainSettings
 from fovlm.model.modeling import FoveatedVLM
 from helpers import tiny
 from helpers.models import FRAME, pack, sample
@@ -78,7 +78,7 @@ def experiment(model: FoveatedVLM, tokenizer: Path, name: str = "tiny") -> Exper
     return Experiment(
         name=name,
         note="a test",
-        model=Model(
+        model=ModelSettings(
             llm=config.llm_config.to_diff_dict(),
             dino=config.dino_config.to_diff_dict(),
             tokenizer=str(tokenizer),
@@ -86,8 +86,8 @@ def experiment(model: FoveatedVLM, tokenizer: Path, name: str = "tiny") -> Exper
             query_dim=config.query_dim,
             frame_size=FRAME,
         ),
-        data=Data(sources={"clips": Source(shards="clips.tar", kind="video")}, train={"clips": 1.0}),
-        train=Train(steps=5, best="train_loss"),
+        data=DataSettings(sources={"clips": DataSource(shards="clips.tar", kind="video")}, train={"clips": 1.0}),
+        train=TrainSettings(steps=5, best="train_loss"),
     )
 
 
@@ -112,7 +112,7 @@ def write_run(
         batch = pack(SAMPLES)
         with torch.no_grad():
             nll = copy.deepcopy(model).to(dtype)(batch)
-        Question(SAMPLES, batch).answered(nll, dtype).save(staging)
+        ReferenceBatch(SAMPLES, batch).answered(nll, dtype).save(staging)
     state = State(step=step, samples=90, tokens=1234, world_size=world, zero_stage=stage, metric=1.5)
     return seal(checkpoints, staging, state, best)
 

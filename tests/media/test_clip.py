@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 from fovlm.errors import UserError
 from fovlm.media import decode, tolerant
 from fovlm.media.clip import read_clip
@@ -143,10 +143,10 @@ def test_a_camera_gives_a_frame_a_second_and_a_missing_one_is_told(tmp_path):
     film = saved(tmp_path / "film.mp4", tiny.video(4))
     frames = list(tolerant.camera(str(film), 16))
     assert [round(float(frame.float().mean()) / 10) for frame in frames] == [0, 1, 2, 3]
-    with pytest.raises(BadSample, match="no camera 97"):
+    with pytest.raises(SampleError, match="no camera 97"):
         next(tolerant.camera("97", 16))
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile film.mp4")  # FFmpeg would open what it names
-    with pytest.raises(BadSample, match="is no video and no camera"):
+    with pytest.raises(SampleError, match="is no video and no camera"):
         next(tolerant.camera(str(tmp_path / "list.mp4"), 16))
 
 

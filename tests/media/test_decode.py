@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 from fovlm.media import decode as media
 from helpers import tiny
 
@@ -76,7 +76,7 @@ def jpeg_header(width: int, height: int) -> bytes:
     ("extension", "data"), [("png", tiny.png_header(60_000, 60_000)), ("jpg", jpeg_header(65_000, 65_000))]
 )
 def test_absurd_sizes_are_refused_by_the_header(extension, data):
-    with pytest.raises(BadSample, match="absurd picture size"):
+    with pytest.raises(SampleError, match="absurd picture size"):
         decode(data, extension, 32)
 
 
@@ -84,12 +84,12 @@ def test_absurd_sizes_are_refused_by_the_header(extension, data):
 def test_broken_pictures(extension):
     good = encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), media.PICTURES[extension])
     for data in (b"", b"nonsense", good[: len(good) // 2], good[:20], tiny.video(1)):
-        with pytest.raises(BadSample, match="undecodable picture"):
+        with pytest.raises(SampleError, match="undecodable picture"):
             decode(data, extension, 32)
 
 
 def test_the_format_is_that_of_the_extension():
-    with pytest.raises(BadSample):
+    with pytest.raises(SampleError):
         decode(encoded(gradient(16, 16), "GIF"), "png", 16)
 
 
@@ -117,11 +117,11 @@ def test_a_longer_video_is_thinned_evenly_with_and_without_seeking(monkeypatch):
 def test_broken_videos():
     good = tiny.video(4, format="matroska")
     for data in (b"", b"nonsense", good[:100]):
-        with pytest.raises(BadSample):
+        with pytest.raises(SampleError):
             media.video_seconds(data, "mkv")
-    with pytest.raises(BadSample, match="shorter than its index says"):
+    with pytest.raises(SampleError, match="shorter than its index says"):
         media.decode_video(tiny.video(2), "mp4", 16, 4, 64)
-    with pytest.raises(BadSample):
+    with pytest.raises(SampleError):
         media.decode_video(good[: len(good) // 2], "mkv", 16, 4, 64)
 
 
@@ -132,7 +132,7 @@ def test_a_playlist_does_not_pass_for_a_video(tmp_path):
         f"#EXTM3U\n#EXTINF:1,\n{tmp_path}/secret.mp4\n",
         f"ffconcat version 1.0\nfile {tmp_path}/secret.mp4\n",
     ):
-        with pytest.raises(BadSample, match="undecodable video"):
+        with pytest.raises(SampleError, match="undecodable video"):
             media.video_seconds(playlist.encode(), "mp4")
 
 
@@ -140,7 +140,7 @@ def test_an_absurd_video_size_is_refused(monkeypatch):
     data = tiny.video(1)
     monkeypatch.setattr(media, "MAX_PIXELS", 100)
     for read in (lambda: media.video_seconds(data, "mp4"), lambda: media.decode_video(data, "mp4", 16, 1, 64)):
-        with pytest.raises(BadSample, match="absurd picture size"):
+        with pytest.raises(SampleError, match="absurd picture size"):
             read()
 
 

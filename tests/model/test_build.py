@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from fovlm import open_model
-from fovlm.config.schema import Model
+from fovlm.config.schema import ModelSettings
 from fovlm.data.chat import load_tokenizer
 from fovlm.errors import UserError
 from fovlm.model.build import build
@@ -39,9 +39,9 @@ DINO = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "im
 FULL, MIXED = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
 
 
-def settings(llm: Path | dict = LLM, dino: Path | dict = DINO) -> Model:
+def settings(llm: Path | dict = LLM, dino: Path | dict = DINO) -> ModelSettings:
     llm, dino = (given if isinstance(given, dict) else str(given) for given in (llm, dino))
-    return Model(llm=llm, dino=dino, tokenizer="none", query_dim=20, frame_size=28)
+    return ModelSettings(llm=llm, dino=dino, tokenizer="none", query_dim=20, frame_size=28)
 
 
 def refused(**backbone: Path | str) -> str:

@@ -5,7 +5,7 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fovlm.model import kv_cache
-from fovlm.model.kv_cache import Recall, attend
+from fovlm.model.kv_cache import ContextCache, attend
 from helpers.interface import frames, model_of, watch
 
 CHUNK = 16
@@ -13,7 +13,7 @@ CHUNK = 16
 
 def test_the_cache_is_an_ordinary_one_that_does_not_copy(monkeypatch):
     monkeypatch.setattr(kv_cache, "CHUNK", CHUNK)
-    ours, theirs = Recall(1), DynamicCache()
+    ours, theirs = ContextCache(1), DynamicCache()
     random = torch.Generator().manual_seed(0)
     for n in (5, 1, CHUNK, 1, 2 * CHUNK, 1):
         new = [torch.randn(2, 3, n, 4, generator=random) for _ in range(2)]

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fovlm.data.packing import Size
+from fovlm.data.packing import PackSize
 from fovlm.model import modeling as model_module
 from fovlm.model.autoregressive import autoregressive
 from fovlm.model.modeling import Connector, FoveatedVLM
@@ -26,7 +26,7 @@ def test_a_sample_alone_equals_itself_in_any_pack(visual, deep_query, samples):
     model = tiny_model(visual=visual, deep_query=deep_query)
     T = model.config.tokens_per_look
     for number, s in enumerate(samples):
-        tight = Size(max(s.size.frames, 1), s.looks + 1, len(s.tokens), s.prompt)
+        tight = PackSize(max(s.size.frames, 1), s.looks + 1, len(s.tokens), s.prompt)
         alone = nll_of(model, pack([s], tight, tokens_per_look=T), 0)
         for order in itertools.permutations(range(3)):
             batch = pack([samples[i] for i in order], tokens_per_look=T)

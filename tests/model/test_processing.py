@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from fovlm.data.chat import Chat
-from fovlm.data.packing import Sample, Size, collate
+from fovlm.data.chat import ChatTokenizer
+from fovlm.data.packing import PackSize, Sample, collate
 from fovlm.errors import UserError
 from fovlm.model.autoregressive import autoregressive
 from helpers import ROOT
@@ -40,12 +40,12 @@ def test_what_the_readme_shows_runs(tmp_path, monkeypatch, capsys):
 def test_tokens_are_those_of_training(prompt):
     processor = processor_of(model_of(prompt=prompt))
     inputs = processor(messages=says(QUESTION, video=frames(3)))
-    trained = Chat(tokenizer(), prompt, "answer", 999).text({"user": QUESTION, "assistant": "red"}, None, True)
+    trained = ChatTokenizer(tokenizer(), prompt, "answer", 999).text({"user": QUESTION, "assistant": "red"}, None, True)
     answer_at = int(trained.weight.argmax())
     assert inputs["input_ids"][0].tolist() == trained.tokens[:answer_at].tolist()
     assert inputs["prompt"].tolist() == [trained.prompt]
     assert (trained.prompt > 0) == (prompt == "before")
-    asked = Chat(tokenizer(), prompt, "answer", 999).ask(QUESTION, True)
+    asked = ChatTokenizer(tokenizer(), prompt, "answer", 999).ask(QUESTION, True)
     assert inputs["input_ids"][0].tolist() == asked.tokens.tolist()
     assert asked.prompt == trained.prompt
 
@@ -136,7 +136,7 @@ def test_the_first_token_is_the_likeliest_by_the_scored_model(mode, prompt):
         for word in range(VOCABULARY):
             tokens = torch.cat([inputs["input_ids"][0], torch.tensor([word])])
             sample = Sample("", "", seen, looks, tokens, torch.ones(len(tokens)), int(inputs["prompt"]))
-            size = Size(max(1, len(seen)), max(1, looks), len(tokens), sample.prompt)  # a pack has a frame at least
+            size = PackSize(max(1, len(seen)), max(1, looks), len(tokens), sample.prompt)  # a pack has a frame at least
             batch = collate([sample], size, FRAME)
             if mode == "autoregressive":
                 scores = autoregressive(model, batch)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from fovlm.cli.main import main
 from fovlm.config import schema
-from fovlm.data.index import hash_of, make_index
+from fovlm.data.index import index_hash, make_index
 from fovlm.data.shards import find_shards, write_shards
 from fovlm.errors import UserError
 from fovlm.prepare import manifest as books
@@ -128,7 +128,7 @@ def test_an_evaluation_set_is_stratified_frozen_and_kept_apart(tmp_path):
     manifest = draw(pattern, val, "val", 15, 0, 1, QUIET)
     assert manifest.strata == {"image vqa": 9, "text rare": 1, "text talk": 5}
     assert sorted(p.name for p in val.glob("*.tar")) == ["val-image-00000.tar", "val-text-00000.tar"]
-    assert hash_of([make_index(p) for p in sorted(val.glob("*.tar"))]) == manifest.hash == books.load(val).hash
+    assert index_hash([make_index(p) for p in sorted(val.glob("*.tar"))]) == manifest.hash == books.load(val).hash
     assert looked_at(val / "*.tar").problems == 0
 
     # The same samples out of shards that are cut otherwise.

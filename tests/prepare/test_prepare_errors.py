@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 from fovlm.cli.main import main
 from fovlm.errors import UserError
 from fovlm.prepare import manifest as books
@@ -53,7 +53,7 @@ def test_without_pyarrow_parquet_asks_for_it(tmp_path, monkeypatch):
 
 
 def test_a_row_without_a_value_is_bad_not_fatal(tmp_path):
-    with pytest.raises(BadSample, match="no messages"):
+    with pytest.raises(SampleError, match="no messages"):
         list(smoltalk.make({"messages": None}, replace(Job("smoltalk", tmp_path, tmp_path))))
 
 

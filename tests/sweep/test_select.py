@@ -173,7 +173,7 @@ def test_only_what_is_left_is_counted(bare):
     (run.folder / "experiment.yaml").write_text(run.experiment.dump())
     (run.folder / "metrics.csv").write_text("step,seconds,progress\n10,1,0.75\n20,2,\n")
     (rest,) = cost.estimates([run], {}, 1, False, 1e12)
-    assert (rest.standing, rest.samples, rest.flops) == ("begun", 50_000, pytest.approx(whole.flops / 4))
+    assert (rest.status, rest.samples, rest.flops) == ("begun", 50_000, pytest.approx(whole.flops / 4))
 
 
 def test_sizes_are_those_of_the_shards_where_they_are_indexed(shards, bare, monkeypatch):

@@ -13,9 +13,9 @@ import pytest
 
 from fovlm.errors import EXIT_STOPPED, UserError
 from fovlm.sweep import table as many_table
-from fovlm.sweep.progress import Watch
-from fovlm.sweep.runner import LAUNCH, LOG, Many, Slot, cpu_slots, exit_status, gpu_slots
-from fovlm.sweep.select import plan, select, standing
+from fovlm.sweep.progress import SweepProgress
+from fovlm.sweep.runner import LAUNCH, LOG, Slot, SweepRunner, cpu_slots, exit_status, gpu_slots
+from fovlm.sweep.select import plan, run_status, select
 from helpers.launch import RECORDER
 
 # Plays a run: writes what train.py writes. behave.json tells how each run ends; events.txt what happened.
@@ -91,8 +91,8 @@ class Place:
         planned = plan(select([w for w in words if "=" not in w], folder=folder), overrides, seeds, folder)
         (self.home / "hashes.json").write_text(json.dumps({run.name: run.experiment.hash for run in planned}))
         said = StringIO()
-        with Watch(len(planned), said) as watch:
-            results = Many(planned, slots or [Slot()], watch, self.launcher).work(again)
+        with SweepProgress(len(planned), said) as watch:
+            results = SweepRunner(planned, slots or [Slot()], watch, self.launcher).work(again)
         status = exit_status(results, planned, watch.say)
         return results, status, said.getvalue()
 
@@ -190,12 +190,12 @@ def test_a_run_folder_is_known_by_its_settings_and_not_by_how_it_was_run(place):
     (run,) = plan([("trio", "two")], [], folder=folder)
     (other,) = plan([("trio", "two")], ["optim.clip=0.5"], folder=folder)
     (logged,) = plan([("trio", "two")], ["train.log_every=3", "data.workers=0"], folder=folder)
-    assert standing(run) == "new"
+    assert run_status(run) == "new"
     (run.folder / "checkpoints").mkdir(parents=True)
     (run.folder / "experiment.yaml").write_text(logged.experiment.dump())
-    assert (standing(run), standing(logged), standing(other)) == ("begun", "begun", "changed")
+    assert (run_status(run), run_status(logged), run_status(other)) == ("begun", "begun", "changed")
     (run.folder / "run_summary.json").write_text('{"status": "finished", "final": {}}')
-    assert (standing(run), standing(other)) == ("finished", "changed")
+    assert (run_status(run), run_status(other)) == ("finished", "changed")
 
 
 def when_started(place: Place, count: int, number: int) -> threading.Thread:
@@ -254,7 +254,7 @@ def test_what_another_command_is_at_is_left_to_it(place):
             time.sleep(0.02)
         run = plan([("trio", "two")], [], folder=place.home / "experiments")
         said = StringIO()
-        many = Many(run, [Slot()], Watch(1, said), place.launcher)
+        many = SweepRunner(run, [Slot()], SweepProgress(1, said), place.launcher)
         many._fill_slots()
         inner.append((many.results, said.getvalue()))
         os.kill(os.getpid(), signal.SIGTERM)
@@ -289,7 +289,7 @@ def test_launch_sh_keeps_two_runs_to_their_gpus(place, monkeypatch):
                        "FOVLM_CACHE": str(place.home / "cache")}.items():  # fmt: skip
         monkeypatch.setenv(key, value)
     planned = plan(select(["LR1", "A1"]), ["optim.clip=0.5"])
-    results = Many(planned, gpu_slots(["1", "3"], 1), Watch(2, StringIO()), LAUNCH).work()
+    results = SweepRunner(planned, gpu_slots(["1", "3"], 1), SweepProgress(2, StringIO()), LAUNCH).work()
     assert results == {"LR1": "failed", "A1": "failed"}
     logs = [(run.folder / LOG).read_text().splitlines() for run in planned]
     for log, run, gpu in zip(logs, planned, (1, 3), strict=True):

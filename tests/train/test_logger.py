@@ -9,7 +9,7 @@ import pytest
 
 from fovlm.config.schema import Experiment
 from fovlm.redact import HIDDEN, redact
-from fovlm.train.logger import Journal, Table, commit, versions
+from fovlm.train.logger import Logger, Table, commit, versions
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def losses(experiment) -> list[tuple[str, str]]:
 
 
 def test_a_row_per_log_step_with_columns_as_they_come(experiment):
-    with Journal(experiment, 10, out=io.StringIO()) as journal:
+    with Logger(experiment, 10, out=io.StringIO()) as journal:
         journal.log(2, {"loss": 3.0})
         journal.log(4, {"loss": 2.5, "samples_per_second": 7.0})
         journal.log(4, {"val_loss": 2.75})
@@ -49,11 +49,11 @@ def test_a_row_per_log_step_with_columns_as_they_come(experiment):
 
 
 def test_going_on_drops_the_rows_past_the_step_and_counts_the_time_on(experiment):
-    with Journal(experiment, 10, out=io.StringIO()) as journal:
+    with Logger(experiment, 10, out=io.StringIO()) as journal:
         journal.earlier = 100.0
         for step in (2, 4, 6):
             journal.log(step, {"loss": float(step)})
-    with Journal(experiment, 10, step=4, out=io.StringIO()) as journal:
+    with Logger(experiment, 10, step=4, out=io.StringIO()) as journal:
         journal.log(6, {"loss": 60.0})
     assert losses(experiment) == [("2", "2"), ("4", "4"), ("6", "60")]
     seconds = [float(row["seconds"]) for row in rows(experiment)]
@@ -63,7 +63,7 @@ def test_going_on_drops_the_rows_past_the_step_and_counts_the_time_on(experiment
 
 def test_a_fresh_start_in_an_old_folder_begins_anew(experiment):
     for value in (1.0, 2.0):
-        with Journal(experiment, 10, step=0, out=io.StringIO()) as journal:
+        with Logger(experiment, 10, step=0, out=io.StringIO()) as journal:
             journal.log(1, {"loss": value})
     assert losses(experiment) == [("1", "2")]
 
@@ -76,7 +76,7 @@ def test_a_row_that_a_crash_cut_short_is_dropped(tmp_path):
 
 
 def test_other_ranks_write_nothing(experiment):
-    with Journal(experiment, 10, rank=1, out=io.StringIO()) as journal:
+    with Logger(experiment, 10, rank=1, out=io.StringIO()) as journal:
         journal.log(1, {"loss": 1.0})
         journal.tick(2)
         journal.say("hello")
@@ -85,7 +85,7 @@ def test_other_ranks_write_nothing(experiment):
 
 def test_without_a_terminal_there_is_a_plain_line_per_row(experiment):
     out = io.StringIO()
-    with Journal(experiment, 10, out=out) as journal:
+    with Logger(experiment, 10, out=out) as journal:
         journal.tick(1)
         journal.log(2, {"loss": 3.0, "fine_over_coarse": 0.9, "waiting": 0.25, "lr_llm": 1e-5})
         journal.say("2 of 300 samples were bad: [truncated]")
@@ -104,7 +104,7 @@ def test_on_a_terminal_there_is_a_bar(experiment, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     out = Watched()
-    with Journal(experiment, 10, out=out) as journal:
+    with Logger(experiment, 10, out=out) as journal:
         journal.log(3, {"loss": 3.0})
         journal.tick(4)
     assert "4/10" in out.getvalue()
@@ -112,7 +112,7 @@ def test_on_a_terminal_there_is_a_bar(experiment, monkeypatch):
 
 
 def test_the_summary_says_how_it_ended(experiment):
-    with Journal(experiment, 10, data_hash="d4", out=io.StringIO()) as journal:
+    with Logger(experiment, 10, data_hash="d4", out=io.StringIO()) as journal:
         journal.log(2, {"loss": 3.0, "val_loss": 4.0})
         journal.log(4, {"loss": 2.0, "val_loss": 5.0})
         journal.log(6, {"loss": float("nan")})
@@ -128,7 +128,7 @@ def test_the_summary_says_how_it_ended(experiment):
 
 
 def test_an_error_is_in_the_summary(experiment):
-    with pytest.raises(ZeroDivisionError), Journal(experiment, 10, out=io.StringIO()):
+    with pytest.raises(ZeroDivisionError), Logger(experiment, 10, out=io.StringIO()):
         _ = 1 / 0
     summary = json.loads((experiment.run_folder / "run_summary.json").read_text())
     assert (summary["status"], summary["error"]) == ("failed", "ZeroDivisionError: division by zero")
@@ -172,7 +172,7 @@ def test_wandb_gets_the_rows_but_no_secret_and_no_path(experiment, monkeypatch):
     experiment = Experiment.model_validate(values)
     ids = []
     for step in (0, 2):
-        with Journal(experiment, 10, step=step, out=io.StringIO()) as journal:
+        with Logger(experiment, 10, step=step, out=io.StringIO()) as journal:
             journal.log(step + 2, {"loss": 3.25})
             ids.append(journal.wandb.id)
     assert ids[0] == ids[1], "a run that goes on is the same run"

@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fovlm.config.schema import Optim
+from fovlm.config.schema import OptimSettings
 from fovlm.train.schedule import rate, rates
 
 PEAK = 2e-4
 
 
-def optim(**changes) -> Optim:
-    return Optim(**{"warmup": 0.1, "final": 0.1, "lr_common": 3e-5, **changes})
+def optim(**changes) -> OptimSettings:
+    return OptimSettings(**{"warmup": 0.1, "final": 0.1, "lr_common": 3e-5, **changes})
 
 
 @pytest.mark.parametrize(

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from fovlm.config.schema import Source
-from fovlm.data.chat import Chat
+from fovlm.config.schema import DataSource
+from fovlm.data.chat import ChatTokenizer
 from fovlm.data.dataset import Dataset
-from fovlm.data.packing import Size
+from fovlm.data.packing import PackSize
 from fovlm.errors import UserError
 from fovlm.media import decode
 from fovlm.media.clip import Clip
 from fovlm.model.processing import FoveatedProcessor
 from fovlm.train.attention_maps import packs, save_maps, watched
-from fovlm.viz.answer import pieces
-from fovlm.viz.contact_sheet import save_weights, write_sheet
+from fovlm.viz.answer import stream_answer
+from fovlm.viz.contact_sheet import save_weights, write_contact_sheet
 from fovlm.viz.gaze import Gaze, gaze_of
-from fovlm.viz.heatmap import maps, paint, smooth
-from fovlm.viz.video import write_movie
+from fovlm.viz.heatmap import draw_heatmap, maps, smooth
+from fovlm.viz.video import write_video
 from helpers import tiny
 from helpers.models import FRAME, tiny_model
 
@@ -113,7 +113,7 @@ def test_an_answer_that_nobody_waits_for_ends_at_the_next_frame():
             ended.set()
 
     processor = FoveatedProcessor.from_parts(tiny.tokenizer(), tiny_model().config)
-    said = pieces(processor, work, lambda done, of: heard.append(done))
+    said = stream_answer(processor, work, lambda done, of: heard.append(done))
     assert next(said) == "word"
     assert begun.wait(10)
     said.close()
@@ -142,33 +142,33 @@ def test_smooth_maps_keep_their_places():
     row, column = divmod(int(light.argmax()), 40)
     assert (row // 10, column // 10) == (1, 2)
     assert light.min() >= 0
-    painted = paint(torch.full((1, 3, 40, 40), 100, dtype=torch.uint8), maps(weights))
+    painted = draw_heatmap(torch.full((1, 3, 40, 40), 100, dtype=torch.uint8), maps(weights))
     assert painted[0, 15, 25].sum() > 2 * painted[0, 38, 2].sum()
 
 
 def test_files(tmp_path):
     found = gaze("costs $5 or $6_ ?")
-    film = write_movie(found, tmp_path / "m.mp4", layer=1).read_bytes()
+    film = write_video(found, tmp_path / "m.mp4", layer=1).read_bytes()
     assert decode.video_seconds(film, "mp4") == FILM // 2
-    assert write_sheet(found, tmp_path / "s.png", head=1).read_bytes()[1:4] == b"PNG"
+    assert write_contact_sheet(found, tmp_path / "s.png", head=1).read_bytes()[1:4] == b"PNG"
     stored = np.load(save_weights(found, tmp_path / "w.npz"))
     assert np.allclose(stored["fine"], found.weights["fine"], atol=1e-3)
     assert "CLS" in str(stored["axes"])
     with pytest.raises(UserError, match="0 to 2"):
-        write_sheet(found, tmp_path / "s.png", layer=3)
+        write_contact_sheet(found, tmp_path / "s.png", layer=3)
 
 
 def test_the_same_clips_are_watched_whatever_the_packs(tmp_path):
-    sources = {"clips": Source(shards=tiny.clips(tmp_path, "v", [3, 2, 4, 3, 1, 2]), kind="video")}
-    sources["words"] = Source(shards=tiny.clips(tmp_path, "w", [0, 0, 0]), kind="text")
-    chat = Chat(tiny.tokenizer(), "before", "all_text", 48)
+    sources = {"clips": DataSource(shards=tiny.clips(tmp_path, "v", [3, 2, 4, 3, 1, 2]), kind="video")}
+    sources["words"] = DataSource(shards=tiny.clips(tmp_path, "w", [0, 0, 0]), kind="text")
+    chat = ChatTokenizer(tiny.tokenizer(), "before", "all_text", 48)
     val = Dataset(sources, dict.fromkeys(sources, 1.0), chat, frame_size=FRAME)
     samples = watched(val, 4)
     assert [s.key for s in samples] == [s.key for s in watched(val, 6)][:4]
     assert len(watched(val)) == 6
     assert all(len(s.frames) for s in samples)
     stored = []
-    for n, budget in enumerate((Size(4, 4, 48, 48), Size(20, 20, 200, 200))):
+    for n, budget in enumerate((PackSize(4, 4, 48, 48), PackSize(20, 20, 200, 200))):
         assert sum(len(batch.keys) for batch in packs(samples, budget)) == 4
         path = save_maps(tiny_model().eval(), samples, budget, chat.tokenizer, tmp_path / "maps", n)
         stored.append(np.load(path.with_suffix(".npz")))

@@ -7,28 +7,28 @@ record. Shards hold one kind of sample, so ScienceQA's questions without a pictu
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 from fovlm.data.tables import Row
 from fovlm.errors import UserError
 from fovlm.eval.benchmarks import questions_of
-from fovlm.eval.questions import Question, frames_of
+from fovlm.eval.questions import EvalQuestion, frames_of
 from fovlm.prepare.frames import jpegs
-from fovlm.prepare.job import Job, Made, Source
+from fovlm.prepare.job import Job, Made, RawSource
 
 KINDS = {"mvbench": "video", "videomme": "video", "scienceqa": "image", "pope": "image"}
 
 
 def make(row: Row, job: Job) -> Iterator[Made]:
     """One question."""
-    question: Question = row["question"]
+    question: EvalQuestion = row["question"]
     if not question.media:
-        raise BadSample("no picture")
+        raise SampleError("no picture")
     if question.missing is not None:
-        raise BadSample("no such video or picture file")
+        raise SampleError("no such video or picture file")
     try:
         frames = frames_of(question, job.size, job.most)
     except UserError as error:
-        raise BadSample("video or picture undecodable or cut short") from error
+        raise SampleError("video or picture undecodable or cut short") from error
     record = {
         "user": question.question,
         "assistant": question.options[question.answer],
@@ -54,4 +54,4 @@ def _rows(name: str) -> Callable[[Path, bool], list[Row]]:
     return rows
 
 
-SOURCES = [Source(name, kind, (), (), (), make, rows=_rows(name)) for name, kind in KINDS.items()]
+SOURCES = [RawSource(name, kind, (), (), (), make, rows=_rows(name)) for name, kind in KINDS.items()]

@@ -6,30 +6,30 @@ ask independent questions. Rows with several pictures are left out: a sample has
 
 from collections.abc import Iterator
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 from fovlm.data.tables import Row, pick
 from fovlm.prepare.frames import picture
-from fovlm.prepare.job import Job, Made, Source
+from fovlm.prepare.job import Job, Made, RawSource
 
 
 def make(row: Row, job: Job) -> Iterator[Made]:
     """The picture with each of its exchanges, or the first."""
     images, texts = pick(row, "images"), pick(row, "texts")
     if not isinstance(images, list):
-        raise BadSample("images are not a list")
+        raise SampleError("images are not a list")
     if not isinstance(texts, list) or not all(isinstance(text, dict) for text in texts):
-        raise BadSample("texts are not a list of {user, assistant, source}")
+        raise SampleError("texts are not a list of {user, assistant, source}")
     if len(images) != 1:
-        raise BadSample("several pictures in one row" if len(images) > 1 else "no picture")
+        raise SampleError("several pictures in one row" if len(images) > 1 else "no picture")
     if not texts:
-        raise BadSample("no texts")
+        raise SampleError("no texts")
     jpeg = picture(images[0], job)
     for text in texts[:1] if job.turns == "first" else texts:
         record = {part: str(text.get(part) or "").strip() for part in ("user", "assistant", "source")}
         yield Made(record | {"source": record["source"] or "cauldron"}, [jpeg], still=True)
 
 
-SOURCE = Source(
+SOURCE = RawSource(
     "cauldron",
     "image",
     ("parquet",),

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from fovlm.data.tables import Row, pick
 from fovlm.prepare.frames import find_video, video_frames
-from fovlm.prepare.job import Job, Made, Source
+from fovlm.prepare.job import Job, Made, RawSource
 
 
 def make(row: Row, job: Job) -> Iterator[Made]:
@@ -15,7 +15,7 @@ def make(row: Row, job: Job) -> Iterator[Made]:
     )
 
 
-SOURCE = Source(
+SOURCE = RawSource(
     "openvid",
     "video",
     ("csv", "parquet"),

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 from fovlm.data.tables import Row, pick
 from fovlm.prepare.frames import picture
-from fovlm.prepare.job import Job, Made, Source
+from fovlm.prepare.job import Job, Made, RawSource
 
 
 def make(row: Row, job: Job) -> Iterator[Made]:
     """A pair of answers to one question about one picture."""
     question, chosen, rejected = (str(pick(row, name)).strip() for name in ("question", "chosen", "rejected"))
     if chosen == rejected:
-        raise BadSample("chosen and rejected are the same")
+        raise SampleError("chosen and rejected are the same")
     jpeg = picture(pick(row, "image", "image_path"), job)
     source = str(row.get("origin_dataset") or row.get("ds_name") or "rlaif-v")
     yield Made({"user": question, "chosen": chosen, "rejected": rejected, "source": source}, [jpeg], still=True)
@@ -20,4 +20,4 @@ def make(row: Row, job: Job) -> Iterator[Made]:
 
 NEEDS = (("image", "image_path"), ("question",), ("chosen",), ("rejected",))
 READS = ("image", "image_path", "question", "chosen", "rejected", "origin_dataset", "ds_name")
-SOURCE = Source("rlaif-v", "preference", ("parquet", "jsonl"), NEEDS, READS, make)
+SOURCE = RawSource("rlaif-v", "preference", ("parquet", "jsonl"), NEEDS, READS, make)

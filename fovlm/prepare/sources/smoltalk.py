@@ -15,9 +15,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 from fovlm.data.tables import Row, pick
-from fovlm.prepare.job import Job, Made, Source
+from fovlm.prepare.job import Job, Made, RawSource
 
 STAGES = 3
 TRANSCRIPT = {"user": "User", "assistant": "Assistant"}
@@ -48,16 +48,18 @@ def _exchanges(messages: Any) -> tuple[str, list[tuple[str, str]]]:
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and isinstance(m.get("content") or "", str) for m in messages
     ):
-        raise BadSample("messages are not a list of {role, content}")
+        raise SampleError("messages are not a list of {role, content}")
     system, turns = "", [(m.get("role"), (m.get("content") or "").strip()) for m in messages]
     if turns and turns[0][0] == "system":
         system, turns = turns[0][1], turns[1:]
     pairs = list(zip(turns[::2], turns[1::2]))  # a last question without an answer is left out
     if not pairs:
-        raise BadSample("no exchange of question and answer")
+        raise SampleError("no exchange of question and answer")
     if any(user[0] != "user" or assistant[0] != "assistant" for user, assistant in pairs):
-        raise BadSample("turns of user and assistant do not alternate")
+        raise SampleError("turns of user and assistant do not alternate")
     return system, [(user[1], assistant[1]) for user, assistant in pairs]
 
 
-SOURCE = Source("smoltalk", "text", ("parquet", "jsonl"), (("messages",),), ("messages", "source"), make, whole="all")
+SOURCE = RawSource(
+    "smoltalk", "text", ("parquet", "jsonl"), (("messages",),), ("messages", "source"), make, whole="all"
+)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from fovlm.data.tables import Row, pick
 from fovlm.prepare.frames import find_video, video_frames
-from fovlm.prepare.job import Job, Made, Source
+from fovlm.prepare.job import Job, Made, RawSource
 
 
 def make(row: Row, job: Job) -> Iterator[Made]:
@@ -16,4 +16,4 @@ def make(row: Row, job: Job) -> Iterator[Made]:
 
 
 NEEDS = (("video", "file"), ("answer", "caption", "assistant"))
-SOURCE = Source("videos", "video", ("jsonl", "csv", "json"), NEEDS, (), make, "Describe the video.")
+SOURCE = RawSource("videos", "video", ("jsonl", "csv", "json"), NEEDS, (), make, "Describe the video.")

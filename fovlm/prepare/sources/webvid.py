@@ -7,10 +7,10 @@ writes KEY.mp4 with KEY.json (`caption`, `videoid`) beside it. Sources: the WebV
 from collections.abc import Iterator
 from pathlib import Path
 
-from fovlm.bad import BadSample
+from fovlm.bad import SampleError
 from fovlm.data.tables import Row, pick
 from fovlm.prepare.frames import find_video, video_frames
-from fovlm.prepare.job import Job, Made, Source
+from fovlm.prepare.job import Job, Made, RawSource
 
 VIDEO = (
     "video",
@@ -37,13 +37,13 @@ def _video(row: Row, job: Job) -> Path:
     folder = row.get("page_dir")
     try:
         return find_video(f"{folder}/{name}" if folder else name, job)
-    except BadSample:
+    except SampleError:
         if not folder:
             raise
         return find_video(name, job)
 
 
-SOURCE = Source(
+SOURCE = RawSource(
     "webvid",
     "video",
     ("csv", "jsonl", "json", "parquet"),

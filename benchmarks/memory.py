@@ -40,9 +40,9 @@ LLM_135M = {
     "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
 }  # fmt: skip
 DINO_SMALL = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518}
-SMALL: dict[str, Any] = {"llm": SMALL_LLM, "dino": SMALL_DINO, "frame_size": 112}
-REAL: dict[str, Any] = {"llm": LLM_135M, "dino": DINO_SMALL, "frame_size": 224}
-CHECKPOINT = {"checkpoint_llm": True, "checkpoint_dino": True}
+SMALL: dict[str, Any] = {"llm": SMALL_LLM, "encoder": SMALL_DINO, "frame_size": 112}
+REAL: dict[str, Any] = {"llm": LLM_135M, "encoder": DINO_SMALL, "frame_size": 224}
+CHECKPOINT = {"grad_checkpoint": ["encoder", "llm"]}
 
 # name -> model, (F, S), engine, precision, frozen backbones
 CASES: dict[str, tuple[dict[str, Any], tuple[int, int], str, str, tuple[str, ...]]] = {
@@ -57,12 +57,12 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, int], str, str, tuple[str, ...
     "small bf16 long text": (SMALL, (8, 2048), "zero2", "bf16", ()),
     "small fp32 long text": (SMALL, (8, 2048), "zero2", "fp32", ()),
     "small fp32 long text checkpointed": (SMALL | CHECKPOINT, (8, 2048), "zero2", "fp32", ()),
-    "small bf16 frozen dino": (SMALL, (32, 512), "zero2", "bf16", ("dino",)),
-    "small fp32 frozen": (SMALL, (32, 512), "zero2", "fp32", ("dino", "llm")),
+    "small bf16 frozen dino": (SMALL, (32, 512), "zero2", "bf16", ("encoder",)),
+    "small fp32 frozen": (SMALL, (32, 512), "zero2", "fp32", ("encoder", "llm")),
     "small fp32 multi_token": (SMALL | {"visual": "multi_token"}, (32, 512), "zero2", "fp32", ()),
     "small bf16 coarse": (SMALL | {"visual": "coarse"}, (32, 512), "zero2", "bf16", ()),
     "small bf16 shallow": (SMALL | {"deep_query": False}, (32, 512), "zero2", "bf16", ()),
-    "small fp32 before": (SMALL | {"prompt": "before"}, (32, 512), "zero2", "fp32", ()),
+    "small fp32 before": (SMALL | {"question": "before_frames"}, (32, 512), "zero2", "fp32", ()),
     "135M fp32": (REAL, (8, 512), "zero2", "fp32", ()),
     "135M bf16": (REAL, (8, 512), "zero2", "bf16", ()),
     "135M bf16 offload checkpointed": (REAL | CHECKPOINT, (16, 512), "zero2_offload", "bf16", ()),
@@ -103,28 +103,27 @@ class Live(TorchDispatchMode):
 
 def experiment(name: str) -> Experiment:
     model, (frames, text), engine, precision, frozen = CASES[name]
-    rates = {f"lr_{part}": None if part in frozen else 1e-5 for part in ("dino", "llm")}
     return Experiment(
         name="memory",
-        engine=engine,
+        deepspeed=engine,
         model=ModelSettings(**model, tokenizer="none"),
         data=DataSettings(
             sources={"a": DataSource(shards="a.tar", kind="video")},
-            train={"a": 1.0},
-            frames=frames,
-            text=text,
+            mixture={"a": 1.0},
+            pack_frames=frames,
+            pack_tokens=text,
             max_frames=frames,
-            max_text=text,
+            max_tokens=text,
         ),
-        optim=OptimSettings(**rates),
+        optim=OptimSettings(freeze=list(frozen)),
         train=TrainSettings(steps=2, packs_per_step=2, precision=precision, best="train_loss"),  # type: ignore[arg-type]
     )
 
 
 def pack(e: Experiment, vocabulary: int, tokens_per_look: int) -> Batch:
     """One video that fills the budget."""
-    F, S, size = e.data.frames, e.data.text, e.model.frame_size
-    ahead = S // 2 if e.model.prompt == "before" else 0
+    F, S, size = e.data.pack_frames, e.data.pack_tokens, e.model.frame_size
+    ahead = S // 2 if e.model.question == "before_frames" else 0
     frames = torch.randint(0, 256, (F, 3, size, size), dtype=torch.uint8)
     tokens = torch.randint(0, vocabulary, (S,))
     sample = Sample("one", "a", frames, F, tokens, torch.ones(S), ahead)
@@ -151,7 +150,7 @@ def measure(name: str) -> dict[str, Any]:
     with live:
         torch.manual_seed(0)
         net = build.build(e.model)
-        net.freeze(dino=e.optim.lr_dino is None, llm=e.optim.lr_llm is None)
+        net.freeze(e.optim.freeze)
         trainer = engine.Engine(net, e.optim, config, device)
         batches = [pack(e, shapes.llm.V, shapes.T) for _ in range(2)]
         trainer.step(batches)

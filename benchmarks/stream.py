@@ -38,7 +38,7 @@ def load(source: str, dtype: torch.dtype, size: int) -> FoveatedVLM:
     if "," not in source:
         return open_model(source, dtype)[0]
     dino, llm = source.split(",")
-    return build(ModelSettings(dino=dino, llm=llm, frame_size=size)).to(dtype).eval()
+    return build(ModelSettings(encoder=dino, llm=llm, frame_size=size)).to(dtype).eval()
 
 
 def frames(folder: str | None, size: int, random: np.random.Generator):

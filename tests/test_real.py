@@ -31,7 +31,7 @@ LLM, DINO = "HuggingFaceTB/SmolLM2-135M-Instruct", "facebook/dinov2-small"
 @pytest.fixture(scope="module")
 def model() -> FoveatedVLM:
     torch.manual_seed(0)
-    return build(ModelSettings(llm=LLM, dino=DINO))
+    return build(ModelSettings(llm=LLM, encoder=DINO))
 
 
 @pytest.fixture(scope="module")

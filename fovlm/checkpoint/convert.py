@@ -140,14 +140,14 @@ def _config(source: SavedRun) -> FoveatedConfig:
             of(**given)
             if isinstance(given, dict)
             else AutoConfig.from_pretrained(find_weights(given), trust_remote_code=False)
-            for of, given in ((LlamaConfig, model.llm), (Dinov2Config, model.dino))
+            for of, given in ((LlamaConfig, model.llm), (Dinov2Config, model.encoder))
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{source.path}: an old checkpoint without its model's configuration, and {model.llm} or {model.dino} is "
-            f"not to be found: set FOVLM_MODELS ({' '.join(str(error).split())[:120]})"
+            f"{source.path}: an old checkpoint without its model's configuration, and {model.llm} or {model.encoder} is"
+            f" not found: set FOVLM_MODELS ({' '.join(str(error).split())[:120]})"
         ) from error
-    names = ("visual", "deep_query", "prompt", "rounds", "query_dim", "visual_scale", "frame_size")
+    names = ("visual", "deep_query", "question", "query_rounds", "query_dim", "visual_scale", "frame_size")
     settings = {name: getattr(model, name) for name in names}
     return FoveatedConfig(llm, dino, image_frames=source.experiment.data.image_frames, **settings)
 
@@ -212,7 +212,7 @@ def write_weights(out: Path, config: FoveatedConfig, stored: Weights, dtype: tor
 
 def write_texts(out: Path, config: FoveatedConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
     """config.json, generation_config.json, tokenizer and processor. Raises UserError."""
-    parts: list[Any] = [config, config.llm_config, config.dino_config]
+    parts: list[Any] = [config, config.llm_config, config.encoder_config]
     for part in parts:
         part._name_or_path = ""  # a folder of this machine
     config.architectures, config.dtype = [FoveatedVLM.__name__], dtype

@@ -33,7 +33,7 @@ from fovlm.errors import UserError, did_you_mean
 from fovlm.estimate.shapes import local_folder
 from fovlm.model.build import check_vocabulary
 from fovlm.model.encoder import Dinov2Config, config_of, released_name
-from fovlm.model.modeling import PROMPTS, FoveatedConfig
+from fovlm.model.modeling import QUESTIONS, FoveatedConfig
 
 DINO, LLM = "encoder.dino.", "llm."
 NESTS = ("model", "state_dict", "model_state_dict", "module")  # under which a training script may put its weights
@@ -160,9 +160,9 @@ def import_published(
     path: str | Path,
     out: str | Path,
     llm: str | dict[str, Any] | None = None,
-    dino: str | dict[str, Any] | None = None,
+    encoder: str | dict[str, Any] | None = None,
     tokenizer: str | None = None,
-    prompt: str = "after",
+    question: str = "after_frames",
     frame_size: int = 224,
     visual_scale: float = 0.14,
     dtype: str = "bf16",
@@ -172,13 +172,13 @@ def import_published(
     """Bring a published state dict (.safetensors, .pt, .pth, .bin, or a folder with one) into our folder `out`.
 
     `llm` is the folder or id of the language model it was made from (or its configuration as a dict): by its shapes one
-    of SmolLM2's, unless given. `tokenizer` is that of `llm` unless given; `dino` follows from the shapes unless given.
+    of SmolLM2's, unless given. `tokenizer` is that of `llm` unless given; `encoder` follows from the shapes.
     Returns OUT. Raises UserError, and leaves nothing, for what is no such model.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype is bf16 or fp32, not '{dtype}'{did_you_mean(dtype, DTYPES)}")
-    if prompt not in PROMPTS:
-        raise UserError(f"--prompt is after or before, not '{prompt}'{did_you_mean(prompt, PROMPTS)}")
+    if question not in QUESTIONS:
+        raise UserError(f"--question is {' or '.join(QUESTIONS)}, not '{question}'{did_you_mean(question, QUESTIONS)}")
     largest, path, out = byte_size(shard_size), Path(path), Path(out)
     refuse_occupied(out)
     stored = Published(read_state(path, trust), str(path))
@@ -191,15 +191,15 @@ def import_published(
         )
     if not tokenizer and isinstance(llm, dict):
         raise UserError(f"{path}: which tokenizer it was trained with cannot be told: give --tokenizer FOLDER")
-    encoder: Any = _configured("dino", dino, Dinov2Config) if dino else stored.dino
-    if frame_size % encoder.patch_size:
+    encoder_config: Any = _configured("encoder", encoder, Dinov2Config) if encoder else stored.dino
+    if frame_size % encoder_config.patch_size:
         raise UserError(
-            f"--frame-size {frame_size}: no multiple of the encoder's patches of {encoder.patch_size} pixels"
+            f"--frame-size {frame_size}: no multiple of the encoder's patches of {encoder_config.patch_size} pixels"
         )
     config = FoveatedConfig(
         _configured("llm", llm, LlamaConfig),
-        encoder,
-        prompt=prompt,
+        encoder_config,
+        question=question,
         frame_size=frame_size,
         query_dim=stored.shape("connector.q_static")[0],
         visual_scale=visual_scale,

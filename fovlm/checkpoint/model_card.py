@@ -50,9 +50,15 @@ def card(name: str, experiment: Experiment, state: State, summary: dict[str, Any
     objective = {"text": "next token", "dpo": "preferences (DPO)"}[train.objective]
     facts = [
         ("experiment", f"`{experiment.name}`{': ' + experiment.note if experiment.note else ''}"),
-        ("language model", _backbone(model.llm, experiment.optim.lr_llm)),
-        ("encoder", _backbone(model.dino, experiment.optim.lr_dino)),
-        ("visual tokens", f"{model.visual}, frames of {model.frame_size} pixels, prompt {model.prompt} the frames"),
+        ("language model", _backbone(model.llm, None if "llm" in experiment.optim.freeze else experiment.optim.lr_llm)),
+        (
+            "encoder",
+            _backbone(model.encoder, None if "encoder" in experiment.optim.freeze else experiment.optim.lr_encoder),
+        ),
+        (
+            "visual tokens",
+            f"{model.visual}, frames of {model.frame_size} pixels, question {model.question.replace('_', ' ')}",
+        ),
         ("trained", f"{state.step} steps, {state.samples:,} samples, {state.tokens:,} weighted tokens, {objective}"),
         ("weights", f"{dtype}, from a ZeRO-{state.zero_stage} checkpoint of {state.world_size} rank(s)"),
         ("commit", f"`{summary['commit']}`" if summary.get("commit") else "unknown"),
@@ -88,7 +94,7 @@ def imported_card(name: str, origin: str, facts: list[tuple[str, str]]) -> str:
 def _head(model: Any) -> str:
     """The hub's metadata; `model` are the experiment's settings, if there is one."""
     tags: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "video-text-to-text", "tags": ["fovlm"]}
-    sources = (model.llm, model.dino) if model else ()
+    sources = (model.llm, model.encoder) if model else ()
     bases = [name for name in sources if isinstance(name, str) and name.count("/") == 1]
     if bases := [name for name in bases if not name.startswith((".", "/", "~"))]:
         tags["base_model"] = bases
@@ -102,13 +108,13 @@ def _backbone(source: str | dict[str, Any], rate: float | None) -> str:
 
 def _data(experiment: Experiment) -> str:
     data = experiment.data
-    whole = sum(data.train.values())
+    whole = sum(data.mixture.values())
     rows: list[tuple[str, ...]] = [
         (f"`{name}`", data.sources[name].kind, f"{weight / whole:.1%}", f"`{Path(data.sources[name].shards).name}`")
-        for name, weight in data.train.items()
+        for name, weight in data.mixture.items()
     ]
-    rows += [(f"`{name}`", data.sources[name].kind, "validation", "") for name in data.val if name not in data.train]
-    loss = {"all_text": "every text token", "answer": "the answers"}[data.loss]
+    rows += [(f"`{name}`", data.sources[name].kind, "validation", "") for name in data.val if name not in data.mixture]
+    loss = {"all_text": "every text token", "answer": "the answers"}[data.loss_on]
     return _table(("source", "kind", "share of the samples", "shards"), rows) + f"\n\nThe loss is on {loss}."
 
 

@@ -133,7 +133,7 @@ def look(
         from fovlm.viz.video import write_video
 
         net, processor = open_(model, frames)
-    dino = net.config.dino_config
+    dino = net.config.encoder_config
     check_choice(dino.num_hidden_layers if net.config.deep_query else 1, dino.num_attention_heads, layer, head)
     with waiting(f"reading {Path(video).name}") as told:
         clip = read_clip(video, net.config.frame_size, frames, fps, told)
@@ -148,7 +148,7 @@ def look(
             gazes.append(gaze_of(net, processor, clip, question, tokens, mode=mode or None, told=told))
         if question:
             print(f"{question}\n  {gazes[-1].answer}")
-    if len(gazes) == 2 and net.config.prompt == "after":
+    if len(gazes) == 2 and net.config.question == "after_frames":
         print(f"fovlm: {ALIKE}", file=sys.stderr, flush=True)
     written = []
     for n, gaze in enumerate(gazes, start=1):
@@ -222,11 +222,11 @@ def import_(
     llm: Annotated[
         str, typer.Option(help="Folder or id of the language model; unless told, SmolLM2 by its shapes.")
     ] = "",
-    dino: Annotated[str, typer.Option(help="Folder or id of the encoder; unless told, by its shapes.")] = "",
+    encoder: Annotated[str, typer.Option(help="Folder or id of the encoder; unless told, by its shapes.")] = "",
     tokenizer: Annotated[str, typer.Option(help="Folder or id; unless told, that of the language model.")] = "",
-    prompt: Annotated[
-        str, typer.Option(help="Where the question stands in its training: after the frames, or before.")
-    ] = "after",
+    question: Annotated[
+        str, typer.Option(help="The position of the question in its training: after_frames or before_frames.")
+    ] = "after_frames",
     frame_size: Annotated[int, typer.Option(min=14, help="Pixels of a frame's side in its training.")] = 224,
     visual_scale: Annotated[float, typer.Option(help="Factor of its visual tokens.")] = 0.14,
     shard_size: Annotated[str, typer.Option(help="Largest file, like 4GB or 500MB.")] = "4GB",
@@ -240,8 +240,8 @@ def import_(
     """
     with waiting("reading the weights"):
         from fovlm.checkpoint.import_nanosmol import import_published
-    names = (llm or None, dino or None, tokenizer or None)
-    print(import_published(source, out, *names, prompt, frame_size, visual_scale, dtype, shard_size, trust))
+    names = (llm or None, encoder or None, tokenizer or None)
+    print(import_published(source, out, *names, question, frame_size, visual_scale, dtype, shard_size, trust))
 
 
 def bench(context: typer.Context) -> None:

@@ -58,7 +58,7 @@ OWNED = {
 
 def resolve(experiment: Experiment, world_size: int, device: str, folder: Path = FOLDER) -> dict[str, Any]:
     """The dictionary for DeepSpeed, from the experiment and the file it names. See `merge`."""
-    return merge(experiment, read(experiment.engine, folder), world_size, device)
+    return merge(experiment, read(experiment.deepspeed, folder), world_size, device)
 
 
 def read(engine: str, folder: Path = FOLDER) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def read(engine: str, folder: Path = FOLDER) -> dict[str, Any]:
     if not file.is_file():
         there = sorted(f.stem for f in folder.glob("*.json"))
         raise UserError(
-            f"engine: no file ds_configs/{engine}.json{did_you_mean(engine, there)}; there are {', '.join(there)}"
+            f"deepspeed: no file ds_configs/{engine}.json{did_you_mean(engine, there)}; there are {', '.join(there)}"
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
@@ -85,10 +85,10 @@ def merge(experiment: Experiment, ds_json: dict[str, Any], world_size: int, devi
     micro steps. Raises UserError for unknown keys, "auto", keys that belong to the experiment, and a world size that
     does not divide the batch.
     """
-    _check(ds_json, ALLOWED, f"ds_configs/{experiment.engine}.json: ")
+    _check(ds_json, ALLOWED, f"ds_configs/{experiment.deepspeed}.json: ")
     for path in (("zero_optimization", "stage"), ("bf16", "enabled")):
         if path[1] not in ds_json.get(path[0], {}):
-            raise UserError(f"ds_configs/{experiment.engine}.json: {'.'.join(path)}: is missing")
+            raise UserError(f"ds_configs/{experiment.deepspeed}.json: {'.'.join(path)}: is missing")
     packs = experiment.train.packs_per_step
     if world_size < 1 or packs % world_size:
         raise UserError(

@@ -1,6 +1,6 @@
 """The names of all runs, and what `experiments/*.yaml` say about each: plain YAML, no torch, no checks of fields.
 
-A file holds settings (`model:`, `data:`, `optim:`, `train:`, `journal:`, `engine:`) and three more words, no others:
+A file holds settings (`model:`, `data:`, `optim:`, `train:`, `logger:`, `deepspeed:`) and three more words, no others:
 
     base: other.yaml        settings of another file (relative to this one), under this file's own
     runs: {NAME: {note: what it asks, optim: {...}}}                          a name -> its difference
@@ -25,9 +25,9 @@ from fovlm.errors import EXIT_USER_ERROR, UserError, did_you_mean
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ROOT / "experiments"
-SECTIONS = ("note", "seeds", "engine", "model", "data", "optim", "train", "journal")
+SECTIONS = ("note", "seeds", "deepspeed", "model", "data", "optim", "train", "logger")
 FORMS = ("base", "runs", "grid")
-WHOLE = {("data", "train"), ("model", "llm"), ("model", "dino")}  # a mix or a model is read in one place
+WHOLE = {("data", "mixture"), ("model", "llm"), ("model", "encoder")}  # a mix or a model is read in one place
 ONE_OF: dict[tuple[str, ...], set[str]] = {("train",): {"samples", "steps", "flops"}}
 
 Key = tuple[str, ...]

@@ -22,6 +22,7 @@ Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]  # 0: never, or none
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Backbone = Literal["encoder", "llm"]
 
 
 class Strict(BaseModel):
@@ -31,23 +32,20 @@ class Strict(BaseModel):
 
 
 class ModelSettings(Strict):
-    """The network. `llm` and `dino` are a folder (as given, or below FOVLM_MODELS), a Hugging Face id, or the keyword
-    arguments of a `LlamaConfig` / `Dinov2Config` for a model with random weights."""
+    """The network. `llm` and `encoder` are a folder (as given, or below FOVLM_MODELS), a Hugging Face id, or the
+    keyword arguments of a `LlamaConfig` / `Dinov2Config` for a model with random weights."""
 
     visual: Literal["foveated", "coarse", "multi_token"] = "foveated"  # coarse then fine; q_static alone; 16 per frame
     deep_query: bool = True  # False: one cross-attention on the encoder's last features
-    prompt: Literal["after", "before"] = "after"  # the question stands after or ahead of the frames
-    rounds: Count = (
-        1  # times that looks go round: queries from coarse tokens, then from the fine ones of the round before
-    )
+    question: Literal["before_frames", "after_frames"] = "after_frames"  # before: the question steers the gaze
+    query_rounds: Count = 1  # the first round's queries come from coarse tokens, later ones from the round before
     llm: str | dict[str, Any] = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    dino: str | dict[str, Any] = "facebook/dinov2-small"
+    encoder: str | dict[str, Any] = "facebook/dinov2-small"
     tokenizer: str | None = None  # folder or id; None: the language model's
     query_dim: Count = 384  # Q
     visual_scale: Rate = 0.14  # deviation of a visual token: that of SmolLM2's embeddings
     frame_size: Count = 224  # pixels, height and width
-    checkpoint_llm: bool = False  # recompute activations in the backward pass: less memory, about a third more time
-    checkpoint_dino: bool = False
+    grad_checkpoint: list[Backbone] = []  # recompute activations in the backward pass: less memory, a third more time
     compile: bool = False  # torch.compile of the backbones
     init_from: str | None = None  # a run's name or folder: start from its weights with a fresh optimizer
 
@@ -82,14 +80,14 @@ class DataSettings(Strict):
     """Sources, their mix, and the fixed shape of a pack."""
 
     sources: dict[str, DataSource] = {}
-    train: dict[str, Rate] = {}  # source -> weight: its share among the SAMPLES, relative to the others
+    mixture: dict[str, Rate] = {}  # source -> weight: its share among the SAMPLES, relative to the others
     val: list[str] = []  # sources, each read from its start
-    frames: Count = 64  # F: unique frames in a pack
-    text: Count = 1024  # S: text tokens in a pack
+    pack_frames: Count = 64  # F: unique frames in a pack
+    pack_tokens: Count = 1024  # S: text tokens in a pack
     max_frames: Count = 64  # of one sample; a longer video is thinned evenly
-    max_text: Count = 512  # tokens of one sample; longer ones are cut
+    max_tokens: Count = 512  # tokens of one sample; longer ones are cut
     image_frames: Count = 1  # looks at the one frame of an image
-    loss: Literal["all_text", "answer"] = "answer"  # which text tokens are learnt
+    loss_on: Literal["all_text", "answer"] = "answer"  # which text tokens are learnt
     workers: Whole = 2  # loader processes per rank; changes nothing but speed
     seed: Whole = 0  # of the order
     max_bad_fraction: Share = 0.01  # of the samples seen; beyond it the run fails
@@ -100,8 +98,9 @@ class OptimSettings(Strict):
     """AdamW over three groups; rates are the peak of the schedule (`schedule.py`)."""
 
     lr_connector: Rate = 1e-4
-    lr_dino: Rate | None = 1e-5  # None: frozen
-    lr_llm: Rate | None = 1e-5  # None: frozen
+    lr_encoder: Rate = 1e-5
+    lr_llm: Rate = 1e-5
+    freeze: list[Backbone] = []  # backbones that are not trained
     schedule: Literal["cosine", "constant", "converging"] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03  # share of the run
     final: Share = 0.1  # cosine: the last rate over the peak
@@ -144,9 +143,27 @@ class LoggerSettings(Strict):
     folder: str | None = None  # the run folder; None: $FOVLM_RUNS/NAME, `runs/NAME` unless told
 
 
+# What settings were called before 0.2.
+RENAMED = {
+    "model.dino": "model.encoder",
+    "model.prompt": "model.question (before_frames or after_frames)",
+    "model.rounds": "model.query_rounds",
+    "model.checkpoint_llm": "model.grad_checkpoint: [llm]",
+    "model.checkpoint_dino": "model.grad_checkpoint: [encoder]",
+    "data.train": "data.mixture",
+    "data.frames": "data.pack_frames",
+    "data.text": "data.pack_tokens",
+    "data.max_text": "data.max_tokens",
+    "data.loss": "data.loss_on",
+    "optim.lr_dino": "optim.lr_encoder (null is now optim.freeze: [encoder])",
+    "journal": "logger",
+    "engine": "deepspeed",
+}
+RENAMED |= {f"journal.{key}": f"logger.{key}" for key in LoggerSettings.model_fields}
+
 # How a run is carried out, not what it computes: a checkpoint goes on under other values of these.
 NOT_HASHED = {
-    "model": {"checkpoint_llm", "checkpoint_dino", "compile"},
+    "model": {"grad_checkpoint", "compile"},
     "data": {"workers", "max_bad_fraction"},
     "train": {
         "log_every",
@@ -168,12 +185,12 @@ class Experiment(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     note: str = ""
     seeds: Count = 1  # how often `fovlm run` repeats it, each time with other first weights
-    engine: str = "zero2"  # a file of ds_configs
+    deepspeed: str = "zero2"  # a file of ds_configs
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
-    journal: LoggerSettings = LoggerSettings()
+    logger: LoggerSettings = LoggerSettings()
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Experiment":
@@ -192,15 +209,15 @@ class Experiment(Strict):
 
     @property
     def hash(self) -> str:
-        """16 hex digits of all that a checkpoint depends on: not the name, note, seeds, journal and `NOT_HASHED`."""
-        exclude: dict[str, Any] = {"name": True, "note": True, "seeds": True, "journal": True, **NOT_HASHED}
+        """16 hex digits of all that a checkpoint depends on: not the name, note, seeds, logger and `NOT_HASHED`."""
+        exclude: dict[str, Any] = {"name": True, "note": True, "seeds": True, "logger": True, **NOT_HASHED}
         what = json.dumps(self.model_dump(exclude=exclude), sort_keys=True)
         return hashlib.sha256(what.encode()).hexdigest()[:16]
 
     @property
     def run_folder(self) -> Path:
-        """Where the run writes: checkpoints, journal, resolved settings."""
-        return Path(self.journal.folder) if self.journal.folder else run_root() / self.name
+        """Where the run writes: checkpoints, logs, resolved settings."""
+        return Path(self.logger.folder) if self.logger.folder else run_root() / self.name
 
 
 def run_root() -> Path:
@@ -243,25 +260,25 @@ def _problems(e: Experiment) -> list[tuple[str, str]]:
     if len(lengths) != 1:
         given = " and ".join(lengths) or "none of them"
         found.append(("train", f"exactly one of samples, steps and flops says how long the run is, not {given}"))
-    for budget, most in (("frames", "max_frames"), ("text", "max_text")):
+    for budget, most in (("pack_frames", "max_frames"), ("pack_tokens", "max_tokens")):
         if getattr(d, budget) < getattr(d, most):
             found.append((f"data.{budget}", f"{getattr(d, budget)} is too small for one sample of data.{most}="
                           f"{getattr(d, most)}: raise the former or lower the latter"))  # fmt: skip
-    for key, used in (("train", list(d.train)), ("val", d.val)):
+    for key, used in (("mixture", list(d.mixture)), ("val", d.val)):
         for source in used:
             if source not in d.sources:
-                at = f"data.train.{source}" if key == "train" else "data.val"
+                at = f"data.mixture.{source}" if key == "mixture" else "data.val"
                 found.append((at, f"'{source}' is none of data.sources{did_you_mean(source, d.sources)}"))
     if (task := d.generate) and max(task.objects) > min(task.names, task.grid**2):
         found.append(("data.generate.objects", f"{max(task.objects)} objects need as many names and places: there are "
                       f"{task.names} names and {task.grid**2} places"))  # fmt: skip
-    if not d.train:
-        found.append(("data.train", "no source to train on"))
+    if not d.mixture:
+        found.append(("data.mixture", "no source to train on"))
     if t.best == "val_loss" and not (d.val and t.eval_every):
         found.append(("train.best", "val_loss needs data.val and train.eval_every; or say train_loss"))
-    for source in d.train:
+    for source in d.mixture:
         if source in d.sources and (d.sources[source].kind == "preference") != (t.objective == "dpo"):
-            found.append(("data.train", f"'{source}' is of kind {d.sources[source].kind}, and train.objective is "
+            found.append(("data.mixture", f"'{source}' is of kind {d.sources[source].kind}, and train.objective is "
                           f"{t.objective}: preference data and dpo belong together"))  # fmt: skip
     if e.optim.schedule == "converging" and e.optim.lr_common is None:
         found.append(("optim.lr_common", "converging needs the rate where all groups end"))
@@ -299,6 +316,8 @@ def _what(error: ErrorDetails, path: tuple[str, ...]) -> str:
     schema = _schema(Experiment)
     known = ("data", "sources", "*", *path[3:]) if path[:2] == ("data", "sources") and len(path) > 3 else path
     if error["type"] == "extra_forbidden":
+        if new := RENAMED.get(".".join(path)):
+            return f"renamed to {new}"
         beside = [key[-1] for key in schema if key[:-1] == known[:-1]]
         elsewhere = [".".join(key) for key in schema if key[-1] == known[-1]]
         return "unknown key" + (f" (did you mean '{elsewhere[0]}'?)" if elsewhere else did_you_mean(known[-1], beside))

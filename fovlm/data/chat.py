@@ -38,14 +38,14 @@ class TokenizedText:
 class ChatTokenizer:
     """Turns records of a shard into `TokenizedText`. Raises UserError for a tokenizer that has no usable chat template.
 
-    prompt: `after` | `before` the frames; loss: `all_text` | `answer`; most: tokens of a sample, the rest is cut.
+    question: `after_frames` | `before_frames`; loss_on: `all_text` | `answer`; most: tokens of a sample.
     `hash` changes with everything that decides which records are usable and how many tokens they have.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, loss: str, most: int):
-        self.tokenizer, self.prompt, self.loss, self.most = tokenizer, prompt, loss, most
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, question: str, loss_on: str, most: int):
+        self.tokenizer, self.question, self.loss_on, self.most = tokenizer, question, loss_on, most
         self.pieces = template(tokenizer)
-        what = [tokenizer.backend_tokenizer.to_str(), *self.pieces, prompt, loss, str(most)]
+        what = [tokenizer.backend_tokenizer.to_str(), *self.pieces, question, loss_on, str(most)]
         self.hash = hashlib.blake2b("\n".join(what).encode(), digest_size=16).hexdigest()
 
     def texts(self, record: dict[str, Any], question: str | None, frames: bool, pair: bool) -> list[TokenizedText]:
@@ -66,13 +66,13 @@ class ChatTokenizer:
             ids, weight, frames_at = self._ready_made(record)
         else:
             ids, answer_from, frames_at = encode(record, question, self.tokenizer, self.pieces)
-            weight = [1.0 if self.loss == "all_text" or i >= answer_from else 0.0 for i in range(len(ids))]
-        prompt = frames_at if frames and self.prompt == "before" else 0
+            weight = [1.0 if self.loss_on == "all_text" or i >= answer_from else 0.0 for i in range(len(ids))]
+        prompt = frames_at if frames and self.question == "before_frames" else 0
         if prompt or not frames:
             weight[0] = 0.0  # nothing stands ahead of this token to predict it from
         ids, weight = ids[: self.most], weight[: self.most]
         if not any(weight):
-            raise SampleError("nothing to learn within max_text")
+            raise SampleError("nothing to learn within max_tokens")
         return TokenizedText(torch.tensor(ids), torch.tensor(weight), min(prompt, self.most))
 
     def ask(self, user: str, frames: bool) -> TokenizedText:
@@ -80,7 +80,7 @@ class ChatTokenizer:
         head, middle, _ = self.pieces
         asked = head + user.strip()
         ids, spans = _tokenize(asked + middle, self.tokenizer)
-        prompt = _tokens_up_to(spans, len(asked)) if frames and self.prompt == "before" else 0
+        prompt = _tokens_up_to(spans, len(asked)) if frames and self.question == "before_frames" else 0
         return TokenizedText(torch.tensor(ids), torch.zeros(len(ids)), prompt)
 
     def _ready_made(self, record: dict[str, Any]) -> tuple[list[int], list[float], int]:
@@ -91,8 +91,8 @@ class ChatTokenizer:
             raise SampleError("token_ids are not ids of this tokenizer")
         if not _whole_numbers(mask, 2) or len(mask) != len(ids):
             raise SampleError("loss_mask is not one 0 or 1 for each of token_ids")
-        if self.prompt == "before" and not _whole_numbers([frames_at], len(ids) + 1):
-            raise SampleError("no frames_at beside token_ids, which the prompt order needs")
+        if self.question == "before_frames" and not _whole_numbers([frames_at], len(ids) + 1):
+            raise SampleError("no frames_at beside token_ids, which question=before_frames needs")
         return ids, [float(m) for m in mask], frames_at or 0
 
 

@@ -98,7 +98,7 @@ class PackLoader:
             raise UserError(
                 f"the largest samples need {largest.frames} frames, {largest.looks} looks and {largest.text} text "
                 f"tokens ({largest.prompt} ahead of the frames), but a pack has {budget.frames}, {budget.looks} and "
-                f"{budget.text} ({budget.prompt}): raise data.frames or data.text"
+                f"{budget.text} ({budget.prompt}): raise data.pack_frames or data.pack_tokens"
             )
         self.dataset, self.budget, self.packs = dataset, budget, packs
         self.rank, self.world, self.cursor, self.stop = rank, world, cursor, stop

@@ -39,13 +39,13 @@ IMAGE = MEDIA.index("image")
 
 
 def open_dataset(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, weights: dict[str, float]) -> "Dataset":
-    """The sources named in `weights` (`data.train`, or one of `data.val` with any weight), indexed and counted.
+    """The sources named in `weights` (`data.mixture`, or one of `data.val` with any weight), indexed and counted.
 
     The first time this reads every shard once. Raises UserError for missing shards and for sources without a usable
     sample.
     """
     data, model = experiment.data, experiment.model
-    chat = ChatTokenizer(tokenizer, model.prompt, data.loss, data.max_text)
+    chat = ChatTokenizer(tokenizer, model.question, data.loss_on, data.max_tokens)
     return Dataset(
         {name: data.sources[name] for name in weights},
         weights,
@@ -60,8 +60,8 @@ def open_dataset(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, wei
 def pack_budget(experiment: Experiment) -> PackSize:
     """What one pack holds. Looks follow from frames; text ahead of the frames has no limit of its own."""
     data = experiment.data
-    prompt = data.text if experiment.model.prompt == "before" else 0
-    return PackSize(data.frames, data.frames * data.image_frames, data.text, prompt)
+    prompt = data.pack_tokens if experiment.model.question == "before_frames" else 0
+    return PackSize(data.pack_frames, data.pack_frames * data.image_frames, data.pack_tokens, prompt)
 
 
 def tokenizer_path(experiment: Experiment) -> str:

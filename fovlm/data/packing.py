@@ -154,7 +154,7 @@ def pack_samples(sizes: Iterable[PackSize], packs: int, budget: PackSize) -> tup
             raise UserError(
                 f"a sample of {size.frames} frames, {size.looks} looks and {size.text} text tokens ({size.prompt} "
                 f"ahead of the frames) does not fit into a pack of {budget.frames} frames, {budget.looks} looks and "
-                f"{budget.text} text tokens ({budget.prompt}): raise data.frames or data.text"
+                f"{budget.text} text tokens ({budget.prompt}): raise data.pack_frames or data.pack_tokens"
             )
         home = next((j for j in range(packs) if (filled[j] + size).fits(budget)), None)
         if home is None:

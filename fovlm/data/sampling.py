@@ -1,9 +1,9 @@
 """The order of a run: position -> (source, epoch, shard, row), as pure functions of numbers. numpy only.
 
-Two parts. `MixtureSampler` decides which source a position belongs to: Tijdeman's chairman assignment rule keeps every source
-within one sample of its exact share in every prefix of the run. `ShardShuffle` decides which sample of that source it is:
-each epoch visits the shards in a new order, a few at a time, and the rows of those few in a new order; so reads stay
-near each other on disk, and every epoch reads every sample exactly once.
+Two parts. `MixtureSampler` decides which source a position belongs to: Tijdeman's chairman assignment rule keeps every
+source within one sample of its exact share in every prefix of the run. `ShardShuffle` decides which sample of that
+source it is: each epoch visits the shards in a new order, a few at a time, and the rows of those few in a new order; so
+reads stay near each other on disk, and every epoch reads every sample exactly once.
 
 Random numbers are raw Philox words, which numpy keeps the same in all releases, under keys hashed from what they are
 for; nothing here has a state that could be lost.
@@ -34,14 +34,14 @@ class MixtureSampler:
     def __init__(self, weights: dict[str, float]):
         exact = {name: Fraction(str(weight)) for name, weight in weights.items() if weight > 0}
         if not exact:
-            raise UserError("data.train: no source has a weight above 0")
+            raise UserError("data.mixture: no source has a weight above 0")
         total = sum(exact.values())
         shares = [weight / total for weight in exact.values()]
         period = lcm(*(share.denominator for share in shares))
         if period > LONGEST_PERIOD:
             raise UserError(
-                f"data.train: the weights {', '.join(map(str, weights.values()))} repeat only after {period} samples: "
-                "round them so that they add up to 1 with at most four decimals"
+                f"data.mixture: the weights {', '.join(map(str, weights.values()))} repeat only after {period} samples"
+                ": round them so that they add up to 1 with at most four decimals"
             )
         self.names = list(exact)
         self.counts = np.array([int(share * period) for share in shares])

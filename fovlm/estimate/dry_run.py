@@ -57,7 +57,7 @@ def known_sizes(experiment: Experiment) -> tuple[list[PackSize], str]:
     if task and not (data_root() / task.folder / "task.json").is_file():
         return [], "the embedded task has no shards yet; the run itself makes them"
     try:
-        for name in experiment.data.train:
+        for name in experiment.data.mixture:
             pattern = experiment.data.sources[name].shards
             if URL.match(pattern):
                 return [], f"the shards of {name} are behind a URL"
@@ -67,7 +67,7 @@ def known_sizes(experiment: Experiment) -> tuple[list[PackSize], str]:
         tokenizer = tokenizer_path(experiment)
         if not Path(tokenizer).is_dir():
             return [], "the tokenizer is not here yet"
-        dataset = open_dataset(experiment, load_tokenizer(tokenizer), experiment.data.train)
+        dataset = open_dataset(experiment, load_tokenizer(tokenizer), experiment.data.mixture)
     except UserError as error:
         return [], str(error)
     return [dataset.size(position) for position in range(SIZED)], ""
@@ -80,7 +80,7 @@ def _index_of(shard: Path) -> Path:
 def largest_sizes(experiment: Experiment) -> Iterator[PackSize]:
     """The samples of the run in their order, each as large as the settings let those of its source be. Without end."""
     shapes = largest(experiment)
-    mix = MixtureSampler(experiment.data.train)
+    mix = MixtureSampler(experiment.data.mixture)
     position = 0
     while True:
         source, _ = mix(position)

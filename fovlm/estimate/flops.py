@@ -119,16 +119,16 @@ def largest(experiment: Experiment) -> dict[str, Shape]:
 
     This is what can be said without data at hand. It is an upper bound: samples are shorter, and cost less.
     """
-    return {name: _largest(experiment, experiment.data.sources[name]) for name in experiment.data.train}
+    return {name: _largest(experiment, experiment.data.sources[name]) for name in experiment.data.mixture}
 
 
 def _largest(experiment: Experiment, source: DataSource) -> Shape:
-    data, ahead = experiment.data, experiment.model.prompt == "before"
+    data, ahead = experiment.data, experiment.model.question == "before_frames"
     frames = {"text": 0, "image": 1}.get(source.kind, data.max_frames)
     looks = data.image_frames if source.kind == "image" else frames
     answers = 2 if source.kind == "preference" else 1
-    prompt = data.max_text if ahead and frames else 0
-    return Shape(answers * frames, answers * looks, answers * data.max_text, answers * prompt)
+    prompt = data.max_tokens if ahead and frames else 0
+    return Shape(answers * frames, answers * looks, answers * data.max_tokens, answers * prompt)
 
 
 # -- the parts -----------------------------------------------------------------------------------------------------
@@ -136,18 +136,18 @@ def _largest(experiment: Experiment, source: DataSource) -> Shape:
 
 def _text_cost(experiment: Experiment, shapes: Geometry, size: Sized) -> dict[str, Cost]:
     model, optim = experiment.model, experiment.optim
-    dino, llm = optim.lr_dino is not None, optim.lr_llm is not None
+    dino, llm = "encoder" not in optim.freeze, "llm" not in optim.freeze
     F, K, S, P = size.frames, size.looks, size.text, size.prompt
     D, E, Q, T, rounds = shapes.dino.D, shapes.llm.E, shapes.Q, shapes.T, shapes.rounds
     asks = model.visual != "multi_token"
     rides = asks and model.deep_query and dino
     coarse = 1 if F and asks else 0
     return {
-        "encoder": _walk(shapes, F, rides, not model.deep_query or not asks, dino, model.checkpoint_dino),
+        "encoder": _walk(shapes, F, rides, not model.deep_query or not asks, dino, "encoder" in model.grad_checkpoint),
         "coarse_looks": _looks(shapes, F if asks and not rides else 0, model.deep_query, dino),
         "fine_looks": _looks(shapes, K, model.deep_query, dino) * rounds,
-        "coarse_llm": _read(shapes, K + P if K else 0, llm, model.checkpoint_llm) * rounds,
-        "fine_llm": _read(shapes, K * T + S, llm, model.checkpoint_llm),
+        "coarse_llm": _read(shapes, K + P if K else 0, llm, "llm" in model.grad_checkpoint) * rounds,
+        "fine_llm": _read(shapes, K * T + S, llm, "llm" in model.grad_checkpoint),
         "connector": _linear(coarse, Q, D)
         + (_linear(F, D, E) if asks else _linear(F * T, D, E, flows=dino))
         + (_linear(K, E, Q) + _linear(K, Q, D) + _linear(K, D, E)) * rounds,

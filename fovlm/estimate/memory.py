@@ -53,7 +53,9 @@ def estimate(experiment: Experiment, shapes: Geometry, ds_config: dict[str, Any]
     counts = parameters(experiment, shapes).values()
     n, z = sum(c.trainable for c in counts), sum(c.frozen for c in counts)
     share = -(-n // world)
-    big = max(shapes.llm.V * shapes.llm.E if experiment.optim.lr_llm else 0, shapes.dino.D * shapes.dino.mlp)
+    big = max(
+        shapes.llm.V * shapes.llm.E if "llm" not in experiment.optim.freeze else 0, shapes.dino.D * shapes.dino.mlp
+    )
 
     weights, host = w * (n + z), 0
     if stage == 3:
@@ -98,20 +100,20 @@ def activations(experiment: Experiment, shapes: Geometry, w: int) -> dict[str, i
     `w` is the bytes of an activation: 2 in bf16, 4 in fp32.
     """
     model, data = experiment.model, experiment.data
-    dino, llm = experiment.optim.lr_dino is not None, experiment.optim.lr_llm is not None
-    F, S = data.frames, data.text
-    K, P = F * data.image_frames, S if model.prompt == "before" else 0
+    dino, llm = "encoder" not in experiment.optim.freeze, "llm" not in experiment.optim.freeze
+    F, S = data.pack_frames, data.pack_tokens
+    K, P = F * data.image_frames, S if model.question == "before_frames" else 0
     L = K * shapes.T + S
     d, asks, deep = shapes.dino, model.visual != "multi_token", model.deep_query
     separate = asks and not (deep and dino)  # the static look, when it does not ride along
 
     rows = F * (d.N + (asks and deep and dino))
     cached = w * rows * d.D * (2 * d.layers - 1 if deep else 1) if asks else 0  # the last layer keeps rows
-    encoder = _walk(d, rows, cached, w, dino, model.checkpoint_dino)
+    encoder = _walk(d, rows, cached, w, dino, "encoder" in model.grad_checkpoint)
     looks = _block_bytes(d, w) * d.layers if deep else 2 * w * d.D
     per_look = looks * K
     coarse = looks * F * separate
-    prefix, whole = (_read(shapes.llm, M, w, llm, model.checkpoint_llm) for M in (K + P, L))
+    prefix, whole = (_read(shapes.llm, M, w, llm, "llm" in model.grad_checkpoint) for M in (K + P, L))
     kept = {"encoder": encoder, "coarse_looks": coarse}
     for turn in range(shapes.rounds):
         kept |= {f"coarse_llm_{turn}": prefix, f"fine_looks_{turn}": per_look}
@@ -120,13 +122,13 @@ def activations(experiment: Experiment, shapes: Geometry, w: int) -> dict[str, i
     chunk = min(S, NLL_CHUNK)
     embedding = w * shapes.llm.V * shapes.llm.E * llm  # its gradient waits for its last use, and grows by copies
     working = {
-        "encoder": _layer_work(d, rows, w, model.checkpoint_dino) if dino else 0,
+        "encoder": _layer_work(d, rows, w, "encoder" in model.grad_checkpoint) if dino else 0,
         "coarse_looks": 0,
-        "fine_llm": _read_work(shapes.llm, L, w, llm, model.checkpoint_llm) + embedding,
+        "fine_llm": _read_work(shapes.llm, L, w, llm, "llm" in model.grad_checkpoint) + embedding,
         "head": 3 * FP32 * chunk * shapes.llm.V + embedding * (2 if chunk < S else 1),
     }
     for turn in range(shapes.rounds):
-        prefix_work = _read_work(shapes.llm, K + P, w, llm, model.checkpoint_llm)
+        prefix_work = _read_work(shapes.llm, K + P, w, llm, "llm" in model.grad_checkpoint)
         working |= {f"coarse_llm_{turn}": prefix_work + embedding, f"fine_looks_{turn}": embedding}
 
     order = [*kept, "head"]

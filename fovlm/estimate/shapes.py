@@ -146,8 +146,8 @@ class Count:
 def geometry(model: ModelSettings) -> Geometry:
     """The shapes of an experiment's model. Raises UserError for a model that is neither local nor in the table."""
     T = POOLED if model.visual == "multi_token" else 1
-    rounds = model.rounds if model.visual == "foveated" else 0
-    return Geometry(_dino(model.dino, model.frame_size), _llama(model.llm), model.query_dim, T, rounds)
+    rounds = model.query_rounds if model.visual == "foveated" else 0
+    return Geometry(_dino(model.encoder, model.frame_size), _llama(model.llm), model.query_dim, T, rounds)
 
 
 def vocabulary(model: ModelSettings) -> int:
@@ -167,8 +167,8 @@ def parameters(experiment: Experiment, shapes: Geometry) -> dict[str, Count]:
     dino, llm, mask = shapes.dino.parameters, shapes.llm.parameters, shapes.dino.mask_token * D
     return {
         "connector": Count(connector - unused, unused),
-        "dino": Count(0, dino) if experiment.optim.lr_dino is None else Count(dino - mask, mask),
-        "llm": Count(0, llm) if experiment.optim.lr_llm is None else Count(llm, 0),
+        "encoder": Count(0, dino) if "encoder" in experiment.optim.freeze else Count(dino - mask, mask),
+        "llm": Count(0, llm) if "llm" in experiment.optim.freeze else Count(llm, 0),
     }
 
 
@@ -218,7 +218,7 @@ def _llama(source: str | dict[str, Any]) -> Llama:
 
 
 def _dino(source: str | dict[str, Any], frame_size: int) -> Dino:
-    s = _settings(source, "dino", "dinov2", DINOV2)
+    s = _settings(source, "encoder", "dinov2", DINOV2)
     high, wide = _sides(s["patch_size"])
     image_high, image_wide = _sides(s["image_size"])
     inner = int(s["hidden_size"] * s["mlp_ratio"])

@@ -189,7 +189,7 @@ class Shards:
                     told = f"{name}: its samples are tokenized for a loss on every token, and an answer's is measured"
                     raise UserError(f"{told}: make the set with --tokenize sft, or without")
         # The tokenizer belongs to it, since losses are per token; the prompt order and the frames do not.
-        self.tokens = ChatTokenizer(form.chat.tokenizer, "after", "answer", UNCUT).hash
+        self.tokens = ChatTokenizer(form.chat.tokenizer, "after_frames", "answer", UNCUT).hash
         self.hash = self.hash_without(())
 
     def __len__(self) -> int:
@@ -269,7 +269,7 @@ def open_eval_set(
             return Shards(name, {name: DataSource(shards=_pattern(name, str(place)), kind="video")}, form, limit)
     known = [*READERS, *(p.name for p in data.iterdir() if p.is_dir())] if data.is_dir() else list(READERS)
     raise UserError(
-        f"no set '{name}'{did_you_mean(name, known)}: there is no {data / name}; say where it is with {name}=PATH or --data"
+        f"no set '{name}'{did_you_mean(name, known)}: there is no {data / name}; name it with {name}=PATH or --data"
     )
 
 

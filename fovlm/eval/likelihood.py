@@ -86,7 +86,7 @@ def visual(model: FoveatedVLM, view: View | None, mode: str) -> Tensor:
         return model.connector.q_static.new_zeros(0, model.config.llm_config.hidden_size)
     if view.encoding.pooled is not None:
         return view.encoding.pooled[view.looks].flatten(0, 1)
-    coarse = mode == "coarse_only" or (mode == "coarse_fine" and model.config.rounds == 0)
+    coarse = mode == "coarse_only" or (mode == "coarse_fine" and model.config.query_rounds == 0)
     if coarse or model.config.visual == "coarse":
         return _coarse(model, view)
     queries = (_deployed if mode == "autoregressive" else _parallel)(model, view.gaze_of or view)
@@ -108,7 +108,7 @@ def _parallel(model: FoveatedVLM, view: View) -> Tensor:
     asked, c = view.asked, model.connector
     words = model.llm.get_input_embeddings()(asked)
     tokens = _coarse(model, view)
-    for left in reversed(range(model.config.rounds)):
+    for left in reversed(range(model.config.query_rounds)):
         x = torch.cat([words, tokens.to(words.dtype)])
         hidden = model.llm.base_model(inputs_embeds=x[None], use_cache=False).last_hidden_state[0]
         queries = c.to_query(hidden[max(len(asked) - 1, 0) : len(x) - 1])

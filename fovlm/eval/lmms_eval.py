@@ -108,7 +108,7 @@ class Fovlm(lmms):
         asked = self._asked(words, shown)
         inputs = self.processor(messages=asked)
         chat = ChatTokenizer(
-            self.processor.tokenizer, config.prompt, "answer", config.llm_config.max_position_embeddings
+            self.processor.tokenizer, config.question, "answer", config.llm_config.max_position_embeddings
         )
         texts = [chat.text({"user": words, "assistant": said}, None, bool(shown)) for said in continuations]
         view = None

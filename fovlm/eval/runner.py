@@ -86,7 +86,7 @@ def form_of(subject: Target, asked: Asked) -> Form:
     """How this model is asked."""
     config = subject.model.config
     context, per_look = context_of(config), config.tokens_per_look
-    chat = ChatTokenizer(subject.tokenizer, config.prompt, "answer", UNCUT)
+    chat = ChatTokenizer(subject.tokenizer, config.question, "answer", UNCUT)
     most = max(min(asked.most, context // 2 // per_look), 1)  # frames leave half of the context to the text
     return Form(chat, config.frame_size, config.image_frames, context, per_look, most, asked.letters)
 
@@ -104,7 +104,10 @@ def examine_one(
         "protocol": exam.protocol,
         "model": subject.name,
         "weights": subject.weights,
-        **{name: getattr(reads, name) for name in ("prompt", "rounds", "image_frames", "frame_size", "visual_scale")},
+        **{
+            name: getattr(reads, name)
+            for name in ("question", "query_rounds", "image_frames", "frame_size", "visual_scale")
+        },
         "most_frames": form.most,
         "batch": asked.batch,
         "precision": str(subject.model.dtype).removeprefix("torch."),

@@ -26,28 +26,28 @@ def build(settings: ModelSettings, image_frames: int = 1) -> FoveatedVLM:
 
     Raises UserError for a folder without weights, and for a backbone that `_pretrained` refuses.
     """
-    if isinstance(settings.dino, dict):
-        dino = Dinov2Model(Dinov2Config(**settings.dino))
+    if isinstance(settings.encoder, dict):
+        dino = Dinov2Model(Dinov2Config(**settings.encoder))
     else:
-        dino = _pretrained("dino", settings.dino)
+        dino = _pretrained("encoder", settings.encoder)
     if isinstance(settings.llm, dict):
         llm = AutoModelForCausalLM.from_config(LlamaConfig(**settings.llm))
     else:
         llm = _pretrained("llm", settings.llm)
     config = FoveatedConfig(
         llm_config=llm.config,
-        dino_config=dino.config,
+        encoder_config=dino.config,
         visual=settings.visual,
         deep_query=settings.deep_query,
-        prompt=settings.prompt,
-        rounds=settings.rounds,
+        question=settings.question,
+        query_rounds=settings.query_rounds,
         query_dim=settings.query_dim,
         visual_scale=settings.visual_scale,
         frame_size=settings.frame_size,
         image_frames=image_frames,
     )
     model = FoveatedVLM(config, llm=llm, dino=dino)
-    model.recompute(dino=settings.checkpoint_dino, llm=settings.checkpoint_llm)
+    model.recompute(settings.grad_checkpoint)
     return model
 
 
@@ -60,9 +60,9 @@ def _pretrained(key: str, source: str) -> PreTrainedModel:
     where = find_weights(source)
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
-        if reason := unsupported_encoder(config) if key == "dino" else unsupported_llm(config):
+        if reason := unsupported_encoder(config) if key == "encoder" else unsupported_llm(config):
             raise UserError(f"model.{key}={source}: {reason}")
-        model, report = (Dinov2Model if key == "dino" else AutoModelForCausalLM).from_pretrained(
+        model, report = (Dinov2Model if key == "encoder" else AutoModelForCausalLM).from_pretrained(
             where,
             config=config,
             dtype=torch.float32,

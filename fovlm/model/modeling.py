@@ -11,11 +11,12 @@ The forward pass over a pack (letters as in `batch.py`; E language-model width, 
 It returns the negative log-likelihood of every text token and nothing else: every loss and every score is a sum of
 these numbers.
 
-Queries and fine tokens can go round: with `rounds` R, the fine tokens of one round give the queries of the next. No
-round at all is the coarse pass, one is the design, and after K rounds every query comes from the fine tokens of all
-frames before it, which is what frame-by-frame deployment does (`stream.py`). Training with two narrows that gap.
+Queries and fine tokens can go round: with `query_rounds` R, the fine tokens of one round give the queries of the
+next. No round at all is the coarse pass, one is the design, and after K rounds every query comes from the fine tokens
+of all frames before it, which is what frame-by-frame deployment does (`stream.py`). Training with two narrows that gap.
 """
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -41,23 +42,23 @@ from fovlm.model.kv_cache import ATTENTION
 POOLED = 4  # multi_token: the patches are pooled to 4 x 4 tokens a frame
 NLL_CHUNK = 1024  # text tokens whose logits are held at once: 1024 x 49152 in fp32 is 200 MB
 VISUALS = ("foveated", "coarse", "multi_token")
-PROMPTS = ("after", "before")  # where the question stands: after the frames, or ahead of them
+QUESTIONS = ("after_frames", "before_frames")
 
 
 class FoveatedConfig(PreTrainedConfig):
-    """What a FoveatedVLM is made of. `llm_config` and `dino_config` are HF configs (or their dicts)."""
+    """What a FoveatedVLM is made of. `llm_config` and `encoder_config` are HF configs (or their dicts)."""
 
     model_type = "fovlm"
-    sub_configs: ClassVar = {"llm_config": AutoConfig, "dino_config": Dinov2Config}
+    sub_configs: ClassVar = {"llm_config": AutoConfig, "encoder_config": Dinov2Config}
 
     def __init__(
         self,
         llm_config: PreTrainedConfig | dict | None = None,
-        dino_config: Dinov2Config | dict | None = None,
+        encoder_config: Dinov2Config | dict | None = None,
         visual: str = "foveated",
         deep_query: bool = True,
-        prompt: str = "after",
-        rounds: int = 1,
+        question: str = "after_frames",
+        query_rounds: int = 1,
         query_dim: int = 384,
         visual_scale: float = 0.14,
         frame_size: int = 224,
@@ -66,14 +67,14 @@ class FoveatedConfig(PreTrainedConfig):
     ):
         if isinstance(llm_config, dict):
             llm_config = AutoConfig.for_model(**{"model_type": "llama", **llm_config})
-        if isinstance(dino_config, dict):
-            dino_config = Dinov2Config(**dino_config)
+        if isinstance(encoder_config, dict):
+            encoder_config = Dinov2Config(**encoder_config)
         self.llm_config: PreTrainedConfig = llm_config or LlamaConfig()
-        self.dino_config = dino_config or Dinov2Config()
+        self.encoder_config = encoder_config or Dinov2Config()
         self.visual = visual
         self.deep_query = deep_query
-        self.prompt = prompt
-        self.rounds = rounds
+        self.question = question
+        self.query_rounds = query_rounds
         self.query_dim = query_dim
         self.visual_scale = visual_scale
         self.frame_size = frame_size
@@ -132,10 +133,10 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         super().__init__(config)
         if config.visual not in VISUALS:
             raise ValueError(f"visual is one of {VISUALS}, not {config.visual!r}")
-        if config.prompt not in PROMPTS:
-            raise ValueError(f"prompt is one of {PROMPTS}, not {config.prompt!r}")
+        if config.question not in QUESTIONS:
+            raise ValueError(f"question is one of {QUESTIONS}, not {config.question!r}")
         self.llm = llm if llm is not None else AutoModelForCausalLM.from_config(config.llm_config)
-        self.encoder = Encoder(dino if dino is not None else Dinov2Model(config.dino_config), deep=config.deep_query)
+        self.encoder = Encoder(dino if dino is not None else Dinov2Model(config.encoder_config), deep=config.deep_query)
         self.llm.set_attn_implementation(ATTENTION)  # what is handed in lost its choice to super().__init__
         self.encoder.dino.set_attn_implementation("sdpa")
         self.connector = Connector(
@@ -177,7 +178,7 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         if visual == "coarse":
             return coarse_tokens
         tokens = coarse_tokens
-        for _ in range(self.config.rounds):
+        for _ in range(self.config.query_rounds):
             tokens = self.connector.token(self.look(self.queries(batch, tokens), cache, batch.frame_of_look))
         return tokens
 
@@ -249,7 +250,7 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         cache, tokens = self.coarse(batch)
         queries = {"coarse": self.connector.q_static.expand(len(tokens), -1)}
         if self.config.visual == "foveated":
-            for _ in range(self.config.rounds - 1):
+            for _ in range(self.config.query_rounds - 1):
                 tokens = self.connector.token(self.look(self.queries(batch, tokens), cache, batch.frame_of_look))
             queries["fine"] = self.queries(batch, tokens)
         return {
@@ -261,20 +262,19 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """The three parameter groups, each parameter once (tied weights are one), frozen ones left out."""
-        modules = {"connector": self.connector, "dino": self.encoder, "llm": self.llm}
+        modules = {"connector": self.connector, "encoder": self.encoder, "llm": self.llm}
         return {name: [p for p in module.parameters() if p.requires_grad] for name, module in modules.items()}
 
-    def freeze(self, dino: bool, llm: bool) -> None:
-        """Take a backbone out of training (F1 freezes both, F2 the language model)."""
-        if dino:
-            self.encoder.requires_grad_(False)
-        if llm:
-            self.llm.requires_grad_(False)
+    def freeze(self, backbones: Collection[str]) -> None:
+        """Take backbones ("encoder", "llm") out of training."""
+        for name in backbones:
+            {"encoder": self.encoder, "llm": self.llm}[name].requires_grad_(False)
 
-    def recompute(self, dino: bool, llm: bool) -> None:
-        """Gradient checkpointing: keep each layer's input only and compute the rest again in the backward pass."""
-        self.encoder.recompute = dino
-        if llm:
+    def recompute(self, backbones: Collection[str]) -> None:
+        """Gradient checkpointing of "encoder" or "llm": keep each layer's input only, and compute the rest again in the
+        backward pass."""
+        self.encoder.recompute = "encoder" in backbones
+        if "llm" in backbones:
             self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def compile_backbones(self, **options) -> None:

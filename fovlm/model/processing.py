@@ -46,12 +46,17 @@ class FoveatedProcessor(ProcessorMixin):
         self,
         tokenizer: PreTrainedTokenizerBase,
         frame_size: int = 224,
-        prompt: str = "after",
+        question: str = "after_frames",
         image_frames: int = 1,
         max_frames: int = 64,
         chat_template: str | None = None,
     ):
-        self.frame_size, self.prompt, self.image_frames, self.max_frames = frame_size, prompt, image_frames, max_frames
+        self.frame_size, self.question, self.image_frames, self.max_frames = (
+            frame_size,
+            question,
+            image_frames,
+            max_frames,
+        )
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     @classmethod
@@ -136,7 +141,7 @@ class FoveatedProcessor(ProcessorMixin):
                 shown, seen = number, shows
         frames = [part for part, _ in seen] or [torch.zeros(0, 3, self.frame_size, self.frame_size, dtype=torch.uint8)]
         looks = [number for _, numbers in seen for number in numbers]
-        text = conversation(spoken, self.tokenizer, shown, self.prompt == "before")
+        text = conversation(spoken, self.tokenizer, shown, self.question == "before_frames")
         return text, (torch.cat(frames), looks)
 
     def _turn(self, turn: dict[str, Any]) -> tuple[str, list[Seen]]:
@@ -228,7 +233,7 @@ class FoveatedProcessor(ProcessorMixin):
 
 
 def _settings(config: FoveatedConfig) -> dict[str, Any]:
-    return {"frame_size": config.frame_size, "prompt": config.prompt, "image_frames": config.image_frames}
+    return {"frame_size": config.frame_size, "question": config.question, "image_frames": config.image_frames}
 
 
 def _is_frames(given: Sequence[Any]) -> bool:

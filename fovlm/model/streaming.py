@@ -59,7 +59,7 @@ class FrameStream:
         self._stream = Stream(model)
         self._kept: list[Tensor] = []  # the keys of the words ahead of the frames, as read, of each layer
         self.head = 0  # words ahead of the frames
-        if config.prompt == "before":
+        if config.question == "before_frames":
             if question is None:
                 raise UserError("this model wants to know the question ahead of the frames: stream(question=...)")
             text = conversation([("user", question)], self._tokenizer, 0, True)
@@ -171,7 +171,7 @@ class FrameStream:
 
     def _words(self, question: str | None) -> Tensor:
         """The tokens of a question and what leads to its answer, behind the frames."""
-        before = self.model.config.prompt == "before"
+        before = self.model.config.question == "before_frames"
         if question is None and self.question is None:
             raise UserError("ask something: this stream was started without a question")
         if before and (question is None or question == self.question):

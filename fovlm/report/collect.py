@@ -31,8 +31,8 @@ ARCH = {"foveated": "F", "multi_token": "B", "coarse": "A6"}
 
 # What the settings of an ablation must say for its name to be believed.
 ROLES: dict[str, Callable[[Experiment], bool]] = {
-    "F1": lambda e: e.optim.lr_dino is None and e.optim.lr_llm is None,
-    "F2": lambda e: e.optim.lr_llm is None and e.optim.lr_dino is not None,
+    "F1": lambda e: "encoder" in e.optim.freeze and "llm" in e.optim.freeze,
+    "F2": lambda e: "llm" in e.optim.freeze and "encoder" not in e.optim.freeze,
     "LR1": lambda e: _plain(e),
     "LR2": lambda e: _plain(e),
     "LR3": lambda e: _plain(e),
@@ -42,7 +42,7 @@ ROLES: dict[str, Callable[[Experiment], bool]] = {
     "B1": lambda e: e.model.visual == "multi_token",
     "A8a": lambda e: _plain(e) and e.data.image_frames == 1,
     "A8b": lambda e: _plain(e) and e.data.image_frames > 1,
-    "D1": lambda e: _plain(e) and len(e.data.train) > 1,
+    "D1": lambda e: _plain(e) and len(e.data.mixture) > 1,
 }
 PICTURES = ("A8a", "A8b")  # on picture data, with a validation set of their own
 
@@ -97,7 +97,7 @@ class RunRecord:
     def parameters(self) -> int:
         """All parameters of backbones and connector that the visual mode uses, trained or frozen."""
         counts = parameters(self.experiment, geometry(self.experiment.model))
-        return counts["connector"].trainable + sum(counts[k].trainable + counts[k].frozen for k in ("dino", "llm"))
+        return counts["connector"].trainable + sum(counts[k].trainable + counts[k].frozen for k in ("encoder", "llm"))
 
     @property
     def val_set(self) -> str:
@@ -107,7 +107,7 @@ class RunRecord:
             return str(recorded)
         data, train = self.experiment.data, self.experiment.train
         said = [[s, data.sources[s].model_dump()] for s in data.val] + [
-            [data.generate and data.generate.model_dump(), data.frames, data.text, train.eval_packs]
+            [data.generate and data.generate.model_dump(), data.pack_frames, data.pack_tokens, train.eval_packs]
         ]
         return "unrecorded-" + hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -286,12 +286,12 @@ def _some(names: list[str]) -> str:
 
 def _plain(e: Experiment) -> bool:
     """The model of the baseline, with all of it trained."""
-    return e.model.visual == "foveated" and e.model.deep_query and None not in (e.optim.lr_dino, e.optim.lr_llm)
+    return e.model.visual == "foveated" and e.model.deep_query and not e.optim.freeze
 
 
 def _bound(experiment: Experiment) -> float:
     """FLOPs of a sample when each is as large as the settings allow, by the mix."""
     largest, shapes = flops.largest(experiment), geometry(experiment.model)
-    weights = experiment.data.train
+    weights = experiment.data.mixture
     cost = {s: flops.total(flops.sample_cost(experiment, shapes, largest[s])).total for s in weights}
     return sum(cost[s] * weights[s] for s in weights) / sum(weights.values())

@@ -12,9 +12,9 @@ from fovlm.config.schema import NOT_HASHED, Experiment
 from fovlm.report.collect import Evidence, RunRecord
 
 # Settings that are no difference between sides: seeds, and how a run is carried out (`config.HOW`).
-APART_FROM = {"name", "note", "seeds", "journal", "train.seed", "engine"}
+APART_FROM = {"name", "note", "seeds", "logger", "train.seed", "deepspeed"}
 APART_FROM |= {f"{section}.{key}" for section, keys in NOT_HASHED.items() for key in keys}
-SIZE = ("model.llm", "model.dino", "model.query_dim")  # these and the next two are what the words of a cell say
+SIZE = ("model.llm", "model.encoder", "model.query_dim")  # these and the next two are what the words of a cell say
 BUDGET, ARCH = "train.flops", "model.visual"
 LENGTH = ("train.samples", "train.steps", BUDGET)
 
@@ -39,7 +39,7 @@ def confounds(evidence: Evidence, roles: Sequence[str], varies: Sequence[str]) -
     runs = [run for role in roles for run in evidence.side(role)[:1]]
     if other := _outside(_paths(runs), varies):
         said.append(f"the runs also differ in {', '.join(other)}")
-    if not {"data.train", "data.image_frames"} & set(varies) and _of_many_data(runs):  # the hash has both
+    if not {"data.mixture", "data.image_frames"} & set(varies) and _of_many_data(runs):  # the hash has both
         said.append("the runs were trained on different data")
     return "; ".join(said)
 
@@ -76,7 +76,7 @@ def is_scaled(run: RunRecord, cell: RunRecord) -> bool:
 
 
 def _backbones(run: RunRecord) -> tuple[Any, ...]:
-    return run.experiment.model.llm, run.experiment.model.dino, run.experiment.model.query_dim
+    return run.experiment.model.llm, run.experiment.model.encoder, run.experiment.model.query_dim
 
 
 def _paths(runs: Sequence[RunRecord]) -> list[str]:

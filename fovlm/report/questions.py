@@ -66,7 +66,7 @@ class Answer:
 
 QUESTIONS = (
     Question("Freeze strategy", "Must the backbones be trained?", ("F1", "F2", "LR1"),
-             ("optim.lr_dino", "optim.lr_llm")),
+             ("optim.freeze",)),
     Question("Learning-rate ratio", "How much faster should the connector learn than the backbones?",
              ("LR1", "LR2", "LR3", "LR4"), ("optim.lr_connector",)),
     Question("Deep query", "Does it help that the query goes through all layers of the encoder?", ("LR1", "A1"),
@@ -76,7 +76,7 @@ QUESTIONS = (
              "Both models are trained for what they are scored at. LR1 does more work on each sample: two passes."),
     Question("Pictures as 1 or 16 frames", "Do more looks at a picture see more?", ("A8a", "A8b"),
              ("data.image_frames",)),
-    Question("Data mix", "Do pictures in the mix help video?", ("LR1", "D1"), ("data.train",),
+    Question("Data mix", "Do pictures in the mix help video?", ("LR1", "D1"), ("data.mixture",),
              "With as many samples in all, D1 sees fewer videos."),
     Question("One token against sixteen, at equal samples", "What does one foveated token a frame lose or win?",
              ("LR1", "B1"), ("model.visual",)),

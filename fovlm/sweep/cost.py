@@ -60,7 +60,7 @@ def estimates(
     known: dict[str, tuple[list[PackSize], str]] = {}  # runs that share their data share the sizes
     found = []
     for run in planned:
-        key = run.experiment.model_dump_json(include={"data": True, "model": {"prompt", "llm", "tokenizer"}})
+        key = run.experiment.model_dump_json(include={"data": True, "model": {"question", "llm", "tokenizer"}})
         if key not in known:
             known[key] = known_sizes(run.experiment)
         sizes, why_not = known[key]

@@ -93,7 +93,7 @@ def plan(
     first = [(group, name, schema.load(name, overrides, folder)) for group, name in chosen]
     times = [seeds or experiment.seeds for _, _, experiment in first]
     for word in overrides:
-        if word.startswith(("name=", "journal.folder=")) and sum(times) > 1:
+        if word.startswith(("name=", "logger.folder=")) and sum(times) > 1:
             raise UserError(f"command line: {word}: several runs would write into one folder")
     planned = []
     for repeat in range(max(times, default=0)):

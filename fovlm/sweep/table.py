@@ -92,5 +92,5 @@ def size_of(experiment: Experiment) -> str:
         model.rstrip("/").rpartition("/")[2]
         if isinstance(model, str)
         else f"{model.get('hidden_size', '?')}x{model.get('num_hidden_layers', '?')}"
-        for model in (experiment.model.llm, experiment.model.dino)
+        for model in (experiment.model.llm, experiment.model.encoder)
     )

@@ -91,7 +91,7 @@ class Engine:
         self.stage = config["zero_optimization"]["stage"]
         if self.stage == 3:  # it gathers weights around the forward of their own module: nobody else should use them
             model.encoder.attention = "plain"
-        rates = {"connector": optim.lr_connector, "dino": optim.lr_dino, "llm": optim.lr_llm}
+        rates = {"connector": optim.lr_connector, "encoder": optim.lr_encoder, "llm": optim.lr_llm}
         groups = [
             {"name": name, "params": parameters, "lr": rates[name], "weight_decay": optim.weight_decay}
             for name, parameters in model.groups().items()
@@ -262,7 +262,7 @@ def to_universal(path: Path, out: Path) -> Path:
     if state.zero_stage == 3:
         raise UserError(
             f"{path} was written by {state.world_size} ranks under ZeRO-3 and can only be resumed on as many: "
-            "start it on that number, or train with engine=zero2"
+            "start it on that number, or train with deepspeed=zero2"
         )
     if distributed.rank() == 0:
         shutil.rmtree(out, ignore_errors=True)

@@ -83,11 +83,11 @@ class Logger:
         """Wall time of the run so far, with that of the sessions before this one (up to their last logged step)."""
         return self.earlier + time.monotonic() - self.began
 
-    def tick(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
         """One step more is done: moves the bar, where there is one."""
         self.step = step
         if self.writes:
-            self.terminal.tick(step)
+            self.terminal.set_step(step)
 
     def log(self, step: int, row: Row) -> None:
         """Write the row of `step`. A second row of the same step is joined to the first."""
@@ -99,13 +99,13 @@ class Logger:
         if self.wandb is not None:
             self.wandb.log({"step": step, **row})
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """One line for people: on the terminal above the bar, and in log.txt."""
         if not self.writes:
             return
         self.log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self.log_file.flush()
-        self.terminal.say(text)
+        self.terminal.info(text)
 
     def close(self, status: str = "finished", **facts: Any) -> None:
         """Write run_summary.json with `status` (finished, stopped or failed) and further facts, and end wandb's run."""
@@ -219,7 +219,7 @@ class Terminal:
             self.task = self.progress.add_task(name, total=steps, completed=step, shown="")
             self.progress.start()
 
-    def tick(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
         if self.progress is not None:
             self.progress.update(self.task, completed=step, refresh=True)
 
@@ -228,9 +228,9 @@ class Terminal:
         if self.progress is not None:
             self.progress.update(self.task, completed=step, shown=shown, refresh=True)
         elif shown:
-            self.say(f"{self.name} {step}/{self.steps}  {shown}")
+            self.info(f"{self.name} {step}/{self.steps}  {shown}")
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         self.console.print(text, markup=False)
 
     def close(self) -> None:
@@ -239,7 +239,7 @@ class Terminal:
 
 
 def _open_wandb(experiment: Experiment, folder: Path) -> Any:
-    if experiment.journal.wandb == "disabled":
+    if experiment.logger.wandb == "disabled":
         return None
     import wandb  # takes a second and starts a process: only where it is asked for
 
@@ -248,13 +248,13 @@ def _open_wandb(experiment: Experiment, folder: Path) -> Any:
         id_file.write_text(secrets.token_hex(4))
     try:
         run = wandb.init(
-            project=experiment.journal.project,
-            entity=experiment.journal.entity,
+            project=experiment.logger.project,
+            entity=experiment.logger.entity,
             name=experiment.name,
             notes=experiment.note,
             id=id_file.read_text().strip(),
             resume="allow",
-            mode=experiment.journal.wandb,
+            mode=experiment.logger.wandb,
             dir=folder,
             config=redact(experiment.model_dump()),
             # Nothing of the machine: no paths, no command line, no user, no code, no terminal.
@@ -270,7 +270,7 @@ def _open_wandb(experiment: Experiment, folder: Path) -> Any:
             ),
         )
     except wandb.errors.Error as error:
-        raise UserError(f"wandb: {redact(str(error))}; or train without it: journal.wandb=offline") from None
+        raise UserError(f"wandb: {redact(str(error))}; or train without it: logger.wandb=offline") from None
     run.define_metric("*", step_metric="step")
     return run
 

@@ -14,9 +14,9 @@ from fovlm.config.schema import OptimSettings
 
 
 def rates(optim: OptimSettings, progress: float) -> dict[str, float]:
-    """The rate of every trained group (connector, dino, llm) at `progress`; frozen groups are left out."""
-    peaks = {"connector": optim.lr_connector, "dino": optim.lr_dino, "llm": optim.lr_llm}
-    return {group: rate(optim, peak, progress) for group, peak in peaks.items() if peak is not None}
+    """The rate of every trained group (connector, encoder, llm) at `progress`; frozen groups are left out."""
+    peaks = {"connector": optim.lr_connector, "encoder": optim.lr_encoder, "llm": optim.lr_llm}
+    return {group: rate(optim, peak, progress) for group, peak in peaks.items() if group not in optim.freeze}
 
 
 def rate(optim: OptimSettings, peak: float, progress: float) -> float:

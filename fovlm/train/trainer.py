@@ -67,7 +67,7 @@ class Trainer:
         if task := data.generate:
             distributed.rank_zero_first(lambda: synthetic_shards.make(task))
         tokenizer = self.tokenizer = distributed.collective_call(lambda: load_tokenizer(tokenizer_path(experiment)))
-        self.train_set = distributed.rank_zero_first(lambda: open_dataset(experiment, tokenizer, data.train))
+        self.train_set = distributed.rank_zero_first(lambda: open_dataset(experiment, tokenizer, data.mixture))
         self.val_set: Dataset | None = None
         if data.val:
             every = dict.fromkeys(data.val, 1.0)
@@ -79,7 +79,7 @@ class Trainer:
         distributed.collective_call(lambda: check_vocabulary(model, len(tokenizer)))
         if source := settings.init_from:
             distributed.collective_call(lambda: load_weights(model, source))
-        model.freeze(dino=experiment.optim.lr_dino is None, llm=experiment.optim.lr_llm is None)
+        model.freeze(experiment.optim.freeze)
         if settings.compile:
             model.compile_backbones()
         self._start_engine(model)
@@ -129,22 +129,22 @@ class Trainer:
         """Train to the end, or until a signal; returns the exit status."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask_to_stop)
-        self.journal = Logger(
+        self.logger = Logger(
             self.experiment, self._steps_in_all(), self.state.step, distributed.rank(), self.train_set.hash
         )
-        with self.journal:
+        with self.logger:
             if distributed.rank() == 0:
                 (self.experiment.run_folder / "experiment.yaml").write_text(self.experiment.dump())
                 write_json(self.experiment.run_folder / "deepspeed.json", self.engine_settings)
                 self.tokenizer.save_pretrained(self.experiment.run_folder / "tokenizer")
             if self.found:
-                self.journal.say(f"going on from {self.found.name}, sample {self.state.samples}")
+                self.logger.info(f"going on from {self.found.name}, sample {self.state.samples}")
             try:
                 self._steps()
             except Stopped:
                 self._save(validate=False)  # whoever sent the signal may not wait for a validation
-                self.journal.say(f"stopped by a signal; all is saved at step {self.state.step}")
-                self.journal.close("stopped", **self._facts())
+                self.logger.info(f"stopped by a signal; all is saved at step {self.state.step}")
+                self.logger.close("stopped", **self._facts())
                 return EXIT_STOPPED
             self._finish()
         return 0
@@ -167,16 +167,16 @@ class Trainer:
             self.losses.append(done.loss)
             skipped = skipped + 1 if done.skipped else 0
             if done.skipped:
-                self.journal.say(f"step {self.state.step} is skipped: loss {done.loss}, gradient {done.grad_norm}")
+                self.logger.info(f"step {self.state.step} is skipped: loss {done.loss}, gradient {done.grad_norm}")
             if skipped >= train.max_nonfinite:
                 raise distributed.SharedError(
                     f"{skipped} steps in a row were not finite: lower the rates, or look at the samples named above"
                 )
             if logs:
-                self.journal.log(self.state.step, self._row(done, before, rates, meter))
+                self.logger.log(self.state.step, self._row(done, before, rates, meter))
                 self._hold_against_limit(loader.bad)
                 meter = Throughput(self.state)
-            self.journal.tick(self.state.step)
+            self.logger.set_step(self.state.step)
             if train.eval_every and self.state.step % train.eval_every == 0:
                 self._validate()
             if train.save_every and self.state.step % train.save_every == 0 and self.progress < 1.0:
@@ -259,10 +259,10 @@ class Trainer:
     def _hold_against_limit(self, mine: Counter[tuple[str, str]]) -> None:
         """Name the broken samples of all ranks in the log, and end the run when there are too many since its start."""
         for bad in (bad for part in distributed.gather(self.unsaid) for bad in part):
-            self.journal.say(f"{bad.source}: sample {bad.key} in {bad.shard} is replaced: {bad.cause}")
+            self.logger.info(f"{bad.source}: sample {bad.key} in {bad.shard} is replaced: {bad.cause}")
         self.unsaid = []
         counts: Counter[tuple[str, str]] = sum(distributed.gather(mine), start=Counter())
-        self.journal.log(self.state.step, {f"bad/{source}/{cause}": n for (source, cause), n in counts.items()})
+        self.logger.log(self.state.step, {f"bad/{source}/{cause}": n for (source, cause), n in counts.items()})
         limit, seen = self.experiment.data.max_bad_fraction, self.state.samples - self.started_at
         if counts.total() > limit * max(seen, FEW):
             causes = ", ".join(f"{n} x {source}: {cause}" for (source, cause), n in counts.most_common(5))
@@ -291,7 +291,7 @@ class Trainer:
         row = {"val_loss": found[AS_TRAINED[visual]].loss} if AS_TRAINED[visual] in found else {}
         for mode, score in found.items():
             row |= {f"val_loss_{mode}": score.loss} | {f"val_loss_{mode}/{s}": v for s, v in score.by_source.items()}
-        self.journal.log(self.state.step, row)
+        self.logger.log(self.state.step, row)
         if distributed.rank() == 0 and self.engine.stage < 3 and visual != "multi_token":
             folder, step = self.experiment.run_folder / "maps", self.state.step
             save_maps(self.engine.model, watched(self.val_set), self.budget, self.tokenizer, folder, step, self.device)
@@ -328,7 +328,7 @@ class Trainer:
         path = self.engine.save(self.checkpoints, state, self.experiment.dump(), best, self.probe)
         if distributed.rank() == 0:
             self.checkpoints.prune(train.keep_last, train.keep_best)
-        self.journal.say(
+        self.logger.info(
             f"saved {path.name}" + (f", the best so far ({train.best} {state.metric:.4f})" if best else "")
         )
 
@@ -341,16 +341,16 @@ class Trainer:
         if task and self.val_set is not None and self.experiment.model.visual != "multi_token":
             facts = synthetic_shards.judge(task, self.engine.model, self._val_batches(), self.device)
         for line in score_table(scores, facts):
-            self.journal.say(line)
+            self.logger.info(line)
         folder = self.experiment.run_folder
-        self.journal.say(f"run folder: {folder}")
+        self.logger.info(f"run folder: {folder}")
         if (folder / "maps").is_dir():
-            self.journal.say(f"where it looked: {folder / 'maps' / 'index.html'}")
-        self.journal.say(f"a model to use: fovlm convert {folder} OUT")
+            self.logger.info(f"where it looked: {folder / 'maps' / 'index.html'}")
+        self.logger.info(f"a model to use: fovlm convert {folder} OUT")
         if task:
-            self.journal.say("next: ./launch.sh --list shows every run, README.md how to train on shards of your own")
+            self.logger.info("next: ./launch.sh --list shows every run, README.md how to train on shards of your own")
         told = {mode: asdict(score) for mode, score in scores.items()}
-        self.journal.close("finished", scores=told, tokens=self.state.tokens, **self._facts(), **facts)
+        self.logger.close("finished", scores=told, tokens=self.state.tokens, **self._facts(), **facts)
 
     def _facts(self) -> dict[str, Any]:
         """What the summary says of the run beside its losses: how much was computed on what, and what it was scored on.

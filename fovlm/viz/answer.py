@@ -12,7 +12,7 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 
 from fovlm.media.clip import Clip
 
-# What two questions to a model with `prompt: after` show.
+# What two questions to a model with `question: after_frames` show.
 ALIKE = "this model was trained with the question behind the frames: it looks alike whatever is asked"
 
 

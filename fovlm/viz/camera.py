@@ -33,7 +33,7 @@ def watch(
     `source` as in `footage.camera`. Each question is answered every ASK_EVERY frames. When the context is full, the
     oldest frames are forgotten. Raises UserError when there is no such camera, or nothing to see.
     """
-    if len(questions) > 1 and model.config.prompt == "before":
+    if len(questions) > 1 and model.config.question == "before_frames":
         raise UserError("this model was trained with one question ahead of the frames: give one")
     ahead = questions[0] if questions else ANYTHING
     stream = model.stream(processor=processor, question=ahead, full="slide")

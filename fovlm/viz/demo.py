@@ -88,7 +88,7 @@ def app(
                 look(each)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        alike = len(gazes) == 2 and model.config.prompt == "after"
+        alike = len(gazes) == 2 and model.config.question == "after_frames"
         yield text, (f"<small>{ALIKE}</small>" if alike else "") + framed(gazes)
 
     with gr.Blocks(title=f"fovlm · {title}", analytics_enabled=False) as page:

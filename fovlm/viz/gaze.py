@@ -88,7 +88,7 @@ def gaze_of(
     if mode not in MODES:
         raise UserError(f"mode is {', '.join(MODES)}, not '{mode}'{did_you_mean(mode, MODES)}")
     mode = "coarse_only" if visual == "coarse" else mode
-    question = (question or "").strip() or (ANYTHING if model.config.prompt == "before" else "")
+    question = (question or "").strip() or (ANYTHING if model.config.question == "before_frames" else "")
 
     frames, times, ids, prompt = _shown(model, processor, clip, question)
     number_of = [n for n, again in enumerate(times) for _ in range(again)]  # of the frame of each look
@@ -174,7 +174,7 @@ def _parallel_queries(model: Any, shown: Tensor, ids: Tensor, prompt: int) -> Te
     sample = Sample("", "", shown.cpu(), len(shown), ids.cpu(), torch.zeros(len(ids)), prompt)
     batch = collate([sample], PackSize(len(shown), len(shown), len(ids), prompt), shown.shape[-1]).to(shown.device)
     cache, tokens = model.coarse(batch)
-    for _ in range(model.config.rounds - 1):
+    for _ in range(model.config.query_rounds - 1):
         tokens = model.connector.token(model.look(model.queries(batch, tokens), cache))
     return model.queries(batch, tokens)
 

@@ -56,7 +56,7 @@ def run(tmp_path) -> Path:
 def test_converted_and_loaded_it_answers_the_same(tmp_path, stage, world, frozen):
     model = tiny_model(seed=3)
     if frozen == "backbones":
-        model.freeze(dino=True, llm=True)
+        model.freeze(["encoder", "llm"])
     write_run(tmp_path / "run", model, stage, world)
     out = convert.convert(tmp_path / "run", tmp_path / "out", dtype="fp32")
     again = FoveatedVLM.from_pretrained(out)

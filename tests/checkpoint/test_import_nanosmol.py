@@ -62,7 +62,11 @@ def published(model: FoveatedVLM, bias: bool = False) -> tuple[dict[str, Tensor]
 
 def like(model: FoveatedVLM, words: Path) -> dict:
     """What shapes alone do not tell of the tiny model (its heads are narrower than anybody else's), and fp32."""
-    sizes = {"llm": model.config.llm_config.to_dict(), "dino": model.config.dino_config.to_dict(), "frame_size": FRAME}
+    sizes = {
+        "llm": model.config.llm_config.to_dict(),
+        "encoder": model.config.encoder_config.to_dict(),
+        "frame_size": FRAME,
+    }
     return {**sizes, "tokenizer": str(words), "dtype": "fp32"}
 
 
@@ -156,8 +160,8 @@ def test_a_file_that_torch_did_not_write_is_called_so(tmp_path, words):
 def test_where_the_question_stands_is_one_of_two_places(tmp_path, words):
     state, model = published(tiny_model())
     torch.save(state, tmp_path / "model.pt")
-    with pytest.raises(UserError, match="did you mean 'before'"):
-        import_published(tmp_path / "model.pt", tmp_path / "out", **like(model, words) | {"prompt": "befor"})
+    with pytest.raises(UserError, match="did you mean 'before_frames'"):
+        import_published(tmp_path / "model.pt", tmp_path / "out", **like(model, words) | {"question": "befor"})
 
 
 def test_frames_must_divide_into_patches(tmp_path, words):
@@ -211,7 +215,7 @@ def test_shapes_of_dinov2_small_and_smollm2_135m_tell_the_configuration(tmp_path
     save_file({n: v for n, v in state.items() if n != "llm.lm_head.weight"}, tmp_path / "published.safetensors")
     out = import_published(tmp_path / "published.safetensors", tmp_path / "out", tokenizer=str(words), dtype="fp32")
     again = FoveatedVLM.from_pretrained(out)
-    assert again.config.dino_config.image_size == 518
+    assert again.config.encoder_config.image_size == 518
     assert again.config.query_dim == ModelSettings().query_dim
     batch = pack([sample("text", text=8)])
     frames = torch.randint(0, 256, (len(batch.frames), 3, 224, 224), dtype=torch.uint8)

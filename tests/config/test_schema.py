@@ -19,7 +19,7 @@ ENGINES = ("zero1", "zero2", "zero2_offload", "zero3")
 SMALL = """
 data:
   sources: {clips: {shards: "clips-{0..3}.tar", kind: video}, words: {shards: words.tar, kind: text}}
-  train: {clips: 86, words: 14}
+  mixture: {clips: 86, words: 14}
   val: [clips]
 train: {steps: 10}
 """
@@ -38,7 +38,11 @@ def folder(tmp_path):
 
 
 def small(**changes) -> Experiment:
-    values = {"sources": {"clips": {"shards": "clips.tar", "kind": "video"}}, "train": {"clips": 1.0}, "val": ["clips"]}
+    values = {
+        "sources": {"clips": {"shards": "clips.tar", "kind": "video"}},
+        "mixture": {"clips": 1.0},
+        "val": ["clips"],
+    }
     return Experiment.model_validate({"name": "small", "data": values, "train": {"steps": 10}, **changes})
 
 
@@ -65,21 +69,21 @@ def test_every_run_loads_and_maps_to_a_legal_deepspeed_dict(name):
 
 def test_the_twelve_ablations_ask_what_they_say():
     base = load("LR1").optim
-    assert (base.lr_connector, base.lr_dino, base.lr_llm) == (1e-4, 1e-5, 1e-5)
-    assert (load("F1").optim.lr_dino, load("F1").optim.lr_llm) == (None, None)
-    assert (load("F2").optim.lr_dino, load("F2").optim.lr_llm) == (1e-5, None)
+    assert (base.lr_connector, base.lr_encoder, base.lr_llm) == (1e-4, 1e-5, 1e-5)
+    assert load("F1").optim.freeze == ["encoder", "llm"]
+    assert load("F2").optim.freeze == ["llm"]
     for name, ratio in (("LR2", 100), ("LR3", 3), ("LR4", 1)):
         optim = load(name).optim
         assert optim.lr_connector / optim.lr_llm == pytest.approx(ratio)
-        assert optim.lr_llm == optim.lr_dino
+        assert optim.lr_llm == optim.lr_encoder
     assert not load("A1").model.deep_query
     assert (load("A6").model.visual, load("B1").model.visual) == ("coarse", "multi_token")
     assert (load("A8a").data.image_frames, load("A8b").data.image_frames) == (1, 16)
-    assert load("A8a").data.loss == load("A8b").data.loss == "answer"
-    mix, kinds = load("D1").data.train, load("D1").data.sources
+    assert load("A8a").data.loss_on == load("A8b").data.loss_on == "answer"
+    mix, kinds = load("D1").data.mixture, load("D1").data.sources
     shares = {kind: sum(w for s, w in mix.items() if kinds[s].kind == kind) for kind in ("video", "image", "text")}
     assert shares == {"video": 55, "image": 30, "text": 15}
-    assert {load(n).model.prompt for n in ("F1", "LR1", "A1", "D1")} == {"after"}
+    assert {load(n).model.question for n in ("F1", "LR1", "A1", "D1")} == {"after_frames"}
 
 
 def test_the_grid_has_every_point():
@@ -93,7 +97,7 @@ def test_the_grid_has_every_point():
 
 def test_text_retention_is_14_percent_in_every_stage():
     for name in ("stage1", "stage2", "stage3", "LR1"):
-        mix = load(name).data.train
+        mix = load(name).data.mixture
         assert mix["smoltalk"] / sum(mix.values()) == pytest.approx(0.14)
 
 
@@ -117,30 +121,30 @@ def test_base_runs_and_grid_merge_in_order(folder):
     where = folder(
         base=SMALL + "optim: {lr_llm: 1e-3, clip: 0.5}\n",
         mine="base: base.yaml\noptim: {clip: 0.7}\n"
-        "runs: {a: {note: one, optim: {lr_llm: null}}}\n"
-        "grid: {x: {p: {note: P, optim: {clip: 2.0}}, q: {note: Q}}, y: {r: {note: R, data: {train: {words: 1}}}}}\n",
+        "runs: {a: {note: one, optim: {freeze: [llm]}}}\n"
+        "grid: {x: {p: {note: P, optim: {clip: 2.0}}, q: {note: Q}}, y: {r: {note: R, data: {mixture: {words: 1}}}}}\n",
     )
     assert experiments.names(where) == {"a": "one", "p-r": "P, R", "q-r": "Q, R"}
     a, p, q = (load(name, folder=where) for name in ("a", "p-r", "q-r"))
-    assert (a.optim.lr_llm, a.optim.clip, a.note) == (None, 0.7, "one")
+    assert (a.optim.freeze, a.optim.clip, a.note) == (["llm"], 0.7, "one")
     assert (p.optim.clip, q.optim.clip, q.optim.lr_llm) == (2.0, 0.7, 1e-3)
-    assert p.data.train == {"words": 1}, "a mix is replaced, not merged"
+    assert p.data.mixture == {"words": 1}, "a mix is replaced, not merged"
     assert set(p.data.sources) == {"clips", "words"}
 
 
 def test_overrides_are_typed_and_replace_the_other_lengths(folder):
     where = folder(mine=SMALL + "runs: {a: {note: one}}\n")
-    e = load("a", ["optim.lr_llm=2e-5", "train.samples=1_000", "data.train.words=1", "name=b"], where)
+    e = load("a", ["optim.lr_llm=2e-5", "train.samples=1_000", "data.mixture.words=1", "name=b"], where)
     assert (e.optim.lr_llm, e.train.samples, e.train.steps, e.name) == (2e-5, 1000, None, "b")
-    assert e.data.train == {"clips": 86, "words": 1}
-    assert load("a", ["optim.lr_llm=null"], where).optim.lr_llm is None
-    assert load("a", ["data.train={words: 2}"], where).data.train == {"words": 2}
+    assert e.data.mixture == {"clips": 86, "words": 1}
+    assert load("a", ["optim.freeze=[llm]"], where).optim.freeze == ["llm"]
+    assert load("a", ["data.mixture={words: 2}"], where).data.mixture == {"words": 2}
 
 
 def test_yaml_words_stay_words_and_numbers_are_numbers(folder):
-    text = 'runs: {a: {note: no, data: {sources: {clips: {prompt: "1e5"}}}, engine: 1:30}}\n'
-    e = load("a", ["engine=off"], folder(mine=SMALL + text))
-    assert (e.note, e.engine, e.data.sources["clips"].prompt) == ("no", "off", "1e5")
+    text = 'runs: {a: {note: no, data: {sources: {clips: {prompt: "1e5"}}}, deepspeed: 1:30}}\n'
+    e = load("a", ["deepspeed=off"], folder(mine=SMALL + text))
+    assert (e.note, e.deepspeed, e.data.sources["clips"].prompt) == ("no", "off", "1e5")
     assert Experiment.parse(e.dump()) == e
 
 
@@ -189,15 +193,20 @@ MISTAKES = {
     "too small for frames": (
         "runs: {a: {note: x}}",
         "a",
-        ["data.frames=8"],
-        "command line: data.frames: 8 is too small for one sample of data.max_frames=64",
+        ["data.pack_frames=8"],
+        "command line: data.pack_frames: 8 is too small for one sample of data.max_frames=64",
     ),
-    "too small for text": ("runs: {a: {note: x}}", "a", ["data.text=8"], "data.text: 8 is too small for one sample"),
+    "too small for text": (
+        "runs: {a: {note: x}}",
+        "a",
+        ["data.pack_tokens=8"],
+        "data.pack_tokens: 8 is too small for one sample",
+    ),
     "unknown source": (
-        "runs: {a: {note: x, data: {train: {clip: 1}}}}",
+        "runs: {a: {note: x, data: {mixture: {clip: 1}}}}",
         "a",
         [],
-        "runs.a.data.train.clip (run a): 'clip' is none of data.sources (did you mean 'clips'?)",
+        "runs.a.data.mixture.clip (run a): 'clip' is none of data.sources (did you mean 'clips'?)",
     ),
     "unknown val source": ("runs: {a: {note: x, data: {val: [word]}}}", "a", [], "did you mean 'words'?"),
     "dpo on text": (
@@ -244,13 +253,13 @@ def test_an_experiment_is_strict_and_does_not_change():
 @pytest.mark.parametrize(
     ("changes", "same"),
     [
-        ({"note": "x", "journal": {"wandb": "disabled"}}, True),
+        ({"note": "x", "logger": {"wandb": "disabled"}}, True),
         ({"train": {"steps": 10, "save_every": 3, "resume": "none"}}, True),
-        ({"model": {"checkpoint_llm": True}}, True),
+        ({"model": {"grad_checkpoint": ["llm"]}}, True),
         ({"train": {"steps": 11}}, False),
-        ({"engine": "zero1"}, False),
-        ({"optim": {"lr_llm": None}}, False),
-        ({"model": {"prompt": "before"}}, False),
+        ({"deepspeed": "zero1"}, False),
+        ({"optim": {"freeze": ["llm"]}}, False),
+        ({"model": {"question": "before_frames"}}, False),
     ],
 )
 def test_the_hash_is_of_what_a_checkpoint_depends_on(changes, same):
@@ -266,7 +275,7 @@ def test_folders_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("FOVLM_RUNS", "/elsewhere")
     monkeypatch.setenv("FOVLM_DATA", "/shards")
     assert small().run_folder == Path("/elsewhere/small")
-    assert small(journal={"folder": "here"}).run_folder == Path("here")
+    assert small(logger={"folder": "here"}).run_folder == Path("here")
     assert data_root() == Path("/shards")
 
 
@@ -278,7 +287,7 @@ def test_engines_accumulate_in_fp32_and_leave_the_experiment_its_own(engine):
     content = read(engine)
     assert content["data_types"]["grad_accum_dtype"] == "fp32"
     assert not set(OWNED) & set(content)
-    merged = merge(small(engine=engine), content, 2, "cpu")
+    merged = merge(small(deepspeed=engine), content, 2, "cpu")
     assert merged["zero_optimization"]["stage"] == int(engine[4])
     assert merged["zero_optimization"]["overlap_comm"] is False
     assert content == read(engine), "merging must not change what it was given"
@@ -328,4 +337,4 @@ def test_a_world_that_does_not_divide_the_batch_is_refused():
 
 def test_an_unknown_engine_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'zero2'"):
-        resolve(small(engine="zer2"), 1, "cpu")
+        resolve(small(deepspeed="zer2"), 1, "cpu")

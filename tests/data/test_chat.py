@@ -20,8 +20,8 @@ def tokenizer(request):
     return TINY if request.param == "tiny" else AutoTokenizer.from_pretrained(REAL)
 
 
-def chat(tokenizer=TINY, prompt="after", loss="all_text", most=512) -> ChatTokenizer:
-    return ChatTokenizer(tokenizer, prompt, loss, most)
+def chat(tokenizer=TINY, question="after_frames", loss_on="all_text", most=512) -> ChatTokenizer:
+    return ChatTokenizer(tokenizer, question, loss_on, most)
 
 
 def rendered(tokenizer, user: str, answer: str) -> str:
@@ -40,7 +40,7 @@ RECORDS = [
 @pytest.mark.parametrize(("user", "answer"), RECORDS)
 def test_the_text_is_the_tokenizers_own_template_tokenized_whole(tokenizer, user, answer):
     whole = tokenizer(rendered(tokenizer, user.strip(), answer.strip()), add_special_tokens=False)["input_ids"]
-    for prompt in ("after", "before"):
+    for prompt in ("after_frames", "before_frames"):
         text = chat(tokenizer, prompt).text({"user": user, "assistant": answer}, None, frames=True)
         assert text.tokens.tolist() == whole[: len(text.tokens)]
         assert len(whole) - len(text.tokens) == 1  # the newline behind the last turn
@@ -50,18 +50,18 @@ def test_the_text_is_the_tokenizers_own_template_tokenized_whole(tokenizer, user
 @pytest.mark.parametrize(("user", "answer"), RECORDS)
 def test_pieces_tokenized_apart_give_the_whole(tokenizer, user, answer):
     """What generation sees (question, then tokens one by one) is what was trained on."""
-    text = chat(tokenizer, "before").text({"user": user, "assistant": answer}, None, frames=True)
+    text = chat(tokenizer, "before_frames").text({"user": user, "assistant": answer}, None, frames=True)
     head, middle, _ = template(tokenizer)
     pieces = [head + user.strip(), middle, answer.strip() + "<|im_end|>"]
     ids = [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
     assert text.tokens.tolist() == ids
-    asked = chat(tokenizer, "before").ask(user, frames=True)
+    asked = chat(tokenizer, "before_frames").ask(user, frames=True)
     assert text.tokens.tolist()[: len(asked.tokens)] == asked.tokens.tolist()
     assert asked.prompt == text.prompt == len(tokenizer(pieces[0], add_special_tokens=False)["input_ids"])
 
 
 def test_weights_of_the_answer_include_the_token_that_ends_it(tokenizer):
-    text = chat(tokenizer, loss="answer").text(tiny.conversation("it is red"), None, frames=True)
+    text = chat(tokenizer, loss_on="answer").text(tiny.conversation("it is red"), None, frames=True)
     learnt = tokenizer.decode(text.tokens[text.weight == 1])
     assert learnt.replace(" ", "") == "itisred<|im_end|>"
     assert chat(tokenizer).text(tiny.conversation("it is red"), None, frames=True).weight.min() == 1
@@ -69,42 +69,49 @@ def test_weights_of_the_answer_include_the_token_that_ends_it(tokenizer):
 
 def test_the_first_token_has_no_weight_when_nothing_stands_ahead_of_it():
     record = tiny.conversation()
-    for prompt, frames, first in (("after", True, 1), ("before", True, 0), ("after", False, 0), ("before", False, 0)):
-        text = chat(prompt=prompt).text(record, None, frames)
+    for prompt, frames, first in (
+        ("after_frames", True, 1),
+        ("before_frames", True, 0),
+        ("after_frames", False, 0),
+        ("before_frames", False, 0),
+    ):
+        text = chat(question=prompt).text(record, None, frames)
         assert text.weight[0] == first
         assert text.weight[1:].min() == 1
 
 
 def test_prompt_orders():
     record = tiny.conversation("red", "what is this ?")
-    after, before = (chat(prompt=p).text(record, None, frames=True) for p in ("after", "before"))
+    after, before = (chat(question=p).text(record, None, frames=True) for p in ("after_frames", "before_frames"))
     assert after.tokens.tolist() == before.tokens.tolist()
     assert after.prompt == 0
     assert TINY.decode(before.tokens[: before.prompt]).replace(" ", "").endswith("user\nwhatisthis?")
     assert TINY.decode(before.tokens[before.prompt]) == "<|im_end|>"
-    alone = chat(prompt="before").text(record, None, frames=False)
+    alone = chat(question="before_frames").text(record, None, frames=False)
     assert (alone.prompt, alone.tokens.tolist()) == (0, before.tokens.tolist())
 
 
 def test_long_text_is_cut():
     record = tiny.conversation("red " * 100)
-    text = chat(most=60, loss="answer").text(record, None, frames=True)
+    text = chat(most=60, loss_on="answer").text(record, None, frames=True)
     assert len(text.tokens) == len(text.weight) == 60
-    with pytest.raises(SampleError, match="nothing to learn within max_text"):
-        chat(most=20, loss="answer").text(record, None, frames=True)
-    assert chat(most=20, prompt="before").text(record, None, frames=True).prompt == 20
+    with pytest.raises(SampleError, match="nothing to learn within max_tokens"):
+        chat(most=20, loss_on="answer").text(record, None, frames=True)
+    assert chat(most=20, question="before_frames").text(record, None, frames=True).prompt == 20
 
 
 @settings(deadline=None, max_examples=50)
 @given(
-    st.text(min_size=1).filter(str.strip), st.text(min_size=1).filter(str.strip), st.sampled_from(["after", "before"])
+    st.text(min_size=1).filter(str.strip),
+    st.text(min_size=1).filter(str.strip),
+    st.sampled_from(["after_frames", "before_frames"]),
 )
 def test_ready_made_tokens_equal_those_made_on_the_fly(user, answer, prompt):
     sample = {"user": user, "assistant": answer}
     for loss, tokenize in (("all_text", tokenize_stage1), ("answer", tokenize_sft)):
         for frames in (True, False):
-            fly = chat(prompt=prompt, loss=loss).text(sample, None, frames)
-            ready = chat(prompt=prompt, loss="answer").text(sample | tokenize(sample, TINY), None, frames)
+            fly = chat(question=prompt, loss_on=loss).text(sample, None, frames)
+            ready = chat(question=prompt, loss_on="answer").text(sample | tokenize(sample, TINY), None, frames)
             assert fly.tokens.equal(ready.tokens)
             assert fly.weight.equal(ready.weight)
             assert fly.prompt == ready.prompt
@@ -118,7 +125,7 @@ def test_the_sources_prompt_asks_where_the_record_does_not():
 
 def test_preference_pairs_share_the_question():
     record = {"user": "what is this ?", "chosen": "red", "rejected": "it is blue"}
-    chosen, rejected = chat(prompt="before", loss="answer").texts(record, None, frames=True, pair=True)
+    chosen, rejected = chat(question="before_frames", loss_on="answer").texts(record, None, frames=True, pair=True)
     assert chosen.prompt == rejected.prompt
     assert (len(rejected.tokens) - len(chosen.tokens)) == 4  # words and the spaces between them
     with pytest.raises(SampleError, match="no chosen or no rejected"):
@@ -147,7 +154,7 @@ def test_preference_pairs_share_the_question():
 )
 def test_unusable_records(record, cause):
     with pytest.raises(SampleError, match=cause):
-        chat(prompt="before").text(record, None, frames=True)
+        chat(question="before_frames").text(record, None, frames=True)
 
 
 def test_unusable_tokenizers(tmp_path):
@@ -164,5 +171,5 @@ def test_unusable_tokenizers(tmp_path):
 
 def test_the_hash_follows_what_counts_depend_on():
     assert chat().hash == chat(tiny.tokenizer()).hash
-    others = [chat(prompt="before"), chat(most=9), chat(loss="answer"), chat(tiny.tokenizer(["more"]))]
+    others = [chat(question="before_frames"), chat(most=9), chat(loss_on="answer"), chat(tiny.tokenizer(["more"]))]
     assert len({chat().hash, *(other.hash for other in others)}) == 5

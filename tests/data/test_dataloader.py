@@ -45,7 +45,7 @@ def data(tmp_path_factory):
             "text": DataSource(shards="text-*.tar", kind="text"),
         }
         weights = {"video": 0.56, "image": 0.3, "text": 0.14}
-        yield Dataset(sources, weights, ChatTokenizer(tiny.tokenizer(), "before", "answer", 100), frame_size=16)
+        yield Dataset(sources, weights, ChatTokenizer(tiny.tokenizer(), "before_frames", "answer", 100), frame_size=16)
 
 
 def fingerprint(batch) -> str:
@@ -146,7 +146,7 @@ def test_the_plan_needs_no_decoding(data, monkeypatch):
 
 
 def test_what_does_not_fit_is_said_before_the_run(data):
-    with pytest.raises(UserError, match=r"need 9 frames.*raise data\.frames or data\.text"):
+    with pytest.raises(UserError, match=r"need 9 frames.*raise data\.pack_frames or data\.pack_tokens"):
         PackLoader(data, PackSize(8, 8, 160, 160), PACKS)
     with pytest.raises(UserError, match="packs_per_step=12 does not divide among 5 ranks"):
         PackLoader(data, BUDGET, PACKS, world=5)

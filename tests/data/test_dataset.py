@@ -30,10 +30,10 @@ def folders(tmp_path, monkeypatch):
 
 
 def opened(
-    sources: dict[str, DataSource], weights=None, prompt="before", loss="answer", most=200, **settings
+    sources: dict[str, DataSource], weights=None, question="before_frames", loss_on="answer", most=200, **settings
 ) -> Dataset:
     weights = weights or dict.fromkeys(sources, 1.0)
-    return Dataset(sources, weights, ChatTokenizer(TOKENIZER, prompt, loss, most), frame_size=16, **settings)
+    return Dataset(sources, weights, ChatTokenizer(TOKENIZER, question, loss_on, most), frame_size=16, **settings)
 
 
 def one(folder: Path, samples: list[dict], kind: str, prompt: str | None = None, **settings) -> Dataset:
@@ -142,7 +142,7 @@ BROKEN = {
     "more than one picture or video": {"json": tiny.conversation(), "jpg": tiny.picture(1), "png": b""},
     "a sample of kind text in a source of kind image": {"json": tiny.conversation()},
     "a sample of kind video in a source of kind image": tiny.clip("", 2),
-    "nothing to learn within max_text": {"json": tiny.conversation("red", "red " * 300), "jpg": tiny.picture(1)},
+    "nothing to learn within max_tokens": {"json": tiny.conversation("red", "red " * 300), "jpg": tiny.picture(1)},
 }
 
 
@@ -256,7 +256,7 @@ def test_the_hash_follows_data_and_settings_and_not_the_place(mixed, tmp_path, m
     first = opened(mixed)
     hashes = [
         opened(mixed, {"video": 2, "image": 1, "text": 1}).hash,
-        opened(mixed, prompt="after").hash,
+        opened(mixed, question="after_frames").hash,
         opened(mixed, image_frames=2).hash,
         opened(mixed, seed=1).hash,
         opened({"video": mixed["video"]}).hash,
@@ -279,9 +279,9 @@ def test_counts_are_made_once(mixed, monkeypatch):
 
 
 def test_an_experiment_opens_its_sources(mixed):
-    data = {"sources": mixed, "train": {"video": 0.7, "text": 0.3}, "val": ["image"], "frames": 64}
+    data = {"sources": mixed, "mixture": {"video": 0.7, "text": 0.3}, "val": ["image"], "pack_frames": 64}
     experiment = Experiment(name="x", data=data, model={"frame_size": 16}, train={"steps": 1})
-    assert open_dataset(experiment, TOKENIZER, experiment.data.train).samples == {"video": 12, "text": 5}
+    assert open_dataset(experiment, TOKENIZER, experiment.data.mixture).samples == {"video": 12, "text": 5}
     assert open_dataset(experiment, TOKENIZER, {"image": 1.0}).samples == {"image": 4}
 
 

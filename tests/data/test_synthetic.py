@@ -129,7 +129,7 @@ def test_every_question_and_answer_survives_the_tokenizer():
 
 def test_the_frames_stand_right_behind_the_question():
     tokenizer = synthetic_shards.tokenizer(TASK)
-    chat = ChatTokenizer(tokenizer, "before", "answer", 64)
+    chat = ChatTokenizer(tokenizer, "before_frames", "answer", 64)
     text = chat.text({"user": "what does the red gate show?", "assistant": "3 1 5"}, None, frames=True)
     assert tokenizer.decode(text.tokens[: text.prompt]).endswith("the red gate show?")
     assert answered(tokenizer, text.tokens, text.weight) == "3 1 5"
@@ -199,7 +199,7 @@ def test_training_has_every_source_in_its_share():
     experiment = schema.load("quickstart", ["data.generate.train_clips=24", "data.generate.val_clips=5"])
     synthetic_shards.make(experiment.data.generate)
     tokenizer = load_tokenizer(str(synthetic_shards.folder(experiment.data.generate) / "tokenizer"))
-    data = open_dataset(experiment, tokenizer, experiment.data.train)
+    data = open_dataset(experiment, tokenizer, experiment.data.mixture)
     assert data.samples == {"video": 24, "image": 3, "words": 3}
     looks = [sample.looks for position in range(20) for sample in data.read(position)[0]]
     assert sorted(looks) == [0] * 2 + [1] * 2 + [4] * 16
@@ -209,17 +209,17 @@ def test_training_has_every_source_in_its_share():
 def test_the_named_runs_fit_their_task(name):
     experiment = schema.load(name)
     task, model, data = experiment.data.generate, experiment.model, experiment.data
-    assert model.prompt == "before"
-    assert model.frame_size == model.dino["image_size"] == task.grid * task.patch
-    assert model.dino["patch_size"] == task.patch, "one object, one patch"
+    assert model.question == "before_frames"
+    assert model.frame_size == model.encoder["image_size"] == task.grid * task.patch
+    assert model.encoder["patch_size"] == task.patch, "one object, one patch"
     assert max(task.objects) <= min(task.names, task.grid**2)
     assert task.names <= len(synthetic.names(99))
     tokenizer = synthetic_shards.tokenizer(task)
     assert len(tokenizer) <= model.llm["vocab_size"]
-    longest = ChatTokenizer(tokenizer, "before", "answer", 1000).text(
+    longest = ChatTokenizer(tokenizer, "before_frames", "answer", 1000).text(
         {"user": synthetic.QUESTION.format(name="red gate"), "assistant": "1 " * task.frames}, None, frames=True
     )
-    assert len(longest.tokens) <= data.max_text
+    assert len(longest.tokens) <= data.max_tokens
     assert task.frames <= data.max_frames
 
 

@@ -40,7 +40,7 @@ def tiny(data: DataSettings, **train) -> Experiment:
         "num_attention_heads": 4,
     }
     dino = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
-    model = ModelSettings(llm=llm, dino=dino, frame_size=28, tokenizer=str(data.sources["a"].prompt), query_dim=16)
+    model = ModelSettings(llm=llm, encoder=dino, frame_size=28, tokenizer=str(data.sources["a"].prompt), query_dim=16)
     return Experiment(name="tiny", model=model, data=data, train=TrainSettings(best="train_loss", **train))
 
 
@@ -51,7 +51,7 @@ def test_everything_is_told_without_data_or_weights(bare):
     for figure in ("1,711,376,384", "86,579,712", "AT MOST", "train.flops", "in a step", "activations", '"stage": 2'):
         assert figure in text
     assert "in main memory" not in text
-    assert "in main memory" in describe(load("1.7B-C1-F", ["engine=zero2_offload"]), 1, "cuda")
+    assert "in main memory" in describe(load("1.7B-C1-F", ["deepspeed=zero2_offload"]), 1, "cuda")
 
 
 @pytest.mark.parametrize("name", list(experiments.names()))
@@ -78,7 +78,13 @@ def test_real_sizes_are_used_where_shards_are_indexed(bare):
     write_shards(bare / "FOVLM_DATA" / "a-%d.tar", samples)
     source = DataSource(shards="a-0.tar", kind="video", prompt=None)
     data = DataSettings(
-        sources={"a": source}, train={"a": 1.0}, frames=8, text=128, max_frames=4, max_text=64, loss="all_text"
+        sources={"a": source},
+        mixture={"a": 1.0},
+        pack_frames=8,
+        pack_tokens=128,
+        max_frames=4,
+        max_tokens=64,
+        loss_on="all_text",
     )
     e = tiny(data, flops=1e9)
     e = e.model_copy(update={"model": e.model.model_copy(update={"tokenizer": str(folder)})})
@@ -88,7 +94,7 @@ def test_real_sizes_are_used_where_shards_are_indexed(bare):
     assert not list((bare / "FOVLM_DATA").glob("*.index"))  # looking made none
     assert "AT MOST" in describe(e, 1, "cpu")
 
-    dataset = open_dataset(e, tokenizer(), data.train)  # as the run does: makes the index
+    dataset = open_dataset(e, tokenizer(), data.mixture)  # as the run does: makes the index
     sizes, why = known_sizes(e)
     assert (sizes[:20], why) == ([dataset.size(i) for i in range(20)], "")
     text = describe(e, 1, "cpu")
@@ -98,7 +104,7 @@ def test_real_sizes_are_used_where_shards_are_indexed(bare):
 
 
 def test_samples_in_a_step_are_those_that_packing_takes(bare):
-    e = load("LR1", ["data.frames=64", "data.text=512"])
+    e = load("LR1", ["data.pack_frames=64", "data.pack_tokens=512"])
     assert samples_per_step(e, [PackSize(16, 16, 100, 0)] * 400) == 4 * e.train.packs_per_step
     assert samples_per_step(e, [PackSize(64, 64, 512, 0)] * 3) == 3
     sources = [next(largest_sizes(e)) for _ in range(1)]

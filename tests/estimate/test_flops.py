@@ -43,11 +43,11 @@ def experiment(dino=DINO, frozen=(False, False), train=None, **model) -> Experim
     model = {"query_dim": 24, "frame_size": FRAME, "tokenizer": "none", **model}
     return Experiment(
         name="tiny",
-        model=ModelSettings(llm=LLM, dino=dino, **model),
+        model=ModelSettings(llm=LLM, encoder=dino, **model),
         data=DataSettings(
-            sources={"a": DataSource(shards="a.tar", kind="video")}, train={"a": 1.0}, max_frames=5, max_text=14
+            sources={"a": DataSource(shards="a.tar", kind="video")}, mixture={"a": 1.0}, max_frames=5, max_tokens=14
         ),
-        optim=OptimSettings(lr_dino=None if frozen[0] else 1e-5, lr_llm=None if frozen[1] else 1e-5),
+        optim=OptimSettings(freeze=[name for name, off in zip(("encoder", "llm"), frozen) if off]),
         train=TrainSettings(**(train or {"steps": 1}), best="train_loss"),
     )
 
@@ -55,12 +55,13 @@ def experiment(dino=DINO, frozen=(False, False), train=None, **model) -> Experim
 def model_of(e: Experiment) -> FoveatedVLM:
     torch.manual_seed(0)
     given = {
-        key: getattr(e.model, key) for key in ("visual", "deep_query", "prompt", "rounds", "query_dim", "frame_size")
+        key: getattr(e.model, key)
+        for key in ("visual", "deep_query", "question", "query_rounds", "query_dim", "frame_size")
     }
-    config = FoveatedConfig(llm_config=LlamaConfig(**LLM), dino_config=Dinov2Config(**e.model.dino), **given)
+    config = FoveatedConfig(llm_config=LlamaConfig(**LLM), encoder_config=Dinov2Config(**e.model.encoder), **given)
     model = FoveatedVLM(config).train()
-    model.freeze(dino=e.optim.lr_dino is None, llm=e.optim.lr_llm is None)
-    model.recompute(dino=e.model.checkpoint_dino, llm=e.model.checkpoint_llm)
+    model.freeze(e.optim.freeze)
+    model.recompute(e.model.grad_checkpoint)
     return model
 
 
@@ -103,23 +104,23 @@ def check(e: Experiment, size: PackSize, monkeypatch) -> None:
     assert cost.total + cost.recompute == pytest.approx(counted(e, size, monkeypatch), rel=0.02)
 
 
-VIDEO = {"after": PackSize(5, 5, 14, 0), "before": PackSize(5, 5, 14, 6)}
+VIDEO = {"after_frames": PackSize(5, 5, 14, 0), "before_frames": PackSize(5, 5, 14, 6)}
 
 
-@pytest.mark.parametrize("prompt", ["after", "before"])
+@pytest.mark.parametrize("prompt", ["after_frames", "before_frames"])
 @pytest.mark.parametrize("frozen", FROZEN)
 @pytest.mark.parametrize(("visual", "deep"), VISUALS)
 def test_the_formulas_agree_with_torchs_counter(visual, deep, frozen, prompt, monkeypatch):
-    check(experiment(visual=visual, deep_query=deep, prompt=prompt, frozen=frozen), VIDEO[prompt], monkeypatch)
+    check(experiment(visual=visual, deep_query=deep, question=prompt, frozen=frozen), VIDEO[prompt], monkeypatch)
 
 
 @pytest.mark.parametrize("frozen", FROZEN)
 @pytest.mark.parametrize("visual", ["foveated", "coarse", "multi_token"])
 def test_recomputed_parts_are_counted_apart(visual, frozen, monkeypatch):
-    e = experiment(visual=visual, frozen=frozen, checkpoint_llm=True, checkpoint_dino=True)
-    check(e, VIDEO["after"], monkeypatch)
+    e = experiment(visual=visual, frozen=frozen, grad_checkpoint=["encoder", "llm"])
+    check(e, VIDEO["after_frames"], monkeypatch)
     plain = experiment(visual=visual, frozen=frozen)
-    size, shapes = VIDEO["after"], geometry(e.model)
+    size, shapes = VIDEO["after_frames"], geometry(e.model)
     assert total(sample_cost(e, shapes, size)).total == total(sample_cost(plain, shapes, size)).total
 
 
@@ -133,8 +134,10 @@ def test_an_image_is_encoded_once_however_often_it_is_looked_at(visual, monkeypa
 
 
 def test_more_rounds_and_other_encoders(monkeypatch):
-    check(experiment(rounds=2), VIDEO["before"], monkeypatch)
-    check(experiment(dino={**DINO, "use_swiglu_ffn": True, "image_size": 2 * FRAME}), VIDEO["after"], monkeypatch)
+    check(experiment(query_rounds=2), VIDEO["before_frames"], monkeypatch)
+    check(
+        experiment(dino={**DINO, "use_swiglu_ffn": True, "image_size": 2 * FRAME}), VIDEO["after_frames"], monkeypatch
+    )
 
 
 def test_text_alone_costs_no_vision():
@@ -154,7 +157,7 @@ def test_a_preference_pair_costs_two_samples_and_a_reference():
 
 def test_one_real_token_a_frame_is_cheaper_than_sixteen():
     """Sizes as in the grid: LR1 and B1 at 64 frames; the 135M model does 6 N FLOPs per token and a little more."""
-    shapes = geometry(ModelSettings(llm="HuggingFaceTB/SmolLM2-135M-Instruct", dino="facebook/dinov2-small"))
+    shapes = geometry(ModelSettings(llm="HuggingFaceTB/SmolLM2-135M-Instruct", encoder="facebook/dinov2-small"))
     e = experiment()
     cost = sample_cost(e, shapes, PackSize(0, 0, 200, 0))
     assert total(cost).total == pytest.approx(6 * 134_515_008 * 200, rel=0.1)
@@ -176,7 +179,7 @@ def test_a_budget_buys_samples_of_mean_cost():
 
 
 def test_without_data_the_largest_sample_is_the_bound():
-    e = experiment(prompt="before")
+    e = experiment(question="before_frames")
     assert largest(e) == {"a": (5, 5, 14, 14)}
     shapes = geometry(e.model)
     bound = total(sample_cost(e, shapes, largest(e)["a"])).total

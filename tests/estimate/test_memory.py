@@ -21,23 +21,22 @@ LLM = {
     "tie_word_embeddings": True,
 }
 DINO = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 56, "patch_size": 14}
-CHECKPOINT = {"checkpoint_llm": True, "checkpoint_dino": True}
+CHECKPOINT = {"grad_checkpoint": ["encoder", "llm"]}
 
 
 def experiment(frames=32, text=64, frozen=(), **model) -> Experiment:
-    rates = {f"lr_{part}": None for part in frozen}
     return Experiment(
         name="small",
-        model=ModelSettings(llm=LLM, dino=DINO, frame_size=56, tokenizer="none", **model),
+        model=ModelSettings(llm=LLM, encoder=DINO, frame_size=56, tokenizer="none", **model),
         data=DataSettings(
             sources={"a": DataSource(shards="a.tar", kind="video")},
-            train={"a": 1.0},
-            frames=frames,
-            text=text,
+            mixture={"a": 1.0},
+            pack_frames=frames,
+            pack_tokens=text,
             max_frames=frames,
-            max_text=text,
+            max_tokens=text,
         ),
-        optim=OptimSettings(**rates),
+        optim=OptimSettings(freeze=list(frozen)),
         train=TrainSettings(steps=1, best="train_loss"),
     )
 
@@ -47,11 +46,11 @@ def experiment(frames=32, text=64, frozen=(), **model) -> Experiment:
     [
         {},
         CHECKPOINT,
-        {"frozen": ("dino",)},
-        {"frozen": ("dino", "llm")},
+        {"frozen": ("encoder",)},
+        {"frozen": ("encoder", "llm")},
         {"visual": "multi_token"},
         {"deep_query": False},
-        {"frames": 2, "text": 256, "checkpoint_llm": True},
+        {"frames": 2, "text": 256, "grad_checkpoint": ["llm"]},
     ],
 )
 def test_activations_are_near_what_is_measured(settings):
@@ -59,7 +58,7 @@ def test_activations_are_near_what_is_measured(settings):
     shapes = geometry(e.model)
     torch.manual_seed(0)
     model = build(e.model).train()
-    model.freeze(dino=e.optim.lr_dino is None, llm=e.optim.lr_llm is None)
+    model.freeze(e.optim.freeze)
     batch = pack(e, shapes.llm.V, shapes.T)
     live = Live()
     for p in model.parameters():  # weights and gradients have lines of their own in the estimate
@@ -85,7 +84,7 @@ def test_what_zero_2_in_bf16_keeps(world):
 
 
 def test_offloading_moves_the_optimizer_and_not_the_gradients():
-    stays, moves = (load("LR1", [f"engine={engine}"]) for engine in ("zero2", "zero2_offload"))
+    stays, moves = (load("LR1", [f"deepspeed={engine}"]) for engine in ("zero2", "zero2_offload"))
     shapes = geometry(stays.model)
     on, off = (estimate(e, shapes, resolve(e, 1, "cuda"), 1) for e in (stays, moves))
     assert (off.optimizer, off.gradients) == (0, on.gradients)
@@ -102,8 +101,8 @@ def test_frozen_parts_need_no_gradients_and_no_optimizer():
 
 def test_the_largest_model_fits_a_24_gb_gpu_with_offload():
     """All of SmolLM2-1.7B and DINOv2-base trained, at the default budget of 128 frames and 2048 tokens."""
-    e = load("1.7B-C1-F", ["engine=zero2_offload"])
-    assert (e.data.frames, e.data.text, e.model.checkpoint_llm, e.model.checkpoint_dino) == (128, 2048, True, True)
+    e = load("1.7B-C1-F", ["deepspeed=zero2_offload"])
+    assert (e.data.pack_frames, e.data.pack_tokens, e.model.grad_checkpoint) == (128, 2048, ["encoder", "llm"])
     said = estimate(e, geometry(e.model), resolve(e, 1, "cuda"), 1)
     assert said.device < 21 * GB  # leaves room for the context, the allocator and the formula's error
     without = load("1.7B-C1-F")

@@ -40,28 +40,28 @@ TIED, MORE = {**LLM, "tie_word_embeddings": True}, {**LLM, "attention_bias": Tru
 SWIGLU, BARE = {**DINO, "use_swiglu_ffn": True}, {**DINO, "qkv_bias": False, "use_mask_token": False}
 
 
-def experiment(model: ModelSettings, **rates) -> Experiment:
+def experiment(model: ModelSettings, freeze=()) -> Experiment:
     return Experiment(
         name="tiny",
         model=model,
-        data=DataSettings(sources={"a": DataSource(shards="a.tar", kind="video")}, train={"a": 1.0}, max_text=64),
-        optim=OptimSettings(**rates),
+        data=DataSettings(sources={"a": DataSource(shards="a.tar", kind="video")}, mixture={"a": 1.0}, max_tokens=64),
+        optim=OptimSettings(freeze=list(freeze)),
         train=TrainSettings(steps=1, best="train_loss"),
     )
 
 
-def tiny(llm=LLM, dino=DINO, **more) -> ModelSettings:
-    return ModelSettings(llm=llm, dino=dino, tokenizer="none", query_dim=20, frame_size=28, **more)
+def tiny(llm=LLM, encoder=DINO, **more) -> ModelSettings:
+    return ModelSettings(llm=llm, encoder=encoder, tokenizer="none", query_dim=20, frame_size=28, **more)
 
 
-@pytest.mark.parametrize("frozen", [{}, {"lr_dino": None}, {"lr_dino": None, "lr_llm": None}])
+@pytest.mark.parametrize("frozen", [[], ["encoder"], ["encoder", "llm"]])
 @pytest.mark.parametrize("visual", ["foveated", "coarse", "multi_token"])
 @pytest.mark.parametrize(("llm", "dino"), [(LLM, DINO), (TIED, SWIGLU), (MORE, BARE)])
 def test_counts_are_those_of_the_modules(llm, dino, visual, frozen):
     settings = tiny(llm, dino, visual=visual)
     model = build(settings)
-    model.freeze(dino="lr_dino" in frozen, llm="lr_llm" in frozen)
-    counts = parameters(experiment(settings, **frozen), geometry(settings))
+    model.freeze(frozen)
+    counts = parameters(experiment(settings, frozen), geometry(settings))
     assert list(counts) == list(model.groups())
     for (name, count), module in zip(counts.items(), (model.connector, model.encoder, model.llm), strict=True):
         assert count.trainable == sum(p.numel() for p in model.groups()[name])
@@ -83,7 +83,7 @@ def test_released_models_have_their_known_sizes(monkeypatch, tmp_path):
     names = iter(itertools.product(("135M", "360M", "1.7B"), ("small", "base")))
     sizes = {"135M": 134_515_008, "360M": 361_821_120, "1.7B": 1_711_376_384, "small": 22_056_576, "base": 86_580_480}
     for llm, dino in names:
-        shapes = geometry(ModelSettings(llm=f"HuggingFaceTB/SmolLM2-{llm}-Instruct", dino=f"facebook/dinov2-{dino}"))
+        shapes = geometry(ModelSettings(llm=f"HuggingFaceTB/SmolLM2-{llm}-Instruct", encoder=f"facebook/dinov2-{dino}"))
         assert (shapes.llm.parameters, shapes.dino.parameters) == (sizes[llm], sizes[dino])
         assert (shapes.dino.N, shapes.llm.V, shapes.dino.D // shapes.dino.H) == (257, 49152, 64)
 
@@ -117,8 +117,8 @@ def test_an_unknown_model_is_a_clear_error(monkeypatch, tmp_path):
     monkeypatch.setenv("FOVLM_MODELS", str(tmp_path))
     with pytest.raises(UserError, match=r"model\.llm: .*did you mean 'HuggingFaceTB/SmolLM2-135M-Instruct'"):
         geometry(ModelSettings(llm="HuggingFaceTB/SmolLM-135M-Instruct"))
-    with pytest.raises(UserError, match=r"model\.dino: the shapes of 'nowhere' are not known"):
-        geometry(ModelSettings(dino="nowhere"))
+    with pytest.raises(UserError, match=r"model\.encoder: the shapes of 'nowhere' are not known"):
+        geometry(ModelSettings(encoder="nowhere"))
 
 
 @pytest.mark.real

@@ -99,7 +99,11 @@ def test_the_hash_of_a_set_is_that_of_its_samples_whatever_the_model(tmp_path):
         return eval_sets.open_eval_set(f"val={pattern}", tmp_path, form, {}, more.get("limit")).hash
 
     first = named(subject())
-    alike = (subject(prompt="before"), subject(256, visual="multi_token"), subject(image_frames=4, rounds=2))
+    alike = (
+        subject(question="before_frames"),
+        subject(256, visual="multi_token"),
+        subject(image_frames=4, query_rounds=2),
+    )
     assert {named(one) for one in alike} | {named(subject(), most=2)} == {first}
     assert named(subject(words=["other"])) != first  # losses are per token
     assert named(subject(), limit=2) != first
@@ -152,7 +156,7 @@ def test_a_set_of_which_nothing_could_be_scored_hides_no_table():
 
 def test_texts_are_never_cut(tmp_path):
     form = runner.form_of(subject(64), Asked([]))
-    assert form.chat.hash == ChatTokenizer(form.chat.tokenizer, "after", "answer", eval_sets.UNCUT).hash
+    assert form.chat.hash == ChatTokenizer(form.chat.tokenizer, "after_frames", "answer", eval_sets.UNCUT).hash
     text = form.chat.text({"user": "what ?", "assistant": "red " * 99}, None, False)
     assert len(text.tokens) > 99
     assert not form.fits([text], 0)

@@ -65,7 +65,7 @@ def visual(doc):
 
 def folder(path: Path, model: FoveatedVLM | None = None) -> Path:
     """A tiny model as `fovlm convert` leaves one."""
-    model = model or tiny_model(prompt="before").eval()
+    model = model or tiny_model(question="before_frames").eval()
     model.save_pretrained(path)
     FoveatedProcessor.from_parts(words(), model.config).save_pretrained(path)
     words().save_pretrained(path)
@@ -78,7 +78,11 @@ def words() -> Any:
 
 def taught() -> FoveatedVLM:
     """A tiny model that tells bright from dark, in the words of three tasks."""
-    model, chat, samples = tiny_model(prompt="before"), ChatTokenizer(words(), "before", "answer", 999), []
+    model, chat, samples = (
+        tiny_model(question="before_frames"),
+        ChatTokenizer(words(), "before_frames", "answer", 999),
+        [],
+    )
     for grey in (0, 40, 80, 120, 150, 190, 230, 255):
         said = {POPE_ASKED: "yes", ASK: "yes it is blue"} if grey > 130 else {POPE_ASKED: "no", ASK: "no it is red"}
         said[MVBENCH_ASKED] = "A" if grey > 130 else "B"
@@ -96,7 +100,11 @@ def taught() -> FoveatedVLM:
 
 def best_option(model: FoveatedVLM, image: bytes) -> int:
     """The option of least loss, from a pass over the whole conversation."""
-    frames, chat, losses = decode_pictures([("jpg", image)], 28), ChatTokenizer(words(), "before", "answer", 999), []
+    frames, chat, losses = (
+        decode_pictures([("jpg", image)], 28),
+        ChatTokenizer(words(), "before_frames", "answer", 999),
+        [],
+    )
     for option in OPTIONS:
         text = chat.text({"user": ASK, "assistant": option}, None, True)
         batch = snug([Sample("", "", frames, 1, text.tokens, text.weight, text.prompt)], 1)

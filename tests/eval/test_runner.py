@@ -28,7 +28,9 @@ from helpers.tiny import clip, clips, picture, tokenizer
 TOKENIZER = tokenizer()
 assert len(TOKENIZER) <= VOCABULARY
 OPTIONS = ("red", "it is blue", "red picture here")
-CASES = [(v, p, r) for v, p, r in product(("foveated", "coarse", "multi_token"), ("after", "before"), (1, 2))]
+CASES = [
+    (v, p, r) for v, p, r in product(("foveated", "coarse", "multi_token"), ("after_frames", "before_frames"), (1, 2))
+]
 CASES = [case for case in CASES if case[0] == "foveated" or case[2] == 1]
 
 
@@ -71,7 +73,7 @@ def lines(folder, mode: str) -> list[dict]:
 
 @pytest.mark.parametrize(("visual", "prompt", "rounds"), CASES)
 def test_an_option_has_the_likelihood_that_it_has_alone(visual, prompt, rounds, tmp_path, quiz):
-    one = subject(visual=visual, prompt=prompt, rounds=rounds, image_frames=2)
+    one = subject(visual=visual, question=prompt, query_rounds=rounds, image_frames=2)
     run_eval(one, asked(tmp_path))
     chat = ChatTokenizer(TOKENIZER, prompt, "answer", 999)
     form = eval_sets.Form(chat, 28, 2, 999)
@@ -238,7 +240,7 @@ def test_shards_give_losses_by_source_and_modality(tmp_path):
     pattern = clips(tmp_path, "val", [3, 2, 0, 3])
     image = {"__key__": "q", "jpg": picture(9), "json": clip("q", 0)["json"]}
     write_shards(tmp_path / "more-%02d.tar", [clip("p", 0, source="books"), image])
-    one = subject(prompt="before", image_frames=2)
+    one = subject(question="before_frames", image_frames=2)
     more = str(tmp_path / "more-00.tar")
     one.own = {"val": {"shards": pattern, "kind": "video"}, "more": {"shards": more, "kind": "image"}}
     results = run_eval(one, Asked(["val"], data=tmp_path / "none", out=tmp_path / "out", controls=["blind", "foreign"]))
@@ -267,8 +269,8 @@ def test_shards_give_losses_by_source_and_modality(tmp_path):
 
 
 def test_texts_with_one_beginning_share_it_and_may_be_of_any_length():
-    model = tiny_model(prompt="before").eval()
-    chat = ChatTokenizer(TOKENIZER, "before", "answer", 99)
+    model = tiny_model(question="before_frames").eval()
+    chat = ChatTokenizer(TOKENIZER, "before_frames", "answer", 99)
     texts = [chat.text({"user": "what ?", "assistant": a}, None, True) for a in OPTIONS]
     own, _ = views(model)
     tokens = visual(model, View(own.encoding, own.looks, texts[0].tokens[: texts[0].prompt]), "coarse_fine")

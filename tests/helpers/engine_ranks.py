@@ -24,7 +24,7 @@ from fovlm.train.engine import Engine, load_weights, start, universal_for
 from helpers.models import pack, sample, tiny_model
 from helpers.zero_files import experiment
 
-OPTIM = OptimSettings(lr_connector=1e-3, lr_dino=5e-4, lr_llm=2e-3, weight_decay=0.0)
+OPTIM = OptimSettings(lr_connector=1e-3, lr_encoder=5e-4, lr_llm=2e-3, weight_decay=0.0)
 BETA = 0.3
 # Every pattern of kinds over two ranks, with unequal numbers of tokens: step by step, two packs each.
 VIDEO, IMAGE = ("video", 3, 3), ("image", 1, 4)
@@ -121,7 +121,7 @@ def main() -> None:
 def unusual(device: torch.device, stage: int, folder: Path) -> None:
     """Save a model with a frozen backbone and a buffer, in bf16 with its optimizer offloaded; and what it holds."""
     model = tiny_model(seed=6)
-    model.freeze(dino=False, llm=True)
+    model.freeze(["llm"])
     model.connector.register_buffer("seen", torch.arange(5))
     given = settings(stage, bf16=True, zero_force_ds_cpu_optimizer=False)
     given["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
@@ -143,7 +143,7 @@ def not_finite(trained: Engine) -> dict[str, Any]:
     step = trained.step(batches)
     same = all(torch.equal(a, b) for a, b in zip(before, trained.model.parameters(), strict=True))
     after = run(trained, 0, 1)[0]
-    return {"skipped": distributed.gather(step.skipped), "same": distributed.gather(same), "after": after}
+    return {"skipped": distributed.gather(step.skipped), "same": distributed.gather(same), "after_frames": after}
 
 
 if __name__ == "__main__":

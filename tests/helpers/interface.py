@@ -38,6 +38,6 @@ def processor_of(model: FoveatedVLM) -> FoveatedProcessor:
 
 def watch(model: FoveatedVLM, **settings) -> Stream:
     """A stream of the model, with the question it must know from the start."""
-    if model.config.prompt == "before":
+    if model.config.question == "before_frames":
         settings.setdefault("question", QUESTION)
     return model.stream(processor=processor_of(model), **settings)

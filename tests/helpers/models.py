@@ -30,7 +30,7 @@ def tiny_model(seed: int = 0, **settings) -> FoveatedVLM:
         hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=FRAME, patch_size=7, mlp_ratio=2
     )
     settings = {"query_dim": 24, "frame_size": FRAME, **settings}
-    return FoveatedVLM(FoveatedConfig(llm_config=llm, dino_config=dino, **settings))
+    return FoveatedVLM(FoveatedConfig(llm_config=llm, encoder_config=dino, **settings))
 
 
 def sample(

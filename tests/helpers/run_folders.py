@@ -12,15 +12,15 @@ from fovlm.config.schema import Experiment
 from fovlm.train.logger import Table
 
 DIFFERENT: dict[str, dict[str, Any]] = {
-    "F1": {"optim": {"lr_dino": None, "lr_llm": None}},
-    "F2": {"optim": {"lr_llm": None}},
+    "F1": {"optim": {"freeze": ["encoder", "llm"]}},
+    "F2": {"optim": {"freeze": ["llm"]}},
     "LR2": {"optim": {"lr_connector": 2e-2}},
     "A1": {"model": {"deep_query": False}},
     "A6": {"model": {"visual": "coarse"}},
     "B1": {"model": {"visual": "multi_token"}},
     "A8a": {"data": {"image_frames": 1}},
     "A8b": {"data": {"image_frames": 16}},
-    "D1": {"data": {"train": {"video": 55.0, "image": 30.0, "words": 15.0}}},
+    "D1": {"data": {"mixture": {"video": 55.0, "image": 30.0, "words": 15.0}}},
 }
 MODE = {"foveated": "coarse_fine", "coarse": "coarse_only", "multi_token": "multi_token"}
 

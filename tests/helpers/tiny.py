@@ -107,5 +107,5 @@ def dataset(folder: Path) -> Dataset:
     clips(folder, "video", [3, 1, 4])
     source = DataSource(shards="video-00.tar", kind="video")
     return Dataset(
-        {"video": source}, {"video": 1.0}, ChatTokenizer(tokenizer(), "before", "answer", 100), frame_size=16
+        {"video": source}, {"video": 1.0}, ChatTokenizer(tokenizer(), "before_frames", "answer", 100), frame_size=16
     )

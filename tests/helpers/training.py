@@ -12,15 +12,22 @@ SETTINGS = [
     "data.sources={video: {kind: video, shards: 'video-{00..07}.tar'}, "
     "words: {kind: text, shards: 'words-{00..01}.tar'}, broken: {kind: image, shards: 'broken-00.tar'}, "
     "pictures: {kind: image, shards: 'pictures-00.tar'}, pairs: {kind: preference, shards: 'pairs-00.tar'}}",
-    "data.train={video: 80, words: 14, broken: 6}",
-    *("data.val=[video]", "data.frames=12", "data.text=200", "data.max_frames=4", "data.max_text=48", "data.workers=1"),
+    "data.mixture={video: 80, words: 14, broken: 6}",
+    *(
+        "data.val=[video]",
+        "data.pack_frames=12",
+        "data.pack_tokens=200",
+        "data.max_frames=4",
+        "data.max_tokens=48",
+        "data.workers=1",
+    ),
     "model.llm={vocab_size: 64, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4, "
     "num_key_value_heads: 2, tie_word_embeddings: true}",
-    "model.dino={hidden_size: 32, num_hidden_layers: 3, num_attention_heads: 2, image_size: 28, patch_size: 7}",
+    "model.encoder={hidden_size: 32, num_hidden_layers: 3, num_attention_heads: 2, image_size: 28, patch_size: 7}",
     *("model.frame_size=28", "model.query_dim=24"),
-    *("optim.lr_connector=2e-3", "optim.lr_dino=1e-3", "optim.lr_llm=4e-3"),
+    *("optim.lr_connector=2e-3", "optim.lr_encoder=1e-3", "optim.lr_llm=4e-3"),
     *(f"train.steps={STEPS}", "train.packs_per_step=4", "train.log_every=1"),
-    *("train.eval_every=10", "train.eval_packs=4", "train.save_every=5", "journal.wandb=disabled"),
+    *("train.eval_every=10", "train.eval_packs=4", "train.save_every=5", "logger.wandb=disabled"),
 ]
 
 

@@ -80,13 +80,13 @@ def experiment(model: FoveatedVLM, tokenizer: Path, name: str = "tiny") -> Exper
         note="a test",
         model=ModelSettings(
             llm=config.llm_config.to_diff_dict(),
-            dino=config.dino_config.to_diff_dict(),
+            encoder=config.encoder_config.to_diff_dict(),
             tokenizer=str(tokenizer),
             visual=config.visual,
             query_dim=config.query_dim,
             frame_size=FRAME,
         ),
-        data=DataSettings(sources={"clips": DataSource(shards="clips.tar", kind="video")}, train={"clips": 1.0}),
+        data=DataSettings(sources={"clips": DataSource(shards="clips.tar", kind="video")}, mixture={"clips": 1.0}),
         train=TrainSettings(steps=5, best="train_loss"),
     )
 

@@ -29,10 +29,10 @@ def small(context: int, **settings):
     return model
 
 
-@pytest.mark.parametrize("prompt", ["before", "after"])
+@pytest.mark.parametrize("prompt", ["before_frames", "after_frames"])
 @pytest.mark.parametrize("visual", ["foveated", "coarse"])
 def test_an_answer_is_that_of_generate(prompt, visual):
-    model = model_of(prompt=prompt, visual=visual)
+    model = model_of(question=prompt, visual=visual)
     processor, shown = processor_of(model), frames(5)
     stream = model.stream(iter(shown), processor, question=QUESTION)
     settings = {"max_new_tokens": 6, "min_new_tokens": 6}
@@ -45,11 +45,11 @@ def test_an_answer_is_that_of_generate(prompt, visual):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("prompt", ["before", "after"])
+@pytest.mark.parametrize("prompt", ["before_frames", "after_frames"])
 @pytest.mark.parametrize("full", ["stop", "slide"])
 def test_a_question_leaves_no_trace(prompt, full, dtype):
     """Bit for bit, past the growth of the buffers and, when it slides, past the end of the window."""
-    model = small(CHUNK + 90, prompt=prompt).to(dtype)
+    model = small(CHUNK + 90, question=prompt).to(dtype)
     reserve = 40 if full == "stop" else 70
     shown = frames(8)
     quiet, asked = (watch(model, full=full, reserve=reserve) for _ in range(2))
@@ -155,7 +155,7 @@ def test_sliding_is_attention_to_the_last_frames():
 
 def test_sliding_keeps_the_question_right_before_the_oldest_frame():
     """In a language model of one layer nothing is remembered of dropped frames, so a fresh one sees the same."""
-    model, W = small(60, prompt="before"), 5
+    model, W = small(60, question="before_frames"), 5
     model.llm.base_model.layers = model.llm.base_model.layers[:1]
     model.llm.config.num_hidden_layers = 1
     head = watch(model, reserve=9).head
@@ -218,12 +218,12 @@ def test_a_stream_can_be_asked_about_before_it_has_seen_anything():
     assert stream.tokens == 0
 
 
-@pytest.mark.parametrize("prompt", ["before", "after"])
+@pytest.mark.parametrize("prompt", ["before_frames", "after_frames"])
 @pytest.mark.parametrize("full", ["stop", "slide"])
 @pytest.mark.parametrize("part", ["encoder", "language model"])
 def test_an_interrupt_leaves_a_stream_as_it_was(monkeypatch, part, full, prompt):
     """Also when some layers have read the frame and others have not, and at the first frame that slides."""
-    model = small(CHUNK + 90, prompt=prompt)
+    model = small(CHUNK + 90, question=prompt)
     quiet, broken = (watch(model, full=full, reserve=40 if full == "stop" else 70) for _ in range(2))
     shown = frames(5)
 
@@ -252,7 +252,7 @@ def test_what_cannot_be_streamed_is_told():
     with pytest.raises(UserError, match="multi_token"):
         model_of(visual="multi_token").stream()
     with pytest.raises(UserError, match="question ahead of the frames"):
-        model_of(prompt="before").stream()
+        model_of(question="before_frames").stream()
     with pytest.raises(UserError, match="did you mean 'slide'"):
         model_of().stream(full="slid")
     with pytest.raises(UserError, match="no room for a frame"):
@@ -273,9 +273,9 @@ def test_frames_of_any_kind_are_fitted():
     assert torch.equal(state, watch(model).see(grey[:, :FRAME, :FRAME]))
 
 
-@pytest.mark.parametrize("prompt", ["before", "after"])
+@pytest.mark.parametrize("prompt", ["before_frames", "after_frames"])
 def test_a_stream_shows_the_look_that_made_the_token(prompt):
-    model = model_of(prompt=prompt)
+    model = model_of(question=prompt)
     shown, stream = frames(3), watch(model)
     with pytest.raises(ValueError, match="no frame"):
         stream.weights()

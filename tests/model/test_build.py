@@ -41,7 +41,7 @@ FULL, MIXED = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
 
 def settings(llm: Path | dict = LLM, dino: Path | dict = DINO) -> ModelSettings:
     llm, dino = (given if isinstance(given, dict) else str(given) for given in (llm, dino))
-    return ModelSettings(llm=llm, dino=dino, tokenizer="none", query_dim=20, frame_size=28)
+    return ModelSettings(llm=llm, encoder=dino, tokenizer="none", query_dim=20, frame_size=28)
 
 
 def refused(**backbone: Path | str) -> str:

@@ -20,7 +20,7 @@ from helpers.models import FRAME
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A saved model with its processor."""
-    model = model_of(prompt="before", image_frames=3)
+    model = model_of(question="before_frames", image_frames=3)
     model.save_pretrained(tmp_path / "model")
     processor_of(model).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -64,7 +64,7 @@ def test_saving_and_loading_changes_nothing_and_keeps_tied_weights_once(folder, 
         assert torch.equal(a, b), name
     assert other.to_dict() == processor.to_dict()
     assert other.image_frames == 3
-    assert other.prompt == "before"
+    assert other.question == "before_frames"
     assert again.generation_config.eos_token_id == model.generation_config.eos_token_id is not None
     assert isinstance(AutoModel.from_pretrained(tmp_path / "again"), FoveatedVLM)
     (tmp_path / "again" / "processor_config.json").unlink()

@@ -21,7 +21,7 @@ AFTER = [sample("video", frames=3, text=7), sample("text", text=5), sample("imag
 
 @pytest.mark.parametrize("visual", ["foveated", "coarse", "multi_token"])
 @pytest.mark.parametrize("deep_query", [True, False])
-@pytest.mark.parametrize("samples", [SAMPLES, AFTER], ids=["before", "after"])
+@pytest.mark.parametrize("samples", [SAMPLES, AFTER], ids=["before_frames", "after_frames"])
 def test_a_sample_alone_equals_itself_in_any_pack(visual, deep_query, samples):
     model = tiny_model(visual=visual, deep_query=deep_query)
     T = model.config.tokens_per_look
@@ -65,7 +65,7 @@ def test_a_pack_without_frames_runs_the_vision_path_with_weight_zero():
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert p.grad is not None, name
-    assert all(p.grad.abs().max() == 0 for p in model.groups()["dino"])
+    assert all(p.grad.abs().max() == 0 for p in model.groups()["encoder"])
 
 
 def test_every_visual_mode_trains_exactly_what_it_uses():
@@ -116,14 +116,14 @@ def test_the_first_look_without_a_question_uses_q_first():
     assert torch.equal(model.queries(batch, tokens)[0], model.connector.q_first)
 
 
-@pytest.mark.parametrize("samples", [SAMPLES, AFTER], ids=["before", "after"])
+@pytest.mark.parametrize("samples", [SAMPLES, AFTER], ids=["before_frames", "after_frames"])
 @pytest.mark.parametrize("deep_query", [True, False])
 def test_autoregressive_with_the_cache_equals_without(samples, deep_query):
     """Without a cache: refine all queries from the fine tokens, again and again; after K rounds all K are right."""
     model = tiny_model(deep_query=deep_query)
     batch = pack(samples)
     once = model(batch)
-    model.config.rounds = 4
+    model.config.query_rounds = 4
     torch.testing.assert_close(autoregressive(model, batch), model(batch), rtol=1e-5, atol=2e-6)
     assert (once - model(batch)).abs().max() > 1e-3, "or the test could not tell the modes apart"
 
@@ -147,7 +147,7 @@ def test_recomputing_gives_the_same_gradients():
     gradients = []
     for recompute in (False, True):
         model = tiny_model().train()
-        model.recompute(dino=recompute, llm=recompute)
+        model.recompute(["encoder", "llm"] if recompute else [])
         model(pack(SAMPLES)).sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for plain, again in zip(*gradients, strict=True):

@@ -19,7 +19,7 @@ from helpers.tiny import picture, tokenizer, video
 
 def test_what_the_readme_shows_runs(tmp_path, monkeypatch, capsys):
     """As it stands there, with a model that has a context as short as the quickstart's."""
-    model = model_of(prompt="before")
+    model = model_of(question="before_frames")
     model.config.llm_config.max_position_embeddings = 256
     for part in (model, processor_of(model)):
         part.save_pretrained(tmp_path / "converted" / "quickstart")
@@ -36,22 +36,22 @@ def test_what_the_readme_shows_runs(tmp_path, monkeypatch, capsys):
 # -- the processor ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prompt", ["before", "after"])
+@pytest.mark.parametrize("prompt", ["before_frames", "after_frames"])
 def test_tokens_are_those_of_training(prompt):
-    processor = processor_of(model_of(prompt=prompt))
+    processor = processor_of(model_of(question=prompt))
     inputs = processor(messages=says(QUESTION, video=frames(3)))
     trained = ChatTokenizer(tokenizer(), prompt, "answer", 999).text({"user": QUESTION, "assistant": "red"}, None, True)
     answer_at = int(trained.weight.argmax())
     assert inputs["input_ids"][0].tolist() == trained.tokens[:answer_at].tolist()
     assert inputs["prompt"].tolist() == [trained.prompt]
-    assert (trained.prompt > 0) == (prompt == "before")
+    assert (trained.prompt > 0) == (prompt == "before_frames")
     asked = ChatTokenizer(tokenizer(), prompt, "answer", 999).ask(QUESTION, True)
     assert inputs["input_ids"][0].tolist() == asked.tokens.tolist()
     assert asked.prompt == trained.prompt
 
 
 def test_conversations_go_on_and_keep_their_frames_where_they_were_shown():
-    processor = processor_of(model_of(prompt="before"))
+    processor = processor_of(model_of(question="before_frames"))
     first = processor(messages=says(QUESTION, video=frames(2)))
     turns = [*says(QUESTION, video=frames(2)), {"role": "assistant", "content": "red"}, *says("is it blue ?")]
     more = processor(messages=turns)
@@ -120,10 +120,10 @@ def test_a_mistake_is_one_line(call, says_so):
 # -- generate ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prompt", ["before", "after"])
+@pytest.mark.parametrize("prompt", ["before_frames", "after_frames"])
 @pytest.mark.parametrize("mode", ["autoregressive", "coarse_fine", "coarse_only"])
 def test_the_first_token_is_the_likeliest_by_the_scored_model(mode, prompt):
-    model = model_of(prompt=prompt, image_frames=2)
+    model = model_of(question=prompt, image_frames=2)
     processor = processor_of(model)
     for shown in ({"video": frames(3)}, {"image": frames(1)[0]}, {}):
         inputs = processor(messages=says(QUESTION, **shown))
@@ -150,9 +150,9 @@ def test_the_first_token_is_the_likeliest_by_the_scored_model(mode, prompt):
 
 
 @pytest.mark.parametrize("visual", ["foveated", "coarse", "multi_token"])
-@pytest.mark.parametrize("prompt", ["before", "after"])
+@pytest.mark.parametrize("prompt", ["before_frames", "after_frames"])
 def test_a_batch_answers_as_each_alone(visual, prompt):
-    model = model_of(visual=visual, prompt=prompt, image_frames=3)
+    model = model_of(visual=visual, question=prompt, image_frames=3)
     processor = processor_of(model)
     asked = [
         says(QUESTION, video=frames(5)),

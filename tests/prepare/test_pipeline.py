@@ -148,7 +148,7 @@ def test_tokens_made_ahead_are_those_made_when_read(tmp_path):
     made("smoltalk", raw, tmp_path / "data" / "plain")
     more = {"tokenize": "sft", "tokenizer": str(tmp_path / "tokenizer")}
     made("smoltalk", raw, tmp_path / "data" / "ahead", **more)
-    chat = ChatTokenizer(tiny.tokenizer(), "after", "answer", 512)
+    chat = ChatTokenizer(tiny.tokenizer(), "after_frames", "answer", 512)
     for (key, plain, _), (same, ahead, _) in zip(
         samples_of(tmp_path / "data" / "plain"), samples_of(tmp_path / "data" / "ahead"), strict=True
     ):
@@ -189,7 +189,10 @@ def test_what_is_made_is_what_training_reads(tmp_path, monkeypatch):
     made("openvid", openvid(tmp_path / "raw"), tmp_path / "out")
     declared = Declared(kind="video", shards=str(tmp_path / "out" / "train-*.tar"), prompt="what is this ?")
     data = Dataset(
-        {"openvid": declared}, {"openvid": 1.0}, ChatTokenizer(tiny.tokenizer(), "after", "answer", 64), frame_size=14
+        {"openvid": declared},
+        {"openvid": 1.0},
+        ChatTokenizer(tiny.tokenizer(), "after_frames", "answer", 64),
+        frame_size=14,
     )
     (sample,), bad = data.read(0)
     assert bad is None

@@ -95,10 +95,10 @@ def test_ablations_that_share_their_data_see_the_same_samples_in_the_same_order(
     seen: dict[tuple[str, ...], dict[str, tuple]] = {}
     for run in [*plan(select(["ablations/*"]), overrides), *plan(select(["LR1", "A8b"]), overrides, seeds=2)[2:]]:
         data = run.experiment.data
-        dataset = open_dataset(run.experiment, tokenizer, data.train)
+        dataset = open_dataset(run.experiment, tokenizer, data.mixture)
         order = tuple(dataset.read(position)[0][0].key for position in range(20))
         val = open_dataset(run.experiment, tokenizer, dict.fromkeys(data.val, 1.0)).scored_hash(5)
-        seen.setdefault(tuple(data.train), {})[run.name] = (order, val, run.experiment.train.samples)
+        seen.setdefault(tuple(data.mixture), {})[run.name] = (order, val, run.experiment.train.samples)
     assert sorted(len(names) for names in seen.values()) == [1, 3, 10]  # D1; A8 with a repeat; the others with one
     for names in seen.values():
         assert len(set(names.values())) == 1, list(names)
@@ -112,8 +112,8 @@ def test_what_a_run_was_scored_on_is_its_questions_and_answers(shards, monkeypat
         experiment = schema.load("LR1", [*overrides, *more])
         return open_dataset(experiment, tiny.tokenizer(), {"val": 1.0}).scored_hash(samples)
 
-    assert val() == val("data.image_frames=16") == val("train.seed=3") == val("data.max_frames=4", "data.frames=4")
-    assert len({val(), val(samples=6), val("data.loss=answer"), val("data.seed=1"), val("data.max_text=100")}) == 5
+    assert val() == val("data.image_frames=16") == val("train.seed=3") == val("data.max_frames=4", "data.pack_frames=4")
+    assert len({val(), val(samples=6), val("data.loss_on=answer"), val("data.seed=1"), val("data.max_tokens=100")}) == 5
 
 
 # -- what they would cost ---------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_sizes_are_those_of_the_shards_where_they_are_indexed(shards, bare, monk
     monkeypatch.setenv("FOVLM_CACHE", str(folder / "cache"))
     tiny.tokenizer().save_pretrained(folder / "tokenizer")
     (run,) = plan(select(["LR1"]), [*overrides, f"model.tokenizer={folder / 'tokenizer'}"])
-    open_dataset(run.experiment, tiny.tokenizer(), run.experiment.data.train)
+    open_dataset(run.experiment, tiny.tokenizer(), run.experiment.data.mixture)
     (exact,) = cost.estimates([run], {}, 1, False, None)
     (guess,) = cost.estimates(plan(select(["LR1"]), []), {}, 1, False, None)
     assert exact.why_at_most == ""

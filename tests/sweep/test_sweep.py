@@ -61,7 +61,7 @@ end("finished", 0)
 """
 EXPERIMENTS = """
 model: {tokenizer: t}
-data: {sources: {x: {kind: text, shards: x.tar}, v: {kind: text, shards: v.tar}}, train: {x: 1}, val: [v]}
+data: {sources: {x: {kind: text, shards: x.tar}, v: {kind: text, shards: v.tar}}, mixture: {x: 1}, val: [v]}
 train: {steps: 10}
 runs:
   two: {note: first in its file}

@@ -9,8 +9,8 @@ from helpers.training import arguments, environment, rows, write_data
 
 QUIET = ["data.workers=0", "data.val=[]", "train.eval_every=0", "train.best=train_loss", "train.save_every=0"]
 RUNS = {
-    "broken": {"arguments": ["data.train={broken: 1}", "data.max_bad_fraction=0.002", "train.log_every=2"]},
-    "broken but few": {"arguments": ["data.train={broken: 1}", "data.max_bad_fraction=0.05", "train.steps=2"]},
+    "broken": {"arguments": ["data.mixture={broken: 1}", "data.max_bad_fraction=0.002", "train.log_every=2"]},
+    "broken but few": {"arguments": ["data.mixture={broken: 1}", "data.max_bad_fraction=0.05", "train.steps=2"]},
     "not finite": {"arguments": ["train.max_nonfinite=3"], "spoilt": [2, 3, 5, 6, 7, 8]},
     "not finite now and then": {"arguments": ["train.max_nonfinite=3", "train.steps=6"], "spoilt": [2, 3, 5, 6]},
 }

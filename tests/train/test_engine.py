@@ -39,7 +39,7 @@ def found(folders) -> dict[int, dict]:
 
 def adamw(model: FoveatedVLM) -> torch.optim.AdamW:
     groups = model.groups()
-    rates = {"connector": OPTIM.lr_connector, "dino": OPTIM.lr_dino, "llm": OPTIM.lr_llm}
+    rates = {"connector": OPTIM.lr_connector, "encoder": OPTIM.lr_encoder, "llm": OPTIM.lr_llm}
     parameters = [{"params": groups[g], "lr": rates[g]} for g in groups]
     return torch.optim.AdamW(parameters, betas=tuple(OPTIM.betas), eps=OPTIM.eps, weight_decay=0.0)
 
@@ -151,7 +151,9 @@ def test_a_step_that_is_not_finite_is_skipped_by_every_rank(found, plain, world)
     result = found[world]["not finite"]
     assert result["skipped"] == [True] * world
     assert result["same"] == [True] * world
-    assert math.isclose(result["after"]["loss"], plain[0][0], rel_tol=2e-6), "the weights are still those of the start"
+    assert math.isclose(result["after_frames"]["loss"], plain[0][0], rel_tol=2e-6), (
+        "the weights are still those of the start"
+    )
 
 
 def test_another_run_can_start_from_the_weights(found):

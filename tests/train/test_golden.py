@@ -13,13 +13,13 @@ from helpers.launch import run_ranks
 from helpers.training import STEPS, arguments, assert_golden, environment, write_data, write_golden
 
 QUICK = ["data.workers=0", "data.val=[]", "train.eval_every=0", "train.best=train_loss", "train.save_every=0"]
-PICTURES = ["data.train={pictures: 86, words: 14}", "data.image_frames=4"]
+PICTURES = ["data.mixture={pictures: 86, words: 14}", "data.image_frames=4"]
 WAYS = {
     "video": [],
     "coarse": ["model.visual=coarse"],
     "multi_token": ["model.visual=multi_token"],
-    "pictures": [*PICTURES, "data.frames=8", "data.max_frames=4"],
-    "dpo": ["data.train={pairs: 1}", "train.objective=dpo", "model.prompt=before", "data.image_frames=2"],
+    "pictures": [*PICTURES, "data.pack_frames=8", "data.max_frames=4"],
+    "dpo": ["data.mixture={pairs: 1}", "train.objective=dpo", "model.question=before_frames", "data.image_frames=2"],
 }
 HUNT = ["data.generate.folder=golden", "data.generate.train_clips=200", "data.generate.val_clips=4"]
 SOURCES = {"video": "golden/video-000.tar", "image": "golden/image-000.tar", "words": "golden/text-000.tar"}
@@ -28,7 +28,7 @@ SOURCES = {"video": "golden/video-000.tar", "image": "golden/image-000.tar", "wo
 def quickstart() -> list[str]:
     """The run of that name, with its own model, question and rounds, on less data in smaller steps."""
     shards = [f"data.sources.{name}.shards={file}" for name, file in SOURCES.items()]
-    return ["quickstart", *HUNT, *shards, f"train.steps={STEPS}", "train.packs_per_step=2", "journal.wandb=disabled"]
+    return ["quickstart", *HUNT, *shards, f"train.steps={STEPS}", "train.packs_per_step=2", "logger.wandb=disabled"]
 
 
 @pytest.fixture(scope="module")

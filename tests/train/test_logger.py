@@ -19,11 +19,11 @@ def experiment(tmp_path):
         "note": "a test",
         "data": {
             "sources": {"clips": {"shards": "clips.tar", "kind": "video"}},
-            "train": {"clips": 1.0},
+            "mixture": {"clips": 1.0},
             "val": ["clips"],
         },
         "train": {"steps": 10},
-        "journal": {"wandb": "disabled", "folder": str(tmp_path / "run")},
+        "logger": {"wandb": "disabled", "folder": str(tmp_path / "run")},
     }
     return Experiment.model_validate(values)
 
@@ -38,23 +38,23 @@ def losses(experiment) -> list[tuple[str, str]]:
 
 
 def test_a_row_per_log_step_with_columns_as_they_come(experiment):
-    with Logger(experiment, 10, out=io.StringIO()) as journal:
-        journal.log(2, {"loss": 3.0})
-        journal.log(4, {"loss": 2.5, "samples_per_second": 7.0})
-        journal.log(4, {"val_loss": 2.75})
-        journal.log(6, {"loss": 2.0})
+    with Logger(experiment, 10, out=io.StringIO()) as logger:
+        logger.log(2, {"loss": 3.0})
+        logger.log(4, {"loss": 2.5, "samples_per_second": 7.0})
+        logger.log(4, {"val_loss": 2.75})
+        logger.log(6, {"loss": 2.0})
     assert losses(experiment) == [("2", "3"), ("4", "2.5"), ("6", "2")]
     assert [row["val_loss"] for row in rows(experiment)] == ["", "2.75", ""]
     assert [row["samples_per_second"] for row in rows(experiment)] == ["", "7", ""]
 
 
 def test_going_on_drops_the_rows_past_the_step_and_counts_the_time_on(experiment):
-    with Logger(experiment, 10, out=io.StringIO()) as journal:
-        journal.earlier = 100.0
+    with Logger(experiment, 10, out=io.StringIO()) as logger:
+        logger.earlier = 100.0
         for step in (2, 4, 6):
-            journal.log(step, {"loss": float(step)})
-    with Logger(experiment, 10, step=4, out=io.StringIO()) as journal:
-        journal.log(6, {"loss": 60.0})
+            logger.log(step, {"loss": float(step)})
+    with Logger(experiment, 10, step=4, out=io.StringIO()) as logger:
+        logger.log(6, {"loss": 60.0})
     assert losses(experiment) == [("2", "2"), ("4", "4"), ("6", "60")]
     seconds = [float(row["seconds"]) for row in rows(experiment)]
     assert seconds == sorted(seconds)
@@ -63,8 +63,8 @@ def test_going_on_drops_the_rows_past_the_step_and_counts_the_time_on(experiment
 
 def test_a_fresh_start_in_an_old_folder_begins_anew(experiment):
     for value in (1.0, 2.0):
-        with Logger(experiment, 10, step=0, out=io.StringIO()) as journal:
-            journal.log(1, {"loss": value})
+        with Logger(experiment, 10, step=0, out=io.StringIO()) as logger:
+            logger.log(1, {"loss": value})
     assert losses(experiment) == [("1", "2")]
 
 
@@ -76,19 +76,19 @@ def test_a_row_that_a_crash_cut_short_is_dropped(tmp_path):
 
 
 def test_other_ranks_write_nothing(experiment):
-    with Logger(experiment, 10, rank=1, out=io.StringIO()) as journal:
-        journal.log(1, {"loss": 1.0})
-        journal.tick(2)
-        journal.say("hello")
+    with Logger(experiment, 10, rank=1, out=io.StringIO()) as logger:
+        logger.log(1, {"loss": 1.0})
+        logger.set_step(2)
+        logger.info("hello")
     assert not experiment.run_folder.exists()
 
 
 def test_without_a_terminal_there_is_a_plain_line_per_row(experiment):
     out = io.StringIO()
-    with Logger(experiment, 10, out=out) as journal:
-        journal.tick(1)
-        journal.log(2, {"loss": 3.0, "fine_over_coarse": 0.9, "waiting": 0.25, "lr_llm": 1e-5})
-        journal.say("2 of 300 samples were bad: [truncated]")
+    with Logger(experiment, 10, out=out) as logger:
+        logger.set_step(1)
+        logger.log(2, {"loss": 3.0, "fine_over_coarse": 0.9, "waiting": 0.25, "lr_llm": 1e-5})
+        logger.info("2 of 300 samples were bad: [truncated]")
     assert out.getvalue().splitlines() == [
         "small 2/10  loss 3.0000  fine/coarse 0.900  waiting 25%",
         "2 of 300 samples were bad: [truncated]",
@@ -104,19 +104,19 @@ def test_on_a_terminal_there_is_a_bar(experiment, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     out = Watched()
-    with Logger(experiment, 10, out=out) as journal:
-        journal.log(3, {"loss": 3.0})
-        journal.tick(4)
+    with Logger(experiment, 10, out=out) as logger:
+        logger.log(3, {"loss": 3.0})
+        logger.set_step(4)
     assert "4/10" in out.getvalue()
     assert "loss 3.0000" in out.getvalue()
 
 
 def test_the_summary_says_how_it_ended(experiment):
-    with Logger(experiment, 10, data_hash="d4", out=io.StringIO()) as journal:
-        journal.log(2, {"loss": 3.0, "val_loss": 4.0})
-        journal.log(4, {"loss": 2.0, "val_loss": 5.0})
-        journal.log(6, {"loss": float("nan")})
-        journal.close("stopped", reason="SIGTERM")
+    with Logger(experiment, 10, data_hash="d4", out=io.StringIO()) as logger:
+        logger.log(2, {"loss": 3.0, "val_loss": 4.0})
+        logger.log(4, {"loss": 2.0, "val_loss": 5.0})
+        logger.log(6, {"loss": float("nan")})
+        logger.close("stopped", reason="SIGTERM")
     summary = json.loads((experiment.run_folder / "run_summary.json").read_text())
     assert summary["best"] == {"loss": {"value": 2, "step": 4}, "val_loss": {"value": 4, "step": 2}}
     assert (summary["final"]["loss"], summary["final"]["val_loss"]) == (2, 5)
@@ -166,15 +166,15 @@ def test_wandb_gets_the_rows_but_no_secret_and_no_path(experiment, monkeypatch):
     monkeypatch.setenv("WANDB_CACHE_DIR", str(experiment.run_folder / "cache"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(experiment.run_folder / "config"))
     values = experiment.model_dump()
-    values["journal"]["wandb"] = "offline"
+    values["logger"]["wandb"] = "offline"
     values["data"]["sources"]["clips"]["shards"] = "https://host/home/someone/clips.tar?token=s3cr3t-value"
     values["data"]["sources"]["clips"]["prompt"] = "/home/someone/s3cr3t-value"
     experiment = Experiment.model_validate(values)
     ids = []
     for step in (0, 2):
-        with Logger(experiment, 10, step=step, out=io.StringIO()) as journal:
-            journal.log(step + 2, {"loss": 3.25})
-            ids.append(journal.wandb.id)
+        with Logger(experiment, 10, step=step, out=io.StringIO()) as logger:
+            logger.log(step + 2, {"loss": 3.25})
+            ids.append(logger.wandb.id)
     assert ids[0] == ids[1], "a run that goes on is the same run"
     wandb = experiment.run_folder / "wandb"
     sent = b"".join(file.read_bytes() for file in [*wandb.glob("*/*.wandb"), *wandb.glob("*/files/*")])

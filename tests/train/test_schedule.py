@@ -41,7 +41,7 @@ def test_cosine_never_rises_after_the_warmup(a, b):
 
 
 def test_groups_converge_to_one_rate_from_above_and_below():
-    o = optim(schedule="converging", lr_connector=1e-3, lr_dino=1e-5, lr_llm=1e-5)
+    o = optim(schedule="converging", lr_connector=1e-3, lr_encoder=1e-5, lr_llm=1e-5)
     ratios = [rates(o, p)["connector"] / rates(o, p)["llm"] for p in (0.1, 0.4, 0.7, 1.0)]
     assert ratios[0] == pytest.approx(100)
     assert ratios == sorted(ratios, reverse=True)
@@ -49,4 +49,4 @@ def test_groups_converge_to_one_rate_from_above_and_below():
 
 
 def test_frozen_groups_have_no_rate():
-    assert set(rates(optim(lr_dino=None), 0.5)) == {"connector", "llm"}
+    assert set(rates(optim(freeze=["encoder"]), 0.5)) == {"connector", "llm"}

@@ -14,7 +14,7 @@ import pytest
 from helpers.launch import run_ranks, start_ranks
 from helpers.training import STEPS, arguments, assert_golden, environment, rows, write_data
 
-LOGGED = """loss_fine loss_coarse fine_over_coarse grad_norm lr_connector lr_dino lr_llm attention_entropy
+LOGGED = """loss_fine loss_coarse fine_over_coarse grad_norm lr_connector lr_encoder lr_llm attention_entropy
 samples_per_second tokens_per_second waiting memory_gb val_loss"""
 
 

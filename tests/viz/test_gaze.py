@@ -35,15 +35,15 @@ def clip(frames: int = FILM, still: bool = False) -> Clip:
     return Clip(shown, [float(n) for n in range(frames)], "film", still=still)
 
 
-def gaze(question: str | None = QUESTION, mode: str | None = None, shown: Clip | None = None, **settings) -> Gaze:
+def gaze(asked: str | None = QUESTION, mode: str | None = None, shown: Clip | None = None, **settings) -> Gaze:
     model = tiny_model(**settings)
     processor = FoveatedProcessor.from_parts(tiny.tokenizer(), model.config)
-    return gaze_of(model.eval(), processor, shown or clip(), question, 4, mode)
+    return gaze_of(model.eval(), processor, shown or clip(), asked, 4, mode)
 
 
-@pytest.mark.parametrize("prompt", ["before", "after"])
+@pytest.mark.parametrize("prompt", ["before_frames", "after_frames"])
 def test_fine_weights_are_those_of_the_looks_that_generate_takes(prompt, monkeypatch):
-    model = tiny_model(prompt=prompt).eval()
+    model = tiny_model(question=prompt).eval()
     processor = FoveatedProcessor.from_parts(tiny.tokenizer(), model.config)
     heard: list[tuple[int, int]] = []
     found = gaze_of(model, processor, clip(), QUESTION, 4, told=lambda done, of: heard.append((done, of)))
@@ -81,21 +81,23 @@ def test_deployed_and_parallel_queries_begin_alike_and_part():
 
 def test_the_question_steers_the_gaze_only_ahead_of_the_frames():
     other = "yes no red blue"
-    for prompt, steers in (("before", True), ("after", False)):
-        one, two = (gaze(question, prompt=prompt) for question in (QUESTION, other))
+    for prompt, steers in (("before_frames", True), ("after_frames", False)):
+        one, two = (gaze(question, question=prompt) for question in (QUESTION, other))
         assert np.allclose(one.weights["coarse"], two.weights["coarse"])
         assert np.allclose(one.weights["fine"], two.weights["fine"], atol=1e-6) != steers
 
 
-@pytest.mark.parametrize("prompt", ["before", "after"])
+@pytest.mark.parametrize("prompt", ["before_frames", "after_frames"])
 def test_tokens_stand_as_the_language_model_reads_them(prompt):
-    kinds = [token.kind for token in gaze(prompt=prompt).tokens]
-    looks = [token.look for token in gaze(prompt=prompt).tokens if token.kind == "frame"]
+    kinds = [token.kind for token in gaze(question=prompt).tokens]
+    looks = [token.look for token in gaze(question=prompt).tokens if token.kind == "frame"]
     assert looks == list(range(FILM))
-    order = {"before": ["question", "frame", "answer"], "after": ["frame", "question", "answer"]}[prompt]
+    order = {"before_frames": ["question", "frame", "answer"], "after_frames": ["frame", "question", "answer"]}[prompt]
     assert [kind for kind in dict.fromkeys(kinds) if kind != "template"] == order
-    assert kinds.index("frame") == (0 if prompt == "after" else kinds.index("question") + kinds.count("question"))
-    said = "".join(token.text for token in gaze(prompt=prompt).tokens if token.kind == "question")
+    assert kinds.index("frame") == (
+        0 if prompt == "after_frames" else kinds.index("question") + kinds.count("question")
+    )
+    said = "".join(token.text for token in gaze(question=prompt).tokens if token.kind == "question")
     assert said.replace(" ", "") == QUESTION.replace(" ", "")
 
 
@@ -126,7 +128,7 @@ def test_each_kind_of_model():
     assert gaze(deep_query=False).weights["fine"].shape == (1, FILM, 2, 17)
     assert gaze(None).answer == ""
     assert {token.kind for token in gaze(None).tokens} == {"frame"}
-    assert gaze(None, prompt="before").question  # its looks need one
+    assert gaze(None, question="before_frames").question  # its looks need one
     image = gaze(shown=clip(1, still=True), image_frames=3)
     assert image.weights["fine"].shape[1] == len(image.frames) == len(image.seconds) == 3
     with pytest.raises(UserError, match="no gaze"):
@@ -161,7 +163,7 @@ def test_files(tmp_path):
 def test_the_same_clips_are_watched_whatever_the_packs(tmp_path):
     sources = {"clips": DataSource(shards=tiny.clips(tmp_path, "v", [3, 2, 4, 3, 1, 2]), kind="video")}
     sources["words"] = DataSource(shards=tiny.clips(tmp_path, "w", [0, 0, 0]), kind="text")
-    chat = ChatTokenizer(tiny.tokenizer(), "before", "all_text", 48)
+    chat = ChatTokenizer(tiny.tokenizer(), "before_frames", "all_text", 48)
     val = Dataset(sources, dict.fromkeys(sources, 1.0), chat, frame_size=FRAME)
     samples = watched(val, 4)
     assert [s.key for s in samples] == [s.key for s in watched(val, 6)][:4]

@@ -25,7 +25,7 @@ from fovlm.errors import EXIT_USER_ERROR, UserError, did_you_mean
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ROOT / "experiments"
-SECTIONS = ("note", "seeds", "deepspeed", "model", "data", "optim", "train", "logger")
+SECTIONS = ("note", "seeds", "versus", "deepspeed", "model", "data", "optim", "train", "logger")
 FORMS = ("base", "runs", "grid")
 WHOLE = {("data", "mixture"), ("model", "llm"), ("model", "encoder")}  # a mix or a model is read in one place
 ONE_OF: dict[tuple[str, ...], set[str]] = {("train",): {"samples", "steps", "flops"}}
@@ -111,6 +111,16 @@ def apply_overrides(merged: Settings, overrides: list[str]) -> None:
                 raise UserError(f"command line: {path}: {'.'.join(keys[: depth + 1])} is {inner!r} and has no keys")
             target, difference = inner, difference[key]
         merged.merge(difference, "command line: ", tuple(keys[:-1]))
+
+
+def flat(values: dict[str, Any], at: Key = ()) -> dict[str, Any]:
+    """Nested settings by key path, `optim.clip`; those of `WHOLE` are one setting."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        path = (*at, key)
+        inside = isinstance(value, dict) and path not in WHOLE
+        found |= flat(value, path) if inside else {".".join(path): value}
+    return found
 
 
 # -- the three forms ----------------------------------------------------------------------------------------------

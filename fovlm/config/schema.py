@@ -143,6 +143,16 @@ class LoggerSettings(Strict):
     folder: str | None = None  # the run folder; None: $FOVLM_RUNS/NAME, `runs/NAME` unless told
 
 
+class Versus(Strict):
+    """What the report compares a run with. Runs with the same baseline and question are the sides of one comparison."""
+
+    baseline: str  # name of a run
+    question: str  # in one line; the heading in the report
+    metrics: Annotated[list[Literal["val_loss", "val_loss_at_equal_flops"]], Field(min_length=1)] = ["val_loss"]
+    caution: str = ""  # what to know beside the numbers
+    changes: list[str] = []  # the settings that the comparison is about; `load` fills it in from the two runs' YAML
+
+
 # What settings were called before 0.2.
 RENAMED = {
     "model.dino": "model.encoder",
@@ -177,6 +187,7 @@ NOT_HASHED = {
         "max_nonfinite",
     },
 }
+LABELS = ("name", "note", "seeds", "versus")  # what a run is called and compared with
 
 
 class Experiment(Strict):
@@ -185,6 +196,7 @@ class Experiment(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     note: str = ""
     seeds: Count = 1  # how often `fovlm run` repeats it, each time with other first weights
+    versus: Versus | None = None  # what the report compares it with
     deepspeed: str = "zero2"  # a file of ds_configs
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
@@ -209,10 +221,17 @@ class Experiment(Strict):
 
     @property
     def hash(self) -> str:
-        """16 hex digits of all that a checkpoint depends on: not the name, note, seeds, logger and `NOT_HASHED`."""
-        exclude: dict[str, Any] = {"name": True, "note": True, "seeds": True, "logger": True, **NOT_HASHED}
+        """16 hex digits of all that a checkpoint depends on: not `LABELS`, logger and `NOT_HASHED`."""
+        exclude: dict[str, Any] = {**dict.fromkeys(LABELS, True), "logger": True, **NOT_HASHED}
         what = json.dumps(self.model_dump(exclude=exclude), sort_keys=True)
         return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+    def differs_from(self, other: "Experiment") -> list[str]:
+        """Key paths of settings that may change a result and are not those of `other`; `train.seed` is no such one."""
+        exclude = {*LABELS, "logger", "deepspeed"}
+        a, b = (experiments.flat(e.model_dump(exclude=exclude)) for e in (self, other))
+        apart = {"train.seed"} | {f"{section}.{key}" for section, keys in NOT_HASHED.items() for key in keys}
+        return sorted(key for key in (a.keys() | b.keys()) - apart if a.get(key) != b.get(key))
 
     @property
     def run_folder(self) -> Path:
@@ -238,11 +257,25 @@ def model_root() -> Path:
 def load(name: str, overrides: list[str] | None = None, folder: Path = experiments.EXPERIMENTS) -> Experiment:
     """The run `name` with `section.key=value` overrides (`name=other` gives it another run folder).
 
-    Raises UserError for an unknown name or key, a wrong type, or settings that do not fit together.
+    With `versus`, what the files change between the run and its baseline is recorded as `versus.changes`: overrides are
+    no part of what a comparison asks. Raises UserError for an unknown name or key, a wrong type, or settings that do
+    not fit together.
     """
+    experiment = _load(name, overrides or [], folder)
+    if experiment.versus is None or experiment.versus.changes:
+        return experiment
+    written = _load(name, [], folder) if overrides else experiment
+    try:
+        changes = written.differs_from(_load(experiment.versus.baseline, [], folder))
+    except UserError as error:
+        raise UserError(f"{name}: versus.baseline: {error}") from None
+    return experiment.model_copy(update={"versus": experiment.versus.model_copy(update={"changes": changes})})
+
+
+def _load(name: str, overrides: list[str], folder: Path) -> Experiment:
     settings = experiments.settings(name, folder)
     settings.values["name"] = name
-    experiments.apply_overrides(settings, overrides or [])
+    experiments.apply_overrides(settings, overrides)
     try:
         return Experiment.model_validate(settings.values)
     except ValidationError as error:

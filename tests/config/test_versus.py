@@ -10,7 +10,7 @@ data: {sources: {clips: {shards: clips.tar, kind: video}}, mixture: {clips: 1}, 
 train: {steps: 10}
 runs:
   plain: {note: the baseline}
-  clipped: {note: a smaller norm, versus: {baseline: plain, question: Does it help?}, optim: {clip: 0.5}}
+  clipped: {note: a smaller norm, versus: {baseline: plain, question: "Does it help?"}, optim: {clip: 0.5}}
 """
 
 

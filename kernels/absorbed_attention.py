@@ -35,7 +35,9 @@ from kernels.common import (
     dot,
     group_looks,
     jit,
+    shared_memory_limit,
     tl,
+    triton,
     uses_triton,
 )
 
@@ -212,6 +214,26 @@ def slices(width: int) -> int:
     return 0
 
 
+def shared_memory(width: int) -> int:
+    """Bytes of shared memory that a program of the backward kernel, the larger one, takes in 16-bit types.
+
+    Read off the compiled kernels and checked by tests/kernels/test_compile.py: a padded tile for each stage and one
+    more, and 8 KiB for sums across warps.
+    """
+    shape = tiles(width)
+    return (shape["num_stages"] + 1) * 2 * shape["BLOCK"] * shape["C"] * shape["W"] + 8192
+
+
+def available(hidden: Tensor) -> bool:
+    """Whether the kernel runs on rows [F,N,D] like these: the type, the width, and the GPU's shared memory allow it.
+
+    Cards with 99 KiB a program (compute capability 8.6, 8.9, 12.0) hold DINOv2-small's 384 numbers, not base's 768.
+    """
+    if triton is None or slices(hidden.shape[-1]) == 0 or hidden.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return not torch.cuda.is_available() or shared_memory(hidden.shape[-1]) <= shared_memory_limit(hidden.device)
+
+
 def tiles(width: int) -> dict[str, int]:
     """How the kernels cut a row of D numbers; 257 rows = 16 * 16 + 1 cost one row more to read, not one block.
 
@@ -313,7 +335,7 @@ def absorbed_pooling(
         raise ValueError(f"absorbed_attention: N, H and D must be 1 or more; got {shapes}")
     check_looks("absorbed_attention", folded, hidden, frame_of_look)
     # in fp32 the tiles don't fit a thread's registers: correct, for tests, but no faster than two matrix products
-    fits = slices(hidden.shape[2]) > 0 and (hidden.dtype != torch.float32 or implementation == "triton")
+    fits = available(hidden) or (implementation == "triton" and slices(hidden.shape[2]) > 0)
     if not uses_triton("absorbed_attention", implementation, folded, fits):
         pooled, lse = reference(folded, hidden, frame_of_look, scale)
         return pooled, lse.detach()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,13 @@ except ImportError:  # Triton exists for Linux only; elsewhere the references se
 
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
+
+
+@functools.cache
+def shared_memory_limit(device: torch.device) -> int:
+    """Bytes of shared memory that one program may take on this GPU: the number that Triton checks a launch against."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -305,8 +305,8 @@ def _backward(
         dquery = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
     dkey, dvalue = (torch.empty(key.shape if need_kv else 0, dtype=key.dtype, device=key.device) for _ in range(2))
     launch = tiles(rows, width, first is None)
-    if first is not None and (not need_kv or key.dtype == torch.float32):
-        launch["num_warps"] = 8  # with 4, ptxas spills 8 to 16 bytes of registers on sm_80 and sm_90
+    if first is not None:
+        launch["num_warps"] = 8  # with 4, ptxas spills 8 to 16 bytes of registers on sm_80, sm_90 and sm_120
     if frames and (need_kv or looks):
         _backward_kernel[(frames * heads,)](
             grad, query, key, value, out, lse, look_of, first, dquery, dkey, dvalue, scale, rows, heads,
@@ -382,11 +382,3 @@ def query_attention_lse(
     look_of, first = (None, None) if frame_of_look is None else group_looks(frame_of_look, key.shape[0])
     out, lse = _forward(query, key, value, look_of, first, scale)
     return out, lse.detach()
-
-
-def attention_weights(query: Tensor, key: Tensor, frame_of_look: Tensor | None, scale: float) -> Tensor:
-    """The softmax itself, p [K,H,N] in fp32, for pictures. Plain PyTorch; inputs as `query_attention`."""
-    if frame_of_look is not None:
-        key = key.index_select(0, frame_of_look)
-    scores = torch.einsum("khd,knhd->khn", query, key)
-    return (scores.to(accumulator(query.dtype)) * scale).softmax(-1)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Dinov2Config, Dinov2Model
 
-from kernels.absorbed_attention import absorbed_attention, slices
+from kernels.absorbed_attention import absorbed_attention, available
 from kernels.query_attention import query_attention
 
 # ImageNet mean and deviation, with which DINOv2 was trained (arXiv 2304.07193; its released processor config).
@@ -162,7 +162,7 @@ def absorbs(x: Tensor, last: bool) -> bool:
     last would make them for looks alone: without, it takes half the time at one look a frame, and still less at 64
     (benchmarks/results/attention_forms.csv). On a GPU a kernel must exist: plain PyTorch would copy rows for each look.
     """
-    return last and (not x.is_cuda or (slices(x.shape[-1]) > 0 and x.dtype != torch.float32))
+    return last and (not x.is_cuda or available(x))
 
 
 def weights_of(query: Tensor, key: Tensor, frame_of_look: Tensor | None, scale: float) -> Tensor:

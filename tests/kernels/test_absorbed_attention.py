@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.kernel_tools import DEVICE, TOLERANCE, TYPES, assert_close, needs_triton, poisoned, results
-from kernels.absorbed_attention import _backward, _forward, absorbed_attention, absorbed_pooling, slices
+from kernels import absorbed_attention as absorbed_module
+from kernels.absorbed_attention import _backward, _forward, absorbed_attention, absorbed_pooling, available, slices
 from kernels.common import group_looks
 from kernels.query_attention import query_attention
 
@@ -105,6 +106,16 @@ def test_widths_that_cut_into_slices():
         32: 16, 48: 16, 192: 32, 384: 64, 768: 128, 1024: 128,
     }  # fmt: skip
     assert slices(40) == slices(1536) == 0
+
+
+def test_the_kernel_runs_where_its_shared_memory_fits(monkeypatch):
+    """DINOv2-base asks for 136 KiB: a card with 99 KiB a program takes the plain form, one with 163 KiB this one."""
+    small, base = (torch.zeros(1, 1, width, dtype=torch.bfloat16) for width in (384, 768))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for kib, fits in ((64, (False, False)), (99, (True, False)), (163, (True, True))):
+        monkeypatch.setattr(absorbed_module, "shared_memory_limit", lambda device, kib=kib: 1024 * kib)
+        assert (available(small), available(base)) == fits
+    assert not available(small.float())
 
 
 @pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=needs_triton)])

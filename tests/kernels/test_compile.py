@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from helpers import ROOT
+from kernels.absorbed_attention import shared_memory
 
 
 def costs(*arguments: str) -> list[dict[str, str]]:
@@ -31,19 +32,24 @@ def within_means(row: dict[str, str]) -> None:
     assert float(row["occupancy"]) > 0, f"no program fits on an SM: {row}"
 
 
-def test_kernels_compile_for_three_generations_of_gpus():
+def test_kernels_compile_for_six_kinds_of_gpus():
     rows = costs("--narrow")
-    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    assert {row["target"] for row in rows} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
     assert {row["kernel"] for row in rows} == {
         "query_forward", "query_backward", "absorbed_forward", "absorbed_backward", "absorbed_backward_rows",
     }  # fmt: skip
     for row in rows:
         within_means(row)
+        if row["kernel"] == "absorbed_backward":
+            assert int(row["shared"]) == shared_memory(384), "the formula by which a device is asked"
 
 
 @pytest.mark.slow
 def test_every_shape_compiles():
     rows = costs()
-    assert len(rows) == 3 * (2 * 2 * 7 + 2 * 3)
+    # 7 kernels of two widths with one or several looks, 3 in fp32; the absorbed 4 of the wide one on half the targets
+    assert len(rows) == 6 * (2 * 2 * 7 + 2 * 3) - 3 * 2 * 4
     for row in rows:
         within_means(row)
+        if row["kernel"] == "absorbed_backward":
+            assert int(row["shared"]) == shared_memory(384 if "H=6" in row["case"] else 768)

@@ -15,6 +15,13 @@ class UserError(Exception):
     """A mistake in a command, a file or the surroundings. Commands print it without a traceback and exit with 2."""
 
 
+class SampleError(ValueError):
+    """One sample cannot be used; training continues with a substitute.
+
+    The message is the cause, the same for every sample that is broken in this way: causes are counted.
+    """
+
+
 def did_you_mean(word: str, words: Iterable[object]) -> str:
     """` (did you mean 'x'?)` with the closest of `words`, or an empty string when none is close."""
     candidates = [str(w) for w in words]

@@ -33,7 +33,7 @@ LONGEST = 400  # lines; about 300 is the aim
 # A module belongs to its longest entry. The package `fovlm` itself imports nothing of ours until asked for a name.
 READING_ORDER = """
 kernels
-fovlm.errors fovlm.bad fovlm.redact fovlm.tables fovlm.distributed
+fovlm.errors fovlm.paths fovlm.fileio fovlm.redact fovlm.tables fovlm.distributed
 fovlm.config
 fovlm.media
 fovlm.estimate.shapes
@@ -58,6 +58,8 @@ LAYERS = READING_ORDER.split()
 # These must import fast, and on a machine without torch.
 LIGHT = (
     "errors",
+    "paths",
+    "fileio",
     "redact",
     "config.experiments",
     "config.schema",

@@ -11,13 +11,9 @@ gets its name at the very end: OUT is whole and checked, or not there.
 """
 
 import argparse
-import errno
 import json
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +31,7 @@ from fovlm.checkpoint.zero_reader import ZeroWeights
 from fovlm.data.chat import load_tokenizer, template
 from fovlm.data.dataset import tokenizer_path
 from fovlm.errors import EXIT_USER_ERROR, UserError, did_you_mean, format_error
+from fovlm.fileio import staged_dir
 from fovlm.model.build import find_weights
 from fovlm.model.encoder import Dinov2Config, released_name
 from fovlm.model.modeling import FoveatedConfig, FoveatedVLM
@@ -69,7 +66,7 @@ def convert(
     out = Path(out)
     refuse_occupied(out)
     found = find(Path(source), which)
-    with staged(out) as staging:
+    with staged_dir(out) as staging:
         if to == "universal":
             _universal(found, staging)
         else:
@@ -81,28 +78,6 @@ def refuse_occupied(out: Path) -> None:
     """Raise UserError when `out` is there and not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already and not empty: remove it, or give another folder")
-
-
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` at the end, or goes when anything fails."""
-    try:
-        out.resolve().parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.resolve().parent))
-    except OSError as error:
-        raise UserError(f"{out}: no folder can be made there ({error.strerror}); give another") from error
-    try:
-        yield staging
-        staging.chmod(0o755)
-        if out.is_dir():
-            out.rmdir()
-        staging.rename(out)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"{out}: the disk is full; nothing is left of it: make room, or give another folder") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _model(

@@ -23,17 +23,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
-from fovlm.checkpoint.convert import DTYPES, refuse_occupied, staged, write_texts, write_weights
+from fovlm.checkpoint.convert import DTYPES, refuse_occupied, write_texts, write_weights
 from fovlm.checkpoint.model_card import imported_card
 from fovlm.checkpoint.safetensors_writer import byte_size
 from fovlm.checkpoint.verify import load
 from fovlm.checkpoint.zero_reader import load_pickled
 from fovlm.data.chat import load_tokenizer
 from fovlm.errors import UserError, did_you_mean
-from fovlm.estimate.shapes import local_folder
+from fovlm.fileio import staged_dir
 from fovlm.model.build import check_vocabulary
 from fovlm.model.encoder import Dinov2Config, config_of, released_name
 from fovlm.model.modeling import QUESTIONS, FoveatedConfig
+from fovlm.paths import local_folder
 
 DINO, LLM = "encoder.dino.", "llm."
 NESTS = ("model", "state_dict", "model_state_dict", "module")  # under which a training script may put its weights
@@ -206,7 +207,7 @@ def import_published(
     )
     config.llm_config.tie_word_embeddings = bool(stored.ties)
     words = load_tokenizer(_found(tokenizer or str(llm)))
-    with staged(out) as staging:
+    with staged_dir(out) as staging:
         write_weights(staging, config, stored, DTYPES[dtype], largest)
         write_texts(staging, config, words, DTYPES[dtype])
         model = load(staging, DTYPES[dtype])

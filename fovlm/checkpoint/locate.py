@@ -9,8 +9,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fovlm.checkpoint import store
 from fovlm.checkpoint.store import ENGINE, UNIVERSAL, Checkpoints
-from fovlm.config.schema import Experiment, run_root
+from fovlm.config.schema import Experiment
 from fovlm.errors import UserError, did_you_mean
+from fovlm.paths import run_root
 
 
 @dataclass

@@ -12,9 +12,7 @@ falls back to the newest checkpoint that is whole.
 This file knows nothing of deepspeed: what the engine writes are files in a folder.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fovlm.errors import UserError
+from fovlm.fileio import digest_file, sync, write_atomically
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -85,8 +84,8 @@ class Checkpoints:
         """Seal a staged checkpoint, give it its name, and point `latest` (and `best`) to it. One rank calls this."""
         (staging / STATE).write_text(json.dumps(asdict(state), indent=1))
         manifest = {**manifest, STATE: describe(staging / STATE)}
-        _write_durably(staging / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
-        _sync(staging)
+        write_atomically(staging / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True), durable=True)
+        sync(staging)
         final = self.folder / staging.name.removeprefix(".staging-")
         if final.exists():  # the same step again, after a fallback to an older checkpoint
             old = self.folder / f".staging-old-{final.name}"
@@ -95,12 +94,10 @@ class Checkpoints:
             shutil.rmtree(old)
         else:
             staging.rename(final)
-        _sync(self.folder)
+        sync(self.folder)
         for pointer in ["latest", *(["best"] if best else [])]:
-            partial = self.folder / f".{pointer}"
-            _write_durably(partial, final.name + "\n")
-            partial.rename(self.folder / pointer)
-        _sync(self.folder)
+            write_atomically(self.folder / pointer, final.name + "\n", durable=True)
+        sync(self.folder)
         return final
 
     def prune(self, keep_last: int, keep_best: int) -> None:
@@ -142,16 +139,14 @@ def _metric(checkpoint: Path) -> float | None:
 
 def describe(path: Path) -> dict:
     """Size in bytes and blake2b checksum of a file."""
-    with path.open("rb") as file:
-        checksum = hashlib.file_digest(file, hashlib.blake2b) if hasattr(hashlib, "file_digest") else _digest(file)
-    return {"bytes": path.stat().st_size, "blake2b": checksum.hexdigest()}
+    return {"bytes": path.stat().st_size, "blake2b": digest_file(path, 64)}
 
 
 def seal(files: list[Path], root: Path) -> dict[str, dict]:
     """Flush files to disk and describe them, for the manifest. Hashing runs in threads; hashlib frees the GIL."""
 
     def one(path: Path) -> tuple[str, dict]:
-        _sync(path)
+        sync(path)
         return str(path.relative_to(root)), describe(path)
 
     with ThreadPoolExecutor(4) as pool:
@@ -173,26 +168,3 @@ def verify(checkpoint: Path, rank: int = 0, world: int = 1) -> str:
         if describe(path) != manifest[name]:
             return f"{name} has another checksum"
     return ""
-
-
-def _digest(file) -> "hashlib.blake2b":
-    digest = hashlib.blake2b()
-    while chunk := file.read(1 << 22):
-        digest.update(chunk)
-    return digest
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    """fsync a file or folder, so that a power cut cannot undo what was reported as written."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -69,11 +69,11 @@ def eval_(
         import torch
         from transformers.utils.logging import disable_progress_bar
 
-        from fovlm.config.schema import data_root
         from fovlm.eval import tables
-        from fovlm.eval.results import write
         from fovlm.eval.runner import Asked, run_eval
         from fovlm.eval.target import open_target
+        from fovlm.fileio import write_atomically
+        from fovlm.paths import data_root
 
         disable_progress_bar()  # ours is on already
         cuda = torch.cuda.is_available()
@@ -92,7 +92,7 @@ def eval_(
         console.print(f"part {part[0]} of {part[1]} is done; the last one to end tells the results")
         return
     shown = tables.main_tables(results)
-    write(asked.out / "tables.md", tables.markdown([*shown, *tables.parts_tables(results)]))
+    write_atomically(asked.out / "tables.md", tables.markdown([*shown, *tables.parts_tables(results)]))
     for title, table in shown:
         print(f"{title}\n  " + "\n  ".join(tables.text(table)) + "\n")
     for result in results:

@@ -52,7 +52,7 @@ def run(
     else:
         slots = [Slot()]
     if dry_run:
-        from fovlm.config.schema import run_root
+        from fovlm.paths import run_root
         from fovlm.sweep import cost, table
 
         own, on_gpu = cost.unless_told()

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fovlm.config import experiments
 from fovlm.config.schema import Experiment, load
 from fovlm.errors import EXIT_USER_ERROR, UserError, did_you_mean
+from fovlm.paths import ROOT
 
-FOLDER = experiments.ROOT / "ds_configs"
+FOLDER = ROOT / "ds_configs"
 
 # Every key that a file may hold, and the type of its value.
 ALLOWED: dict[str, Any] = {

@@ -22,8 +22,9 @@ from typing import Any
 import yaml
 
 from fovlm.errors import EXIT_USER_ERROR, UserError, did_you_mean
+from fovlm.paths import ROOT
+from fovlm.paths import in_project as _short
 
-ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ROOT / "experiments"
 SECTIONS = ("note", "seeds", "versus", "deepspeed", "model", "data", "optim", "train", "logger")
 FORMS = ("base", "runs", "grid")
@@ -259,10 +260,6 @@ def read(file: Path) -> dict[str, Any]:
 def _oneline(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     return (f"line {mark.line + 1}: " if mark else "") + (getattr(error, "problem", None) or "cannot be read")
-
-
-def _short(path: Path) -> str:
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ fields; letters (F frames, S text tokens) as in `batch.py`.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -17,6 +16,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from fovlm.config import experiments
 from fovlm.errors import UserError, did_you_mean
+from fovlm.paths import run_root
 
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]  # 0: never, or none
@@ -237,21 +237,6 @@ class Experiment(Strict):
     def run_folder(self) -> Path:
         """Where the run writes: checkpoints, logs, resolved settings."""
         return Path(self.logger.folder) if self.logger.folder else run_root() / self.name
-
-
-def run_root() -> Path:
-    """FOVLM_RUNS, or `runs` in the project: run folders are below."""
-    return Path(os.environ.get("FOVLM_RUNS", experiments.ROOT / "runs"))
-
-
-def data_root() -> Path:
-    """FOVLM_DATA, or `data` in the project: what relative shard patterns are below."""
-    return Path(os.environ.get("FOVLM_DATA", experiments.ROOT / "data"))
-
-
-def model_root() -> Path:
-    """FOVLM_MODELS, or `models` in the project: model folders are below."""
-    return Path(os.environ.get("FOVLM_MODELS", experiments.ROOT / "models"))
 
 
 def load(name: str, overrides: list[str] | None = None, folder: Path = experiments.EXPERIMENTS) -> Experiment:

@@ -11,7 +11,6 @@ Prompt order `before` puts the frames right behind QUESTION, `after` (the frames
 them at the start. The tokens are the same for both.
 """
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fovlm.bad import SampleError
-from fovlm.errors import UserError
+from fovlm.errors import SampleError, UserError
+from fovlm.fileio import digest
 
 SYSTEM = "You are a helpful AI assistant."
 SHOWN, ANSWER = "\ue000shown\ue000", "\ue000answer\ue000"  # marks that no one types, to find places in rendered text
@@ -46,7 +45,7 @@ class ChatTokenizer:
         self.tokenizer, self.question, self.loss_on, self.most = tokenizer, question, loss_on, most
         self.pieces = template(tokenizer)
         what = [tokenizer.backend_tokenizer.to_str(), *self.pieces, question, loss_on, str(most)]
-        self.hash = hashlib.blake2b("\n".join(what).encode(), digest_size=16).hexdigest()
+        self.hash = digest("\n".join(what))
 
     def texts(self, record: dict[str, Any], question: str | None, frames: bool, pair: bool) -> list[TokenizedText]:
         """The one conversation of a record, or the two of a preference `pair`: `chosen`, then `rejected`."""

@@ -7,7 +7,6 @@ Both are pure functions of the position, the shards and the settings, on any ran
 replaced by the next good one of its source that is no larger than what was planned for it, and reported.
 """
 
-import hashlib
 import io
 import json
 import tarfile
@@ -21,18 +20,18 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fovlm.bad import SampleError
-from fovlm.config.schema import DataSource, Experiment, data_root
+from fovlm.config.schema import DataSource, Experiment
 from fovlm.data.chat import ChatTokenizer
 from fovlm.data.index import MEDIA, Index, index_hash, open_indices
 from fovlm.data.packing import EMPTY, PackSize, Sample, SampleIssue
 from fovlm.data.sample_format import Member, contents, list_members, parse_json
 from fovlm.data.sampling import MixtureSampler, ShardShuffle
-from fovlm.data.shards import cache_root, find_shards
+from fovlm.data.shards import find_shards
 from fovlm.data.token_counts import TokenCounts, open_token_counts
-from fovlm.errors import UserError
-from fovlm.estimate.shapes import local_folder
+from fovlm.errors import SampleError, UserError
+from fovlm.fileio import digest
 from fovlm.media import decode
+from fovlm.paths import cache_root, data_root, local_folder
 
 SUBSTITUTES = 100  # samples that are considered in place of a broken one
 IMAGE = MEDIA.index("image")
@@ -117,14 +116,14 @@ class Dataset:
             "sources": [[s.name, s.source.kind, s.source.prompt, index_hash(s.indices)] for s in self.shelves],
             "weights": weights,
         }
-        self.hash = _digest(self.asked | {"settings": [chat.hash, max_frames, image_frames, seed]})
+        self.hash = _hash(self.asked | {"settings": [chat.hash, max_frames, image_frames, seed]})
 
     def scored_hash(self, samples: int) -> str:
         """Names the first so many samples as something to score: questions, answers, and the tokens that count.
 
         How many frames of them a model is shown, and how often, is its own affair: losses compare all the same.
         """
-        return _digest(self.asked | {"settings": [self.chat.hash, self.seed, samples]})
+        return _hash(self.asked | {"settings": [self.chat.hash, self.seed, samples]})
 
     def _open(self, name: str, source: DataSource, seed: int) -> SourceShards:
         indices = open_indices(find_shards(name, source.shards), cache_root())
@@ -242,8 +241,8 @@ class Dataset:
         return decode.decode_pictures([(name.rpartition(".")[2], data) for name, data in chosen], self.frame_size)
 
 
-def _digest(identity: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
+def _hash(identity: dict[str, Any]) -> str:
+    return digest(json.dumps(identity))
 
 
 def _read_members(index: Index, row: int) -> dict[Member, bytes]:

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +22,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from fovlm.bad import SampleError
 from fovlm.data.sample_format import Member, contents, list_members, parse_json
-from fovlm.errors import UserError
+from fovlm.errors import SampleError, UserError
+from fovlm.fileio import digest, write_atomically
 from fovlm.media import decode as media
 
 VERSION = 1  # of the file's content; another version is made again
@@ -97,7 +96,7 @@ def open_indices(shards: list[Path], cache: Path) -> list[Index]:
 
 def index_hash(indices: Iterable[Index]) -> str:
     """One hash of a set of shards in its order; where they lie does not enter into it."""
-    return hashlib.blake2b("\n".join(i.checksum for i in indices).encode(), digest_size=16).hexdigest()
+    return digest("\n".join(i.checksum for i in indices))
 
 
 def make_index(shard: Path) -> Index:
@@ -105,13 +104,13 @@ def make_index(shard: Path) -> Index:
     stat = shard.stat()
     samples, damaged_at = _scan(shard)
     keys, rows, broken = [], [], {}
-    digest = hashlib.blake2b(digest_size=16)
+    hashed = hashlib.blake2b(digest_size=16)
     with open(shard, "rb") as file:
         for row, members in enumerate(samples):
             start, length = members[0].start, members[-1].end - members[0].start
-            _hash_until(file, start, digest)
+            _hash_until(file, start, hashed)
             data = file.read(length)
-            digest.update(data)
+            hashed.update(data)
             where_json = next(((m.offset, m.length) for m in members if m.extension == "json"), (0, 0))
             try:
                 what = describe(members, data)
@@ -119,14 +118,14 @@ def make_index(shard: Path) -> Index:
                 broken[row], what = str(error), ("text", 0, False)
             keys.append(members[0].key)
             rows.append((start, length, zlib.crc32(data), *where_json, what[1], MEDIA.index(what[0]), what[2]))
-        _hash_until(file, stat.st_size, digest)
+        _hash_until(file, stat.st_size, hashed)
     if damaged_at is not None:
         log.warning("%s: damaged from byte %d on; what follows there is lost", shard, damaged_at)
         if keys:  # files of the last sample may be among what is lost
             broken[len(keys) - 1] = "truncated tar"
     table = np.array(rows, dtype=np.int64).reshape(-1, len(ARRAYS)).T
     arrays: dict[str, Any] = {name: table[i].astype(kind) for i, (name, kind) in enumerate(ARRAYS.items())}
-    return Index(shard, stat.st_size, stat.st_mtime_ns, digest.hexdigest(), keys, broken=broken, **arrays)
+    return Index(shard, stat.st_size, stat.st_mtime_ns, hashed.hexdigest(), keys, broken=broken, **arrays)
 
 
 def describe(members: list[Member], data: bytes) -> tuple[str, int, bool]:
@@ -199,7 +198,7 @@ def _hash_until(file: BinaryIO, end: int, digest) -> None:
 
 def _places(shard: Path, cache: Path) -> list[Path]:
     """Where the index may lie, best first."""
-    name = hashlib.blake2b(str(shard.resolve()).encode(), digest_size=8).hexdigest()
+    name = digest(str(shard.resolve()), 8)
     return [shard.with_name(shard.name + ".index"), cache / "index" / f"{shard.name}.{name}.index"]
 
 
@@ -223,22 +222,8 @@ def _write(index: Index, places: list[Path]) -> None:
     text = json.dumps({"version": VERSION, **kept, **arrays})
     for file in places:
         try:
-            replace_file(file, text.encode())
+            write_atomically(file, text)
             return
         except OSError as error:
             problem = error
     raise UserError(f"no index can be written for shard {index.path} ({problem}): set FOVLM_CACHE to a writable folder")
-
-
-def replace_file(file: Path, data: bytes) -> None:
-    """Write `data` under another name and rename it, so that no reader ever sees half a file. Raises OSError."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".unfinished")
-    try:
-        with os.fdopen(descriptor, "wb") as out:
-            out.write(data)
-        os.chmod(unfinished, 0o644)
-        os.replace(unfinished, file)
-    except BaseException:
-        os.unlink(unfinished)
-        raise

@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fovlm.bad import SampleError
+from fovlm.errors import SampleError
 from fovlm.media import decode
 
 NUMBERED = re.compile(r"(\d+)\.(\w+)")

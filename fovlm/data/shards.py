@@ -7,13 +7,10 @@ A shard behind http(s) is fetched whole into the cache once and is a local file 
 shell commands (`pipe:`) and unpickle members; neither is reachable from here.
 """
 
-import hashlib
 import http.client
 import json
-import os
 import re
 import shutil
-import tempfile
 import urllib.request
 from collections.abc import Iterable
 from itertools import islice
@@ -24,17 +21,12 @@ import webdataset
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from fovlm.config import experiments
-from fovlm.config.schema import data_root
 from fovlm.errors import UserError
+from fovlm.fileio import digest, open_atomically
+from fovlm.paths import cache_root, data_root
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 TIMEOUT = 60  # seconds without a byte from a server
-
-
-def cache_root() -> Path:
-    """FOVLM_CACHE, or `.cache` in the project: fetched shards, token counts, indices of read-only folders."""
-    return Path(os.environ.get("FOVLM_CACHE", experiments.ROOT / ".cache"))
 
 
 def find_shards(source: str, pattern: str) -> list[Path]:
@@ -76,21 +68,18 @@ def _fetch(url: str, where: str) -> Path:
     if not url.lower().startswith(("http://", "https://")):
         raise UserError(f"{where}: '{url}' is neither a file nor http(s), and nothing else is opened or run")
     name = url.partition("?")[0].rpartition("/")[2]
-    file = cache_root() / "shards" / hashlib.blake2b(url.encode(), digest_size=8).hexdigest() / name
+    file = cache_root() / "shards" / digest(url, 8) / name
     if file.is_file():
         return file
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            with (
-                urllib.request.urlopen(url, timeout=TIMEOUT) as answer,
-                tqdm.wrapattr(answer, "read", total=answer.length, desc=f"fetching {name}", delay=2) as body,
-                open(Path(folder) / name, "wb") as out,
-            ):
-                shutil.copyfileobj(body, out, 1 << 20)
-                if answer.length:  # counts down what is still to come
-                    raise OSError(f"the connection broke off {answer.length} bytes before the end")
-            os.replace(out.name, file)
+        with (
+            urllib.request.urlopen(url, timeout=TIMEOUT) as answer,
+            tqdm.wrapattr(answer, "read", total=answer.length, desc=f"fetching {name}", delay=2) as body,
+            open_atomically(file) as out,
+        ):
+            shutil.copyfileobj(body, out, 1 << 20)
+            if answer.length:  # counts down what is still to come
+                raise OSError(f"the connection broke off {answer.length} bytes before the end")
     except (http.client.HTTPException, OSError) as error:  # URLError is an OSError
         raise UserError(f"{where}: {url} could not be fetched into {file.parent} ({error})") from error
     return file
@@ -112,20 +101,13 @@ def write_shards(pattern: Path, samples: Iterable[dict[str, Any]], per_shard: in
 
 def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> None:
     """Write one tar of samples as they come; it gets its name when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        with open(unfinished, "wb") as file:
-            writer = webdataset.TarWriter(file, encoder=False, mtime=0)
-            try:
-                for sample in samples:
-                    writer.write({name: _encoded(value) for name, value in sample.items()})
-            finally:
-                writer.close()
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)  # on a full disk, what it holds is wanted back
-        raise
+    with open_atomically(path) as file:
+        writer = webdataset.TarWriter(file, encoder=False, mtime=0)
+        try:
+            for sample in samples:
+                writer.write({name: _encoded(value) for name, value in sample.items()})
+        finally:
+            writer.close()
 
 
 def _encoded(value: Any) -> Any:

@@ -4,7 +4,6 @@ make(task)             shards, tokenizer and the places of the asked objects, be
 judge(...)             what the task can tell about a model: beside its loss, where it looked
 """
 
-import fcntl
 import json
 import math
 import shutil
@@ -18,14 +17,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fovlm import distributed
-from fovlm.config.schema import SyntheticTask, data_root
+from fovlm.config.schema import SyntheticTask
 from fovlm.data.chat import SYSTEM
 from fovlm.data.packing import Batch
 from fovlm.data.shards import write_shards
 from fovlm.data.synthetic import COLOURS, QUESTION, SHAPES, Clips, generate, names
 from fovlm.errors import UserError
+from fovlm.fileio import locked, remove_unfinished, staged_dir
 from fovlm.media.decode import encode_jpeg
 from fovlm.model.modeling import FoveatedVLM
+from fovlm.paths import data_root
 from fovlm.viz.heatmap import maps
 
 PER_SHARD = 1000
@@ -52,8 +53,7 @@ def make(task: SyntheticTask) -> None:
     if _is_made(target, settings):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(target.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(target.with_name(target.name + ".lock")):
         if not _is_made(target, settings):
             _make(task, target, settings)
 
@@ -65,24 +65,27 @@ def _is_made(target: Path, settings: str) -> bool:
 def _make(task: SyntheticTask, target: Path, settings: str) -> None:
     if target.exists() and not (target / "task.json").exists():
         raise UserError(f"data.generate.folder: {target} holds other things: name another folder")
-    unfinished = target.with_name(target.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    remove_unfinished(target)
+    with staged_dir(target) as staging:
+        _write(task, staging)
+        (staging / "task.json").write_text(settings)
+        shutil.rmtree(target, ignore_errors=True)
+
+
+def _write(task: SyntheticTask, folder: Path) -> None:
     clips = task.train_clips
     others = 1 - task.text_fraction - task.image_fraction
     pictures, texts = (round(clips * share / max(others, 0.1)) for share in (task.image_fraction, task.text_fraction))
-    write_shards(unfinished / "video-%03d.tar", _videos(task, "clip", clips, task.frames, task.objects, 1), PER_SHARD)
-    write_shards(unfinished / "image-%03d.tar", _videos(task, "image", pictures, 1, task.objects, 2), max(pictures, 1))
-    write_shards(unfinished / "text-%03d.tar", _texts(task, texts), max(texts, 1))
+    write_shards(folder / "video-%03d.tar", _videos(task, "clip", clips, task.frames, task.objects, 1), PER_SHARD)
+    write_shards(folder / "image-%03d.tar", _videos(task, "image", pictures, 1, task.objects, 2), max(pictures, 1))
+    write_shards(folder / "text-%03d.tar", _texts(task, texts), max(texts, 1))
     truth: dict[str, list[int]] = {}
     crowd = [max(task.objects)]  # validation has the hardest clips only
-    write_shards(unfinished / "val-%03d.tar", _videos(task, "val", task.val_clips, task.frames, crowd, 3, truth), 10**6)
+    write_shards(folder / "val-%03d.tar", _videos(task, "val", task.val_clips, task.frames, crowd, 3, truth), 10**6)
     pictured = _videos(task, "val_image", task.val_clips, 1, crowd, 5, truth)
-    write_shards(unfinished / "val_image-%03d.tar", pictured, 10**6)
-    tokenizer(task).save_pretrained(unfinished / "tokenizer")
-    (unfinished / TRUTH).write_text(json.dumps(truth))
-    (unfinished / "task.json").write_text(settings)
-    shutil.rmtree(target, ignore_errors=True)
-    unfinished.rename(target)
+    write_shards(folder / "val_image-%03d.tar", pictured, 10**6)
+    tokenizer(task).save_pretrained(folder / "tokenizer")
+    (folder / TRUTH).write_text(json.dumps(truth))
 
 
 def tokenizer(task: SyntheticTask) -> PreTrainedTokenizerFast:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fovlm.bad import SampleError
-from fovlm.errors import UserError, did_you_mean
+from fovlm.errors import SampleError, UserError, did_you_mean
 
 LINES = 64  # rows in a block of a text file: small blocks mix well, and any of them is a single read
 FORMATS = {"parquet": "parquet", "csv": "csv", "jsonl": "jsonl", "json": "json"}

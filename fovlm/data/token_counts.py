@@ -4,7 +4,6 @@ Made once for a shard and everything that tokenization depends on, and kept in t
 usable conversation gets its cause here, beside those that the index found.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from fovlm.bad import SampleError
 from fovlm.config.schema import DataSource
 from fovlm.data.chat import ChatTokenizer
-from fovlm.data.index import Index, replace_file
+from fovlm.data.index import Index
 from fovlm.data.sample_format import parse_json
-from fovlm.errors import UserError
+from fovlm.errors import SampleError, UserError
+from fovlm.fileio import digest, write_atomically
 
 
 @dataclass
@@ -38,14 +37,14 @@ def open_token_counts(indices: list[Index], source: DataSource, chat: ChatTokeni
 
 def _open(index: Index, source: DataSource, chat: ChatTokenizer, cache: Path) -> TokenCounts:
     settings = json.dumps([index.checksum, chat.hash, source.kind, source.prompt])
-    file = cache / "lengths" / (hashlib.blake2b(settings.encode(), digest_size=16).hexdigest() + ".json")
+    file = cache / "lengths" / (digest(settings) + ".json")
     try:
         stored = json.loads(file.read_bytes())
     except (OSError, ValueError):  # not there, or half a file of a copied cache
         lengths = _count(index, source, chat)
         stored = {"text": lengths.text.tolist(), "prompt": lengths.prompt.tolist(), "broken": lengths.broken}
         try:
-            replace_file(file, json.dumps(stored).encode())
+            write_atomically(file, json.dumps(stored))
         except OSError as error:
             raise UserError(
                 f"token counts can't be kept in {cache} ({error}): set FOVLM_CACHE to another folder"

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from fovlm.config.deepspeed import resolve
-from fovlm.config.schema import Experiment, data_root
+from fovlm.config.schema import Experiment
 from fovlm.data.chat import load_tokenizer
 from fovlm.data.dataset import open_dataset, pack_budget, tokenizer_path
 from fovlm.data.packing import PackSize, pack_samples
@@ -25,6 +25,7 @@ from fovlm.errors import UserError
 from fovlm.estimate.flops import largest, mean_cost, samples_for, total
 from fovlm.estimate.memory import activations, estimate
 from fovlm.estimate.shapes import Geometry, geometry, parameters
+from fovlm.paths import data_root
 
 SIZED = 2000  # samples whose sizes stand for all
 

@@ -9,12 +9,12 @@ T visual tokens of one look.
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from fovlm.config.schema import Experiment, model_root
+from fovlm.config.schema import Experiment
 from fovlm.config.schema import ModelSettings as ModelSettings
 from fovlm.errors import UserError, did_you_mean
+from fovlm.paths import local_folder
 
 # What transformers 5.23 assumes for settings that a LlamaConfig or a Dinov2Config is not given.
 LLAMA = {
@@ -170,13 +170,6 @@ def parameters(experiment: Experiment, shapes: Geometry) -> dict[str, Count]:
         "encoder": Count(0, dino) if "encoder" in experiment.optim.freeze else Count(dino - mask, mask),
         "llm": Count(0, llm) if "llm" in experiment.optim.freeze else Count(llm, 0),
     }
-
-
-def local_folder(name: str) -> Path | None:
-    """The folder of a model, as given or below FOVLM_MODELS (the rule of `build.find_weights`); None: there is none."""
-    below = model_root()
-    folders = (Path(name), below / name, below / name.rsplit("/", 1)[-1])
-    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def _settings(source: str | dict[str, Any], key: str, kind: str, defaults: dict[str, Any]) -> dict[str, Any]:

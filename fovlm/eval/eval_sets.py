@@ -16,15 +16,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fovlm.bad import SampleError
 from fovlm.config.schema import DataSource
 from fovlm.data.chat import ChatTokenizer, TokenizedText
 from fovlm.data.dataset import Dataset
 from fovlm.data.index import MEDIA, open_indices
-from fovlm.data.shards import cache_root, find_shards
-from fovlm.errors import UserError, did_you_mean
+from fovlm.data.shards import find_shards
+from fovlm.errors import SampleError, UserError, did_you_mean
 from fovlm.eval.benchmarks import READERS, questions_of
 from fovlm.eval.questions import drawn, frames_of, hash_of
+from fovlm.fileio import digest
+from fovlm.paths import cache_root
 
 KIND = ", "  # between the name of a source and the kind of its samples
 UNCUT = 2**31 - 1  # tokens of a text: what goes beyond a model's context is left out, never scored in part
@@ -223,7 +224,7 @@ class Shards:
     def hash_without(self, numbers: Collection[int]) -> str:
         kept = [p for n, p in enumerate(self.positions) if n not in numbers]
         told = {"of": self.data.asked, "tokens": self.tokens, "positions": kept}
-        return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
+        return digest(json.dumps(told))
 
 
 def _on_every_token(record: dict[str, Any]) -> bool:

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fovlm.bad import SampleError
-from fovlm.errors import UserError
+from fovlm.errors import SampleError, UserError
+from fovlm.fileio import digest
 from fovlm.media import decode as media
 from fovlm.media import tolerant
 from fovlm.media.clip import read_clip
@@ -61,7 +61,7 @@ class EvalQuestion:
     @property
     def shown(self) -> str:
         """Names what is shown: two questions about one clip have the same."""
-        names = [m.name if isinstance(m, Path) else hashlib.blake2b(m, digest_size=16).hexdigest() for m in self.media]
+        names = [m.name if isinstance(m, Path) else digest(m) for m in self.media]
         return json.dumps([names, self.part])
 
 
@@ -117,12 +117,12 @@ def _frames(shown: Path | bytes, question: EvalQuestion, size: int, most: int) -
 
 def hash_of(questions: Sequence[EvalQuestion]) -> str:
     """Names a set: what is asked, offered, right, and shown (files by name and size, pictures by content)."""
-    digest = hashlib.blake2b(digest_size=16)
+    hashed = hashlib.blake2b(digest_size=16)
     for q in questions:
         sizes = [m.stat().st_size if isinstance(m, Path) and m.is_file() else 0 for m in q.media]
         told = [q.id, q.category, q.question, q.options, q.answer, q.shown, sizes]
-        digest.update(json.dumps(told, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()
+        hashed.update(json.dumps(told, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+    return hashed.hexdigest()
 
 
 def drawn(questions: list[EvalQuestion], limit: int | None) -> list[EvalQuestion]:

@@ -9,12 +9,11 @@ number of ranks; the rank that finds all lines there merges them.
 """
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from fovlm.errors import UserError
+from fovlm.fileio import write_atomically
 
 Line = dict[str, Any]
 
@@ -43,7 +42,7 @@ class Record:
             return None
         ordered = [lines[n] for n in sorted(lines)]
         if not self.whole.is_file():
-            write(self.whole, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ordered))
+            write_atomically(self.whole, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ordered))
         for part in self.folder.glob(f"{self.mode}.part-*.jsonl"):
             part.unlink(missing_ok=True)
         return ordered
@@ -85,13 +84,4 @@ def agree(folder: Path, facts: dict[str, Any]) -> None:
                 told = f"{folder} holds results with {key} {there.get(key)}, and now it is {facts[key]}"
                 raise UserError(f"{told}: give another --out, or remove the folder")
     else:
-        write(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-
-
-def write(path: Path, text: str) -> None:
-    """A whole file or none, also when several ranks write the same."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with open(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+        write_atomically(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")

@@ -22,8 +22,9 @@ from fovlm.eval import controls as ways
 from fovlm.eval.eval_sets import UNCUT, EvalSet, Form, Item, open_eval_set
 from fovlm.eval.likelihood import Encoding, View, encode, score, visual
 from fovlm.eval.metrics import compute_metrics, line_of
-from fovlm.eval.results import Line, Record, agree, write
+from fovlm.eval.results import Line, Record, agree
 from fovlm.eval.target import Target
+from fovlm.fileio import write_atomically
 from fovlm.model.generation import context_of
 from fovlm.train.validation import MODES
 
@@ -139,7 +140,7 @@ def merge(exam: EvalSet, facts: Result, records: Records) -> list[Result]:
             result = facts | {"control": control, "mode": mode, "left_out": missing} | counted
             if without := {line["n"] for line in lines if "left_out" in line}:
                 result["set_hash"] = exam.hash_without(without)
-            write(record.folder / f"{mode}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+            write_atomically(record.folder / f"{mode}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
             found.append(result)
     return found
 

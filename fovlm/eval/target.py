@@ -10,13 +10,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fovlm.checkpoint import store
-from fovlm.config.schema import Experiment, run_root
+from fovlm.config.schema import Experiment
 from fovlm.data.chat import load_tokenizer
 from fovlm.data.dataset import tokenizer_path
 from fovlm.errors import UserError
 from fovlm.model.build import build
 from fovlm.model.modeling import FoveatedConfig, FoveatedVLM
 from fovlm.model.processing import open_model
+from fovlm.paths import run_root
 
 
 @dataclass

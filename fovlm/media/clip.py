@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fovlm.bad import SampleError
-from fovlm.errors import UserError, did_you_mean
+from fovlm.errors import SampleError, UserError, did_you_mean
 from fovlm.media import decode, tolerant
 
 KINDS = "mp4, mov, webm, mkv, avi, mpg, flv, ogv; animated webp or gif; jpg, png, webp; or a folder of pictures"

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from fovlm.bad import SampleError
+from fovlm.errors import SampleError
 from fovlm.media.decode import (
     PICTURES,
     SEEK_AFTER,

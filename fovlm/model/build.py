@@ -16,9 +16,9 @@ from transformers import (
 
 from fovlm.config.schema import ModelSettings
 from fovlm.errors import UserError
-from fovlm.estimate.shapes import local_folder
 from fovlm.model.encoder import Dinov2Config, Dinov2Model
 from fovlm.model.modeling import FoveatedConfig, FoveatedVLM, check_report
+from fovlm.paths import local_folder
 
 
 def build(settings: ModelSettings, image_frames: int = 1) -> FoveatedVLM:

@@ -16,11 +16,10 @@ from braceexpand import braceexpand
 from rich.console import Console
 from rich.progress import track
 
-from fovlm.bad import SampleError
 from fovlm.data.index import make_index
 from fovlm.data.sample_format import Member, contents, list_members, parse_json
 from fovlm.data.workers import each
-from fovlm.errors import UserError, did_you_mean
+from fovlm.errors import SampleError, UserError, did_you_mean
 from fovlm.media import decode as media
 from fovlm.prepare import manifest as books
 from fovlm.prepare.job import fingerprints

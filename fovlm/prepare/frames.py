@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fovlm.bad import SampleError
+from fovlm.errors import SampleError
 from fovlm.media import decode, tolerant
 from fovlm.prepare.job import Job
 

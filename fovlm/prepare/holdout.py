@@ -5,7 +5,6 @@ its first as its share. So the set depends on what the samples are, not on how t
 for `fovlm prepare --exclude`; `fovlm check --against` finds what other shards share with it, and `--repair` removes it.
 """
 
-import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -13,13 +12,12 @@ from typing import Any
 
 from rich.console import Console
 
-from fovlm.data.index import replace_file
 from fovlm.data.shards import write_shard
 from fovlm.errors import UserError
+from fovlm.fileio import digest, digest_file, write_atomically
 from fovlm.prepare import manifest as books
 from fovlm.prepare.check import Entry, Scan, members_of, scan_all, shards_of
 from fovlm.prepare.manifest import Manifest, Shard
-from fovlm.prepare.write_shard import checksum_of
 
 TAKEN = "taken.jsonl"
 PER_SHARD = 1000
@@ -63,7 +61,7 @@ def _draw(scans: list[Scan], out: Path, manifest: Manifest) -> None:
         for number, start in enumerate(range(0, len(some), PER_SHARD)):
             _write(out / f"{name}-{kind}-{number:05d}.tar", some[start : start + PER_SHARD], manifest, taken)
     manifest.strata = {f"{kind} {source}": len(drawn) for (kind, source), drawn in sorted(chosen.items())}
-    replace_file(out / TAKEN, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in taken).encode())
+    write_atomically(out / TAKEN, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in taken))
     manifest.complete = True
     manifest.save(out)
 
@@ -98,7 +96,7 @@ def _strata(scans: list[Scan], seed: int) -> dict[tuple[str, str], list[Drawn]]:
             if entry.cause or entry.sample in seen:
                 continue
             seen.add(entry.sample)
-            rank = hashlib.blake2b(f"{seed}/{entry.sample}".encode(), digest_size=16).hexdigest()
+            rank = digest(f"{seed}/{entry.sample}")
             strata.setdefault((entry.kind, entry.source), []).append((rank, scan, entry))
     return {stratum: sorted(drawn, key=lambda d: d[0]) for stratum, drawn in strata.items()}
 
@@ -118,12 +116,12 @@ def _write(path: Path, some: list[Drawn], manifest: Manifest, taken: list[dict[s
             yield {"__key__": rank, **{member.extension: data for member, data in files.items()}}
 
     write_shard(path, samples())
-    size, checksum = path.stat().st_size, checksum_of(path)
+    size, checksum = path.stat().st_size, digest_file(path)
     manifest.shards[path.name] = Shard(path.name, len(some), len(some), frames[path.name], size, checksum)
 
 
 def _verify(manifest: Manifest, out: Path) -> None:
     """A frozen set must be what it was. Raises UserError."""
     for name, shard in manifest.shards.items():
-        if not (out / name).is_file() or checksum_of(out / name) != shard.checksum:
+        if not (out / name).is_file() or digest_file(out / name) != shard.checksum:
             raise UserError(f"{out / name} is not what was drawn: restore it, or draw a new set into another folder")

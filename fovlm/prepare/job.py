@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fovlm.data.tables import Row
+from fovlm.fileio import digest
 
 Record = dict[str, Any]
 
@@ -77,4 +78,4 @@ def fingerprints(record: Record, pictures: list[bytes]) -> tuple[str, str]:
     said = [" ".join(str(record.get(part) or "").split()) for part in ("user", "assistant", "chosen", "rejected")]
     if not any(said[1:]):
         said.append(str(record.get("token_ids")))
-    return hashlib.blake2b("\0".join([*said, looks]).encode("utf-8", "replace"), digest_size=16).hexdigest(), looks
+    return digest("\0".join([*said, looks]).encode("utf-8", "replace")), looks

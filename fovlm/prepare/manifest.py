@@ -4,20 +4,17 @@ The manifest is written anew after every shard, so it names exactly the shards t
 resume needs. Nothing in it depends on when, where, or on how many workers it was made.
 """
 
-import fcntl
-import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fovlm.data.index import replace_file
 from fovlm.errors import UserError
+from fovlm.fileio import digest, locked, write_atomically
 
 FILE, REJECTED = "manifest.json", "rejected.jsonl"
 PACKAGES = ("av", "pillow", "simplejpeg", "pyarrow", "webdataset")  # other versions may give other bytes
@@ -48,9 +45,9 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """Names the content of all shards in order, as `fovlm.data.index.hash_of` does."""
+        """Names the content of all shards in order, as `fovlm.data.index.index_hash` does."""
         checksums = [self.shards[name].checksum for name in sorted(self.shards) if self.shards[name].samples]
-        return hashlib.blake2b("\n".join(checksums).encode(), digest_size=16).hexdigest()
+        return digest("\n".join(checksums))
 
     def total(self, what: str) -> int:
         """The sum of rows, samples, frames or bytes."""
@@ -76,7 +73,7 @@ class Manifest:
             "versions": {name: version for name in PACKAGES if (version := _version(name))},
             "shards": [asdict(self.shards[name]) for name in sorted(self.shards)],
         }
-        replace_file(folder / FILE, (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomically(folder / FILE, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
 
 
 def load(folder: Path) -> Manifest | None:
@@ -96,18 +93,12 @@ def load(folder: Path) -> Manifest | None:
 def alone(folder: Path) -> Iterator[None]:
     """Two commands must not write into one folder at the same time. Raises UserError while another one does."""
     folder.mkdir(parents=True, exist_ok=True)
-    opened = os.open(folder, os.O_RDONLY)  # the lock is on the folder itself, and ends with this process
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(opened)
-        raise UserError(f"another command is writing into {folder}: wait for it, or take another folder") from None
-    except OSError:
-        pass  # some network file systems have no locks on folders
-    try:
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder, wait=False))
+        except BlockingIOError:
+            raise UserError(f"another command is writing into {folder}: wait for it, or take another folder") from None
         yield
-    finally:
-        os.close(opened)
 
 
 def open_or_new(folder: Path, settings: dict[str, Any], inputs: list[dict[str, Any]]) -> Manifest:

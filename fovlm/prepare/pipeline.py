@@ -19,17 +19,17 @@ from rich.progress import (
 from rich.text import Text
 
 from fovlm.data.chat import load_tokenizer, template
-from fovlm.data.index import replace_file
 from fovlm.data.tables import LINES, Block, blocks_of, find_tables, refuse_twice, sidecar_blocks
 from fovlm.data.workers import each
 from fovlm.errors import UserError
+from fovlm.fileio import UNFINISHED, digest_file, remove_unfinished, write_atomically
 from fovlm.prepare import manifest as books
 from fovlm.prepare.frames import NO_VIDEO, video_folders
 from fovlm.prepare.job import Job, RawSource
 from fovlm.prepare.manifest import Manifest, Shard
 from fovlm.prepare.registry import source_of
 from fovlm.prepare.shard_plan import Task, plan
-from fovlm.prepare.write_shard import Rejected, all_rows, checksum_of, excluded, make_shard, shard_path
+from fovlm.prepare.write_shard import Rejected, all_rows, excluded, make_shard, shard_path
 
 WITHOUT_EFFECT = (
     "raw",
@@ -63,6 +63,7 @@ def _make(job: Job, blocks: list[Block], workers: int, console: Console) -> Mani
     if len(missing) < len(tasks):
         console.print(f"{len(tasks) - len(missing)} of {len(tasks)} shards are there already and are kept")
     manifest.complete = not missing
+    remove_unfinished(job.out / "*")
     rejected_file = job.out / books.REJECTED
     kept = _kept(rejected_file, manifest)
     _write(rejected_file, kept)
@@ -130,7 +131,7 @@ def _settings(job: Job) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(job).items() if name not in WITHOUT_EFFECT}
     if job.tokenize:
         settings["tokens"] = load_tokenizer(job.tokenizer).name_or_path.rstrip("/").rpartition("/")[2]
-    return settings | {"exclude": checksum_of(job.exclude) if job.exclude else ""}
+    return settings | {"exclude": digest_file(job.exclude) if job.exclude else ""}
 
 
 def _inputs(job: Job, blocks: list[Block]) -> list[dict[str, Any]]:
@@ -161,7 +162,7 @@ def _kept(file: Path, manifest: Manifest) -> Rejected:
 
 def _write(file: Path, rejected: Rejected) -> None:
     rejected.sort(key=lambda one: (one["shard"], one["file"], one["row"], one.get("turn", 0)))
-    replace_file(file, _lines(rejected).encode())
+    write_atomically(file, _lines(rejected))
 
 
 def _lines(rejected: Rejected) -> str:
@@ -177,7 +178,7 @@ class _Growing(ProgressColumn):
 
     def render(self, task: Any) -> Text:
         size = 0
-        for file in self.folder.glob("*.tar.unfinished"):
+        for file in self.folder.glob(f".*.tar.*{UNFINISHED}"):
             with suppress(FileNotFoundError):  # finished meanwhile
                 size += file.stat().st_size
         return Text(f"+ {size / 1e6:.1f} MB" if size else "")

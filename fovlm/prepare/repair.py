@@ -11,11 +11,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from fovlm.data.index import replace_file
+from fovlm.fileio import digest_file, open_atomically, write_atomically
 from fovlm.prepare import manifest as books
 from fovlm.prepare.check import Audit, Scan
 from fovlm.prepare.manifest import Manifest, Shard
-from fovlm.prepare.write_shard import checksum_of
 
 END = bytes(1024)  # two empty blocks end a tar
 
@@ -33,15 +32,12 @@ def repair(found: Audit, out: Path, console: Console) -> int:
 
 
 def _copy(scan: Scan, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with open(scan.path, "rb") as source, open(unfinished, "wb") as copy:
+    with open(scan.path, "rb") as source, open_atomically(path) as copy:
         for entry in scan.entries:
             if not entry.cause:
                 source.seek(entry.offset)
                 copy.write(source.read(entry.length))
         copy.write(END)
-    os.replace(unfinished, path)
 
 
 def _book(folder: Path, scans: list[Scan]) -> int:
@@ -56,10 +52,10 @@ def _book(folder: Path, scans: list[Scan]) -> int:
         if scan.cause and not scan.entries:
             causes[scan.cause] = 1
         path = folder / scan.path.name
-        size, checksum = (path.stat().st_size, checksum_of(path)) if good else (0, "")
+        size, checksum = (path.stat().st_size, digest_file(path)) if good else (0, "")
         frames = sum(entry.frames for entry in good)
         manifest.shards[path.name] = Shard(path.name, len(scan.entries), len(good), frames, size, checksum, causes)
         lines += [{"shard": path.name, "key": e.key, "cause": e.cause} for e in scan.entries if e.cause]
-    replace_file(folder / books.REJECTED, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    write_atomically(folder / books.REJECTED, "".join(json.dumps(line) + "\n" for line in lines))
     manifest.save(folder)
     return manifest.total("samples")

@@ -1,7 +1,6 @@
 """One shard, made by one worker: rows -> samples -> a tar, and the report of what was left out."""
 
 import functools
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -10,11 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fovlm.bad import SampleError
 from fovlm.data import chat
 from fovlm.data.shards import write_shard
 from fovlm.data.tables import Row, read_block
-from fovlm.errors import UserError
+from fovlm.errors import SampleError, UserError
+from fovlm.fileio import digest, digest_file
 from fovlm.prepare.job import Job, Made, fingerprints
 from fovlm.prepare.manifest import Shard
 from fovlm.prepare.registry import source_of
@@ -53,7 +52,7 @@ def make_shard(job: Job, task: Task) -> tuple[Shard, Rejected]:
     if not counts["samples"]:
         path.unlink()  # a shard without samples is no use to anybody
         return Shard(path.name, task.rows, 0, 0, 0, "", causes), rejected
-    checksum = checksum_of(path)
+    checksum = digest_file(path)
     return Shard(
         path.name, task.rows, counts["samples"], counts["frames"], path.stat().st_size, checksum, causes
     ), rejected
@@ -61,15 +60,6 @@ def make_shard(job: Job, task: Task) -> tuple[Shard, Rejected]:
 
 def shard_path(job: Job, number: int) -> Path:
     return job.out / f"{job.name}-{number:05d}.tar"
-
-
-def checksum_of(path: Path) -> str:
-    """BLAKE2b of a file, as an index has it."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 def _rows(job: Job, task: Task) -> Iterator[tuple[str, int, Row | str]]:
@@ -136,4 +126,4 @@ def _safe(file: str) -> str:
     """A table's path as the start of keys: without dots, which would end a key, and never the same for two tables."""
     stem = file.rpartition(".")[0] or file
     plain = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in stem)
-    return plain if plain == stem else f"{plain}-{hashlib.blake2b(file.encode(), digest_size=2).hexdigest()}"
+    return plain if plain == stem else f"{plain}-{digest(file, 2)}"

@@ -18,11 +18,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from fovlm.config import schema
 from fovlm.config.schema import Experiment
 from fovlm.errors import UserError, did_you_mean
 from fovlm.estimate import flops
 from fovlm.estimate.shapes import geometry, parameters
+from fovlm.paths import run_root
 from fovlm.sweep import select
 
 SEED = re.compile(r"-s\d+$")
@@ -168,7 +168,7 @@ def collect(words: Iterable[str]) -> Evidence:
 
 def _folders(word: str) -> list[Path]:
     """The run folders that a word means, those of further seeds with it when it is a name."""
-    roots = (Path(), schema.run_root())
+    roots = (Path(), run_root())
     for root in roots:
         path = root / word
         if (path / "experiment.yaml").is_file():
@@ -189,17 +189,17 @@ def _folders(word: str) -> list[Path]:
     try:
         names = [name for _, name in select.select([word])]
     except UserError as error:
-        known = [p.parent.name for p in schema.run_root().glob("*/experiment.yaml")]
-        where = f"here or in {schema.run_root()}{did_you_mean(word, known)}"
+        known = [p.parent.name for p in run_root().glob("*/experiment.yaml")]
+        where = f"here or in {run_root()}{did_you_mean(word, known)}"
         raise UserError(f"no run folder '{word}' {where}; {error}") from None
     inside = [p for name in names for p in _with_seeds(name)]
     if not inside:
-        raise UserError(f"'{word}' has not been run: nothing of it in {schema.run_root()} (fovlm run '{word}')")
+        raise UserError(f"'{word}' has not been run: nothing of it in {run_root()} (fovlm run '{word}')")
     return inside
 
 
 def _with_seeds(name: str) -> list[Path]:
-    found = [p.parent for p in sorted(schema.run_root().glob(f"{name}*/experiment.yaml"))]
+    found = [p.parent for p in sorted(run_root().glob(f"{name}*/experiment.yaml"))]
     return [folder for folder in found if SEED.sub("", folder.name) == name]
 
 

@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from fovlm.config.experiments import ROOT
-from fovlm.config.schema import run_root
 from fovlm.errors import EXIT_STOPPED, UserError
+from fovlm.paths import ROOT, run_root
 from fovlm.sweep import table
 from fovlm.sweep.progress import SweepProgress, span
 from fovlm.sweep.select import PlannedRun, run_status, summary_of

@@ -5,7 +5,7 @@ rows. Numbers come from the run folder (`journal.py` says what is in it).
 """
 
 import csv
-import fcntl
+import io
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from fovlm.config.schema import Experiment
 from fovlm.errors import UserError
+from fovlm.fileio import locked, write_atomically
 from fovlm.sweep.select import PlannedRun, summary_of
 
 FILE = "runs.csv"
@@ -39,18 +40,16 @@ def read(root: Path) -> dict[str, dict[str, str]]:
 def write(root: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Put rows by name over those of `root`/runs.csv: whole, or not at all. A key that is not given keeps its value."""
     root.mkdir(parents=True, exist_ok=True)
-    with (root / f"{FILE}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(root / f"{FILE}.lock"):
         all_rows: dict[str, dict[str, Any]] = {name: dict(row) for name, row in read(root).items()}
         for name, row in rows.items():
             all_rows.setdefault(name, {}).update(row)
         columns = list(dict.fromkeys([*COLUMNS, *(key for row in all_rows.values() for key in row)]))
-        partial = root / f"{FILE}.partial"
-        with partial.open("w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, columns, restval="")
-            writer.writeheader()
-            writer.writerows(all_rows.values())
-        partial.replace(root / FILE)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, restval="")
+        writer.writeheader()
+        writer.writerows(all_rows.values())
+        write_atomically(root / FILE, text.getvalue())
 
 
 def row_of(run: PlannedRun, status: str, **known: Any) -> dict[str, Any]:

@@ -34,10 +34,11 @@ from fovlm.checkpoint import store
 from fovlm.checkpoint.reference import ReferenceBatch, ReferenceOutputs
 from fovlm.checkpoint.store import ENGINE
 from fovlm.checkpoint.zero_reader import ZeroWeights
-from fovlm.config.schema import OptimSettings, run_root
+from fovlm.config.schema import OptimSettings
 from fovlm.data.packing import Batch
 from fovlm.errors import UserError
 from fovlm.model.modeling import FoveatedVLM, check_report
+from fovlm.paths import run_root
 from fovlm.train.losses import Loss, pair_weight, preference_loss, text_loss, text_weight
 
 log = logging.getLogger("fovlm")

@@ -11,9 +11,9 @@ A row is a mapping of names to numbers. The terminal shows those of `SHOWN` that
 """
 
 import csv
+import io
 import json
 import math
-import os
 import platform
 import secrets
 import subprocess
@@ -28,9 +28,10 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fovlm.config.experiments import ROOT
 from fovlm.config.schema import Experiment
 from fovlm.errors import UserError
+from fovlm.fileio import write_atomically
+from fovlm.paths import ROOT
 from fovlm.redact import redact
 
 # What the terminal shows of a row, in this order.
@@ -197,12 +198,11 @@ class Table:
         return {c: values[-1][1] for c in self.columns if c != "step" and (values := self.values(c))}
 
     def _rewrite(self) -> None:
-        partial = self.file.with_suffix(".partial")
-        with partial.open("w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, self.columns, restval="")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        partial.replace(self.file)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns, restval="")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.file, text.getvalue())
 
 
 class Terminal:
@@ -300,9 +300,4 @@ def versions() -> dict[str, str]:
 
 def write_json(file: Path, content: Any) -> None:
     """Write a JSON file whole or not at all."""
-    partial = file.with_suffix(file.suffix + ".partial")
-    with partial.open("w", encoding="utf-8") as f:
-        json.dump(content, f, indent=2, default=str)
-        f.flush()
-        os.fsync(f.fileno())
-    partial.replace(file)
+    write_atomically(file, json.dumps(content, indent=2, default=str), durable=True)

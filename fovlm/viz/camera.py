@@ -15,8 +15,7 @@ from rich.live import Live
 from rich.text import Text
 from torch import Tensor
 
-from fovlm.bad import SampleError
-from fovlm.errors import UserError
+from fovlm.errors import SampleError, UserError
 from fovlm.media.tolerant import camera
 from fovlm.viz.gaze import ANYTHING
 from fovlm.viz.heatmap import draw_heatmap, entropy, maps

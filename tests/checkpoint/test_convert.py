@@ -261,7 +261,7 @@ def test_mistakes_are_one_line_and_status_2(run, tmp_path, capsys, monkeypatch):
         (["unsealed", "out"], "without a complete checkpoint"),
         (["unsealed/checkpoints/step-00000005", "out"], "its save never ended"),
         (["run", "full"], "not empty"),
-        (["run", "full/precious.txt/out"], "no folder can be made there"),
+        (["run", "full/precious.txt/out"], "cannot make this folder"),
         (["run", "out", "--step", "9"], "no checkpoint of step 9"),
         (["run/checkpoints/step-00000005", "out", "--step", "5"], "is one checkpoint"),
         (["run", "out", "--dtype", "fp64"], "--dtype is bf16 or fp32"),

@@ -7,8 +7,9 @@ from pydantic import ValidationError
 
 from fovlm.config import experiments
 from fovlm.config.deepspeed import OWNED, merge, read, resolve
-from fovlm.config.schema import NOT_HASHED, Experiment, data_root, load
+from fovlm.config.schema import NOT_HASHED, Experiment, load
 from fovlm.errors import UserError
+from fovlm.paths import data_root
 from helpers import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "names.txt"

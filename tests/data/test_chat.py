@@ -5,10 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from fovlm.bad import SampleError
-from fovlm.config.schema import model_root
 from fovlm.data.chat import SYSTEM, ChatTokenizer, load_tokenizer, template, tokenize_sft, tokenize_stage1
-from fovlm.errors import UserError
+from fovlm.errors import SampleError, UserError
+from fovlm.paths import model_root
 from helpers import tiny
 
 TINY = tiny.tokenizer()

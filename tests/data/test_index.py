@@ -78,7 +78,7 @@ def test_the_file_is_reused_and_remade_when_the_shard_changes(shard, tmp_path):
     assert open_index(shard, tmp_path).mtime_ns == 1
     file.write_text('{"version": 1, "key":')
     assert open_index(shard, tmp_path).key == ["new"]
-    assert not list(shard.parent.glob("*.unfinished"))
+    assert not list(shard.parent.glob(".*.unfinished"))
 
 
 def test_where_the_folder_is_read_only_the_cache_holds_the_index(shard, tmp_path, monkeypatch):

@@ -163,7 +163,7 @@ def test_the_same_settings_give_the_same_bytes_and_are_written_once():
 def test_other_settings_replace_the_files_and_a_broken_off_attempt_is_no_hindrance():
     synthetic_shards.make(TASK)
     before = files(TASK)
-    left = synthetic_shards.folder(TASK).with_name(TASK.folder + ".unfinished")
+    left = synthetic_shards.folder(TASK).with_name(f".{TASK.folder}.killed.unfinished")
     left.mkdir()
     (left / "video-000.tar").write_bytes(b"half")
     synthetic_shards.make(TASK.model_copy(update={"seed": 1}))

@@ -6,7 +6,6 @@ import json
 import pytest
 from transformers import Dinov2Config, LlamaConfig
 
-from fovlm.config import experiments
 from fovlm.config.schema import (
     DataSettings,
     DataSource,
@@ -14,11 +13,11 @@ from fovlm.config.schema import (
     ModelSettings,
     OptimSettings,
     TrainSettings,
-    model_root,
 )
 from fovlm.errors import UserError
-from fovlm.estimate.shapes import DINOV2, LLAMA, RELEASED, geometry, local_folder, parameters, vocabulary
+from fovlm.estimate.shapes import DINOV2, LLAMA, RELEASED, geometry, parameters, vocabulary
 from fovlm.model.build import build
+from fovlm.paths import ROOT, local_folder, model_root
 
 LLM = {
     "vocab_size": 64,
@@ -108,7 +107,7 @@ def test_a_local_folder_is_read(monkeypatch, tmp_path):
 def test_models_are_below_the_project_by_default(monkeypatch, tmp_path):
     monkeypatch.delenv("FOVLM_MODELS", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert model_root() == experiments.ROOT / "models"
+    assert model_root() == ROOT / "models"
     (tmp_path / "models" / "other").mkdir(parents=True)
     assert local_folder("other") is None
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fovlm.bad import SampleError
-from fovlm.errors import UserError
+from fovlm.errors import SampleError, UserError
 from fovlm.media import decode, tolerant
 from fovlm.media.clip import read_clip
 from helpers import tiny

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovlm.bad import SampleError
+from fovlm.errors import SampleError
 from fovlm.media import decode as media
 from helpers import tiny
 

@@ -215,7 +215,7 @@ def test_the_bytes_depend_on_the_seed_and_not_on_workers_or_kills(tmp_path, monk
     def killed_in_the_third(job, task):
         calls.append(task.number)
         if len(calls) == 3:
-            (job.out / "train-00002.tar.unfinished").write_bytes(b"half")
+            (job.out / ".train-00002.tar.killed.unfinished").write_bytes(b"half")
             raise KeyboardInterrupt
         return make_shard(job, task)
 

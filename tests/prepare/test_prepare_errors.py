@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from fovlm.bad import SampleError
 from fovlm.cli.main import main
-from fovlm.errors import UserError
+from fovlm.errors import SampleError, UserError
 from fovlm.prepare import manifest as books
 from fovlm.prepare.job import Job
 from fovlm.prepare.sources import smoltalk

@@ -7,9 +7,8 @@ record. Shards hold one kind of sample, so ScienceQA's questions without a pictu
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fovlm.bad import SampleError
 from fovlm.data.tables import Row
-from fovlm.errors import UserError
+from fovlm.errors import SampleError, UserError
 from fovlm.eval.benchmarks import questions_of
 from fovlm.eval.questions import EvalQuestion, frames_of
 from fovlm.prepare.frames import jpegs

@@ -6,8 +6,8 @@ ask independent questions. Rows with several pictures are left out: a sample has
 
 from collections.abc import Iterator
 
-from fovlm.bad import SampleError
 from fovlm.data.tables import Row, pick
+from fovlm.errors import SampleError
 from fovlm.prepare.frames import picture
 from fovlm.prepare.job import Job, Made, RawSource
 

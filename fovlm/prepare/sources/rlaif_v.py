@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from fovlm.bad import SampleError
 from fovlm.data.tables import Row, pick
+from fovlm.errors import SampleError
 from fovlm.prepare.frames import picture
 from fovlm.prepare.job import Job, Made, RawSource
 

@@ -15,8 +15,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from fovlm.bad import SampleError
 from fovlm.data.tables import Row, pick
+from fovlm.errors import SampleError
 from fovlm.prepare.job import Job, Made, RawSource
 
 STAGES = 3

@@ -7,8 +7,8 @@ writes KEY.mp4 with KEY.json (`caption`, `videoid`) beside it. Sources: the WebV
 from collections.abc import Iterator
 from pathlib import Path
 
-from fovlm.bad import SampleError
 from fovlm.data.tables import Row, pick
+from fovlm.errors import SampleError
 from fovlm.prepare.frames import find_video, video_frames
 from fovlm.prepare.job import Job, Made, RawSource
 

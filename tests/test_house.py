@@ -35,6 +35,7 @@ READING_ORDER = """
 kernels
 fovlm.errors fovlm.paths fovlm.fileio fovlm.redact fovlm.tables fovlm.distributed
 fovlm.config
+fovlm.checkpoint.run_folder
 fovlm.media
 fovlm.estimate.shapes
 fovlm.data.chat fovlm.data.sampling fovlm.data.packing fovlm.data.sample_format fovlm.data.index fovlm.data.shards
@@ -64,6 +65,7 @@ LIGHT = (
     "config.experiments",
     "config.schema",
     "config.deepspeed",
+    "checkpoint.run_folder",
     "train.schedule",
     "train.logger",
 )

@@ -1,7 +1,6 @@
 """Real weights and real pictures: `make real`. Wants FOVLM_MODELS with SmolLM2-135M-Instruct and dinov2-small, and
 FOVLM_DATA with what `scripts/real_shards.py RAW $FOVLM_DATA/real` makes. About 25 minutes on two cores."""
 
-import csv
 import os
 import signal
 import statistics
@@ -15,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fovlm.checkpoint.run_folder import Row, read_metrics
 from fovlm.config.schema import ModelSettings, load
 from fovlm.data.chat import load_tokenizer
 from fovlm.data.dataset import open_dataset
@@ -78,10 +78,9 @@ def test_lr1_learns_and_goes_on_exactly_after_a_kill(tmp_path):
     """100 steps in bf16; one rank is killed between two checkpoints, and the same command goes on from the last."""
     command = ["./launch.sh", "LR1-real", "train.precision=bf16", "model.frame_size=112"]
     env = {**os.environ, "FOVLM_RUNS": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    metrics = tmp_path / "LR1-real" / "metrics.csv"
 
-    def rows() -> list[dict[str, str]]:
-        return list(csv.DictReader(metrics.open())) if metrics.exists() else []
+    def rows() -> list[Row]:
+        return read_metrics(tmp_path / "LR1-real")
 
     started = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     while len(rows()) < 33:
@@ -99,7 +98,7 @@ def test_lr1_learns_and_goes_on_exactly_after_a_kill(tmp_path):
     assert len(after) == 100
     for was, now in zip(before, after, strict=False):
         assert (was["step"], was["loss"], was["samples"]) == (now["step"], now["loss"], now["samples"])
-    losses = [float(row["loss"]) for row in after]
+    losses = [row["loss"] for row in after]
     assert statistics.mean(losses[-20:]) < 0.95 * statistics.mean(losses[:20])
-    assert statistics.mean(abs(float(row["fine_over_coarse"]) - 1) for row in after) > 0.01, "fine and coarse differ"
+    assert statistics.mean(abs(row["fine_over_coarse"] - 1) for row in after) > 0.01, "fine and coarse differ"
     assert Path(tmp_path / "LR1-real" / "run_summary.json").exists()

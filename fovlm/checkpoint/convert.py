@@ -23,7 +23,8 @@ from transformers import AutoConfig, GenerationConfig, LlamaConfig, PreTrainedTo
 
 from fovlm.checkpoint import store
 from fovlm.checkpoint.locate import SavedRun, find, steps
-from fovlm.checkpoint.model_card import card, summary_of
+from fovlm.checkpoint.model_card import card
+from fovlm.checkpoint.run_folder import read_summary
 from fovlm.checkpoint.safetensors_writer import Plan, byte_size, write_tensors
 from fovlm.checkpoint.store import ENGINE, UNIVERSAL
 from fovlm.checkpoint.verify import check
@@ -95,7 +96,7 @@ def _model(
             name,
             source.experiment,
             source.state,
-            summary_of(source.run),
+            read_summary(source.run),
             str(dtype).removeprefix("torch."),
             checked,
         ),

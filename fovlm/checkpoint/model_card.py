@@ -3,7 +3,6 @@
 What was trained, on what, for how long, how well, and how to load it; from the files of the run alone.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,6 @@ MODES = {
     "autoregressive": "frame by frame, as deployed",
     "multi_token": "sixteen pooled tokens a frame, as trained",
 }
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    """The run's run_summary.json; empty when the run has none (yet)."""
-    try:
-        found = json.loads((run / "run_summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def card(name: str, experiment: Experiment, state: State, summary: dict[str, Any], dtype: str, checked: str) -> str:

@@ -2,13 +2,11 @@
 
 A run is told by its settings (`experiment.yaml`), with its name as a label: nano-LR1-s2 is the role LR1 of the group
 `nano-` with its own `train.seed`; a run of a grid is the cell of its sizes, its budget and its visual mode. Losses come
-from `run_summary.json` and `metrics.csv` (`journal.py`).
+from `run_summary.json` and `metrics.jsonl` (`checkpoint/run_folder.py`).
 """
 
-import csv
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from fovlm.checkpoint.run_folder import Row, read_metrics, read_summary
 from fovlm.config.schema import Experiment
 from fovlm.errors import UserError, did_you_mean
 from fovlm.estimate import flops
@@ -55,7 +54,7 @@ class RunRecord:
     folder: Path
     experiment: Experiment
     summary: dict[str, Any]
-    rows: list[dict[str, float]]  # metrics.csv; only the numbers that are there
+    rows: list[Row]  # of its metrics
     group: str
     role: str
     size: str = ""  # the grid's words for size and budget
@@ -209,11 +208,11 @@ def _read(folder: Path) -> "RunRecord | str":
         experiment = Experiment.parse((folder / "experiment.yaml").read_text(encoding="utf-8"))
     except (OSError, ValidationError, yaml.YAMLError) as error:
         return f"experiment.yaml can't be read ({type(error).__name__})"
-    rows = _rows(folder / "metrics.csv")
-    summary = select.summary_of(folder)
+    rows = read_metrics(folder)
+    summary = read_summary(folder)
     status = summary.get("status", "no run_summary.json")
     if status != "finished":
-        return f"not finished ({status}, last row at step {int(rows[-1]['step']) if rows else 0})"
+        return f"not finished ({status}, last row at step {rows[-1]['step'] if rows else 0})"
     if not isinstance(summary.get("final"), dict) or "val_loss" not in summary["final"]:
         return "has no validation loss"
     name = SEED.sub("", experiment.name)
@@ -230,16 +229,6 @@ def _read(folder: Path) -> "RunRecord | str":
     if cell:
         return f"its name says architecture {cell['arch']}, its settings {ARCH[experiment.model.visual]}"
     return "is neither an ablation nor a run of a grid: no comparison asks for it"
-
-
-def _rows(file: Path) -> list[dict[str, float]]:
-    """The numbers of metrics.csv, row by row; a row that a crash cut short is dropped."""
-    if not file.is_file():
-        return []
-    text = file.read_text(encoding="utf-8")
-    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-    numbers = [{k: float(v) for k, v in row.items() if k and v} for row in rows]
-    return [{k: v for k, v in row.items() if math.isfinite(v)} for row in numbers]
 
 
 def _once(runs: list[RunRecord]) -> tuple[list[RunRecord], list[tuple[str, str]]]:

@@ -67,7 +67,7 @@ def final_losses(evidence: Evidence, roles: Sequence[str], path: Path, floor: fl
 def over_samples(
     evidence: Evidence, roles: Sequence[str], column: str, label: str, path: Path, level: float | None = None
 ) -> Path | None:
-    """A column of metrics.csv over the samples seen, by role: mean and range of the seeds. `level`: a line to hold
+    """A metric over the samples seen, by role: mean and range of the seeds. `level`: a line to hold
     against."""
     curves = {role: [c for run in evidence.side(role) if (c := run.curve(column))] for role in roles}
     curves = {role: found for role, found in curves.items() if found}

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
+from fovlm.checkpoint.run_folder import read_metrics
 from fovlm.data.packing import PackSize
 from fovlm.estimate.dry_run import aligned, known_sizes, length, metric
 from fovlm.estimate.shapes import geometry
 from fovlm.sweep.progress import span
 from fovlm.sweep.select import PlannedRun, run_status
-from fovlm.sweep.table import rows_of, size_of
+from fovlm.sweep.table import size_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def estimates(
 
 
 def _progress(run: PlannedRun) -> float:
-    return next((float(row["progress"]) for row in reversed(rows_of(run.folder)) if row.get("progress")), 0.0)
+    return next((row["progress"] for row in reversed(read_metrics(run.folder)) if "progress" in row), 0.0)
 
 
 def _measured(run: PlannedRun, table: Mapping[str, Mapping[str, str]], on_gpu: bool) -> Speed | None:

@@ -6,8 +6,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from fovlm.checkpoint.run_folder import read_metrics
 from fovlm.sweep.select import PlannedRun
-from fovlm.sweep.table import rows_of
 from fovlm.train.logger import SHOWN
 
 PLAIN = 10  # lines in the life of a run, where there is no bar
@@ -63,12 +63,12 @@ class SweepProgress:
             self.progress.refresh()
 
     def _read(self, run: PlannedRun) -> tuple[float, str]:
-        rows = rows_of(run.folder)
+        rows = read_metrics(run.folder)
         if not rows:
             return 0.0, ""
-        newest = {key: float(row[key]) for row in rows[-20:] for key in SHOWN if row.get(key)}
+        newest = {key: row[key] for row in rows[-20:] for key in SHOWN if key in row}
         shown = "  ".join(text.format(newest[key]) for key, text in SHOWN.items() if key in newest)
-        share = next((float(row["progress"]) for row in reversed(rows) if row.get("progress")), 0.0)
+        share = next((row["progress"] for row in reversed(rows) if "progress" in row), 0.0)
         return share, shown
 
     def __enter__(self) -> "SweepProgress":

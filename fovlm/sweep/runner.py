@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from fovlm.checkpoint.run_folder import read_summary
 from fovlm.errors import EXIT_STOPPED, UserError
 from fovlm.paths import ROOT, run_root
 from fovlm.sweep import table
 from fovlm.sweep.progress import SweepProgress, span
-from fovlm.sweep.select import PlannedRun, run_status, summary_of
+from fovlm.sweep.select import PlannedRun, run_status
 
 LAUNCH = ROOT / "launch.sh"
 LOG = "launch.log"  # in the run folder: all that launch.sh and the run printed
@@ -185,10 +186,10 @@ class SweepRunner:
         self.children.remove(child)
         child.log.close()
         run, status, took = child.run, child.process.returncode, span(time.time() - child.began)
-        told = summary_of(run.folder).get("status")
+        told = read_summary(run.folder).get("status")
         if status == 0 and told == "finished":
             result = "finished"
-            losses = summary_of(run.folder).get("final", {})
+            losses = read_summary(run.folder).get("final", {})
             said = f"finished in {took}" + (f", val {losses['val_loss']:.4f}" if "val_loss" in losses else "")
         elif status == EXIT_STOPPED or self.stopping:
             result, said = "stopped", f"stopped after {took}; the same command goes on from its last checkpoint"

@@ -4,16 +4,16 @@ A pattern is a run (`LR1`), a glob over all runs (`135M-*`), a group (`ablations
 (`ablations/A*`). A group is a file of `experiments/`; its runs keep the order they have there.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ValidationError
 from yaml import YAMLError
 
+from fovlm.checkpoint.run_folder import read_summary
 from fovlm.config import experiments, schema
 from fovlm.config.schema import Experiment
 from fovlm.errors import UserError, did_you_mean
@@ -124,7 +124,7 @@ def _refuse_circles(starts_from: dict[str, str | None]) -> None:
 
 def run_status(run: PlannedRun) -> Standing:
     """How the run stands, by what is in its folder."""
-    summary, was = summary_of(run.folder), recorded_hash(run.folder)
+    summary, was = read_summary(run.folder), recorded_hash(run.folder)
     finished = summary.get("status") == "finished"
     if not finished and not (run.folder / "checkpoints").is_dir():
         return "new"
@@ -139,13 +139,4 @@ def recorded_hash(folder: Path) -> str:
         # Read anew: a setting that came since, with its default, changes nothing.
         return Experiment.parse((folder / "experiment.yaml").read_text(encoding="utf-8")).hash
     except (OSError, ValidationError, YAMLError):
-        return str(summary_of(folder).get("experiment_hash", ""))
-
-
-def summary_of(folder: Path) -> dict[str, Any]:
-    """run_summary.json of a run folder; empty when there is none."""
-    try:
-        summary = json.loads((folder / "run_summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
+        return str(read_summary(folder).get("experiment_hash", ""))

@@ -1,7 +1,7 @@
 """`runs.csv`: one row for each run below FOVLM_RUNS, and what is known of a run while it goes on.
 
 The file is read, changed and replaced as a whole under a lock, so that two `fovlm run` side by side both leave their
-rows. Numbers come from the run folder (`journal.py` says what is in it).
+rows. Numbers come from the run folder (`checkpoint/run_folder.py` says what is in it).
 """
 
 import csv
@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fovlm.checkpoint.run_folder import Row, read_metrics, read_summary
 from fovlm.config.schema import Experiment
 from fovlm.errors import UserError
 from fovlm.fileio import locked, write_atomically
-from fovlm.sweep.select import PlannedRun, summary_of
+from fovlm.sweep.select import PlannedRun
 
 FILE = "runs.csv"
 # In this order; the losses of each way of looking, and by source, come behind as they are met.
@@ -54,9 +55,9 @@ def write(root: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
 
 def row_of(run: PlannedRun, status: str, **known: Any) -> dict[str, Any]:
     """The row of a run as its folder tells it. `known` are further columns."""
-    summary, metrics = summary_of(run.folder), rows_of(run.folder)
-    last = metrics[-1] if metrics else {}
-    speeds = [float(row["samples_per_second"]) for row in metrics if row.get("samples_per_second")]
+    summary, metrics = read_summary(run.folder), read_metrics(run.folder)
+    last = metrics[-1] if metrics else Row()
+    speeds = [row["samples_per_second"] for row in metrics if "samples_per_second" in row]
     row: dict[str, Any] = {
         "name": run.name,
         "group": run.group,
@@ -74,15 +75,6 @@ def row_of(run: PlannedRun, status: str, **known: Any) -> dict[str, Any]:
         row |= {key: summary[key] for key in told if summary.get(key) is not None}
         row |= {key: value for key, value in summary["final"].items() if key.startswith("val_loss")}
     return row | known
-
-
-def rows_of(folder: Path) -> list[dict[str, str]]:
-    """The rows of a run's metrics.csv that are complete; none when there is no file yet."""
-    try:
-        text = (folder / "metrics.csv").read_text(encoding="utf-8")
-    except OSError:
-        return []
-    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
 
 
 def size_of(experiment: Experiment) -> str:

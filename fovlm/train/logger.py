@@ -1,19 +1,16 @@
-"""What a run writes about itself: a table, the terminal, wandb and, at the end, a summary. The one door to wandb.
+"""What a run writes about itself: metrics, log, terminal, wandb and a summary at the end. The one door to wandb.
 
-Only rank 0 writes; on the other ranks a Journal does nothing. In the run folder (`Experiment.run_folder`):
+Only rank 0 writes; on the other ranks a Logger does nothing. In the run folder (`Experiment.run_folder`):
 
-    metrics.csv        one row per log step; a run that goes on drops what lies past the step it goes on from
-    log.txt            everything that was said, with the time
-    wandb/, wandb_id   wandb's files, and the id under which a run that goes on is found again
+    metrics.jsonl      one line per log step; resuming drops the lines past the step resumed from
+    log.txt            every message, with the time
+    wandb/, wandb_id   wandb's files, and the id under which a resumed run continues
     run_summary.json   how it ended: commit, versions, data, best and final metrics, wall time
 
-A row is a mapping of names to numbers. The terminal shows those of `SHOWN` that it has; the table has all.
+A row maps names to numbers. The terminal shows those in `SHOWN`; metrics.jsonl has all (`checkpoint/run_folder.py`).
 """
 
-import csv
-import io
 import json
-import math
 import platform
 import secrets
 import subprocess
@@ -28,6 +25,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fovlm.checkpoint import run_folder
 from fovlm.config.schema import Experiment
 from fovlm.errors import UserError
 from fovlm.fileio import write_atomically
@@ -71,13 +69,16 @@ class Logger:
             return
         self.folder = experiment.run_folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.table = Table(self.folder / "metrics.csv", step)
+        damaged = run_folder.truncate_metrics(self.folder, step)
         self.log_file = (self.folder / "log.txt").open("a", encoding="utf-8")
-        self.earlier = float(self.table.rows[-1]["seconds"]) if self.table.rows else 0.0
+        rows = run_folder.read_metrics(self.folder)
+        self.earlier = rows[-1].get("seconds", 0.0) if rows else 0.0
         self.began = time.monotonic()
         self.commit = commit()
         self.terminal = Terminal(experiment.name, steps, step, out if out is not None else sys.stdout)
         self.wandb = _open_wandb(experiment, self.folder)
+        if damaged:
+            self.info(f"dropped {damaged} damaged lines from {run_folder.METRICS}")
 
     @property
     def seconds(self) -> float:
@@ -91,11 +92,11 @@ class Logger:
             self.terminal.set_step(step)
 
     def log(self, step: int, row: Row) -> None:
-        """Write the row of `step`. A second row of the same step is joined to the first."""
+        """Write metrics of `step`. Several rows of one step complete each other."""
         self.step = step
         if not self.writes:
             return
-        self.table.write(step, {"seconds": round(self.seconds, 3), **row})
+        run_folder.append_metrics(self.folder, {"step": step, "seconds": round(self.seconds, 3), **row})
         self.terminal.row(step, row)
         if self.wandb is not None:
             self.wandb.log({"step": step, **row})
@@ -115,6 +116,7 @@ class Logger:
         self.writes = False
         self.terminal.close()
         self.log_file.close()
+        rows = run_folder.read_metrics(self.folder)
         summary = {
             "name": self.experiment.name,
             "note": self.experiment.note,
@@ -125,11 +127,11 @@ class Logger:
             "commit": self.commit,
             "versions": versions(),
             "wall_seconds": round(self.seconds, 1),
-            "best": self.table.best(),
-            "final": self.table.final(),
+            "best": run_folder.best_losses(rows),
+            "final": run_folder.final_values(rows),
             **facts,
         }
-        write_json(self.folder / "run_summary.json", summary)
+        write_json(self.folder / run_folder.SUMMARY, summary)
         if self.wandb is not None:
             self.wandb.summary.update(
                 {"status": status, **{f"best/{k}": v["value"] for k, v in summary["best"].items()}}
@@ -144,65 +146,6 @@ class Logger:
             self.close()
         else:
             self.close("failed", error=f"{kind.__name__}: {error}")
-
-
-class Table:
-    """A CSV file of rows by step. New columns widen it; rows past `step` are dropped when it is opened."""
-
-    def __init__(self, file: Path, step: int):
-        self.file = file
-        self.columns: list[str] = ["step", "seconds"]
-        self.rows: list[dict[str, str]] = []
-        if file.exists():
-            text = file.read_text(encoding="utf-8")
-            reader = csv.DictReader(
-                text[: text.rfind("\n") + 1].splitlines()
-            )  # a crash may have cut the last row short
-            self.rows = [row for row in reader if int(row["step"]) <= step]
-            self.columns = list(reader.fieldnames or self.columns)
-        self._rewrite()
-
-    def write(self, step: int, row: Row) -> None:
-        """Add a row, or join it to the last one if that is of the same step."""
-        new = {"step": str(step), **{key: f"{value:.8g}" for key, value in row.items()}}
-        wider = [key for key in new if key not in self.columns]
-        joined = bool(self.rows) and self.rows[-1]["step"] == str(step)
-        if joined:
-            self.rows[-1].update(new)
-        else:
-            self.rows.append(new)
-        if wider or joined:
-            self.columns += wider
-            self._rewrite()
-        else:
-            with self.file.open("a", newline="", encoding="utf-8") as f:
-                csv.DictWriter(f, self.columns, restval="").writerow(new)
-
-    def values(self, column: str) -> list[tuple[int, float]]:
-        """(step, number) of the rows that have a finite number there."""
-        pairs = [(int(row["step"]), float(row[column])) for row in self.rows if row.get(column)]
-        return [(step, value) for step, value in pairs if math.isfinite(value)]
-
-    def best(self) -> dict[str, dict[str, float]]:
-        """The lowest value of every loss, and its step."""
-        found: dict[str, dict[str, float]] = {}
-        for column in self.columns:
-            values = self.values(column) if "loss" in column else []
-            if values:
-                step, value = min(values, key=lambda pair: pair[1])
-                found[column] = {"value": value, "step": step}
-        return found
-
-    def final(self) -> dict[str, float]:
-        """The last number in every column."""
-        return {c: values[-1][1] for c in self.columns if c != "step" and (values := self.values(c))}
-
-    def _rewrite(self) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns, restval="")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(self.file, text.getvalue())
 
 
 class Terminal:

@@ -1,4 +1,4 @@
-"""Run folders as the journal writes them, without training: for the tests of the report."""
+"""Run folders as the logger writes them, without training: for the tests of the report."""
 
 import copy
 import functools
@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from fovlm.checkpoint.run_folder import append_metrics, best_losses, final_values, read_metrics
 from fovlm.config import schema
 from fovlm.config.schema import Experiment
-from fovlm.train.logger import Table
 
 DIFFERENT: dict[str, dict[str, Any]] = {
     "F1": {"optim": {"freeze": ["encoder", "llm"]}},
@@ -42,7 +42,7 @@ def write_run(
     folder = root / name
     folder.mkdir(parents=True)
     (folder / "experiment.yaml").write_text(experiment.dump())
-    table, mode = Table(folder / "metrics.csv", 0), MODE[experiment.model.visual]
+    mode = MODE[experiment.model.visual]
     for step in range(1, 9):
         seen = samples * step / 8
         falling = loss * (samples / seen) ** 0.5
@@ -53,11 +53,12 @@ def write_run(
             row |= {"val_loss": falling, f"val_loss_{mode}": falling}
         if step == 8 and mode == "coarse_fine":
             row["val_loss_autoregressive"] = falling * 1.01
-        table.write(step, row)
+        append_metrics(folder, {"step": step, **row})
+    rows = read_metrics(folder)
     summary = {
         "name": name, "status": status, "step": 8, "samples": samples, "flops": samples * flops_per_sample,
         "data_hash": "d" if role != "D1" else "d1", "val_hash": "v" if role[:2] != "A8" else "pictures",
-        "commit": "0" * 40, "wall_seconds": 16.0, "best": table.best(), "final": table.final(), **facts,
+        "commit": "0" * 40, "wall_seconds": 16.0, "best": best_losses(rows), "final": final_values(rows), **facts,
     }  # fmt: skip
     (folder / "run_summary.json").write_text(json.dumps(summary))
     return folder

@@ -4,6 +4,7 @@ import csv
 import math
 from pathlib import Path
 
+from fovlm.checkpoint.run_folder import Row, read_metrics
 from fovlm.data.shards import write_shards
 from helpers import ROOT, tiny
 
@@ -68,10 +69,9 @@ def environment(home: Path) -> dict[str, str]:
     return {"FOVLM_DATA": str(home), "FOVLM_RUNS": str(home / "runs"), "FOVLM_CACHE": str(home / "cache")}
 
 
-def rows(home: Path, name: str) -> list[dict[str, str]]:
+def rows(home: Path, name: str) -> list[Row]:
     """What a run has logged so far."""
-    file = home / "runs" / name / "metrics.csv"
-    return list(csv.DictReader(file.open())) if file.exists() else []
+    return read_metrics(home / "runs" / name)
 
 
 def golden_file(name: str) -> Path:

@@ -274,8 +274,8 @@ def test_a_damaged_summary_or_table_does_not_end_the_report(tmp_path):
     write_seeds(tmp_path, "LR1", [0.5])
     write_seeds(tmp_path, "A1", [0.5])
     (tmp_path / "nano-A1" / "run_summary.json").write_text('{"status": "fin')
-    with (tmp_path / "nano-LR1" / "metrics.csv").open("a") as file:
-        file.write("9,1")  # a crash in the middle of a row
+    with (tmp_path / "nano-LR1" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')  # a crash in the middle of a line
     evidence = collect([str(tmp_path)])
     assert [run.name for run in evidence.runs] == ["nano-LR1"]
     assert len(evidence.runs[0].rows) == 8

@@ -2,6 +2,7 @@
 
 import pytest
 
+from fovlm.checkpoint.run_folder import append_metrics
 from fovlm.cli.main import main
 from fovlm.config import schema
 from fovlm.data.dataset import open_dataset
@@ -171,7 +172,8 @@ def test_only_what_is_left_is_counted(bare):
     (whole,) = cost.estimates([run], {}, 1, False, 1e12)
     (run.folder / "checkpoints").mkdir(parents=True)
     (run.folder / "experiment.yaml").write_text(run.experiment.dump())
-    (run.folder / "metrics.csv").write_text("step,seconds,progress\n10,1,0.75\n20,2,\n")
+    append_metrics(run.folder, {"step": 10, "seconds": 1, "progress": 0.75})
+    append_metrics(run.folder, {"step": 20, "seconds": 2})
     (rest,) = cost.estimates([run], {}, 1, False, 1e12)
     assert (rest.status, rest.samples, rest.flops) == ("begun", 50_000, pytest.approx(whole.flops / 4))
 

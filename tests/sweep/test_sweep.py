@@ -42,8 +42,10 @@ def end(status, code):
 
 (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 (folder / "asked.json").write_text(json.dumps([sys.argv[1:], {{k: v for k, v in os.environ.items()}}]))
-(folder / "metrics.csv").write_text("step,seconds,samples,samples_per_second,progress,loss\\n"
-                                    "1,1,50,20,0.5,2\\n2,2,100,30,1.0,1.5\\n")
+for n in (1, 2):
+    row = {{"step": n, "seconds": n, "samples": 50 * n, "samples_per_second": 10 + 10 * n, "progress": n / 2}}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\\n")
 signal.signal(signal.SIGTERM, lambda *_: end("stopped", 75))
 signal.signal(signal.SIGINT, lambda *_: end("stopped", 75))
 event("start")

@@ -1,15 +1,15 @@
-"""The journal: rows that survive a resume, a terminal for people and for files, nothing secret sent, a summary."""
+"""The logger: rows that survive a resume, a terminal for people and for files, nothing secret sent, a summary."""
 
-import csv
 import io
 import json
 import os
 
 import pytest
 
+from fovlm.checkpoint.run_folder import Row, read_metrics
 from fovlm.config.schema import Experiment
 from fovlm.redact import HIDDEN, redact
-from fovlm.train.logger import Logger, Table, commit, versions
+from fovlm.train.logger import Logger, commit, versions
 
 
 @pytest.fixture
@@ -28,35 +28,37 @@ def experiment(tmp_path):
     return Experiment.model_validate(values)
 
 
-def rows(experiment) -> list[dict[str, str]]:
-    with (experiment.run_folder / "metrics.csv").open(newline="") as f:
-        return list(csv.DictReader(f))
+def rows(experiment) -> list[Row]:
+    return read_metrics(experiment.run_folder)
 
 
-def losses(experiment) -> list[tuple[str, str]]:
+def losses(experiment) -> list[tuple[float, float]]:
     return [(row["step"], row["loss"]) for row in rows(experiment)]
 
 
-def test_a_row_per_log_step_with_columns_as_they_come(experiment):
+def test_a_row_per_log_step_that_later_lines_complete(experiment):
     with Logger(experiment, 10, out=io.StringIO()) as logger:
         logger.log(2, {"loss": 3.0})
         logger.log(4, {"loss": 2.5, "samples_per_second": 7.0})
         logger.log(4, {"val_loss": 2.75})
-        logger.log(6, {"loss": 2.0})
-    assert losses(experiment) == [("2", "3"), ("4", "2.5"), ("6", "2")]
-    assert [row["val_loss"] for row in rows(experiment)] == ["", "2.75", ""]
-    assert [row["samples_per_second"] for row in rows(experiment)] == ["", "7", ""]
+        logger.log(6, {"loss": 2.0, "grad_norm": float("inf")})
+    assert losses(experiment) == [(2, 3.0), (4, 2.5), (6, 2.0)]
+    assert [row.get("val_loss") for row in rows(experiment)] == [None, 2.75, None]
+    assert [row.get("samples_per_second") for row in rows(experiment)] == [None, 7.0, None]
+    last = (experiment.run_folder / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last, parse_constant=pytest.fail)["grad_norm"] is None, "JSON has no infinity"
+    assert "grad_norm" not in rows(experiment)[-1]
 
 
-def test_going_on_drops_the_rows_past_the_step_and_counts_the_time_on(experiment):
+def test_resuming_drops_the_rows_past_the_step_and_continues_the_time(experiment):
     with Logger(experiment, 10, out=io.StringIO()) as logger:
         logger.earlier = 100.0
         for step in (2, 4, 6):
             logger.log(step, {"loss": float(step)})
     with Logger(experiment, 10, step=4, out=io.StringIO()) as logger:
         logger.log(6, {"loss": 60.0})
-    assert losses(experiment) == [("2", "2"), ("4", "4"), ("6", "60")]
-    seconds = [float(row["seconds"]) for row in rows(experiment)]
+    assert losses(experiment) == [(2, 2.0), (4, 4.0), (6, 60.0)]
+    seconds = [row["seconds"] for row in rows(experiment)]
     assert seconds == sorted(seconds)
     assert seconds[0] >= 100
 
@@ -65,14 +67,22 @@ def test_a_fresh_start_in_an_old_folder_begins_anew(experiment):
     for value in (1.0, 2.0):
         with Logger(experiment, 10, step=0, out=io.StringIO()) as logger:
             logger.log(1, {"loss": value})
-    assert losses(experiment) == [("1", "2")]
+    assert losses(experiment) == [(1, 2.0)]
 
 
-def test_a_row_that_a_crash_cut_short_is_dropped(tmp_path):
-    file = tmp_path / "metrics.csv"
-    file.write_text("step,seconds,loss\n1,1,3\n2,2,2.")
-    assert [row["step"] for row in Table(file, 5).rows] == ["1"]
-    assert file.read_text().splitlines() == ["step,seconds,loss", "1,1,3"]
+@pytest.mark.parametrize(
+    "damage", ['{"step": 2, "seconds": 1, "lo', "\x00\x00", "[]", '{"loss": 1.0}', '{"step": "2"}']
+)
+def test_a_damaged_line_is_dropped_and_forbids_no_resume(experiment, damage):
+    experiment.run_folder.mkdir()
+    whole = '{"step": 1, "seconds": 1, "loss": 3.0}\n'
+    for text in (whole + damage, damage + "\n" + whole, whole + damage + "\n" + whole.replace("1,", "3,", 1)):
+        (experiment.run_folder / "metrics.jsonl").write_text(text)
+        assert losses(experiment)[0] == (1, 3.0)
+        with Logger(experiment, 10, step=2, out=io.StringIO()) as logger:
+            logger.log(3, {"loss": 2.0})
+        assert losses(experiment) == [(1, 3.0), (3, 2.0)]
+        assert "dropped 1 damaged" in (experiment.run_folder / "log.txt").read_text()
 
 
 def test_other_ranks_write_nothing(experiment):

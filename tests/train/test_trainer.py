@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fovlm.checkpoint.run_folder import Row
 from helpers.launch import run_ranks, start_ranks
 from helpers.training import STEPS, arguments, assert_golden, environment, rows, write_data
 
@@ -28,7 +29,7 @@ def command(home: Path, name: str, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(home) -> tuple[str, list[dict[str, str]]]:
+def whole(home) -> tuple[str, list[Row]]:
     """An uninterrupted run on two ranks: what it printed, and its rows."""
     output = run_ranks(2, command(home, "whole"), environment(home))
     return output, rows(home, "whole")
@@ -36,7 +37,7 @@ def whole(home) -> tuple[str, list[dict[str, str]]]:
 
 def test_losses_are_the_golden_ones(whole):
     """On two ranks as on one: tests/train/test_golden.py writes and reads the same."""
-    losses = [float(row["loss"]) for row in whole[1]]
+    losses = [row["loss"] for row in whole[1]]
     assert_golden("video", losses)
     assert losses[-1] < 0.9 * losses[0], "and it learns"
 
@@ -47,7 +48,7 @@ def test_the_run_folder_tells_everything(whole, home):
     assert summary["status"] == "finished"
     assert summary["step"] == STEPS
     assert set(summary["scores"]) == {"coarse_only", "coarse_fine", "autoregressive"}
-    assert (summary["ranks"], summary["device"], float(whole[1][-1]["progress"])) == (2, "cpu", 1.0)
+    assert (summary["ranks"], summary["device"], whole[1][-1]["progress"]) == (2, "cpu", 1.0)
     assert summary["flops"] > summary["samples"] * 1e6
     assert summary["val_samples"] > 4
     assert (folder / "experiment.yaml").exists()
@@ -55,7 +56,7 @@ def test_the_run_folder_tells_everything(whole, home):
     assert (folder / "maps" / f"step-{STEPS:08d}.png").stat().st_size > 1000
     row = whole[1][-1]
     for key in LOGGED.split():
-        assert math.isfinite(float(row[key])), key
+        assert math.isfinite(row[key]), key
     assert "autoregressive" in whole[0]
     assert "run folder" in whole[0]
     assert not [word for word in ("Traceback", "Warning") if word in whole[0]], whole[0]
@@ -66,7 +67,7 @@ def test_a_broken_sample_is_counted_and_named(whole, home):
     (cause,) = [key for key in row if key.startswith("bad/")]
     assert cause.startswith("bad/broken/")
     named = [line for line in (home / "runs" / "whole" / "log.txt").read_text().splitlines() if "is replaced" in line]
-    assert len(named) == int(row[cause]) > 1
+    assert len(named) == row[cause] > 1
     assert "sample p2 in broken-00.tar" in named[0]
 
 
@@ -84,7 +85,7 @@ def test_a_killed_run_goes_on_exactly_on_another_number_of_ranks(whole, home):
     again = rows(home, "killed")
     assert [row["samples"] for row in again] == [row["samples"] for row in whole[1]]
     for row, expected in zip(again, whole[1], strict=True):
-        assert math.isclose(float(row["loss"]), float(expected["loss"]), rel_tol=5e-6), row["step"]
+        assert math.isclose(row["loss"], expected["loss"], rel_tol=5e-6), row["step"]
     one, two = (json.loads((home / "runs" / name / "run_summary.json").read_text()) for name in ("killed", "whole"))
     assert one["val_hash"] == two["val_hash"]
 

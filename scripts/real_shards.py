@@ -11,26 +11,23 @@ OUT gets clips-000.tar (8 frames a clip, evenly spread), clips_val-000.tar (ever
 chat-000.tar. Frames are 224 x 224 JPEG.
 """
 
-import io
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, ImageOps
-
 from fovlm.data.shards import write_shards
+from fovlm.media.clip import read_clip
+from fovlm.media.encode import encode_jpeg
 
 SIZE, FRAMES, HELD_OUT = 224, 8, 7
+FPS = 30  # of the animations: frames are drawn from all of theirs
 
 
-def jpeg(picture: Image.Image) -> bytes:
-    """The middle square as JPEG, on white where the picture is transparent."""
-    whole = Image.new("RGBA", picture.size, "white")
-    whole.alpha_composite(picture.convert("RGBA"))
-    out = io.BytesIO()
-    ImageOps.fit(whole.convert("RGB"), (SIZE, SIZE)).save(out, "JPEG", quality=90)
-    return out.getvalue()
+def jpegs(path: Path) -> list[bytes]:
+    """Up to FRAMES frames of a clip, or one of a picture, as JPEG."""
+    frames = read_clip(path, SIZE, FRAMES, FPS).frames
+    return [encode_jpeg(frame.permute(1, 2, 0).numpy()) for frame in frames]
 
 
 def rows(file: Path) -> Iterator[dict]:
@@ -44,27 +41,18 @@ def conversation(assistant: str, source: str, user: str = "") -> dict:
 
 def clips(folder: Path) -> Iterator[dict]:
     for row in rows(folder / "clips.jsonl"):
-        with Image.open(folder / row["file"]) as clip:
-            count, frames = clip.n_frames, {}
-            for i in range(FRAMES):
-                clip.seek(i * (count - 1) // (FRAMES - 1))
-                frames[f"{i:03d}.jpg"] = jpeg(clip)
-        yield {
-            "__key__": Path(row["file"]).stem.replace(".", "_"),
-            "json": conversation(row["caption"], "clips"),
-            **frames,
-        }
+        frames = {f"{n:03d}.jpg": jpeg for n, jpeg in enumerate(jpegs(folder / row["file"]))}
+        yield {"__key__": key_of(row), "json": conversation(row["caption"], "clips"), **frames}
 
 
 def stamps(folder: Path) -> Iterator[dict]:
     for row in rows(folder / "stamps.jsonl"):
-        with Image.open(folder / row["file"]) as picture:
-            key = Path(row["file"]).stem.replace(".", "_")
-            yield {
-                "__key__": key,
-                "json": conversation(row["caption"], "stamps", "What is this?"),
-                "jpg": jpeg(picture),
-            }
+        record = conversation(row["caption"], "stamps", "What is this?")
+        yield {"__key__": key_of(row), "json": record, "jpg": jpegs(folder / row["file"])[0]}
+
+
+def key_of(row: dict) -> str:
+    return Path(row["file"]).stem.replace(".", "_")
 
 
 def chats(file: Path) -> Iterator[dict]:

@@ -182,9 +182,9 @@ def demo(
             if (error.name or "").split(".")[0] != "gradio":
                 raise
             raise UserError("the demo needs gradio: pip install 'fovlm[demo]'") from error
-        from fovlm.media.clip import films
+        from fovlm.media.clip import list_clips
 
-        chosen = films(examples) if examples else []
+        chosen = list_clips(examples) if examples else []
         net, processor = open_(model, frames)
     serve(net, processor, Path(model).resolve().name, chosen, tokens, frames, mode or None, port)
 

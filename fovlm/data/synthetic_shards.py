@@ -24,7 +24,7 @@ from fovlm.data.shards import write_shards
 from fovlm.data.synthetic import COLOURS, QUESTION, SHAPES, Clips, generate, names
 from fovlm.errors import UserError
 from fovlm.fileio import locked, remove_unfinished, staged_dir
-from fovlm.media.decode import encode_jpeg
+from fovlm.media.encode import encode_jpeg
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.paths import data_root
 from fovlm.viz.heatmap import maps

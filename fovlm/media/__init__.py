@@ -1,1 +1,1 @@
-"""Pictures and videos to frames."""
+"""Pictures and videos: decoding, strict for training and fault-tolerant for users, and encoding."""

@@ -1,7 +1,7 @@
-"""Whatever a person points at, as frames: a video, an animation, a picture, a folder of pictures.
+"""Any file that a user names, as frames: a video, an animation, a picture, or a folder of pictures.
 
-The frames are those that training takes (one a second, at most `most`, evenly spaced when longer), upright as the
-camera was held. Damaged files give what decodes and a note that says how much; a mistake is one line.
+The frames are those of training: one a second, at most `max_frames`, evenly spaced in longer videos. Damaged files give
+the frames that decode and a note. Mistakes raise UserError.
 """
 
 import re
@@ -20,56 +20,63 @@ KINDS = "mp4, mov, webm, mkv, avi, mpg, flv, ogv; animated webp or gif; jpg, png
 
 @dataclass
 class Clip:
-    """Frames to be looked at, and what they are."""
+    """Frames and where they come from."""
 
     frames: Tensor  # u8 [f, 3, size, size], f >= 1
     seconds: list[float]  # when each frame is on screen; of a folder, its number
     name: str
-    note: str = ""  # what could not be read, in words
-    still: bool = False  # one picture, not a film
+    note: str = ""  # what could not be read
+    still: bool = False  # one picture, not a video
 
 
 def read_clip(
-    path: str | Path, size: int, most: int = 64, fps: float = 1.0, told: Callable[[int, int], None] | None = None
+    path: str | Path,
+    size: int,
+    max_frames: int = 64,
+    fps: float = 1.0,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Clip:
-    """A video, animation, picture or folder of pictures -> frames of `size` pixels, at most `most` of them.
+    """Decode a video, animation, picture or folder of pictures into at most `max_frames` frames of `size` pixels.
 
-    `fps` frames are taken a second (training takes one). The pictures of a folder come in natural order (2 before 10),
-    each a frame. `told` hears how many frames of a video are read, of how many. Raises UserError when the path leads
-    nowhere or to nothing that can be seen.
+    `fps` frames are taken a second (training takes one). The pictures of a folder are frames in natural order (2 before
+    10). `on_progress(done, total)` is called after each frame of a video. Raises UserError when the path does not exist
+    or nothing in it can be decoded.
     """
     path = Path(path)
     if "://" in str(path) or str(path).startswith(("http:/", "https:/")):
         raise UserError(f"{path} is an address: download it first and give the file")
     try:
-        return _read(path, size, most, fps, told)
+        if not path.exists():
+            if not path.parent.is_dir():
+                raise UserError(f"no such folder: {path.parent}")
+            raise UserError(f"no such file: {path}{did_you_mean(path.name, (p.name for p in path.parent.iterdir()))}")
+        if path.is_dir():
+            return _read_folder(path, size, max_frames)
+        if not path.is_file():
+            raise UserError(f"{path} is neither a file nor a folder")
+        return _read_file(path, size, max_frames, fps, on_progress)
     except OSError as error:
-        raise UserError(f"{_short(path)} cannot be read: {error.strerror or error}") from error
+        name = str(path) if len(str(path)) <= 100 else f"{str(path)[:100]}..."  # a question given as the file is long
+        raise UserError(f"{name} cannot be read: {error.strerror or error}") from error
 
 
-def _read(path: Path, size: int, most: int, fps: float, told: Callable[[int, int], None] | None) -> Clip:
-    if not path.exists():
-        if not path.parent.is_dir():
-            raise UserError(f"no such folder: {path.parent}")
-        raise UserError(f"no such file: {path}{did_you_mean(path.name, (p.name for p in path.parent.iterdir()))}")
-    if path.is_dir():
-        return _read_folder(path, size, most)
-    if not path.is_file():
-        raise UserError(f"{path} is neither a file nor a folder")
-    try:
-        with path.open("rb") as file:
-            kind = tolerant.kind_of(file)
-            if kind is None:
-                what = "is no video or picture" if path.stat().st_size else "is empty"
-                raise UserError(f"{path} {what} (what can be read: {KINDS})")
-            seen = tolerant.decode_some(file, kind, size, most, fps, told)
-    except SampleError as error:
-        raise UserError(f"{path}: {_told(str(error), kind)}") from error
-    return Clip(seen.frames, seen.seconds, path.name, seen.note, still=seen.still)
+def _read_file(
+    path: Path, size: int, max_frames: int, fps: float, on_progress: Callable[[int, int], None] | None
+) -> Clip:
+    with path.open("rb") as file:
+        kind = tolerant.kind_of(file)
+        if kind is None:
+            what = "is no video or picture" if path.stat().st_size else "is empty"
+            raise UserError(f"{path} {what} (supported: {KINDS})")
+        try:
+            decoded = tolerant.decode_some(file, kind, size, max_frames, fps, on_progress)
+        except SampleError as error:
+            raise UserError(f"{path}: {_explained(str(error), kind)}") from error
+    return Clip(decoded.frames, decoded.seconds, path.name, decoded.note, still=decoded.still)
 
 
-def films(folder: str | Path) -> list[Path]:
-    """The files of a folder that can be read, by their first bytes, in natural order. Raises UserError."""
+def list_clips(folder: str | Path) -> list[Path]:
+    """The files of a folder that `read_clip` supports, by their first bytes, in natural order. Raises UserError."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")
@@ -82,42 +89,36 @@ def films(folder: str | Path) -> list[Path]:
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror or error}") from error
     if not found:
-        raise UserError(f"{folder} holds nothing to watch (what can be read: {KINDS})")
+        raise UserError(f"{folder} holds no video or picture (supported: {KINDS})")
     return found
 
 
-def _short(path: Path) -> str:
-    """A path that one line can tell: a question in the place of a file may be long."""
-    return text if len(text := str(path)) <= 100 else f"{text[:100]}..."
-
-
-def _told(cause: str, kind: str | None) -> str:
-    """A countable cause in the words of someone who has one file."""
+def _explained(cause: str, kind: str | None) -> str:
+    """The message for a SampleError's cause."""
     if cause == "undecodable video" and kind == "mp4":
-        return "nothing in this video decodes; a recording that was broken off has lost its index and needs repair"
+        return "nothing in this video decodes; an interrupted recording has lost its index and needs repair"
     return {
         "undecodable video": "nothing in this video decodes: the file is damaged",
         "undecodable picture": "this picture does not decode: the file is damaged",
-        "video without frames": "no pictures in it: only sound, or it is cut off ahead of them",
-        "absurd picture size": f"it claims more than {decode.MAX_PIXELS // 1_000_000} million pixels, which is refused",
+        "video without frames": "no pictures in it: it has only sound or is cut off before the first frame",
+        "absurd picture size": f"its header claims over {decode.MAX_PIXELS // 1_000_000} million pixels, the limit",
     }.get(cause, cause)
 
 
-def _read_folder(folder: Path, size: int, most: int) -> Clip:
+def _read_folder(folder: Path, size: int, max_frames: int) -> Clip:
     files = sorted((p for p in folder.iterdir() if p.suffix[1:].lower() in decode.PICTURES), key=_natural)
     if not files:
-        kinds = ", ".join(decode.PICTURES)
-        raise UserError(f"{folder} holds no pictures ({kinds}); a single video is given by its file")
+        raise UserError(f"{folder} holds no pictures ({', '.join(decode.PICTURES)}); for a video, name its file")
     frames, seconds, causes = [], [], []
-    for n in decode.spread(len(files), most):
+    for n in decode.spread(len(files), max_frames):
         try:
             with files[n].open("rb") as file:
                 kind = tolerant.kind_of(file) or ""
-                seen = tolerant.decode_some(file, kind if kind in decode.PICTURES.values() else "JPEG", size, 1)
+                decoded = tolerant.decode_some(file, kind if kind in decode.PICTURES.values() else "JPEG", size, 1)
         except (SampleError, OSError) as error:
-            causes.append(f"{files[n].name}: {_told(str(error), None)}")
+            causes.append(f"{files[n].name}: {_explained(str(error), None)}")
             continue
-        frames.append(seen.frames)
+        frames.append(decoded.frames)
         seconds.append(float(n))
     if not frames:
         raise UserError(f"no picture in {folder} decodes, the first is {causes[0]}")

@@ -1,28 +1,30 @@
-"""Pictures and videos as bytes -> frames u8 [f, 3, size, size]. `footage.py` reads what people bring.
+"""Strict decoding for training: pictures and videos as bytes -> frames u8 [f, 3, size, size].
 
-Everything here reads bytes that strangers made. So the container is named by the file's extension and never guessed
-(FFmpeg would guess playlists that open other files), sizes are read from the headers and refused when absurd before
-a pixel is decoded, and whatever a decoder complains about becomes a `SampleError` with a countable cause.
+The input is untrusted. The container comes from the file's extension and is never guessed (FFmpeg would guess playlists
+that open other files), absurd sizes in a header are refused before a pixel is decoded, and any decoder error becomes a
+`SampleError` with a countable cause. `tolerant.py` decodes damaged files as far as possible.
 """
 
 import io
-import textwrap
-from collections.abc import Iterable, Iterator
-from fractions import Fraction
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import av
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from fovlm.errors import SampleError
 
 PICTURES = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}  # extension -> Pillow's name of the format
 VIDEOS = {"mp4": "mp4", "webm": "matroska", "mkv": "matroska"}  # extension -> FFmpeg's name of the container
-MAX_PIXELS = 50_000_000  # a picture that claims more is refused; 8K video has 33 million
-SEEK_AFTER = 8.0  # seconds between two wanted frames from which seeking beats decoding all that lies between
+MAX_PIXELS = 50_000_000  # larger pictures are refused; an 8K frame has 33 million pixels
+SEEK_AFTER = 8.0  # seconds between two frames above which seeking is faster than decoding the frames in between
+VIDEO_ERRORS = (av.FFmpegError, ValueError)
+# Pillow's plugins raise SyntaxError for broken PNG chunks and OSError for truncated data.
+PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError)
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -32,44 +34,44 @@ def spread(count: int, most: int) -> list[int]:
     return np.linspace(0, count - 1, most).round().astype(int).tolist()
 
 
+@contextmanager
+def decoder_errors(cause: str, errors: tuple[type[BaseException], ...]) -> Iterator[None]:
+    """Within the block, these errors of a decoder become SampleError(cause)."""
+    try:
+        yield
+    except SampleError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise SampleError("absurd picture size") from error
+    except errors as error:
+        raise SampleError(cause) from error
+
+
 def decode_pictures(pictures: list[tuple[str, bytes]], size: int) -> Tensor:
-    """f pictures, each with its extension -> u8 [f, 3, size, size]: short side resized to `size`, then the middle.
+    """f pictures, each with its extension -> u8 [f, 3, size, size]: short side resized to `size`, then center crop.
 
     JPEGs are decoded at the smallest of libjpeg's scales that is still large enough; a picture of the right size is
-    not resampled. Transparent pictures lie on white. Raises BadSample.
+    not resampled. Transparent pixels become white. Raises SampleError.
     """
     frames = np.empty((len(pictures), 3, size, size), dtype=np.uint8)
     for frame, (extension, data) in zip(frames, pictures, strict=True):
-        pixels = _decode_jpeg(data, size) if PICTURES[extension] == "JPEG" else None
-        if pixels is None:
-            pixels = _decode_pillow(data, PICTURES[extension])
+        with decoder_errors("undecodable picture", PICTURE_ERRORS):
+            pixels = _decode_jpeg(data, size) if PICTURES[extension] == "JPEG" else None
+            if pixels is None:
+                with Image.open(io.BytesIO(data), formats=[PICTURES[extension]]) as image:
+                    refuse_absurd(*image.size)
+                    pixels = opaque(image)
         frame[:] = fit(pixels, size).transpose(2, 0, 1)
     return torch.from_numpy(frames)
 
 
 def _decode_jpeg(data: bytes, size: int) -> np.ndarray | None:
-    """u8 [h, w, 3], or None for the few JPEGs (CMYK) that Pillow has to read."""
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        refuse_absurd(width, height)
-        if colours in ("CMYK", "YCCK"):
-            return None
-        return simplejpeg.decode_jpeg(data, "RGB", min_height=size, min_width=size)
-    except ValueError as error:
-        raise error if isinstance(error, SampleError) else SampleError("undecodable picture") from error
-
-
-def _decode_pillow(data: bytes, format: str) -> np.ndarray:
-    """u8 [h, w, 3]."""
-    try:
-        with Image.open(io.BytesIO(data), formats=[format]) as image:
-            refuse_absurd(*image.size)
-            return opaque(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise SampleError("absurd picture size") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
-        # Pillow's plugins raise SyntaxError for broken PNG chunks and OSError for truncated data.
-        raise error if isinstance(error, SampleError) else SampleError("undecodable picture") from error
+    """u8 [h, w, 3], or None for CMYK, which only Pillow reads."""
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    refuse_absurd(width, height)
+    if colours in ("CMYK", "YCCK"):
+        return None
+    return simplejpeg.decode_jpeg(data, "RGB", min_height=size, min_width=size)
 
 
 def opaque(image: Image.Image) -> np.ndarray:
@@ -82,21 +84,28 @@ def opaque(image: Image.Image) -> np.ndarray:
 
 
 def refuse_absurd(width: int, height: int) -> None:
+    """Raises SampleError for a size that no real picture has."""
     if width < 1 or height < 1 or width * height > MAX_PIXELS:
         raise SampleError("absurd picture size")
 
 
 def fit(pixels: np.ndarray, size: int) -> np.ndarray:
-    """u8 [h, w, 3] -> [size, size, 3]: short side to `size`, then the middle."""
+    """u8 [h, w, 3] -> [size, size, 3]: short side resized to `size`, then center crop."""
     height, width = pixels.shape[:2]
     if min(height, width) != size:
-        wide, high = short_side(width, height, size)
-        pixels = np.asarray(Image.fromarray(pixels).resize((wide, high), Image.Resampling.BILINEAR))
+        pixels = np.asarray(Image.fromarray(pixels).resize(scaled(width, height, size), Image.Resampling.BILINEAR))
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size]
 
 
-def short_side(width: int, height: int, size: int) -> tuple[int, int]:
+def fit_frame(frame: av.VideoFrame, size: int) -> np.ndarray:
+    """A decoded video frame -> u8 [size, size, 3], resized and cropped like a picture. Raises SampleError."""
+    refuse_absurd(frame.width, frame.height)
+    width, height = scaled(frame.width, frame.height, size)
+    return fit(frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR"), size)
+
+
+def scaled(width: int, height: int, size: int) -> tuple[int, int]:
     """(width, height) scaled so that the shorter one is `size`."""
     scale = size / min(width, height)
     return max(size, round(width * scale)), max(size, round(height * scale))
@@ -105,45 +114,41 @@ def short_side(width: int, height: int, size: int) -> tuple[int, int]:
 def video_seconds(data: bytes, extension: str) -> int:
     """How many frames a video gives at one a second: those on screen at 0 s, 1 s, ... up to its last frame.
 
-    Reads packets and decodes nothing. Raises BadSample.
+    Reads packets and decodes nothing. Raises SampleError.
     """
-    try:
-        with av.open(io.BytesIO(data), format=VIDEOS[extension]) as container:
-            stream = video_stream(container)
-            shown = (p for p in container.demux(stream) if p.pts is not None and not p.is_discard)
-            stamps = [float(p.pts * p.time_base) for p in shown]
-    except (av.FFmpegError, ValueError) as error:
-        raise error if isinstance(error, SampleError) else SampleError("undecodable video") from error
+    with (
+        decoder_errors("undecodable video", VIDEO_ERRORS),
+        av.open(io.BytesIO(data), format=VIDEOS[extension]) as container,
+    ):
+        packets = container.demux(video_stream(container))
+        stamps = [float(p.pts * p.time_base) for p in packets if p.pts is not None and not p.is_discard]
     if not stamps:
         raise SampleError("video without frames")
     return int(max(stamps) - min(stamps)) + 1
 
 
 def decode_video(data: bytes, extension: str, size: int, seconds: int, most: int) -> Tensor:
-    """A video of `seconds` (as `video_seconds` counted them) -> u8 [f, 3, size, size], f = min(seconds, most).
+    """A video of `seconds` (counted by `video_seconds`) -> u8 [f, 3, size, size], f = min(seconds, most).
 
-    One frame a second, or `most` evenly spaced seconds of a longer video. Each is the frame on screen at that second.
-    Decodes in one thread: the loader's workers are the parallelism. Raises BadSample.
+    One frame a second, or `most` evenly spaced seconds of a longer video; each is the frame on screen at that second.
+    Decodes in one thread, since the data loader's workers already run in parallel. Raises SampleError.
     """
     wanted = spread(seconds, most)
     frames = np.empty((len(wanted), 3, size, size), dtype=np.uint8)
-    try:
-        with av.open(io.BytesIO(data), format=VIDEOS[extension]) as container:
-            stream = video_stream(container)
-            found = 0
-            for found, picture in enumerate(_pictures_at(container, stream, wanted), start=1):
-                refuse_absurd(picture.width, picture.height)
-                wide, high = short_side(picture.width, picture.height, size)
-                pixels = picture.to_ndarray(format="rgb24", width=wide, height=high, interpolation="BILINEAR")
-                frames[found - 1] = fit(pixels, size).transpose(2, 0, 1)
-    except (av.FFmpegError, ValueError) as error:
-        raise error if isinstance(error, SampleError) else SampleError("undecodable video") from error
+    found = 0
+    with (
+        decoder_errors("undecodable video", VIDEO_ERRORS),
+        av.open(io.BytesIO(data), format=VIDEOS[extension]) as container,
+    ):
+        for found, frame in enumerate(_frames_at(container, video_stream(container), wanted), start=1):
+            frames[found - 1] = fit_frame(frame, size).transpose(2, 0, 1)
     if found != len(wanted):
         raise SampleError("video shorter than its index says")
     return torch.from_numpy(frames)
 
 
 def video_stream(container) -> av.VideoStream:
+    """The first video stream of an open container, ready to decode in one thread. Raises SampleError."""
     if not container.streams.video:
         raise SampleError("video without frames")
     stream = container.streams.video[0]
@@ -155,7 +160,7 @@ def video_stream(container) -> av.VideoStream:
     return stream
 
 
-def _pictures_at(container, stream, seconds: list[int]) -> Iterator[av.VideoFrame]:
+def _frames_at(container, stream, seconds: list[int]) -> Iterator[av.VideoFrame]:
     """The frame on screen at each of the (rising) seconds; stops early when the video does."""
     decoder = _decode(container, stream)
     first = shown = next(decoder, None)
@@ -179,44 +184,3 @@ def _pictures_at(container, stream, seconds: list[int]) -> Iterator[av.VideoFram
 
 def _decode(container, stream) -> Iterator[av.VideoFrame]:
     return (frame for frame in container.decode(stream) if frame.pts is not None)
-
-
-def encode_jpeg(pixels: np.ndarray, quality: int = 90) -> bytes:
-    """u8 [h, w, 3] -> a JPEG, for those who make shards."""
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=quality)
-
-
-def encode_video(frames: Iterable[np.ndarray], fps: float) -> bytes:
-    """Frames u8 [h, w, 3], at least one, of one size with even sides -> an MP4: H.264 where this FFmpeg has it, else
-    MPEG-4.
-    """
-    out = io.BytesIO()
-    h264 = "libx264" in av.codecs_available
-    with av.open(out, "w", format="mp4") as container:
-        stream = container.add_stream("libx264" if h264 else "mpeg4", rate=Fraction(fps).limit_denominator(1000))
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1
-        if h264:
-            stream.options = {"crf": "18"}
-        else:
-            stream.bit_rate = 4_000_000
-        for n, pixels in enumerate(frames):
-            if n == 0:
-                stream.height, stream.width = pixels.shape[:2]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
-        container.mux(stream.encode())
-    return out.getvalue()
-
-
-def lettering(lines: list[str], width: int, size: int = 15) -> np.ndarray:
-    """Lines of text, light on dark, broken where they are too long -> u8 [h, width, 3], h even."""
-    font = ImageFont.load_default(size)
-    letters = max(1, int(width / (size * 0.52)))
-    broken = [part for line in lines for part in textwrap.wrap(line, letters) or [""]]
-    step = round(size * 1.4)
-    height = (len(broken) * step + size) // 2 * 2
-    image = Image.new("RGB", (width, height), (20, 21, 25))
-    pen = ImageDraw.Draw(image)
-    for number, part in enumerate(broken):
-        pen.text((size // 2, size // 2 + number * step), part, (235, 235, 235), font=font)
-    return np.asarray(image)

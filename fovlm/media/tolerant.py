@@ -1,7 +1,7 @@
-"""Footage that people bring: videos, animations and pictures of any make, damaged or not, and cameras.
+"""Fault-tolerant decoding of files that users supply (videos, animations, pictures), and cameras.
 
-Where `media.py` refuses a broken sample, this takes what decodes and says how much that is. The format is told by the
-first bytes, and FFmpeg is never left to guess (it would guess playlists that open other files).
+Where `decode.py` refuses a broken sample, this decodes as much as possible and notes what is missing. The format comes
+from the first bytes; FFmpeg never guesses it (it would guess playlists that open other files).
 """
 
 import io
@@ -16,23 +16,26 @@ from typing import BinaryIO, NamedTuple
 import av
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from fovlm.errors import SampleError
 from fovlm.media.decode import (
+    PICTURE_ERRORS,
     PICTURES,
     SEEK_AFTER,
+    VIDEO_ERRORS,
     decode_pictures,
+    decoder_errors,
     fit,
+    fit_frame,
     opaque,
     refuse_absurd,
-    short_side,
     spread,
     video_stream,
 )
 
-MAGIC = (  # offset, bytes, Pillow's name of a picture's format or FFmpeg's of a container, for files that people name
+MAGIC = (  # offset, first bytes, Pillow's name of the picture format or FFmpeg's name of the container
     (0, b"\xff\xd8\xff", "JPEG"),
     (0, b"\x89PNG", "PNG"),
     (0, b"GIF8", "GIF"),
@@ -44,19 +47,21 @@ MAGIC = (  # offset, bytes, Pillow's name of a picture's format or FFmpeg's of a
     (0, b"FLV", "flv"),
     (0, b"OggS", "ogg"),
 )
+ANIMATIONS = ("WEBP", "GIF")
+STILLS = (*PICTURES.values(), "GIF")  # kinds that Pillow reads
 ORIENTATION = 0x0112  # Exif 2.32, table 4: 1 is upright, 2 to 8 are turned or mirrored
-Told = Callable[[int, int], None] | None  # hears how many frames are read, of how many
-LATE = 0.2  # seconds that a shown frame may be older than the packet that belongs there; beyond, that packet is lost
+LATE = 0.2  # seconds that a frame may be older than the packet due at that time; beyond, the packet counts as lost
 CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}"), "win32": ("dshow", "video={}")}
+Progress = Callable[[int, int], None] | None  # called with (frames done, frames in all)
 
 
-class Seen(NamedTuple):
-    """What could be read of a file."""
+class Decoded(NamedTuple):
+    """What could be decoded of a file."""
 
     frames: Tensor  # u8 [f, 3, size, size], f >= 1
     seconds: list[float]  # when each frame is on screen, from the start of the video
-    note: str  # what could not be read, or nothing
-    still: bool = False  # one picture, not a film
+    note: str  # what could not be decoded, or nothing
+    still: bool = False  # one picture, not a video
 
 
 def kind_of(file: BinaryIO) -> str | None:
@@ -67,42 +72,45 @@ def kind_of(file: BinaryIO) -> str | None:
     return next((kind for offset, magic, kind in MAGIC if head[offset:].startswith(magic)), None)
 
 
-def decode_some(file: BinaryIO, kind: str, size: int, most: int, fps: float = 1.0, told: Told = None) -> Seen:
-    """A person's video, animation or picture of the kind that `kind_of` tells -> the frames that decode.
+def decode_some(
+    file: BinaryIO, kind: str, size: int, most: int, fps: float = 1.0, on_progress: Progress = None
+) -> Decoded:
+    """A video, animation or picture of a kind that `kind_of` found -> the frames that decode.
 
-    `fps` frames a second, or `most` evenly spaced ones of a longer video; each is the one on screen at that time. What
-    is damaged or cut off is left out and told in the note. Raises BadSample when there is nothing to see.
+    `fps` frames a second, or `most` evenly spaced ones of a longer video; each is the one on screen at that time.
+    Damaged or missing parts are left out and noted. Raises SampleError when nothing decodes.
     """
-    if kind in ("JPEG", "PNG", "WEBP", "GIF"):
-        read = _decode_animation if kind in ("WEBP", "GIF") else _decode_picture
-        seen = read(file, kind, size, most, fps)
-        return seen._replace(frames=_upright(seen.frames, file, kind))
-    try:
-        return _decode_damaged(file, kind, size, most, fps, told)
-    except (av.FFmpegError, ValueError) as error:
-        raise error if isinstance(error, SampleError) else SampleError("undecodable video") from error
+    if kind in STILLS:
+        if kind in ANIMATIONS:
+            decoded = _decode_animation(file, kind, size, most, fps)
+        else:
+            extension = next(e for e, name in PICTURES.items() if name == kind)
+            decoded = Decoded(decode_pictures([(extension, file.read())], size), [0.0], "", still=True)
+        return decoded._replace(frames=_upright(decoded.frames, file, kind))
+    with decoder_errors("undecodable video", VIDEO_ERRORS):
+        return _decode_damaged(file, kind, size, most, fps, on_progress)
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
-    """A picture in memory -> u8 [h, w, 3], upright, and on white where it is transparent, as it is from a file."""
+    """A picture in memory -> u8 [h, w, 3], upright, and on white where it is transparent, like one from a file."""
     return opaque(ImageOps.exif_transpose(image))
 
 
 def _upright(frames: Tensor, file: BinaryIO, kind: str) -> Tensor:
-    """Square frames u8 [f, 3, s, s] of a picture's file as they were meant: telephones store how they were held."""
+    """Square frames u8 [f, 3, s, s] rotated as the Exif orientation says: phones store how they were held."""
     file.seek(0)
     try:
         with Image.open(file, formats=[kind]) as image:
             turn = image.getexif().get(ORIENTATION, 1)
-    except (Image.DecompressionBombWarning, OSError, SyntaxError, ValueError, struct.error):
-        return frames  # the pixels decode; what is said about them doesn't
+    except (Image.DecompressionBombWarning, *PICTURE_ERRORS, struct.error):
+        return frames  # the pixels decode, their metadata doesn't
     if turn in (5, 6, 7, 8):  # rows and columns are swapped
         frames = frames.transpose(2, 3)
     flips = [dim for dim, turns in ((2, (3, 4, 7, 8)), (3, (2, 3, 6, 7))) if turn in turns]
     return frames.flip(flips).contiguous()
 
 
-def _decode_damaged(file: BinaryIO, kind: str, size: int, most: int, fps: float, told: Told) -> Seen:
+def _decode_damaged(file: BinaryIO, kind: str, size: int, most: int, fps: float, on_progress: Progress) -> Decoded:
     with av.open(file, format=kind) as container:
         stream = video_stream(container)
         stamps, claimed = _stamps(container, stream), _claimed_seconds(container, stream)
@@ -110,42 +118,40 @@ def _decode_damaged(file: BinaryIO, kind: str, size: int, most: int, fps: float,
     if not stamps:
         raise SampleError("video without frames")
     start, length = stamps[0], stamps[-1] - stamps[0]
-    lasts = length * len(stamps) / max(len(stamps) - 1, 1)  # with the time of the last frame itself
+    lasts = length * len(stamps) / max(len(stamps) - 1, 1)  # including the display time of the last frame
     wanted = [n / fps for n in spread(int(length * fps) + 1, most)]
-    seen, seconds = [], []
+    frames, seconds = [], []
     file.seek(0)
     with av.open(file, format=kind) as container:
         stream = video_stream(container)
-        for n, picture in _pictures_left(container, stream, [start + at for at in wanted], stamps):
-            seen.append(_small(picture, size))
+        for n, frame in _frames_left(container, stream, [start + at for at in wanted], stamps):
+            frames.append(_upright_frame(frame, size))
             seconds.append(wanted[n])
-            if told:
-                told(n + 1, len(wanted))
-    if not seen:
+            if on_progress:
+                on_progress(n + 1, len(wanted))
+    if not frames:
         raise SampleError("undecodable video")
     notes = []
-    if claimed > lasts + 1 and not 0 < announced <= len(stamps):  # the last frame may stay longer than others
+    if claimed > lasts + 1 and not 0 < announced <= len(stamps):  # the last frame may be shown longer than others
         notes.append(f"the file is cut short: read {lasts:.0f} of {claimed:.0f} seconds")
-    if len(seen) < len(wanted):
-        notes.append(f"{len(wanted) - len(seen)} of {len(wanted)} frames are damaged and left out")
-    return Seen(torch.from_numpy(np.stack(seen)), seconds, "; ".join(notes))
+    if len(frames) < len(wanted):
+        notes.append(f"{len(wanted) - len(frames)} of {len(wanted)} frames are damaged and left out")
+    return Decoded(torch.from_numpy(np.stack(frames)), seconds, "; ".join(notes))
 
 
 def _stamps(container, stream) -> list[float]:
-    """The times of all packets that can be read, rising; decodes nothing."""
+    """The times of all readable packets, rising; decodes nothing."""
     stamps = []
-    try:
+    with suppress(av.FFmpegError):  # the rest of the file is missing; the caller compares with the header's claim
         for packet in container.demux(stream):
             stamp = packet.dts if packet.pts is None else packet.pts
             if stamp is not None and not packet.is_discard:
                 stamps.append(float(stamp * packet.time_base))
-    except av.FFmpegError:
-        pass  # the rest of the file is missing; the caller compares with what its header claims
     return sorted(stamps)
 
 
 def _claimed_seconds(container, stream) -> float:
-    """How long the header says the video is; 0 where it doesn't. The container's own number counts sound as well."""
+    """The length of the video by its header, 0 if unknown. The container's own duration includes the sound."""
     shown = None if stream.duration is None else float(stream.duration * stream.time_base)
     if stream.frames and stream.average_rate:
         stored = float(stream.frames / stream.average_rate)
@@ -155,7 +161,7 @@ def _claimed_seconds(container, stream) -> float:
     return container.duration / av.time_base if container.duration and len(container.streams) == 1 else 0.0
 
 
-def _pictures_left(container, stream, wanted: list[float], stamps: list[float]) -> Iterator[tuple[int, av.VideoFrame]]:
+def _frames_left(container, stream, wanted: list[float], stamps: list[float]) -> Iterator[tuple[int, av.VideoFrame]]:
     """(number of the wanted time, frame on screen) for each whose frame decodes."""
     decoder = _decode_left(container, stream)
     shown, following = None, next(decoder, None)
@@ -172,7 +178,7 @@ def _pictures_left(container, stream, wanted: list[float], stamps: list[float]) 
 
 
 def _decode_left(container, stream) -> Iterator[av.VideoFrame]:
-    """All frames that decode, over damaged packets and up to where the file ends."""
+    """All frames that decode, skipping damaged packets, up to the end of the file."""
     packets = container.demux(stream)
     while True:
         try:
@@ -186,19 +192,16 @@ def _decode_left(container, stream) -> Iterator[av.VideoFrame]:
         yield from (frame for frame in frames if frame.pts is not None and not frame.is_corrupt)
 
 
-def _small(picture: av.VideoFrame, size: int) -> np.ndarray:
-    """u8 [3, size, size], upright: telephones store how they were held."""
-    refuse_absurd(picture.width, picture.height)
-    wide, high = short_side(picture.width, picture.height, size)
-    pixels = fit(picture.to_ndarray(format="rgb24", width=wide, height=high, interpolation="BILINEAR"), size)
-    return np.rot90(pixels, picture.rotation // 90).transpose(2, 0, 1)
+def _upright_frame(frame: av.VideoFrame, size: int) -> np.ndarray:
+    """u8 [3, size, size], rotated as the video's metadata says."""
+    return np.rot90(fit_frame(frame, size), frame.rotation // 90).transpose(2, 0, 1)
 
 
 def camera(source: str, size: int, fps: float = 1.0) -> Iterator[Tensor]:
-    """What a camera sees, `fps` times a second, as frames u8 [3, size, size]; the newest one, whatever time it takes.
+    """The newest frame of a camera, u8 [3, size, size], `fps` times a second.
 
-    `source` is the number of a camera (0 is the first), or a file that stands in for one and ends at its end.
-    Raises BadSample, with one line, for a camera that is not there.
+    `source` is a camera's number (0 is the first), or a video file that is played in its place.
+    Raises SampleError, with one line, for a camera that is not there.
     """
     format, name = CAMERAS.get(sys.platform, CAMERAS["linux"])
     live = source.isdigit() or source.startswith("/dev/")
@@ -208,39 +211,36 @@ def camera(source: str, size: int, fps: float = 1.0) -> Iterator[Tensor]:
         else:
             with open(source, "rb") as file:
                 kind = kind_of(file)
-            if kind is None or kind in (*PICTURES.values(), "GIF"):
-                raise SampleError(f"{source} is no video and no camera; cameras are numbered from 0")
+            if kind is None or kind in STILLS:
+                raise SampleError(f"{source} is neither a video nor a camera; cameras are numbered from 0")
             container = av.open(source, format=kind)
-    except (av.FFmpegError, OSError, ValueError) as error:
-        if isinstance(error, SampleError):
-            raise
-        why = getattr(error, "strerror", None) or error
-        raise SampleError(
-            f"no {'camera' if live else 'video'} {source} ({why}); cameras are numbered from 0"
-        ) from error
+    except SampleError:
+        raise
+    except (*VIDEO_ERRORS, OSError) as error:
+        what, why = "camera" if live else "video", getattr(error, "strerror", None) or error
+        raise SampleError(f"no {what} {source} ({why}); cameras are numbered from 0") from error
     with container:
         stream, due = video_stream(container), -1.0
-        for picture in _decode_left(container, stream):
-            now = time.monotonic() if live else picture.time
+        for frame in _decode_left(container, stream):
+            now = time.monotonic() if live else frame.time
             if now >= due:
                 due = now + 1 / fps - 1e-6
-                yield torch.from_numpy(np.ascontiguousarray(_small(picture, size)))
+                yield torch.from_numpy(np.ascontiguousarray(_upright_frame(frame, size)))
 
 
-def _whole(file: BinaryIO, format: str) -> tuple[BinaryIO, bool]:
-    """The file and True; a WebP that is cut short comes mended to its last whole picture, which libwebp insists on."""
+def _complete(file: BinaryIO, format: str) -> tuple[BinaryIO, bool]:
+    """(file, is complete); a truncated WebP is cut to its last whole picture, since libwebp refuses it otherwise."""
     end = file.seek(0, io.SEEK_END)
-    file.seek(0)
     if format == "GIF":
         file.seek(max(end - 1, 0))
-        whole = file.read(1) == b";"
+        complete = file.read(1) == b";"
         file.seek(0)
-        return file, whole
-    head = file.read(12)
-    if int.from_bytes(head[4:8], "little") + 8 <= end:
-        file.seek(0)
+        return file, complete
+    file.seek(0)
+    data = bytearray(file.read())
+    file.seek(0)
+    if int.from_bytes(data[4:8], "little") + 8 <= end:
         return file, True
-    data = bytearray(head + file.read())
     at = 12
     while (after := at + 8 + (length := int.from_bytes(data[at + 4 : at + 8], "little")) + length % 2) <= len(data):
         at = after
@@ -248,15 +248,10 @@ def _whole(file: BinaryIO, format: str) -> tuple[BinaryIO, bool]:
     return io.BytesIO(bytes(data[:at])), False
 
 
-def _decode_picture(file: BinaryIO, format: str, size: int, most: int, fps: float) -> Seen:
-    extension = next(e for e, name in PICTURES.items() if name == format)
-    return Seen(decode_pictures([(extension, file.read())], size), [0.0], "", still=True)
-
-
-def _decode_animation(file: BinaryIO, format: str, size: int, most: int, fps: float) -> Seen:
+def _decode_animation(file: BinaryIO, format: str, size: int, most: int, fps: float) -> Decoded:
     frames: list[np.ndarray] = []
     read, begins, ends, moves = 0, 0.0, 0.0, False
-    file, whole = _whole(file, format)
+    file, complete = _complete(file, format)
 
     def show(until: float) -> None:
         while len(frames) / fps < until - 1e-6:
@@ -266,7 +261,7 @@ def _decode_animation(file: BinaryIO, format: str, size: int, most: int, fps: fl
         with Image.open(file, formats=[format]) as image:
             refuse_absurd(*image.size)
             moves = getattr(image, "is_animated", False)
-            with suppress(EOFError):  # how Pillow tells the end
+            with suppress(EOFError):  # Pillow's sign of the end
                 while not read or most > 1:
                     image.seek(read)
                     following = opaque(image)
@@ -274,16 +269,16 @@ def _decode_animation(file: BinaryIO, format: str, size: int, most: int, fps: fl
                         show(until=ends)
                     pixels, begins, read = following, ends, read + 1
                     milliseconds = image.info.get("duration", 0)
-                    ends += (milliseconds if milliseconds > 10 else 100) / 1000  # what browsers do without a time
+                    ends += (milliseconds if milliseconds > 10 else 100) / 1000  # what browsers do without a duration
+    except SampleError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SampleError("absurd picture size") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, IndexError, struct.error) as error:
-        if isinstance(error, SampleError):
-            raise
-        whole = False
+    except (*PICTURE_ERRORS, IndexError, struct.error):
+        complete = False
     if not read:
         raise SampleError("undecodable picture")
-    show(until=begins + 2e-6)  # as of videos: the last one counts at its beginning
-    kept = spread(len(frames), most)
-    note = "" if whole else f"the file is cut short or damaged: read {read} pictures, {ends:.1f} seconds"
-    return Seen(torch.from_numpy(np.stack([frames[n] for n in kept])), [n / fps for n in kept], note, still=not moves)
+    show(until=begins + 2e-6)  # like a video's last frame, the last picture counts at its beginning
+    used = spread(len(frames), most)
+    note = "" if complete else f"the file is cut short or damaged: read {read} pictures, {ends:.1f} seconds"
+    return Decoded(torch.from_numpy(np.stack([frames[n] for n in used])), [n / fps for n in used], note, not moves)

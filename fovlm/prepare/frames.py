@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fovlm.errors import SampleError
-from fovlm.media import decode, tolerant
+from fovlm.media import decode, encode, tolerant
 from fovlm.prepare.job import Job
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".webp", ".gif")  # tried for a video named without one
@@ -86,4 +86,4 @@ def picture(image: Any, job: Job) -> bytes:
 
 def jpegs(frames: Tensor, job: Job) -> list[bytes]:
     """u8 [f, 3, size, size] -> JPEGs."""
-    return [decode.encode_jpeg(frame.permute(1, 2, 0).numpy(), job.quality) for frame in frames]
+    return [encode.encode_jpeg(frame.permute(1, 2, 0).numpy(), job.quality) for frame in frames]

@@ -19,7 +19,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 
 from fovlm.errors import UserError
-from fovlm.media import decode
+from fovlm.media import encode
 from fovlm.media.clip import Clip, read_clip
 from fovlm.viz.answer import ALIKE, answer, stream_answer
 from fovlm.viz.gaze import Gaze, gaze_of
@@ -180,7 +180,7 @@ def framed(gazes: list[Any]) -> str:
 
 
 def _jpeg(frame: Any) -> str:
-    return base64.b64encode(decode.encode_jpeg(frame.permute(1, 2, 0).numpy())).decode()
+    return base64.b64encode(encode.encode_jpeg(frame.permute(1, 2, 0).numpy())).decode()
 
 
 def _thumb(path: Path, size: int) -> Any:

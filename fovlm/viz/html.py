@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fovlm.errors import UserError
-from fovlm.media import decode
+from fovlm.media import encode
 from fovlm.viz.gaze import Gaze
 from fovlm.viz.heatmap import DARKEN, STOPS, entropy
 
@@ -56,7 +56,7 @@ def _data(gazes: list[Gaze]) -> dict[str, Any]:
     frames, frame_of_look = [], []  # a picture that is looked at several times is stored once
     for k, frame in enumerate(first.frames):
         if not k or not torch.equal(frame, first.frames[k - 1]):
-            jpeg = decode.encode_jpeg(frame.permute(1, 2, 0).numpy(), QUALITY)
+            jpeg = encode.encode_jpeg(frame.permute(1, 2, 0).numpy(), QUALITY)
             frames.append("data:image/jpeg;base64," + base64.b64encode(jpeg).decode())
         frame_of_look.append(len(frames) - 1)
     still = len(set(first.seconds)) < K  # looks at one picture share its time; equal frames of a film do not

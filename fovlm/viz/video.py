@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fovlm.media import decode
+from fovlm.media import encode
 from fovlm.viz.contact_sheet import check
 from fovlm.viz.gaze import Gaze
 from fovlm.viz.heatmap import draw_heatmap, maps
@@ -28,7 +28,7 @@ def write_video(
     check(gaze, layer, head)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(decode.encode_video(_pictures(gaze, layer, head, max(1, round(RATE / fps))), max(RATE, fps)))
+    path.write_bytes(encode.encode_video(_pictures(gaze, layer, head, max(1, round(RATE / fps))), max(RATE, fps)))
     return path
 
 
@@ -37,9 +37,9 @@ def _pictures(gaze: Gaze, layer: int | None, head: int | None, times: int) -> It
     grids = {name: maps(torch.from_numpy(w), layer, head) for name, w in gaze.weights.items()}
     width = len(grids) * (SIDE + GAP) + GAP
     said = [gaze.question, gaze.answer] if gaze.question else [gaze.clip]
-    below = decode.lettering([text[:LONGEST] for text in said], width)
+    below = encode.lettering([text[:LONGEST] for text in said], width)
     for k, second in enumerate(gaze.seconds):
-        above = decode.lettering([f"{' | '.join(grids)}   {clock(second)}"], width)
+        above = encode.lettering([f"{' | '.join(grids)}   {clock(second)}"], width)
         row = np.full((SIDE, width, 3), 20, np.uint8)
         for n, grid in enumerate(grids.values()):
             left = GAP + n * (SIDE + GAP)

@@ -13,7 +13,8 @@ from fovlm.data import synthetic, synthetic_shards
 from fovlm.data.chat import ChatTokenizer, load_tokenizer
 from fovlm.data.dataset import open_dataset
 from fovlm.data.packing import PackSize, Sample, collate
-from fovlm.media.decode import decode_pictures, encode_jpeg
+from fovlm.media.decode import decode_pictures
+from fovlm.media.encode import encode_jpeg
 
 TASK = SyntheticTask(train_clips=24, val_clips=5, frames=3, objects=[2, 5], names=20, marks=7, grid=3, patch=14)
 RUNS = ("quickstart", "hunt", "hunt_coarse")

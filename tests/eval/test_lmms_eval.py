@@ -19,7 +19,7 @@ from fovlm.checkpoint.reference import snug
 from fovlm.data.chat import ChatTokenizer
 from fovlm.data.packing import Sample
 from fovlm.eval.vlmevalkit import Fovlm
-from fovlm.media import decode
+from fovlm.media import encode
 from fovlm.media.decode import decode_pictures
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.model.processing import FoveatedProcessor, open_model
@@ -163,7 +163,7 @@ def test_lmms_evals_own_command_scores_a_folder(tmp_path):
     for n, grey in enumerate(GREYS):
         image, film = tmp_path / f"{n}.jpg", videos / f"{n}.mp4"
         image.write_bytes(picture(grey, 28))
-        film.write_bytes(decode.encode_video([np.full((28, 28, 3), grey, np.uint8)] * 2, 1))
+        film.write_bytes(encode.encode_video([np.full((28, 28, 3), grey, np.uint8)] * 2, 1))
         said["pope"].append(says("image", image, POPE_ASKED, 128))
         said["mvbench"].append(says("video", film, MVBENCH_ASKED, 16))
         said["until"].append(says("image", image, ASK, 9).split(" it")[0].strip())

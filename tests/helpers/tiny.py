@@ -16,7 +16,7 @@ from fovlm.config.schema import DataSource
 from fovlm.data.chat import ChatTokenizer
 from fovlm.data.dataset import Dataset
 from fovlm.data.shards import write_shards
-from fovlm.media import decode
+from fovlm.media import encode
 
 TEXT = "You are a helpful AI assistant . ? system user what is this yes no it red blue shown here in the picture"
 CHATML = (
@@ -44,7 +44,7 @@ def tokenizer(words: list[str] | None = None) -> PreTrainedTokenizerFast:
 
 def picture(value: int, size: int = 16) -> bytes:
     """A JPEG of one grey level."""
-    return decode.encode_jpeg(np.full((size, size, 3), value, np.uint8))
+    return encode.encode_jpeg(np.full((size, size, 3), value, np.uint8))
 
 
 def video(seconds: float, fps: int = 5, size: int = 16, format: str = "mp4") -> bytes:

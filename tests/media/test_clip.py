@@ -1,4 +1,4 @@
-"""What a person points at: the frames are those of training, damage is told, mistakes are one line."""
+"""Clips that users name: the frames of training, notes about damage, one-line errors."""
 
 import io
 
@@ -28,7 +28,7 @@ def test_a_video_gives_the_frames_that_training_would_take(tmp_path, seconds):
     data = tiny.video(seconds)
     there = decode.video_seconds(data, "mp4")
     expected = decode.decode_video(data, "mp4", 16, there, 8)
-    clip = read_clip(saved(tmp_path / "a.mp4", data), 16, most=8)
+    clip = read_clip(saved(tmp_path / "a.mp4", data), 16, max_frames=8)
     assert clip.frames.equal(expected)
     assert clip.seconds == decode.spread(there, 8)
     assert clip.note == ""
@@ -85,9 +85,9 @@ def test_animations_are_watched_like_videos(tmp_path, format):
     assert clip.seconds == [0, 1, 2]
     assert grey(clip) == [0, 1, 2]
     assert len(read_clip(path, 16, fps=10).frames) == 30
-    assert read_clip(path, 16, most=2).seconds == [0, 2]
-    assert read_clip(path, 16, most=1).seconds == [0]
-    assert not read_clip(path, 16, most=1).still
+    assert read_clip(path, 16, max_frames=2).seconds == [0, 2]
+    assert read_clip(path, 16, max_frames=1).seconds == [0]
+    assert not read_clip(path, 16, max_frames=1).still
     assert len(read_clip(saved(tmp_path / "b", animation(format, frames=5)), 16).frames) == 1
     cut = read_clip(saved(tmp_path / "cut", path.read_bytes()[:-60]), 16)
     assert cut.seconds == [0, 1, 2]
@@ -106,7 +106,7 @@ def test_a_folder_is_read_in_natural_order_and_over_broken_pictures(tmp_path):
         saved(tmp_path / f"frame{i}.jpg", tiny.picture(10 * i))
     (tmp_path / "notes.txt").write_text("not a picture")
     assert grey(read_clip(tmp_path, 16)) == [1, 2, 3, 10, 11]
-    assert grey(read_clip(tmp_path, 16, most=3)) == [1, 3, 11]
+    assert grey(read_clip(tmp_path, 16, max_frames=3)) == [1, 3, 11]
     saved(tmp_path / "frame3.jpg", tiny.picture(30)[:100])
     clip = read_clip(tmp_path, 16)
     assert grey(clip) == [1, 2, 10, 11]
@@ -138,14 +138,14 @@ def test_mistakes_are_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_camera_gives_a_frame_a_second_and_a_missing_one_is_told(tmp_path):
+def test_a_camera_gives_one_frame_a_second_and_a_missing_one_is_an_error(tmp_path):
     film = saved(tmp_path / "film.mp4", tiny.video(4))
     frames = list(tolerant.camera(str(film), 16))
     assert [round(float(frame.float().mean()) / 10) for frame in frames] == [0, 1, 2, 3]
     with pytest.raises(SampleError, match="no camera 97"):
         next(tolerant.camera("97", 16))
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile film.mp4")  # FFmpeg would open what it names
-    with pytest.raises(SampleError, match="is no video and no camera"):
+    with pytest.raises(SampleError, match="is neither a video nor a camera"):
         next(tolerant.camera(str(tmp_path / "list.mp4"), 16))
 
 

@@ -33,7 +33,7 @@ LONGEST = 400  # lines; about 300 is the aim
 # A module belongs to its longest entry. The package `fovlm` itself imports nothing of ours until asked for a name.
 READING_ORDER = """
 kernels
-fovlm.errors fovlm.paths fovlm.fileio fovlm.redact fovlm.tables fovlm.distributed
+fovlm.errors fovlm.paths fovlm.fileio fovlm.redact fovlm.tables fovlm.progress fovlm.distributed
 fovlm.config
 fovlm.checkpoint.run_folder
 fovlm.media

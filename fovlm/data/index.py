@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from fovlm.data.sample_format import Member, contents, list_members, parse_json
 from fovlm.errors import SampleError, UserError
 from fovlm.fileio import digest, write_atomically
 from fovlm.media import decode as media
+from fovlm.progress import track
 
 VERSION = 1  # of the file's content; another version is made again
 MEDIA = ("text", "image", "video")
@@ -91,7 +91,7 @@ def open_indices(shards: list[Path], cache: Path) -> list[Index]:
     """The indices of a set of shards, with a progress bar when it takes long; those already made are kept."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         indices = pool.map(lambda shard: open_index(shard, cache), shards)
-        return list(tqdm(indices, "indexing shards", len(shards), unit="shard", delay=2))
+        return list(track(indices, "indexing shards", len(shards)))
 
 
 def index_hash(indices: Iterable[Index]) -> str:

@@ -10,7 +10,6 @@ shell commands (`pipe:`) and unpickle members; neither is reachable from here.
 import http.client
 import json
 import re
-import shutil
 import urllib.request
 from collections.abc import Iterable
 from itertools import islice
@@ -19,11 +18,11 @@ from typing import Any
 
 import webdataset
 from braceexpand import braceexpand
-from tqdm import tqdm
 
 from fovlm.errors import UserError
 from fovlm.fileio import digest, open_atomically
 from fovlm.paths import cache_root, data_root
+from fovlm.progress import track
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 TIMEOUT = 60  # seconds without a byte from a server
@@ -72,12 +71,10 @@ def _fetch(url: str, where: str) -> Path:
     if file.is_file():
         return file
     try:
-        with (
-            urllib.request.urlopen(url, timeout=TIMEOUT) as answer,
-            tqdm.wrapattr(answer, "read", total=answer.length, desc=f"fetching {name}", delay=2) as body,
-            open_atomically(file) as out,
-        ):
-            shutil.copyfileobj(body, out, 1 << 20)
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open_atomically(file) as out:
+            blocks = iter(lambda: answer.read(1 << 20), b"")
+            for block in track(blocks, f"fetching {name}, MiB", (answer.length or 0) >> 20 or None):
+                out.write(block)
             if answer.length:  # counts down what is still to come
                 raise OSError(f"the connection broke off {answer.length} bytes before the end")
     except (http.client.HTTPException, OSError) as error:  # URLError is an OSError

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from fovlm.config.schema import DataSource
 from fovlm.data.chat import ChatTokenizer
@@ -17,6 +16,7 @@ from fovlm.data.index import Index
 from fovlm.data.sample_format import parse_json
 from fovlm.errors import SampleError, UserError
 from fovlm.fileio import digest, write_atomically
+from fovlm.progress import track
 
 
 @dataclass
@@ -31,8 +31,7 @@ class TokenCounts:
 
 def open_token_counts(indices: list[Index], source: DataSource, chat: ChatTokenizer, cache: Path) -> list[TokenCounts]:
     """The lengths of a source's shards, read from their files or made now."""
-    shards = tqdm(indices, "counting tokens", unit="shard", delay=2)
-    return [_open(index, source, chat, cache) for index in shards]
+    return [_open(index, source, chat, cache) for index in track(indices, "counting tokens, shards")]
 
 
 def _open(index: Index, source: DataSource, chat: ChatTokenizer, cache: Path) -> TokenCounts:

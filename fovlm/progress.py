@@ -32,4 +32,5 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
                 console.print(f"{description}: {done}" + (f" of {total}" if total else ""), markup=False)
                 said = now
     finally:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()

@@ -11,7 +11,8 @@ import threading
 import time
 from pathlib import Path
 
-from fovlm.checkpoint import convert
+import fovlm.checkpoint.convert  # noqa: F401  (loaded before memory is measured)
+from fovlm.cli.main import main as command
 
 
 def used() -> tuple[int, int]:
@@ -33,7 +34,7 @@ def main() -> int:
     watcher.start()
     began = time.monotonic()
     try:
-        status = convert.main(sys.argv[1:])
+        status = command(["convert", *sys.argv[1:]])
     finally:
         working = False
         watcher.join()

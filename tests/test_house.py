@@ -45,7 +45,7 @@ fovlm.model
 fovlm.estimate
 fovlm.viz
 fovlm.data.synthetic_shards
-fovlm.checkpoint.store fovlm.checkpoint.locate fovlm.checkpoint.zero_reader fovlm.checkpoint.reference
+fovlm.checkpoint.store fovlm.checkpoint.zero_reader fovlm.checkpoint.locate fovlm.checkpoint.reference
 fovlm.train.schedule fovlm.train.losses fovlm.train.engine
 fovlm.checkpoint
 fovlm.train
@@ -86,7 +86,7 @@ DOORS = {
     "scipy": {"fovlm.report.scaling_law"},
     "lmms_eval": {"fovlm.eval.lmms_eval", "fovlm.eval.lmms_plugin"},
     "tokenizers": {"fovlm.data.synthetic_shards"},
-    "typer": {f"fovlm.cli.{name}" for name in ("data", "evidence", "main", "report", "run", "use")},
+    "typer": {f"fovlm.cli.{name}" for name in ("convert", "data", "evidence", "main", "report", "run", "use")},
 }
 DINOV2 = "fovlm.model.encoder"
 # Names inside Hugging Face's Dinov2Model, which change between releases.

@@ -23,10 +23,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
-from fovlm.checkpoint.convert import DTYPES, refuse_occupied, write_texts, write_weights
+from fovlm.checkpoint.convert import DTYPES, OnProgress, refuse_occupied, write_settings, write_weights
 from fovlm.checkpoint.model_card import imported_card
 from fovlm.checkpoint.safetensors_writer import byte_size
-from fovlm.checkpoint.verify import load
 from fovlm.checkpoint.zero_reader import load_pickled
 from fovlm.data.chat import load_tokenizer
 from fovlm.errors import UserError, did_you_mean
@@ -34,6 +33,7 @@ from fovlm.fileio import staged_dir
 from fovlm.model.build import check_vocabulary
 from fovlm.model.encoder import Dinov2Config, config_of, released_name
 from fovlm.model.modeling import QUESTIONS, FoveatedConfig
+from fovlm.model.processing import load_model
 from fovlm.paths import local_folder
 
 DINO, LLM = "encoder.dino.", "llm."
@@ -169,6 +169,7 @@ def import_published(
     dtype: str = "bf16",
     shard_size: str = "4GB",
     trust: bool = False,
+    on_progress: OnProgress = lambda done, total, step: None,
 ) -> Path:
     """Bring a published state dict (.safetensors, .pt, .pth, .bin, or a folder with one) into our folder `out`.
 
@@ -208,9 +209,9 @@ def import_published(
     config.llm_config.tie_word_embeddings = bool(stored.ties)
     words = load_tokenizer(_found(tokenizer or str(llm)))
     with staged_dir(out) as staging:
-        write_weights(staging, config, stored, DTYPES[dtype], largest)
-        write_texts(staging, config, words, DTYPES[dtype])
-        model = load(staging, DTYPES[dtype])
+        write_weights(staging, config, stored, DTYPES[dtype], largest, on_progress)
+        write_settings(staging, config, words, DTYPES[dtype])
+        model = load_model(staging, DTYPES[dtype])
         check_vocabulary(model, len(words))
         facts = [
             ("language model", f"{Path(llm).name if isinstance(llm, str) else 'Llama'}, width {E}, {layers} layers"),

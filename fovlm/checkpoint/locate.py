@@ -1,93 +1,163 @@
-"""What a run saved, found by the run's name or folder or the checkpoint's own, and checked before anything is read."""
+"""Find a saved run and open it: by the run's name or folder, or by the folder of one of its checkpoints.
 
+Every file is checked against the checkpoint's manifest before anything is read. deepspeed is not needed.
+"""
+
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerBase
 
 from fovlm.checkpoint import store
-from fovlm.checkpoint.store import ENGINE, UNIVERSAL, Checkpoints
+from fovlm.checkpoint.store import ENGINE, MANIFEST, UNIVERSAL, Checkpoints, State
+from fovlm.checkpoint.zero_reader import ZeroWeights
 from fovlm.config.schema import Experiment
+from fovlm.data.chat import load_tokenizer
+from fovlm.data.dataset import tokenizer_path
 from fovlm.errors import UserError, did_you_mean
+from fovlm.model.modeling import FoveatedConfig, FoveatedVLM
+from fovlm.model.processing import load_model
 from fovlm.paths import run_root
 
 
 @dataclass
 class SavedRun:
-    """A checkpoint, the experiment that made it, and the run it belongs to (its own parent, when it stands alone)."""
+    """A checkpoint and the run that it belongs to (the checkpoint's own folder when it was copied elsewhere)."""
 
-    path: Path
+    path: Path  # of the checkpoint
     run: Path
     experiment: Experiment
-    state: store.State
+    state: State
+
+    def model_config(self) -> FoveatedConfig:
+        """The model's configuration. Raises UserError."""
+        file = self.path / store.CONFIG
+        try:
+            return FoveatedConfig(**json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{file}: no readable model configuration ({error})") from error
+
+    def tokenizer(self, name: str | None = None) -> PreTrainedTokenizerBase:
+        """The tokenizer `name` (a folder or id), by default the run's own. Raises UserError."""
+        own = self.run / "tokenizer"
+        if name is None and own.is_dir():
+            return load_tokenizer(str(own))
+        try:
+            return load_tokenizer(name or tokenizer_path(self.experiment))
+        except UserError as error:
+            raise UserError(f"{self.run}: has no tokenizer/ of its own; give --tokenizer FOLDER ({error})") from error
+
+    def weights(self, trust: bool = False) -> ZeroWeights:
+        """The weights, read from the ranks' shards on demand. Raises UserError (see ZeroWeights)."""
+        return ZeroWeights(self.path / ENGINE, trust)
+
+    def load_into(self, model: FoveatedVLM) -> None:
+        """Copy the weights into `model`: fp32, or the stored type of frozen ones. Raises UserError if they differ."""
+        stored = self.weights()
+        weights = {name: stored.read(name) for name in stored.shapes}
+        weights |= {name: weights[source] for name, source in stored.ties.items() if source in weights}
+        _load_state(model, weights, str(self.path))
 
 
-def find(source: Path, which: str | None = None) -> SavedRun:
-    """The checkpoint meant by `source` (a run's folder or name, or a checkpoint's folder), whole. Raises UserError."""
-    folder = next((f for f in (source, run_root() / source) if f.is_dir()), None)
-    if folder is None:
-        there = [f.name for f in run_root().iterdir() if f.is_dir()] if run_root().is_dir() else []
-        raise UserError(f"{source}: no such folder, nor a run below {run_root()}{did_you_mean(source.name, there)}")
-    if folder.name == "checkpoints":
-        folder = folder.parent
-    if (folder / store.MANIFEST).is_file():
-        if which:
+def open_run(where: str | Path, which: str | None = None) -> SavedRun:
+    """Open the checkpoint that `find_checkpoint` gives. Raises UserError, also for a universal checkpoint."""
+    path = find_checkpoint(where, which)
+    if (path / UNIVERSAL).is_dir():
+        raise UserError(f"{path} is a universal checkpoint, for training only: use the run that it was made from")
+    file = path / "experiment.yaml"
+    try:
+        experiment = Experiment.parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValidationError, ValueError) as error:
+        raise UserError(f"{file}: {' '.join(str(error).split())[:160]}") from error
+    run = path.resolve().parent.parent if path.resolve().parent.name == "checkpoints" else path
+    return SavedRun(path, run, experiment, store.read_state(path))
+
+
+def find_checkpoint(where: str | Path, which: str | None = None, verify: Callable[[Path], str] = store.verify) -> Path:
+    """The folder of a checkpoint whose files are all as they were written, of a run's folder or name or its own folder.
+
+    `which` is best, latest, newest or a step; by default the best, else the latest, else the newest that is whole, with
+    a warning for each damaged one. `verify` says what is wrong with a checkpoint ("": nothing). Raises UserError.
+    """
+    folder = _folder(Path(where))
+    if (folder / MANIFEST).is_file():
+        if which not in (None, "newest"):
             raise UserError(f"{folder} is one checkpoint: --step {which} is for a run's folder")
         path = folder
     elif (folder / "checkpoints").is_dir():
-        path = _of_run(folder, which)
+        checkpoints = Checkpoints(folder)
+        if not checkpoints.names():
+            raise UserError(f"{folder}: the run has no complete checkpoint yet")
+        if which in (None, "newest"):
+            preferred = () if which else ("best", "latest")
+            if found := checkpoints.first_whole(*preferred, verify=verify):
+                return found
+            raise UserError(f"{folder}: all of its checkpoints are damaged")
+        path = _chosen(checkpoints, str(which))
     else:
         problem = "neither a run (no checkpoints/ in it) nor a checkpoint"
         if (folder / "config.json").is_file():
             problem = "a model already, not a run"
         elif (folder / ENGINE).is_dir():
-            problem = "a checkpoint without its manifest.json, so its save never ended"
+            problem = "a checkpoint without its manifest.json: its save did not complete"
         raise UserError(f"{folder}: {problem}; give the folder of a run, or one below its checkpoints/")
-    if (path / UNIVERSAL).is_dir():
-        raise UserError(f"{path} is in DeepSpeed's universal form already: convert the run that it came from")
-    with steps() as bar:
-        task = bar.add_task("checking the shards", total=None)
-        if problem := store.verify(path):
-            raise UserError(f"{path}: {problem}; {_others(path)}")
-        bar.remove_task(task)
-    state = store.read_state(path)
+    if problem := verify(path):
+        others = [_step(p.parent) for p in path.parent.glob(f"step-*/{MANIFEST}") if p.parent.name != path.name]
+        hint = f"--step {max(others)} is another" if others else "there is no other checkpoint beside it"
+        raise UserError(f"{path}: {problem}; {hint}")
+    return path
+
+
+def load_weights(model: FoveatedVLM, where: str) -> None:
+    """Start `model` from the weights of a run, a checkpoint, or a folder that `save_pretrained` wrote.
+
+    Raises UserError when there are none, or they do not fit.
+    """
     try:
-        experiment = Experiment.parse((path / "experiment.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValidationError, ValueError) as error:
-        raise UserError(f"{path / 'experiment.yaml'}: {' '.join(str(error).split())[:160]}") from error
-    run = path.resolve().parent.parent if path.resolve().parent.name == "checkpoints" else path
-    return SavedRun(path, run, experiment, state)
+        folder = _folder(Path(where))
+        if (folder / "config.json").is_file():
+            _load_state(model, load_model(folder, torch.float32).state_dict(), str(folder))
+        else:
+            open_run(folder).load_into(model)
+    except UserError as error:
+        raise UserError(f"model.init_from={where}: {error}") from error
 
 
-def _of_run(run: Path, which: str | None) -> Path:
-    own = Checkpoints(run)
-    names = own.names()
-    if not names:
-        raise UserError(f"{run}: a run without a complete checkpoint: train on, or wait for its first save")
-    if which in (None, "best", "latest"):
-        name = own.pointed("best") if which != "latest" else None
-        if which == "best" and name is None:
-            raise UserError(f"{run}: no checkpoint is marked as best; --step latest takes the newest")
-        return own.folder / (name or own.pointed("latest") or names[-1])
-    steps = {str(int(name.removeprefix("step-"))): name for name in names}
-    wanted = str(which).removeprefix("step-").lstrip("0") or "0"
+def _load_state(model: FoveatedVLM, weights: dict[str, torch.Tensor], where: str) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{where}: its weights are not those of this model ({reason})") from error
+
+
+def _folder(where: Path) -> Path:
+    """The folder `where`, as given or below FOVLM_RUNS. Raises UserError."""
+    root = run_root()
+    folder = next((f for f in (where, root / where) if f.is_dir()), None)
+    if folder is None:
+        names = [f.name for f in root.iterdir() if f.is_dir()] if root.is_dir() else []
+        raise UserError(f"{where}: no such folder, nor a run below {root}{did_you_mean(where.name, names)}")
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
+def _chosen(checkpoints: Checkpoints, which: str) -> Path:
+    """The checkpoint "best", "latest" or of a step. Raises UserError when there is none."""
+    run, names = checkpoints.folder.parent, checkpoints.names()
+    if which == "best" and checkpoints.pointed("best") is None:
+        raise UserError(f"{run}: no checkpoint is marked as best; --step latest takes the newest")
+    if which in ("best", "latest"):
+        return checkpoints.folder / (checkpoints.pointed(which) or names[-1])
+    steps = {str(_step(Path(name))): name for name in names}
+    wanted = which.removeprefix("step-").lstrip("0") or "0"
     if wanted not in steps:
         raise UserError(f"{run}: no checkpoint of step {which}; there are best, latest, {', '.join(steps)}")
-    return own.folder / steps[wanted]
+    return checkpoints.folder / steps[wanted]
 
 
-def _others(path: Path) -> str:
-    """What else could be converted, in place of a damaged checkpoint."""
-    others = [str(int(p.parent.name.removeprefix("step-"))) for p in path.parent.glob(f"step-*/{store.MANIFEST}")]
-    others = [step for step in sorted(others, key=int) if step != path.name.removeprefix("step-").lstrip("0")]
-    return f"--step {others[-1]} is another" if others else "there is no other checkpoint beside it"
-
-
-def steps() -> Progress:
-    """A bar for each step of what is done with a checkpoint, gone when they are done."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=30), TimeRemainingColumn(), console=Console(stderr=True),
-        transient=True,
-    )  # fmt: skip
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

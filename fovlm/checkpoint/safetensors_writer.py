@@ -1,8 +1,8 @@
-"""Writes model.safetensors one tensor at a time, in several files when it is large, as Hugging Face names them.
+"""Write model.safetensors one tensor at a time, split into several files when it is large, as Hugging Face names them.
 
 The format (https://github.com/huggingface/safetensors, "Format"): 8 bytes with the header's length, a JSON header with
-type, shape and place of every tensor, and the tensors' bytes, without gaps. The library's own `save_file` wants all
-tensors of a file in memory; this one holds one.
+type, shape and offsets of every tensor, then the tensors' bytes without gaps. The library's `save_file` needs all
+tensors of a file in memory; this writer holds one.
 """
 
 import json
@@ -22,7 +22,7 @@ TYPES = {
 }
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-Plan = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape, type
+WeightPlan = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape, type
 
 
 def byte_size(text: str) -> int:
@@ -34,53 +34,50 @@ def byte_size(text: str) -> int:
 
 
 def write_tensors(
-    folder: Path, plan: Plan, read: Callable[[str], Tensor], largest: int, done: Callable[[int], None] = lambda _: None
-) -> list[Path]:
-    """Write the tensors of `plan` into model.safetensors, or several files of at most `largest` bytes and their index.
+    folder: Path,
+    plan: WeightPlan,
+    read: Callable[[str], Tensor],
+    largest: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write the tensors of `plan` to model.safetensors, or to several files of at most `largest` bytes and an index.
 
-    `read(name)` is called once for each, in the order of the plan; `done(bytes)` after each. A tensor larger than
-    `largest` gets a file of its own.
+    `read(name)` is called once per tensor, in order; `on_progress(done, total)` in bytes after each. A tensor larger
+    than `largest` gets its own file.
     """
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in plan.items()}
+    total, done = sum(sizes.values()), 0
     files: list[list[str]] = [[]]
-    room = largest
     for name in plan:
-        if files[-1] and _bytes(plan[name]) > room:
+        if files[-1] and sum(sizes[other] for other in files[-1]) + sizes[name] > largest:
             files.append([])
-            room = largest
         files[-1].append(name)
-        room -= _bytes(plan[name])
-    n = len(files)
-    ends = [f"-{i:05d}-of-{n:05d}" if n > 1 else "" for i in range(1, n + 1)]
-    paths = [folder / f"model{end}.safetensors" for end in ends]
-    for path, names in zip(paths, files, strict=True):
-        _write(path, {name: plan[name] for name in names}, read, done)
-    if n > 1:
-        index = {
-            "metadata": {"total_size": sum(map(_bytes, plan.values()))},
-            "weight_map": {name: path.name for path, names in zip(paths, files, strict=True) for name in names},
-        }
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(files, start=1):
+        part = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
+        path = folder / f"model{part}.safetensors"
+        weight_map |= dict.fromkeys(names, path.name)
+        with path.open("wb") as file:
+            file.write(_header({name: plan[name] for name in names}, sizes))
+            for name in names:
+                shape, dtype = plan[name]
+                tensor = read(name)
+                if tuple(tensor.shape) != shape:
+                    raise ValueError(f"{name} is {tuple(tensor.shape)}, the plan says {shape}")
+                file.write(tensor.to(dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+                done += sizes[name]
+                on_progress(done, total)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return paths
 
 
-def _write(path: Path, plan: Plan, read: Callable[[str], Tensor], done: Callable[[int], None]) -> None:
+def _header(plan: WeightPlan, sizes: dict[str, int]) -> bytes:
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, (shape, dtype) in plan.items():
-        header[name] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [at, at + _bytes(plan[name])]}
-        at += _bytes(plan[name])
+        header[name] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [at, at + sizes[name]]}
+        at += sizes[name]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, (shape, dtype) in plan.items():
-            tensor = read(name)
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} is {tuple(tensor.shape)} where {shape} was announced")
-            file.write(tensor.to(dtype).contiguous().flatten().view(torch.uint8).numpy().data)
-            done(_bytes(plan[name]))
-
-
-def _bytes(entry: tuple[tuple[int, ...], torch.dtype]) -> int:
-    shape, dtype = entry
-    return math.prod(shape) * dtype.itemsize
+    return len(text).to_bytes(8, "little") + text

@@ -13,6 +13,7 @@ This file knows nothing of deepspeed: what the engine writes are files in a fold
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ from pathlib import Path
 
 from fovlm.errors import UserError
 from fovlm.fileio import digest_file, sync, write_atomically
+
+log = logging.getLogger("fovlm")
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -63,12 +66,14 @@ class Checkpoints:
         name = path.read_text().strip() if path.exists() else ""
         return name if name and (self.folder / name / MANIFEST).exists() else None
 
-    def newest_good(self, verify: Callable[[Path], str], say: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint whose files are all as they were written; broken ones are named and passed over."""
-        for name in reversed(self.names()):
+    def first_whole(self, *preferred: str, verify: Callable[[Path], str]) -> Path | None:
+        """The first checkpoint whose files are all as they were written: those of the pointers `preferred`, then the
+        newest first. Damaged ones get a warning; None when all are damaged.
+        """
+        for name in dict.fromkeys([*filter(None, map(self.pointed, preferred)), *reversed(self.names())]):
             if not (problem := verify(self.folder / name)):
                 return self.folder / name
-            say(f"checkpoint {name} is damaged ({problem}): trying the one before it")
+            log.warning("checkpoint %s is damaged (%s): trying another", name, problem)
         return None
 
     def staging(self, name: str) -> Path:

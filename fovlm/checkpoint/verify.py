@@ -8,7 +8,8 @@ from fovlm.checkpoint.reference import ReferenceOutputs, by_sample, mean_nll, sn
 from fovlm.checkpoint.zero_reader import ZeroWeights
 from fovlm.errors import UserError
 from fovlm.model.encoder import released_name
-from fovlm.model.modeling import FoveatedVLM, check_report
+from fovlm.model.modeling import FoveatedVLM
+from fovlm.model.processing import load_model
 
 # How far the mean over the probe's tokens of |nll as converted - nll as recorded| may be, in nats. The model is asked
 # in the type that the engine had: the same weights then, and another device's rounding at most (seen on one machine:
@@ -25,7 +26,7 @@ def check(out: Path, checkpoint: Path, dtype: torch.dtype, stored: ZeroWeights) 
     probe = ReferenceOutputs.load(checkpoint)
     trained = getattr(torch, probe.precision) if probe else dtype
     # bf16 weights rounded from fp32 masters are exactly those that bf16 training computed with.
-    model = load(out, torch.bfloat16 if probe is None and dtype == torch.bfloat16 else trained)
+    model = load_model(out, torch.bfloat16 if probe is None and dtype == torch.bfloat16 else trained)
     rounded = probe is not None and trained != dtype == torch.bfloat16
     if rounded:
         put_back(model, stored)
@@ -60,15 +61,6 @@ def put_back(model: FoveatedVLM, stored: ZeroWeights) -> None:
         if not torch.equal(weight.to(torch.bfloat16), exact.to(torch.bfloat16)):
             raise UserError(f"the converted model is not the trained one: {name} is not the stored weight in bf16")
         weight.copy_(exact)
-
-
-def load(folder: Path, dtype: torch.dtype) -> FoveatedVLM:
-    """A written model, loaded as anyone would. Raises UserError when `check_report` does."""
-    model, report = FoveatedVLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    check_report(report, "the written model")
-    return model.eval()
 
 
 def answers(model: FoveatedVLM, probe: ReferenceOutputs) -> list[torch.Tensor]:

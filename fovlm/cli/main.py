@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from fovlm.cli import data, evidence, report, run, use
+from fovlm.cli import convert, data, evidence, report, run, use
 from fovlm.errors import EXIT_USER_ERROR, UserError, did_you_mean, format_error
 
 # Of the click that this release of typer brings or uses.
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a traceback is for bugs, and then a plain one
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (data, run, evidence, report, use):  # the order of the work, and of --help
+for part in (data, run, evidence, report, convert, use):  # the order of the work, and of --help
     part.register(app)
 
 

@@ -1,7 +1,6 @@
 """The model that is examined: a converted folder, or a run's best checkpoint as it lies there."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fovlm.checkpoint import store
-from fovlm.config.schema import Experiment
-from fovlm.data.chat import load_tokenizer
-from fovlm.data.dataset import tokenizer_path
-from fovlm.errors import UserError
-from fovlm.model.build import build
-from fovlm.model.modeling import FoveatedConfig, FoveatedVLM
+from fovlm.checkpoint.locate import open_run
+from fovlm.model.modeling import FoveatedVLM
 from fovlm.model.processing import open_model
 from fovlm.paths import run_root
 
@@ -40,9 +34,10 @@ def open_target(where: str, device: torch.device | str = "cpu") -> Target:
     folder = next((f for f in (Path(where), run_root() / where) if f.is_dir()), Path(where))
     own: dict[str, dict[str, Any]] = {}
     if (folder / "checkpoints").is_dir() or (folder / "manifest.json").is_file():
-        model, tokenizer, experiment = _of_run(folder)
-        data = experiment.data
-        own = {name: data.sources[name].model_dump() for name in data.val}
+        saved = open_run(folder)
+        model, tokenizer = FoveatedVLM(saved.model_config()), saved.tokenizer()
+        saved.load_into(model)
+        own = {name: saved.experiment.data.sources[name].model_dump() for name in saved.experiment.data.val}
     else:
         model, processor = open_model(folder, torch.float32)
         tokenizer = processor.tokenizer
@@ -51,29 +46,3 @@ def open_target(where: str, device: torch.device | str = "cpu") -> Target:
         digest.update(name.encode() + weight.detach().float().contiguous().numpy().tobytes())
     model = model.to(device, dtype).eval().requires_grad_(False)
     return Target(model, tokenizer, folder.resolve().name, digest.hexdigest(), own)
-
-
-def _of_run(folder: Path) -> tuple[FoveatedVLM, PreTrainedTokenizerBase, Experiment]:
-    from fovlm.train.engine import (  # brings deepspeed, which a converted folder does without
-        read_weights,
-        whole_checkpoint,
-    )
-
-    path = whole_checkpoint(folder)
-    run = path.parent.parent if path.parent.name == "checkpoints" else path
-    try:
-        experiment = Experiment.parse((path / "experiment.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'experiment.yaml'}: {' '.join(str(error).split())[:160]}") from error
-    if (stored := path / store.CONFIG).is_file():
-        model = FoveatedVLM(FoveatedConfig(**json.loads(stored.read_text(encoding="utf-8"))))
-    else:  # an old checkpoint: the shapes are those of the backbones it started from
-        model = build(experiment.model, experiment.data.image_frames)
-    try:
-        model.load_state_dict(read_weights(path))
-    except RuntimeError as error:
-        raise UserError(
-            f"{path}: its weights are not those of its model ({' '.join(str(error).split())[:160]})"
-        ) from error
-    own = run / "tokenizer"
-    return model, load_tokenizer(str(own) if own.is_dir() else tokenizer_path(experiment)), experiment

@@ -264,27 +264,28 @@ def open_model(
 
     Raises UserError for a folder that is not there or holds no model, and for missing or damaged weights.
     """
-    folder = Path(folder)
-    types = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+    types: dict[str, Any] = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
     if isinstance(dtype, str) and dtype not in types:
         raise UserError(f"dtype is auto, bf16 or fp32, not '{dtype}'{did_you_mean(dtype, types)}")
+    model = load_model(Path(folder), types[dtype] if isinstance(dtype, str) else dtype)
+    load_tokenizer(str(folder))
+    return model.to(device), FoveatedProcessor.from_pretrained(folder)
+
+
+def load_model(folder: Path, dtype: str | torch.dtype) -> FoveatedVLM:
+    """The model of a folder in a type of torch ("auto": as stored), for inference. Raises UserError as `open_model`."""
     try:
         check_folder(folder)
     except OSError as error:  # no permission, or a name that is none
         raise UserError(f"{str(folder)[:100]} cannot be read: {error.strerror or error}") from error
     try:
         model, report = FoveatedVLM.from_pretrained(
-            folder,
-            dtype=types[dtype] if isinstance(dtype, str) else dtype,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: the model does not load: {' '.join(str(error).split())[:200]}") from error
     check_report(report, str(folder))
-    load_tokenizer(str(folder))
-    return model.eval().to(device), FoveatedProcessor.from_pretrained(folder)
+    return model.eval()
 
 
 def check_folder(folder: Path) -> None:

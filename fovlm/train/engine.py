@@ -33,12 +33,10 @@ from fovlm import distributed
 from fovlm.checkpoint import store
 from fovlm.checkpoint.reference import ReferenceBatch, ReferenceOutputs
 from fovlm.checkpoint.store import ENGINE
-from fovlm.checkpoint.zero_reader import ZeroWeights
 from fovlm.config.schema import OptimSettings
 from fovlm.data.packing import Batch
 from fovlm.errors import UserError
-from fovlm.model.modeling import FoveatedVLM, check_report
-from fovlm.paths import run_root
+from fovlm.model.modeling import FoveatedVLM
 from fovlm.train.losses import Loss, pair_weight, preference_loss, text_loss, text_weight
 
 log = logging.getLogger("fovlm")
@@ -288,51 +286,6 @@ def universal_for(path: Path, scratch: Path) -> Path | None:
     if (path / store.UNIVERSAL).is_dir():  # `fovlm convert RUN OUT --to universal` made it
         return path / store.UNIVERSAL
     return to_universal(path, scratch) if store.read_state(path).world_size != distributed.world() else None
-
-
-def load_weights(model: FoveatedVLM, source: str) -> None:
-    """Put the weights of another run into `model`: a run's name or folder (its best checkpoint, else its latest), one
-    checkpoint, or a folder that `save_pretrained` wrote. Raises UserError when there are none, or they do not fit.
-    """
-    below = run_root() / source
-    folder = next((f for f in (Path(source), below) if f.is_dir()), None)
-    if folder is None:
-        raise UserError(f"model.init_from={source}: neither a folder nor a run below {run_root()}")
-    if (folder / "config.json").exists():
-        saved, report = FoveatedVLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        check_report(report, f"model.init_from={source}")
-        weights = saved.state_dict()
-    else:
-        weights = read_weights(whole_checkpoint(folder))
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        wrong = " ".join(str(error).split())[:200]
-        raise UserError(f"model.init_from={source}: its weights are not those of this model ({wrong})") from error
-
-
-def whole_checkpoint(folder: Path) -> Path:
-    """The folder itself when it is a checkpoint, or the best, latest or newest one of a run that is whole."""
-    if (folder / store.MANIFEST).exists():
-        candidates = [folder]
-    else:
-        run = store.Checkpoints(folder)
-        names = [run.pointed("best"), run.pointed("latest"), *reversed(run.names())]
-        candidates = [run.folder / name for name in names if name]
-    problem = "no checkpoint in it"
-    for path in candidates:
-        if not (problem := store.verify(path)):
-            return path
-    raise UserError(f"{folder}: {problem}")
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """All weights of a checkpoint, put together from the ranks' shards: fp32, but frozen ones as they were stored."""
-    stored = ZeroWeights(path / ENGINE)
-    weights = {name: stored.read(name) for name in stored.shapes}
-    return weights | {name: weights[source] for name, source in stored.ties.items() if source in weights}
 
 
 def _random_states() -> dict[str, Tensor]:

@@ -1,15 +1,14 @@
 """Which checkpoint a run goes on from, and when it must not. Decided by all ranks together."""
 
-import logging
 from pathlib import Path
 
 from fovlm import distributed
 from fovlm.checkpoint import store
+from fovlm.checkpoint.locate import find_checkpoint
 from fovlm.checkpoint.store import Checkpoints
 from fovlm.config.schema import Experiment
 from fovlm.distributed import SharedError
-
-log = logging.getLogger("fovlm")
+from fovlm.errors import UserError
 
 
 def find(experiment: Experiment, data_hash: str) -> Path | None:
@@ -37,7 +36,7 @@ def find(experiment: Experiment, data_hash: str) -> Path | None:
 def _wanted(experiment: Experiment) -> Path | None:
     wanted, own = experiment.train.resume, Checkpoints(experiment.run_folder)
     if wanted == "auto":
-        found = own.newest_good(verify_together, log.warning)
+        found = own.first_whole(verify=verify_together)
         if found is None and own.names():
             raise SharedError(
                 f"{experiment.run_folder}: none of its checkpoints is whole, and starting anew would overwrite them: "
@@ -51,12 +50,10 @@ def _wanted(experiment: Experiment) -> Path | None:
                 "folder, or give this run another name with name=..."
             )
         return None
-    path = Path(wanted)
-    if (path / "checkpoints").is_dir():
-        path = Checkpoints(path).newest_good(verify_together, log.warning) or path
-    if problem := verify_together(path):
-        raise SharedError(f"train.resume={wanted}: no checkpoint to go on from: {problem}")
-    return path
+    try:
+        return find_checkpoint(wanted, "newest", verify_together)
+    except UserError as error:
+        raise SharedError(f"train.resume={wanted}: {error}") from error
 
 
 def verify_together(path: Path) -> str:

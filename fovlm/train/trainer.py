@@ -23,6 +23,7 @@ import torch
 
 from fovlm import distributed
 from fovlm.checkpoint import store
+from fovlm.checkpoint.locate import load_weights
 from fovlm.checkpoint.reference import choose_reference_batch
 from fovlm.config import deepspeed, schema
 from fovlm.config.schema import Experiment
@@ -38,7 +39,7 @@ from fovlm.model.build import build, check_vocabulary
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.train import resume, schedule
 from fovlm.train.attention_maps import save_maps, watched
-from fovlm.train.engine import Engine, load_weights, start, universal_for
+from fovlm.train.engine import Engine, start, universal_for
 from fovlm.train.engine import StepResult as Done
 from fovlm.train.logger import Logger, write_json
 from fovlm.train.throughput import Throughput, device_name, memory_gb, peak_flops

@@ -11,14 +11,16 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig
 
 from fovlm.checkpoint import convert, store, verify, zero_reader
-from fovlm.checkpoint.locate import find
+from fovlm.checkpoint.locate import open_run
 from fovlm.checkpoint.reference import ReferenceOutputs, mean_nll
 from fovlm.checkpoint.safetensors_writer import byte_size
 from fovlm.checkpoint.verify import answers
 from fovlm.checkpoint.zero_reader import ZeroWeights
+from fovlm.cli.main import main
 from fovlm.errors import EXIT_USER_ERROR, UserError
 from fovlm.model.encoder import released_name
 from fovlm.model.modeling import FoveatedVLM
+from fovlm.model.processing import load_model
 from helpers.models import pack, tiny_model
 from helpers.zero_files import SAMPLES, reseal, write_run
 
@@ -124,7 +126,7 @@ def test_each_type_is_held_against_what_was_recorded(tmp_path, dtype, trained):
 
 def test_rounding_to_bf16_hides_no_wrong_weight(tmp_path):
     path = write_run(tmp_path / "run", tiny_model(seed=3))
-    model = verify.load(convert.convert(tmp_path / "run", tmp_path / "out", dtype="bf16"), torch.float32)
+    model = load_model(convert.convert(tmp_path / "run", tmp_path / "out", dtype="bf16"), torch.float32)
     weights = ZeroWeights(path / "engine")
     with torch.no_grad():
         model.connector.to_llm.weight[0, 0] *= 1.01
@@ -166,11 +168,11 @@ def test_which_checkpoint(tmp_path):
     for step, best in ((5, False), (10, True), (15, False)):
         write_run(run, tiny_model(seed=step), step=step, best=best)
     for which, step in ((None, 10), ("best", 10), ("latest", 15), ("5", 5), ("step-00000005", 5)):
-        assert find(run, which).state.step == step
-    assert find(run / "checkpoints" / "step-00000005").state.step == 5
-    assert find(run / "checkpoints").state.step == 10
+        assert open_run(run, which).state.step == step
+    assert open_run(run / "checkpoints" / "step-00000005").state.step == 5
+    assert open_run(run / "checkpoints").state.step == 10
     with pytest.raises(UserError, match="no checkpoint of step 7; there are best, latest, 5, 10, 15"):
-        find(run, "7")
+        open_run(run, "7")
 
 
 def test_a_checkpoint_from_before_there_were_probes(tmp_path, capsys):
@@ -271,14 +273,14 @@ def test_mistakes_are_one_line_and_status_2(run, tmp_path, capsys, monkeypatch):
     ]
     monkeypatch.chdir(tmp_path)
     for arguments, said in cases:
-        assert convert.main(arguments) == EXIT_USER_ERROR
+        assert main(["convert", *arguments]) == EXIT_USER_ERROR
         error = capsys.readouterr().err
         assert said in error, error
         assert error.strip().count("\n") == 0, error
     assert (tmp_path / "full" / "precious.txt").read_text() == "mine"
     assert not (tmp_path / "out").exists()
-    assert convert.main(["run", "out"]) == 0
-    assert convert.main(["out", "again"]) == EXIT_USER_ERROR
+    assert main(["convert", "run", "out"]) == 0
+    assert main(["convert", "out", "again"]) == EXIT_USER_ERROR
     assert "a model already" in capsys.readouterr().err
 
 

@@ -75,7 +75,7 @@ def test_misspelt_words_are_told_with_the_nearest(capsys, film, saved_model):
 
 
 def test_a_folder_that_is_no_model(capsys, film, saved_model, tmp_path):
-    assert "which model?" in mistake(capsys, "ask", film, "what")
+    assert "no model: give --model" in mistake(capsys, "ask", film, "what")
     assert "did you mean 'tiny'?" in mistake(capsys, "ask", film, "what", "-m", saved_model[:-1] + "i")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert f"fovlm convert {tmp_path / 'run'} OUT" in mistake(capsys, "ask", film, "what", "-m", str(tmp_path / "run"))
@@ -189,7 +189,7 @@ def test_looks_are_written_as_page_film_sheet_and_weights(capsys, saved_model, f
         capsys, "look", film, "what ?", "--layer", "3", "--out", new, "-m", saved_model
     )
     assert not Path(new).exists()
-    assert "cannot be made" in mistake(capsys, "look", film, "what ?", "--out", f"{film}/new", "-m", saved_model)
+    assert "cannot be created" in mistake(capsys, "look", film, "what ?", "--out", f"{film}/new", "-m", saved_model)
     assert "is a file" in mistake(capsys, "look", film, "--out", film, "-m", saved_model)
 
 
@@ -231,7 +231,7 @@ def test_a_camera_is_watched_frame_by_frame(capsys, saved_model, film, monkeypat
 @pytest.mark.parametrize("option", ["--out", "--layer", "--mode"])
 def test_options_without_an_effect_on_a_camera_are_refused(capsys, film, saved_model, option):
     told = mistake(capsys, "look", "--live", film, option, "1", "-m", saved_model)
-    assert told == f"fovlm: {option} has no effect with --live: a camera is shown in the terminal, nothing is kept\n"
+    assert told == f"fovlm: {option} has no effect with --live: a camera is shown in the terminal, without files\n"
 
 
 def test_a_universal_checkpoint_takes_no_type(capsys, tmp_path):

@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 
 from fovlm import distributed
 from fovlm.checkpoint import store
+from fovlm.checkpoint.locate import load_weights
 from fovlm.checkpoint.reference import ReferenceBatch
 from fovlm.config.schema import OptimSettings
 from fovlm.data.packing import Batch
 from fovlm.errors import UserError
-from fovlm.train.engine import Engine, load_weights, start, universal_for
+from fovlm.train.engine import Engine, start, universal_for
 from helpers.models import pack, sample, tiny_model
 from helpers.zero_files import experiment
 
@@ -94,7 +95,7 @@ def main() -> None:
         found[f"zero{stage}"] = {"first": first, "on": run(trained, 5, 8), "resumed": run(again, 5, 8)}
         if other is None:
             continue
-        theirs = store.Checkpoints(other / f"zero{stage}").newest_good(store.verify, print)
+        theirs = store.Checkpoints(other / f"zero{stage}").first_whole(verify=store.verify)
         assert theirs is not None
         try:
             ready = other / f"universal{stage}"  # what `fovlm convert --to universal` made of it, for one of the stages

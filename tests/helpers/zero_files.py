@@ -107,8 +107,8 @@ def write_run(
     staging = checkpoints.staging(f"step-{step:08d}")
     write_shards(staging / store.ENGINE, model, stage, world, dtype)
     (staging / "experiment.yaml").write_text(experiment(model, run / "tokenizer").dump())
+    (staging / store.CONFIG).write_text(model.config.to_json_string(use_diff=False))
     if probe:
-        (staging / store.CONFIG).write_text(model.config.to_json_string(use_diff=False))
         batch = pack(SAMPLES)
         with torch.no_grad():
             nll = copy.deepcopy(model).to(dtype)(batch)

@@ -26,12 +26,12 @@ from transformers import (
 )
 
 from fovlm import open_model
+from fovlm.checkpoint.locate import load_weights
 from fovlm.config.schema import ModelSettings
 from fovlm.data.chat import load_tokenizer
 from fovlm.errors import UserError
 from fovlm.model.build import build
 from fovlm.model.processing import FoveatedProcessor
-from fovlm.train.engine import load_weights
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
 LLM = SIZES | {"vocab_size": 64, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fovlm.checkpoint import convert as convert_module
 from fovlm.checkpoint import store
 from fovlm.checkpoint.convert import convert
+from fovlm.checkpoint.locate import find_checkpoint
 from fovlm.checkpoint.reference import ReferenceOutputs
 from fovlm.checkpoint.verify import answers
 from fovlm.checkpoint.zero_reader import ZeroWeights
@@ -96,7 +96,7 @@ def test_a_converted_checkpoint_answers_as_the_engine_recorded(folders, world, s
     """What DeepSpeed itself wrote; tests/checkpoint/test_convert.py has the rest on files of our own making."""
     tiny.tokenizer().save_pretrained(folders[world] / stage / "tokenizer")
     out = convert(folders[world] / stage, tmp_path / "out", dtype="fp32")
-    probe = ReferenceOutputs.load(convert_module.find(folders[world] / stage).path)
+    probe = ReferenceOutputs.load(find_checkpoint(folders[world] / stage))
     assert probe is not None
     model = FoveatedVLM.from_pretrained(out)
     torch.testing.assert_close(torch.cat(answers(model, probe)), torch.cat(probe.nll))

@@ -96,7 +96,8 @@ def find_checkpoint(where: str | Path, which: str | None = None, verify: Callabl
             preferred = () if which else ("best", "latest")
             if found := checkpoints.first_whole(*preferred, verify=verify):
                 return found
-            raise UserError(f"{folder}: all of its checkpoints are damaged")
+            path = checkpoints.folder / checkpoints.names()[-1]
+            raise UserError(f"{path}: {verify(path)}; no checkpoint of this run is whole")
         path = _chosen(checkpoints, str(which))
     else:
         problem = "neither a run (no checkpoints/ in it) nor a checkpoint"

@@ -175,6 +175,18 @@ def test_which_checkpoint(tmp_path):
         open_run(run, "7")
 
 
+def test_a_damaged_best_checkpoint_falls_back_with_a_warning(tmp_path, caplog):
+    run = tmp_path / "run"
+    for step, best in ((5, False), (10, True), (15, False)):
+        path = write_run(run, tiny_model(seed=step), step=step, best=best)
+        if best:
+            (path / "experiment.yaml").write_text("damaged")
+    assert open_run(run).state.step == 15
+    assert "checkpoint step-00000010 is damaged" in caplog.text
+    with pytest.raises(UserError, match=r"step-00000010: experiment\.yaml has 7 bytes.*; --step 15 is another"):
+        open_run(run, "best")
+
+
 def test_a_checkpoint_from_before_there_were_probes(tmp_path, capsys):
     write_run(tmp_path / "run", tiny_model(seed=3), probe=False)
     out = convert.convert(tmp_path / "run", tmp_path / "out", dtype="fp32")
@@ -200,7 +212,7 @@ def test_weights_of_another_shape_are_refused(run, tmp_path):
     settings["query_dim"] = 25
     (path / store.CONFIG).write_text(json.dumps(settings))
     reseal(path)
-    with pytest.raises(UserError, match="not those of the model"):
+    with pytest.raises(UserError, match="not those of its model"):
         convert.convert(run, tmp_path / "out")
 
 
@@ -260,8 +272,8 @@ def test_mistakes_are_one_line_and_status_2(run, tmp_path, capsys, monkeypatch):
         (["nowhere", "out"], "no such folder"),
         (["rum", "out"], "did you mean 'run'?"),
         (["empty", "out"], "neither a run"),
-        (["unsealed", "out"], "without a complete checkpoint"),
-        (["unsealed/checkpoints/step-00000005", "out"], "its save never ended"),
+        (["unsealed", "out"], "no complete checkpoint"),
+        (["unsealed/checkpoints/step-00000005", "out"], "its save did not complete"),
         (["run", "full"], "not empty"),
         (["run", "full/precious.txt/out"], "cannot make this folder"),
         (["run", "out", "--step", "9"], "no checkpoint of step 9"),

@@ -16,11 +16,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from fovlm.errors import UserError
 
 PADDING = -1
+BOUNDS = 32  # cu_seqlens has a multiple of so many entries, so that its length hardly changes
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,15 @@ class Layout:
     """A packed sequence of M positions: where each one's embedding comes from, and who may see whom.
 
     `slot` indexes cat(visual tokens [K * T], text tokens [S]); `position` restarts at 0 in every sample; `segment` is
-    the sample's number in the pack, or -1 for padding.
+    the sample's number in the pack, or -1 for padding. `lengths` are those of the samples and of the padding, in their
+    order; `cu_seqlens` where each starts, then M as often as a multiple of BOUNDS takes.
     """
 
     slot: Tensor  # i64 [M]
     position: Tensor  # i64 [M]
     segment: Tensor  # i64 [M]
+    lengths: list[int]
+    cu_seqlens: Tensor  # i32
 
 
 @dataclass
@@ -121,7 +126,7 @@ class Batch:
             if isinstance(value, Tensor):
                 return move(value)
             if isinstance(value, Layout):
-                return Layout(move(value.slot), move(value.position), move(value.segment))
+                return replace(value, **{k: move(v) for k, v in vars(value).items() if isinstance(v, Tensor)})
             return value
 
         return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self)})
@@ -228,11 +233,23 @@ def collate(
     # Every slot must stand somewhere: what no sample took fills the padded end.
     left = torch.cat([torch.arange(look * T, K * T), K * T + torch.arange(text, S)])
     batch.sequence.slot[at:] = left
+    _close(batch.sequence)
+    _close(batch.prefix)
     return batch
 
 
 def _padding(length: int) -> Layout:
-    return Layout(torch.zeros(length).long(), torch.zeros(length).long(), torch.full((length,), PADDING))
+    zeros = torch.zeros(length).long()
+    return Layout(zeros, zeros.clone(), torch.full((length,), PADDING), [], zeros.int())
+
+
+def _close(layout: Layout) -> None:
+    """Count the segments once everything is in its place; what is left is one more segment."""
+    left = len(layout.slot) - sum(layout.lengths)
+    layout.lengths += [left] if left else []
+    layout.position[len(layout.slot) - left :] = torch.arange(left)
+    ends = torch.tensor([0, *layout.lengths]).cumsum(0).int()
+    layout.cu_seqlens = nnf.pad(ends, (0, -len(ends) % BOUNDS), value=len(layout.slot))
 
 
 def _place(layout: Layout, at: int, slots: Tensor, segment: int) -> None:
@@ -240,3 +257,4 @@ def _place(layout: Layout, at: int, slots: Tensor, segment: int) -> None:
     layout.slot[at:end] = slots
     layout.position[at:end] = torch.arange(len(slots))
     layout.segment[at:end] = segment
+    layout.lengths.append(len(slots))

@@ -10,7 +10,7 @@ The convention, which is that of `torch.utils.flop_counter`:
 - A linear layer has one product forward and two backward: the gradient of its weights (not if frozen) and of its input
   (not where nothing before it learns). A frozen encoder has no backward for its patches; a frozen language model still
   passes gradients through to the looks.
-- A sample is counted alone. Padding, and the attention between samples that a pack computes and masks, are waste.
+- A sample is counted alone. Padding is waste.
 - What is computed again in the backward pass (checkpointed layers, the logits) is `recompute` and not in `total`.
 
 Letters as in `batch.py` and `geometry.py`: F frames, K looks, S text tokens, P of them ahead of the frames.

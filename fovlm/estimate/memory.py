@@ -172,19 +172,18 @@ def _layer_work(d: Dino, rows: int, w: int, checkpoint: bool) -> int:
 def _layer_bytes(m: Llama, M: int, w: int, learns: bool) -> int:
     """What a layer of the language model keeps for M positions.
 
-    Norms compute in fp32. Keys and values are repeated for every head, and the mask becomes a bias of the activations'
-    type, once more in each layer. A frozen layer needs no inputs of its products.
+    Norms compute in fp32. Keys and values are repeated for every head. A frozen layer needs no inputs of its products.
     """
     norms = 2 * m.E * (FP32 + (2 * w if learns else 0))
-    attention = 4 * w * m.asked + FP32 * m.heads + w * M
+    attention = 4 * w * m.asked + FP32 * m.heads
     mlp = (4 if learns else 3) * w * m.inner
     return M * (norms + attention + mlp)
 
 
 def _read(m: Llama, M: int, w: int, learns: bool, checkpoint: bool) -> int:
-    """The language model over M positions: all layers, or the inputs of checkpointed ones; mask [M, M], final norm."""
+    """The language model over M positions: all layers, or the inputs of checkpointed ones; final norm."""
     inside = w * M * m.E if checkpoint else _layer_bytes(m, M, w, learns)
-    return inside * m.layers + M * M + M * m.E * (FP32 + 2 * w)
+    return inside * m.layers + M * m.E * (FP32 + 2 * w)
 
 
 def _read_work(m: Llama, M: int, w: int, learns: bool, checkpoint: bool) -> int:

@@ -28,6 +28,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from fovlm.model.attention import Segments, attend_by_sample
+
 CHUNK = 256  # tokens
 ATTENTION = "sdpa_rows"  # the name of `attend` for transformers
 
@@ -144,12 +146,21 @@ def _whole(n: int) -> int:
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    segments: Segments | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' "sdpa" for queries [B, H, s, d] over keys and values [B, G, n, d] -> ([B, s, H, d], None).
 
+    With `segments` the one sequence is a pack, see `attention.py`.
     One token (s = 1) goes its own way, see the module; `attention_mask` is True [B, 1, s, n] where a key is seen.
     """
+    if segments is not None:
+        return attend_by_sample(query, key, value, segments, options.get("scaling")), None
     B, H, s, d = query.shape
     G, n = key.shape[1:3]
     scale = options.get("scaling")

@@ -35,6 +35,7 @@ from transformers import (
 
 from fovlm.data.packing import Batch, Layout
 from fovlm.errors import UserError
+from fovlm.model.attention import segments
 from fovlm.model.encoder import Cache, Dinov2Config, Dinov2Model, Encoder
 from fovlm.model.generation import FoveatedGenerationMixin
 from fovlm.model.kv_cache import ATTENTION
@@ -208,14 +209,12 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         """The language model over a packed sequence of M positions -> final hidden states [M, E]."""
         words = self.llm.get_input_embeddings()(tokens)
         x = torch.cat([visual.to(words.dtype), words])[layout.slot]
-        M = len(x)
-        same = layout.segment[:, None] == layout.segment[None, :]
-        causal = torch.ones(M, M, dtype=torch.bool, device=x.device).tril()
         return self.llm.base_model(
             inputs_embeds=x[None],
-            attention_mask=(same & causal)[None, None],
+            attention_mask=x.new_empty(1, 1, 0, 0),  # four dimensions: transformers makes none of its own
             position_ids=layout.position[None],
             use_cache=False,
+            segments=segments(layout, x),
         ).last_hidden_state[0]
 
     def nll(self, batch: Batch, hidden: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as nnf
 from transformers import Dinov2Config, LlamaConfig
 
 from fovlm.data.packing import Batch, PackSize, Sample, collate
@@ -57,6 +58,18 @@ def pack(samples: list[Sample], budget: PackSize = BUDGET, **options) -> Batch:
 def nll_of(model: FoveatedVLM, batch: Batch, number: int, **options) -> torch.Tensor:
     """The nll of one sample's tokens inside a pack."""
     return model(batch, **options)[batch.text_segment == number]
+
+
+def dense_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """`torch.nn.attention.varlen.varlen_attn` with a dense mask, for a CPU; causal, over one pack."""
+    assert window_size == (-1, 0)
+    assert query.dtype == key.dtype == value.dtype
+    at = torch.arange(len(query), device=query.device)
+    segment = torch.searchsorted(cu_seq_q, at, right=True)
+    mask = (segment[:, None] == segment[None, :]) & (at[:, None] >= at[None, :])
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    seen = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+    return seen[0].transpose(0, 1)
 
 
 def pixels(frames: torch.Tensor) -> torch.Tensor:

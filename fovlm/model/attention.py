@@ -1,6 +1,7 @@
 """Attention over a pack, sample by sample: causal within each sample, and no mask of positions by positions.
 
-On CUDA one call of `torch.nn.attention.varlen` takes all samples. Elsewhere, and where that call cannot run, each sample is one call of `scaled_dot_product_attention`. `varlen_runs` decides once per device and type.
+On CUDA one call of `torch.nn.attention.varlen` takes all samples. Elsewhere, and where that call cannot run, each
+sample is one call of `scaled_dot_product_attention`. `varlen_runs` decides once per device and type.
 
 Letters: M positions of the pack, H query heads, G key heads, d head width.
 """

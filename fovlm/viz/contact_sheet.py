@@ -61,7 +61,7 @@ def write_contact_sheet(
     figure.text(0.035, 1 - 0.06 / figure.get_figheight(), title, fontsize=8, va="top", parse_math=False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
     return path
 

@@ -13,7 +13,7 @@ __version__ = "0.2.0"
 
 # Where the public names live: imported when asked for.
 PUBLIC = {
-    "FoveatedConfig": "model.modeling",
+    "FoveatedConfig": "model.configuration",
     "FoveatedVLM": "model.modeling",
     "FoveatedProcessor": "model.processing",
     "open_model": "model.processing",

@@ -66,6 +66,7 @@ LIGHT = (
     "config.schema",
     "config.deepspeed",
     "checkpoint.run_folder",
+    "model.modes",
     "train.schedule",
     "train.logger",
 )
@@ -93,11 +94,20 @@ DINOV2 = "fovlm.model.encoder"
 DINOV2_NAMES = ("layer_scale1", "layer_scale2", "lambda1", "patch_embeddings", "transformers.models.dinov2")
 
 
+def _is_type_checking(test: ast.expr) -> bool:
+    return isinstance(test, ast.Name) and test.id == "TYPE_CHECKING"
+
+
 @functools.cache
 def imported(file: Path) -> frozenset[str]:
-    """Full names of what a file imports, anywhere in it: `from a.b import c` gives `a.b` and `a.b.c`."""
+    """Full names of what a file imports, anywhere in it: `from a.b import c` gives `a.b` and `a.b.c`.
+
+    Imports for type checkers alone (`if TYPE_CHECKING:`) never run and do not count.
+    """
     found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and _is_type_checking(node.test))]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

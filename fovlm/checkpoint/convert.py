@@ -29,8 +29,9 @@ from fovlm.checkpoint.verify import check
 from fovlm.data.chat import template
 from fovlm.errors import UserError, did_you_mean
 from fovlm.fileio import staged_dir
+from fovlm.model.configuration import FoveatedConfig
 from fovlm.model.encoder import released_name
-from fovlm.model.modeling import FoveatedConfig, FoveatedVLM
+from fovlm.model.modeling import FoveatedVLM
 from fovlm.model.processing import FoveatedProcessor
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

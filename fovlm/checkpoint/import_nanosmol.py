@@ -31,8 +31,9 @@ from fovlm.data.chat import load_tokenizer
 from fovlm.errors import UserError, did_you_mean
 from fovlm.fileio import staged_dir
 from fovlm.model.build import check_vocabulary
+from fovlm.model.configuration import FoveatedConfig
 from fovlm.model.encoder import Dinov2Config, config_of, released_name
-from fovlm.model.modeling import QUESTIONS, FoveatedConfig
+from fovlm.model.modes import QUESTIONS
 from fovlm.model.processing import load_model
 from fovlm.paths import local_folder
 

@@ -64,7 +64,7 @@ def ask(
         torch.manual_seed(seed)
         options |= {"do_sample": True, "temperature": temperature}
     with progress(f"looking at {count(len(clip.frames), 'frame')}") as update:
-        pieces = answer(net, processor, clip, question, tokens, told=update, **options)
+        pieces = answer(net, processor, clip, question, tokens, on_progress=update, **options)
         first = next(pieces, "")
     print(first, end="", flush=True)
     for piece in pieces:
@@ -136,7 +136,7 @@ def look(
     for question in asked or [""]:
         step = f"looking at {count(len(clip.frames), 'frame')}" + (f": {question}" if question else "")
         with progress(step) as update:
-            gazes.append(gaze_of(net, processor, clip, question, tokens, mode=mode or None, told=update))
+            gazes.append(gaze_of(net, processor, clip, question, tokens, mode=mode or None, on_progress=update))
         if question:
             print(f"{question}\n  {gazes[-1].answer}")
     if len(gazes) == 2 and net.config.question == "after_frames":

@@ -212,9 +212,8 @@ def collate(
         f, k, s, p = sample.size.frames, sample.looks, len(sample.tokens), sample.prompt
         visual = torch.arange(look * T, (look + k) * T)
         words = K * T + torch.arange(text, text + s)
-        _place(batch.sequence, at, torch.cat([words[:p], visual, words[p:]]), number)
-        # Text token i stands at position i, or behind the looks when it is not part of the prompt.
-        stand = torch.arange(s) + (torch.arange(s) >= p) * k * T
+        _place(batch.sequence, at, interleave(words, visual, p), number)
+        stand = text_positions(s, p, k * T)
         batch.predict_from[text : text + s] = torch.where(stand > 0, at + stand - 1, PADDING)
         if k:
             _place(batch.prefix, prefix_at, torch.cat([words[:p], visual]), number)
@@ -236,6 +235,18 @@ def collate(
     _close(batch.sequence)
     _close(batch.prefix)
     return batch
+
+
+def text_positions(text: int, prompt: int, visual: int, device: torch.device | str = "cpu") -> Tensor:
+    """The position i64 [text] of each text token of a sample: token i is at i, or behind the `visual` tokens when it is
+    not among the first `prompt`."""
+    i = torch.arange(text, device=device)
+    return i + (i >= prompt) * visual
+
+
+def interleave(words: Tensor, visual: Tensor, prompt: int) -> Tensor:
+    """The sequence of a sample: its first `prompt` words, the visual tokens, the rest of its words."""
+    return torch.cat([words[:prompt], visual.to(words.dtype), words[prompt:]])
 
 
 def _padding(length: int) -> Layout:

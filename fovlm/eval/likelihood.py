@@ -10,7 +10,7 @@ The numbers are those of `model(batch)` for each answer alone.
 Letters: F frames, K looks, T tokens of a look, B texts, s tokens of a text, E language-model width, Q query width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from fovlm.checkpoint.reference import snug
 from fovlm.data.chat import TokenizedText
-from fovlm.data.packing import Sample
+from fovlm.data.packing import Sample, collate, interleave, text_positions
 from fovlm.model.autoregressive import Stream
 from fovlm.model.encoder import Cache
 from fovlm.model.modeling import FoveatedVLM
@@ -73,9 +73,8 @@ def encode(model: FoveatedVLM, frames: Tensor) -> Encoding:
     if model.config.visual == "multi_token":
         clip = Sample("", "", frames, len(frames), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
         batch = snug([clip], model.config.tokens_per_look).to(frames.device)
-        return Encoding(None, None, model.visual_tokens(batch, "multi_token").unflatten(0, (len(frames), -1)))
-    row = model.connector.query_in(model.connector.q_static)
-    cache, seen = model.encoder.encode(frames, row)
+        return Encoding(None, None, model.looks(batch).tokens.unflatten(0, (len(frames), -1)))
+    cache, seen = model.encode(frames)
     return Encoding(cache, seen, None)
 
 
@@ -104,30 +103,23 @@ def _coarse(model: FoveatedVLM, view: View) -> Tensor:
 
 
 def _parallel(model: FoveatedVLM, view: View) -> Tensor:
-    """The queries [K, Q] of the parallel passes: from coarse tokens, and from fine ones for further rounds."""
-    asked, c = view.asked, model.connector
-    words = model.llm.get_input_embeddings()(asked)
-    tokens = _coarse(model, view)
-    for left in reversed(range(model.config.query_rounds)):
-        x = torch.cat([words, tokens.to(words.dtype)])
-        hidden = model.llm.base_model(inputs_embeds=x[None], use_cache=False).last_hidden_state[0]
-        queries = c.to_query(hidden[max(len(asked) - 1, 0) : len(x) - 1])
-        if not len(asked):
-            queries = torch.cat([c.q_first.to(queries.dtype)[None], queries])
-        if left:
-            tokens = c.token(model.look(queries, _cache(view), view.looks))
-    return queries
+    """The queries [K, Q] of the parallel passes."""
+    K, p = len(view.looks), len(view.asked)
+    blank = torch.zeros(K, 3, 1, 1, dtype=torch.uint8)  # the frames are encoded already
+    sample = Sample("", "", blank, K, view.asked.cpu(), torch.zeros(p), p)
+    batch = collate([sample], sample.size, 1).to(view.looks.device)
+    assert view.encoding.seen is not None
+    looks = model.looks(replace(batch, frame_of_look=view.looks), encoded=(_cache(view), view.encoding.seen))
+    assert looks.queries is not None
+    return looks.queries
 
 
 def _deployed(model: FoveatedVLM, view: View) -> Tensor:
     """The queries [K, Q] that come about frame by frame."""
-    stream, queries = Stream(model), []
+    stream = Stream(model)
     if len(view.asked):
         stream.words(view.asked[None])
-    for at in view.looks.tolist():
-        hidden = stream.hidden
-        queries.append(model.connector.q_first if hidden is None else model.connector.to_query(hidden)[0])
-        stream.look(_cache(view).frames(slice(at, at + 1)))
+    queries = [look.query[0] for look in stream.look_at(_cache(view), view.looks[None])]
     return torch.stack([q.to(queries[-1].dtype) for q in queries])
 
 
@@ -143,12 +135,11 @@ def score(model: FoveatedVLM, tokens: Tensor, texts: list[TokenizedText]) -> lis
         raise ValueError("texts that differ ahead of the frames cannot share them")
     embed = model.llm.get_input_embeddings()
     words = embed(texts[0].tokens[:shared].to(device))
-    x = torch.cat([words[:p], tokens.to(words.dtype), words[p:]])
+    x = interleave(words, tokens, p)
     memory = DynamicCache(config=model.llm.config)
     hidden = model.llm.base_model(inputs_embeds=x[None], past_key_values=memory, use_cache=True).last_hidden_state[0]
-    stand = torch.arange(shared)
-    stand = stand + (stand >= p) * K  # token i stands at i, or behind the looks when it is not ahead of them
-    states = [hidden[(stand - 1).clamp(min=0).to(device)]] * len(texts)
+    before = (text_positions(shared, p, K) - 1).clamp(min=0)  # the state before a token predicts it
+    states = [hidden[before.to(device)]] * len(texts)
     tails = [len(text.tokens) - shared for text in texts]
     if any(tails):
         rest = torch.zeros(len(texts), max(tails), dtype=torch.int64)

@@ -19,8 +19,8 @@ from fovlm.data.chat import ChatTokenizer
 from fovlm.errors import UserError, did_you_mean
 from fovlm.eval.likelihood import View, encode, score, visual
 from fovlm.media import decode
+from fovlm.model.modes import MODES
 from fovlm.model.processing import open_model
-from fovlm.train.validation import MODES
 
 SAMPLING = ("temperature", "top_p", "top_k", "num_beams", "do_sample")
 Visuals = Sequence[Any]

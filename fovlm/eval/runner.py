@@ -25,8 +25,7 @@ from fovlm.eval.metrics import compute_metrics, line_of
 from fovlm.eval.results import Line, Record, agree
 from fovlm.eval.target import Target
 from fovlm.fileio import write_atomically
-from fovlm.model.generation import context_of
-from fovlm.train.validation import MODES
+from fovlm.model.modes import MODES
 
 ENCODED = 32  # frames that are walked through the encoder at once
 NEAR = 64  # items among which another clip is looked for
@@ -86,7 +85,7 @@ def modes_of(subject: Target, wanted: list[str]) -> list[str]:
 def form_of(subject: Target, asked: Asked) -> Form:
     """How this model is asked."""
     config = subject.model.config
-    context, per_look = context_of(config), config.tokens_per_look
+    context, per_look = config.context, config.tokens_per_look
     chat = ChatTokenizer(subject.tokenizer, config.question, "answer", UNCUT)
     most = max(min(asked.most, context // 2 // per_look), 1)  # frames leave half of the context to the text
     return Form(chat, config.frame_size, config.image_frames, context, per_look, most, asked.letters)

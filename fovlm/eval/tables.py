@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fovlm.train.validation import MODES
+from fovlm.model.modes import MODES
 
 ORDER = list(dict.fromkeys(mode for modes in MODES.values() for mode in modes))
 Result = dict[str, Any]

@@ -1,46 +1,47 @@
 """Frame by frame, as in deployment: one look, one token into the language model's cache, the next query.
 
-`autoregressive` scores a pack this way, and `generation.py` sees this way. Unlike the parallel passes of training, each
-query here comes from the FINE tokens of the frames before it.
+Unlike the parallel passes of training, each query here comes from the FINE tokens of the frames before it. `Stream` is
+the loop; scoring (`autoregressive`), `generate`, streaming, the gaze and evaluation all run it.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fovlm.data.packing import Batch
+from fovlm.data.packing import Batch, text_positions
 from fovlm.model.encoder import Cache
 from fovlm.model.kv_cache import ContextCache
 
-Model = Any  # a FoveatedVLM; its module imports this one
+if TYPE_CHECKING:
+    from fovlm.model.modeling import FoveatedVLM
+
+
+@dataclass
+class Look:
+    """One look of each of B conversations."""
+
+    query: Tensor  # [B, Q]
+    token: Tensor  # [B, E]: the visual token
+    hidden: Tensor  # [B, E]: the language model's state at it
 
 
 class Stream:
     """B conversations that grow in lockstep. `hidden` [B, E] is the language model's last state, None at the start."""
 
-    def __init__(self, model: Model):
+    def __init__(self, model: "FoveatedVLM"):
         self.model = model
         self.memory = ContextCache(model.llm.config.num_hidden_layers)
         self.hidden: Tensor | None = None
 
     def words(self, tokens: Tensor) -> Tensor:
-        """Read text tokens i64 [B, s] -> the hidden states [B, s, E] behind each."""
+        """Read text tokens i64 [B, s] -> the hidden states [B, s, E] at each."""
         return self._read(self.model.llm.get_input_embeddings()(tokens))
 
-    def look(self, cache: Cache, position: int | None = None) -> Tensor:
-        """Look at one frame of each conversation (a cache of B frames) and read what was seen -> hidden [B, E].
-
-        `position` is where the visual token stands; unless told, behind all that is in the cache.
-        """
-        return self._read(self.see(cache)[:, None], position)[:, -1]
-
-    def see(self, cache: Cache) -> Tensor:
-        """The visual token [B, E] of the next look at one frame of each conversation."""
-        return self.model.connector.token(self.model.look(self.query(len(cache.layers[0][0])), cache))
-
     def query(self, conversations: int) -> Tensor:
-        """What the next look asks with, [B, Q]: the state so far, q_first before there is any, or always q_static."""
+        """The query [B, Q] of the next look: from the state so far, q_first before there is any, or always q_static."""
         connector = self.model.connector
         if self.model.config.visual == "coarse":
             return connector.q_static.expand(conversations, -1)
@@ -48,9 +49,19 @@ class Stream:
             return connector.q_first.expand(conversations, -1)
         return connector.to_query(self.hidden)
 
-    def read(self, visual: Tensor) -> Tensor:
-        """Read visual tokens [B, k, E] -> the hidden states behind each."""
-        return self._read(visual)
+    def look(self, cache: Cache, position: int | None = None) -> Look:
+        """Look at one frame of each conversation (a cache of B frames) and read the visual token.
+
+        `position` is that of the visual token; by default the one behind everything in the cache.
+        """
+        query = self.query(len(cache.layers[0][0]))
+        token = self.model.connector.token(self.model.look(query, cache))
+        return Look(query, token, self._read(token[:, None], position)[:, -1])
+
+    def look_at(self, cache: Cache, frames: Tensor) -> Iterator[Look]:
+        """Look at the frames i64 [B, k] of a cache one after the other."""
+        for frame in frames.T:
+            yield self.look(cache.frames(frame))
 
     def _read(self, x: Tensor, position: int | None = None) -> Tensor:
         where = None if position is None else torch.tensor([[position]], device=x.device)
@@ -62,10 +73,10 @@ class Stream:
 
 
 @torch.no_grad()
-def autoregressive(model: Model, batch: Batch) -> Tensor:
+def autoregressive(model: "FoveatedVLM", batch: Batch) -> Tensor:
     """The pack's nll f32 [S] with queries from fine tokens; same meaning as `model(batch)`.
 
-    Samples of one shape go together. Raises ValueError for `multi_token` models, which have no query.
+    Samples of one shape run together. Raises ValueError for `multi_token` models, which have no query.
     """
     if model.config.visual == "multi_token":
         raise ValueError("a multi_token model has no query to run frame by frame")
@@ -78,17 +89,15 @@ def autoregressive(model: Model, batch: Batch) -> Tensor:
     for (looks, text, prompt), numbers in _same_shape(batch).items():
         words = torch.stack([(batch.text_segment == i).nonzero()[:, 0] for i in numbers])  # [B, text]
         tokens = batch.tokens[words]
-        seen = torch.stack([frame_of_look[batch.look_segment == i] for i in numbers])  # [B, looks]
+        frames = torch.stack([frame_of_look[batch.look_segment == i] for i in numbers])  # [B, looks]
         stream = Stream(model)
         hidden = [stream.words(tokens[:, :prompt])] if prompt else []
-        hidden += [stream.look(cache.frames(seen[:, k]))[:, None] for k in range(looks)]
+        hidden += [look.hidden[:, None] for look in stream.look_at(cache, frames)]
         hidden += [stream.words(tokens[:, prompt:])] if prompt < text else []
-        # Token i stands at i, or behind the looks when it is not part of the prompt; the state before it predicts it.
-        stand = torch.arange(text, device=device)
-        stand = stand + (stand >= prompt) * looks
-        states = torch.cat(hidden, dim=1)[:, (stand - 1).clamp(min=0)]
+        position = text_positions(text, prompt, looks, device)  # the state before a token predicts it
+        states = torch.cat(hidden, dim=1)[:, (position - 1).clamp(min=0)]
         scores = model.score(states.flatten(0, 1), tokens.flatten()).view_as(tokens)
-        nll[words] = scores * (stand > 0)
+        nll[words] = scores * (position > 0)
     return nll
 
 

@@ -16,8 +16,9 @@ from transformers import (
 
 from fovlm.config.schema import ModelSettings
 from fovlm.errors import UserError
+from fovlm.model.configuration import FoveatedConfig
 from fovlm.model.encoder import Dinov2Config, Dinov2Model
-from fovlm.model.modeling import FoveatedConfig, FoveatedVLM, check_report
+from fovlm.model.modeling import FoveatedVLM, check_report
 from fovlm.paths import local_folder
 
 

@@ -1,99 +1,56 @@
-"""FoveatedVLM: a language model that sees each frame as one token, and whose last thought decides where to look next.
+"""FoveatedVLM: a language model that sees each frame as one token; its last hidden state decides where to look next.
 
-The forward pass over a pack (letters as in `batch.py`; E language-model width, Q query width, D encoder width):
+The forward pass over a pack (letters as in `data/packing.py`; E language-model width, Q query width, D encoder width):
 
-    encode      frames -> cache                                     DINOv2, once
+    encode      frames -> cache                                     the encoder, once
     coarse      q_static looks at every frame -> K coarse tokens
     queries     language model over the prefixes with the coarse tokens -> the state before each look -> K queries
     fine        the queries look -> K fine tokens
     nll         language model over the whole pack with the fine tokens -> nll [S]
 
 It returns the negative log-likelihood of every text token and nothing else: every loss and every score is a sum of
-these numbers.
+these numbers. `looks` is the first four lines: training, attention maps, gaze and evaluation all read it.
 
-Queries and fine tokens can go round: with `query_rounds` R, the fine tokens of one round give the queries of the
-next. No round at all is the coarse pass, one is the design, and after K rounds every query comes from the fine tokens
-of all frames before it, which is what frame-by-frame deployment does (`stream.py`). Training with two narrows that gap.
+With `query_rounds` R, the fine tokens of one round give the queries of the next. No round is the coarse pass, one is
+the default, and after K rounds every query comes from the fine tokens of all frames before it, which is what
+frame-by-frame deployment does (`autoregressive.py`). Training with two rounds narrows that gap.
 """
 
 from collections.abc import Collection
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from fovlm.data.packing import Batch, Layout
 from fovlm.errors import UserError
 from fovlm.model.attention import segments
-from fovlm.model.encoder import Cache, Dinov2Config, Dinov2Model, Encoder
+from fovlm.model.configuration import FoveatedConfig
+from fovlm.model.encoder import Cache, Dinov2Model, Encoder
 from fovlm.model.generation import FoveatedGenerationMixin
 from fovlm.model.kv_cache import ATTENTION
-
-POOLED = 4  # multi_token: the patches are pooled to 4 x 4 tokens a frame
-NLL_CHUNK = 1024  # text tokens whose logits are held at once: 1024 x 49152 in fp32 is 200 MB
-VISUALS = ("foveated", "coarse", "multi_token")
-QUESTIONS = ("after_frames", "before_frames")
+from fovlm.model.modes import NLL_CHUNK, POOLED
 
 
-class FoveatedConfig(PreTrainedConfig):
-    """What a FoveatedVLM is made of. `llm_config` and `encoder_config` are HF configs (or their dicts)."""
+@dataclass
+class Looks:
+    """What the looks of a pack are made of and bring back. A multi_token model has `tokens` alone."""
 
-    model_type = "fovlm"
-    sub_configs: ClassVar = {"llm_config": AutoConfig, "encoder_config": Dinov2Config}
-
-    def __init__(
-        self,
-        llm_config: PreTrainedConfig | dict | None = None,
-        encoder_config: Dinov2Config | dict | None = None,
-        visual: str = "foveated",
-        deep_query: bool = True,
-        question: str = "after_frames",
-        query_rounds: int = 1,
-        query_dim: int = 384,
-        visual_scale: float = 0.14,
-        frame_size: int = 224,
-        image_frames: int = 1,
-        **kwargs,
-    ):
-        if isinstance(llm_config, dict):
-            llm_config = AutoConfig.for_model(**{"model_type": "llama", **llm_config})
-        if isinstance(encoder_config, dict):
-            encoder_config = Dinov2Config(**encoder_config)
-        self.llm_config: PreTrainedConfig = llm_config or LlamaConfig()
-        self.encoder_config = encoder_config or Dinov2Config()
-        self.visual = visual
-        self.deep_query = deep_query
-        self.question = question
-        self.query_rounds = query_rounds
-        self.query_dim = query_dim
-        self.visual_scale = visual_scale
-        self.frame_size = frame_size
-        self.image_frames = image_frames
-        kwargs.setdefault("tie_word_embeddings", False)  # a tie inside the language model is its own affair
-        super().__init__(**kwargs)
-
-    @property
-    def tokens_per_look(self) -> int:
-        """T: visual tokens of one look."""
-        return POOLED * POOLED if self.visual == "multi_token" else 1
+    cache: Cache | None  # of the F frames
+    coarse: Tensor | None  # [K, E]: the static query's tokens
+    queries: Tensor | None  # [K, Q]: those that `tokens` come from
+    tokens: Tensor  # [K * T, E]: what the language model reads
 
 
 class Connector(nn.Module):
-    """The bridge between the two backbones: the only part that starts from random weights.
+    """The projections between the two backbones: the only part that starts from random weights.
 
-    Queries have a deviation of 1.0 and reach the encoder without a bias: at 0.02, or with a bias that all queries
-    share, attention over the patches becomes uniform and stays so.
+    Queries have std 1.0 and reach the encoder without a bias: at std 0.02, or with a bias that all queries share,
+    attention over the patches becomes uniform and stays so.
     """
 
     def __init__(self, query_dim: int, encoder_width: int, llm_width: int, visual_scale: float):
@@ -108,7 +65,7 @@ class Connector(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Draw the weights so that every projection keeps the deviation of what it gets."""
+        """Draw the weights so that every projection keeps the std of its input."""
         for linear in (self.query_in, self.to_llm, self.to_query):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
             if linear.bias is not None:
@@ -117,12 +74,12 @@ class Connector(nn.Module):
         nn.init.normal_(self.q_first, std=1.0)
 
     def token(self, seen: Tensor) -> Tensor:
-        """What a look brought back [..., D] -> the visual token [..., E], at the scale of the word embeddings."""
+        """The result of a look [..., D] -> the visual token [..., E], at the scale of the word embeddings."""
         return self.to_llm(seen) * self.visual_scale
 
 
 class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
-    """See the module. `forward(batch)` -> nll f32 [S]; `generate` and `stream` answer (`generation.py`)."""
+    """`forward(batch)` -> nll f32 [S]; `generate` and `stream` answer questions (`generation.py`)."""
 
     config_class = FoveatedConfig
     base_model_prefix = "fovlm"
@@ -132,13 +89,9 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
 
     def __init__(self, config: FoveatedConfig, llm: PreTrainedModel | None = None, dino: Dinov2Model | None = None):
         super().__init__(config)
-        if config.visual not in VISUALS:
-            raise ValueError(f"visual is one of {VISUALS}, not {config.visual!r}")
-        if config.question not in QUESTIONS:
-            raise ValueError(f"question is one of {QUESTIONS}, not {config.question!r}")
         self.llm = llm if llm is not None else AutoModelForCausalLM.from_config(config.llm_config)
         self.encoder = Encoder(dino if dino is not None else Dinov2Model(config.encoder_config), deep=config.deep_query)
-        self.llm.set_attn_implementation(ATTENTION)  # what is handed in lost its choice to super().__init__
+        self.llm.set_attn_implementation(ATTENTION)  # super().__init__ resets it
         self.encoder.dino.set_attn_implementation("sdpa")
         self.connector = Connector(
             config.query_dim, self.encoder.width, config.llm_config.hidden_size, config.visual_scale
@@ -149,7 +102,7 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         self.generation_config = self.llm.generation_config
 
     def _unused(self) -> list[nn.Parameter]:
-        """What the visual mode never touches: a parameter without a gradient has no place in the optimizer."""
+        """Parameters that the visual mode never uses: without a gradient they stay out of the optimizer."""
         c, visual = self.connector, self.config.visual
         asking = [c.q_first, *c.to_query.parameters()]
         return {"foveated": [], "coarse": asking, "multi_token": [*asking, c.q_static, *c.query_in.parameters()]}[
@@ -157,7 +110,7 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         ]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """transformers calls this for what a checkpoint lacks; the backbones initialise themselves."""
+        """transformers calls this for weights that a checkpoint lacks; the backbones initialise themselves."""
         if isinstance(module, Connector):
             module.reset()
 
@@ -168,33 +121,34 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
 
         `visual` overrides the configured mode: "coarse" on a foveated model gives its `coarse_only` evaluation.
         """
-        tokens = self.visual_tokens(batch, visual or self.config.visual)
-        return self.nll(batch, self.read(batch.sequence, tokens, batch.tokens))
+        return self.nll(batch, self.read(batch.sequence, self.looks(batch, visual).tokens, batch.tokens))
 
-    def visual_tokens(self, batch: Batch, visual: str) -> Tensor:
-        """The visual tokens [K * T, E] of the pack's looks."""
+    def looks(self, batch: Batch, visual: str | None = None, encoded: tuple[Cache, Tensor] | None = None) -> Looks:
+        """The looks of a pack: coarse tokens, then `query_rounds` rounds of queries and fine tokens.
+
+        `visual` overrides the configured mode; `encoded` is what `encode` gave for the pack's frames.
+        """
+        visual = visual or self.config.visual
         if visual == "multi_token":
-            return self._pooled(batch).flatten(0, 1)
-        cache, coarse_tokens = self.coarse(batch)
-        if visual == "coarse":
-            return coarse_tokens
-        tokens = coarse_tokens
-        for _ in range(self.config.query_rounds):
-            tokens = self.connector.token(self.look(self.queries(batch, tokens), cache, batch.frame_of_look))
-        return tokens
-
-    def coarse(self, batch: Batch) -> tuple[Cache, Tensor]:
-        """Encode the frames; the static query looks at each -> cache, coarse tokens [K, E]."""
-        cache, seen = self.encoder.encode(batch.frames, self.connector.query_in(self.connector.q_static))
+            return Looks(None, None, None, self._pooled(batch).flatten(0, 1))
+        cache, seen = encoded or self.encode(batch.frames)
         tokens = self.connector.token(seen)
-        return cache, tokens if batch.frame_of_look is None else tokens[batch.frame_of_look]
+        coarse = tokens = tokens if batch.frame_of_look is None else tokens[batch.frame_of_look]
+        queries = self.connector.q_static.expand(len(coarse), -1)
+        for _ in range(self.config.query_rounds if visual == "foveated" else 0):
+            queries = self.queries(batch, tokens)
+            tokens = self.connector.token(self.look(queries, cache, batch.frame_of_look))
+        return Looks(cache, coarse, queries, tokens)
+
+    def encode(self, frames: Tensor) -> tuple[Cache, Tensor]:
+        """Encode frames u8 [F, 3, s, s] -> cache, and what the static query sees in each [F, D]."""
+        return self.encoder.encode(frames, self.connector.query_in(self.connector.q_static))
 
     def queries(self, batch: Batch, tokens: Tensor) -> Tensor:
         """The query [K, Q] of each look, from the language model's state at the position before it.
 
-        `tokens` [K, E] are what it has seen so far: the coarse ones, or the fine ones of the round before.
-
-        Only the prefixes are read: attention is causal, so what comes after the last look cannot matter.
+        `tokens` [K, E] are the coarse tokens, or the fine tokens of the round before. Only the prefixes are read:
+        attention is causal, so what comes after the last look cannot matter.
         """
         hidden = self.read(batch.prefix, tokens, batch.tokens)
         first = (batch.query_from < 0)[:, None]
@@ -245,22 +199,22 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
 
     @torch.no_grad()
     def gaze(self, batch: Batch) -> dict[str, Tensor]:
-        """Where the pack's looks look: attention weights f32 [layers, K, H, N], `coarse` and (foveated) `fine`."""
-        cache, tokens = self.coarse(batch)
-        queries = {"coarse": self.connector.q_static.expand(len(tokens), -1)}
+        """Attention weights of the pack's looks f32 [layers, K, H, N]: `coarse` and, of a foveated model, `fine`."""
+        looks = self.looks(batch)
+        if looks.cache is None or looks.queries is None:
+            raise ValueError("a multi_token model has no looks")
+        queries = {"coarse": self.connector.q_static.expand(len(looks.queries), -1)}
         if self.config.visual == "foveated":
-            for _ in range(self.config.query_rounds - 1):
-                tokens = self.connector.token(self.look(self.queries(batch, tokens), cache, batch.frame_of_look))
-            queries["fine"] = self.queries(batch, tokens)
+            queries["fine"] = looks.queries
         return {
-            name: self.encoder.look_weights(self.connector.query_in(query), cache, batch.frame_of_look)
+            name: self.encoder.look_weights(self.connector.query_in(query), looks.cache, batch.frame_of_look)
             for name, query in queries.items()
         }
 
     # -- groups, checkpointing, compiling ---------------------------------------------------------------------------
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """The three parameter groups, each parameter once (tied weights are one), frozen ones left out."""
+        """The three parameter groups: each trainable parameter once (tied weights are one)."""
         modules = {"connector": self.connector, "encoder": self.encoder, "llm": self.llm}
         return {name: [p for p in module.parameters() if p.requires_grad] for name, module in modules.items()}
 
@@ -295,6 +249,5 @@ def check_report(report: dict[str, Any], where: str) -> None:
             )
 
 
-AutoConfig.register(FoveatedConfig.model_type, FoveatedConfig)
 for auto in (AutoModel, AutoModelForImageTextToText):
     auto.register(FoveatedConfig, FoveatedVLM)

@@ -27,7 +27,8 @@ from fovlm.errors import UserError, did_you_mean
 from fovlm.media import decode as media
 from fovlm.media.clip import read_clip
 from fovlm.media.tolerant import pixels_of
-from fovlm.model.modeling import FoveatedConfig, FoveatedVLM, check_report
+from fovlm.model.configuration import FoveatedConfig
+from fovlm.model.modeling import FoveatedVLM, check_report
 
 Seen = tuple[Tensor, list[int]]  # frames u8 [f, 3, s, s], and how often each is looked at
 NONE: tuple[Any, ...] = ()

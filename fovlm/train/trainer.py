@@ -37,13 +37,14 @@ from fovlm.estimate.flops import mean_cost, samples_of, total
 from fovlm.estimate.shapes import geometry
 from fovlm.model.build import build, check_vocabulary
 from fovlm.model.modeling import FoveatedVLM
+from fovlm.model.modes import AS_TRAINED, MODES
 from fovlm.train import resume, schedule
 from fovlm.train.attention_maps import save_maps, watched
 from fovlm.train.engine import Engine, start, universal_for
 from fovlm.train.engine import StepResult as Done
 from fovlm.train.logger import Logger, write_json
 from fovlm.train.throughput import Throughput, device_name, memory_gb, peak_flops
-from fovlm.train.validation import AS_TRAINED, MODES, Score, attention_entropy, evaluate, score_table
+from fovlm.train.validation import Score, attention_entropy, evaluate, score_table
 
 SIZED = 5000  # samples whose sizes stand for those of all when a budget of FLOPs is turned into samples
 FEW = 1000  # samples: among fewer, a single broken one would pass any reasonable fraction

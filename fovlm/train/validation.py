@@ -1,10 +1,4 @@
-"""How well a model does in each way of looking, on packs that all models see alike.
-
-coarse_only      the static query's tokens alone, by a model trained on fine ones unless it is a `coarse` model
-coarse_fine      as trained: coarse pass, queries, fine looks
-autoregressive   frame by frame, queries from fine tokens: what deployment does
-multi_token      the one way of a multi_token model
-"""
+"""How well a model does in each way of looking, on packs that all models see alike."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,10 +9,7 @@ from torch import Tensor
 from fovlm import distributed
 from fovlm.data.packing import Batch
 from fovlm.model.autoregressive import autoregressive
-from fovlm.model.generation import MODES as MODES
 from fovlm.model.modeling import FoveatedVLM
-
-AS_TRAINED = {"foveated": "coarse_fine", "coarse": "coarse_only", "multi_token": "multi_token"}
 
 
 @dataclass

@@ -39,31 +39,32 @@ def answer(
     clip: Clip,
     question: str,
     max_new_tokens: int,
-    told: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Iterator[str]:
-    """The answer in pieces, as they are made; `told` and `options` go to `generate`. Raises UserError, as that does."""
+    """The answer in pieces; `on_progress` and `options` go to `generate`. Raises UserError, as that does."""
     inputs = inputs_for(model, processor, clip, question)
-    return stream_answer(processor, partial(model.generate, **inputs, max_new_tokens=max_new_tokens, **options), told)
+    work = partial(model.generate, **inputs, max_new_tokens=max_new_tokens, **options)
+    return stream_answer(processor, work, on_progress)
 
 
 def stream_answer(
-    processor: Any, work: Callable[..., Any], told: Callable[[int, int], None] | None = None
+    processor: Any, work: Callable[..., Any], on_progress: Callable[[int, int], None] | None = None
 ) -> Iterator[str]:
-    """What `work(streamer=..., stopping_criteria=..., told=...)` says, in pieces as they are made; raises as it does.
+    """The answer of `work(streamer=..., stopping_criteria=..., on_progress=...)` in pieces; raises as it does.
 
-    Closing the iterator ends the work at its next frame or token. `told` hears how many frames are seen, of how many.
+    Closing the iterator ends the work at its next frame or token. `on_progress(done, total)` follows each frame.
     """
     streamer, stopped = TextIteratorStreamer(processor.tokenizer, skip_special_tokens=True), Stopped()
 
     def seen(done: int, of: int) -> None:
         if stopped.event.is_set():
             raise CancelledError  # nobody reads on
-        if told:
-            told(done, of)
+        if on_progress:
+            on_progress(done, of)
 
     pool = ThreadPoolExecutor(1)
-    made = pool.submit(work, streamer=streamer, stopping_criteria=[stopped], told=seen)
+    made = pool.submit(work, streamer=streamer, stopping_criteria=[stopped], on_progress=seen)
     made.add_done_callback(lambda _: streamer.end())  # also when it fails
     try:
         yield from streamer

@@ -17,17 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fovlm.data.packing import PackSize, Sample, collate
+from fovlm.data.packing import PackSize, Sample, collate, interleave
 from fovlm.errors import UserError, did_you_mean
 from fovlm.media import decode
 from fovlm.media.clip import Clip
 from fovlm.model.autoregressive import Stream
 from fovlm.model.encoder import Cache
-from fovlm.model.generation import ENCODED, check_context, context_of
+from fovlm.model.generation import check_context
+from fovlm.model.modes import FRAMES_AT_ONCE
+from fovlm.model.modes import MODES as ALL_MODES
 from fovlm.viz.answer import inputs_for
 from fovlm.viz.heatmap import entropy
 
-MODES = ("autoregressive", "coarse_fine", "coarse_only")
+MODES = ALL_MODES["foveated"][::-1]  # the first is the default
 ANYTHING = "What happens here?"  # asked of a model that was trained with a question ahead of the frames, if nobody asks
 
 
@@ -71,13 +73,13 @@ def gaze_of(
     question: str | None = None,
     max_new_tokens: int = 128,
     mode: str | None = None,
-    told: Callable[[int, int], None] = lambda done, of: None,
+    on_progress: Callable[[int, int], None] = lambda done, of: None,
     **options: Any,
 ) -> Gaze:
     """Watch the clip, answer the question (greedily, unless the model's generation config says otherwise), and tell.
 
     Fine looks are those of deployment; mode `coarse_fine` takes those of the parallel passes, `coarse_only` leaves them
-    out, as does a `coarse` model in any mode. `told` hears how many looks are done, of how many; `options` go to
+    out, as does a `coarse` model in any mode. `on_progress(done, total)` is called after each look; `options` go to
     `generate` (a streamer, say). Raises UserError for a multi_token model, which has no query, for an unknown mode, and
     when the question does not fit into the context.
     """
@@ -95,7 +97,7 @@ def gaze_of(
     check_context(model.config, len(number_of), len(ids))
     ids, frames = ids.to(model.device), frames.to(model.device)
     query = _parallel_queries(model, frames[number_of], ids, prompt) if mode == "coarse_fine" else None
-    visual_tokens, weights = _watch(model, frames, times, ids[:prompt], mode, query, told)
+    visual_tokens, weights = _watch(model, frames, times, ids[:prompt], mode, query, on_progress)
     options["max_new_tokens"] = max_new_tokens
     new = _answer(model, ids, prompt, visual_tokens, options) if question else []
     seconds = [clip.seconds[n] for n in decode.spread(len(clip.seconds), len(frames))]
@@ -130,7 +132,7 @@ def _watch(
     ahead: Tensor,
     mode: str,
     query: Tensor | None,
-    told: Callable[[int, int], None],
+    on_progress: Callable[[int, int], None],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Look at the frames -> visual tokens [K, E], attention weights f32 [layers, K, H, N] by name.
 
@@ -142,9 +144,9 @@ def _watch(
     tokens: list[Tensor] = []
     weights: dict[str, list[Tensor]] = {}
     done = 0
-    for start in range(0, len(frames), ENCODED):
-        again = times[start : start + ENCODED]
-        cache = model.encoder.encode_only(frames[start : start + ENCODED])
+    for start in range(0, len(frames), FRAMES_AT_ONCE):
+        again = times[start : start + FRAMES_AT_ONCE]
+        cache = model.encoder.encode_only(frames[start : start + FRAMES_AT_ONCE])
         frame_of_look = torch.tensor([n for n, t in enumerate(again) for _ in range(t)], device=frames.device)
         k = len(frame_of_look)
         static = connector.q_static.expand(k, -1)
@@ -153,15 +155,13 @@ def _watch(
             asked = static if query is None else query[done : done + k]
             tokens.append(connector.token(model.look(asked, cache, frame_of_look)))
         else:
-            asked = torch.empty(k, connector.q_first.shape[0], dtype=connector.q_first.dtype, device=frames.device)
-            for n, frame in enumerate(frame_of_look.tolist()):
-                asked[n] = stream.query(1)[0]
-                tokens.append(stream.see(cache.frames(slice(frame, frame + 1))))
-                stream.read(tokens[-1][:, None])
+            looks = list(stream.look_at(cache, frame_of_look[None]))
+            asked = torch.cat([look.query for look in looks])
+            tokens += [look.token for look in looks]
         if mode != "coarse_only":
             weights.setdefault("fine", []).append(_weights(model, asked, cache, frame_of_look))
         done += k
-        told(done, sum(times))
+        on_progress(done, sum(times))
     return torch.cat(tokens), {name: torch.cat(parts, dim=1) for name, parts in weights.items()}
 
 
@@ -173,10 +173,7 @@ def _parallel_queries(model: Any, shown: Tensor, ids: Tensor, prompt: int) -> Te
     """The queries [K, Q] of training's parallel passes over the frames u8 [K, 3, s, s] of each look."""
     sample = Sample("", "", shown.cpu(), len(shown), ids.cpu(), torch.zeros(len(ids)), prompt)
     batch = collate([sample], PackSize(len(shown), len(shown), len(ids), prompt), shown.shape[-1]).to(shown.device)
-    cache, tokens = model.coarse(batch)
-    for _ in range(model.config.query_rounds - 1):
-        tokens = model.connector.token(model.look(model.queries(batch, tokens), cache))
-    return model.queries(batch, tokens)
+    return model.looks(batch).queries
 
 
 def _answer(model: Any, ids: Tensor, prompt: int, visual: Tensor, options: dict[str, Any]) -> list[int]:
@@ -185,9 +182,9 @@ def _answer(model: Any, ids: Tensor, prompt: int, visual: Tensor, options: dict[
     That one would watch the clip a second time.
     """
     words = model.llm.get_input_embeddings()(ids)
-    x = torch.cat([words[:prompt], visual.to(words.dtype), words[prompt:]])[None]
+    x = interleave(words, visual, prompt)[None]
     mask = torch.ones(x.shape[:2], dtype=torch.int64, device=x.device)
-    room = context_of(model.config) - x.shape[1]
+    room = model.config.context - x.shape[1]
     settings, left = model.settings(room, None, options)
     return model.llm.generate(inputs_embeds=x, attention_mask=mask, generation_config=settings, **left)[0].tolist()
 

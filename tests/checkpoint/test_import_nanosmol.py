@@ -11,8 +11,9 @@ from transformers import LlamaConfig
 from fovlm.checkpoint.import_nanosmol import import_published
 from fovlm.config.schema import ModelSettings
 from fovlm.errors import UserError
+from fovlm.model.configuration import FoveatedConfig
 from fovlm.model.encoder import Dinov2Config
-from fovlm.model.modeling import FoveatedConfig, FoveatedVLM
+from fovlm.model.modeling import FoveatedVLM
 from helpers import tiny
 from helpers.models import FRAME, pack, sample, tiny_model
 
@@ -221,5 +222,5 @@ def test_shapes_of_dinov2_small_and_smollm2_135m_tell_the_configuration(tmp_path
     frames = torch.randint(0, 256, (len(batch.frames), 3, 224, 224), dtype=torch.uint8)
     batch.frames = frames
     with torch.no_grad():
-        tokens = again.visual_tokens(batch, "foveated"), unfolded.visual_tokens(batch, "foveated")
+        tokens = again.looks(batch).tokens, unfolded.looks(batch).tokens
     torch.testing.assert_close(*tokens, rtol=1e-3, atol=1e-4)

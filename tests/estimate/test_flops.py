@@ -15,7 +15,8 @@ from fovlm.data.packing import PackSize, collate
 from fovlm.errors import UserError
 from fovlm.estimate.flops import largest, mean_cost, sample_cost, samples_for, samples_of, total
 from fovlm.estimate.shapes import geometry
-from fovlm.model.modeling import FoveatedConfig, FoveatedVLM
+from fovlm.model.configuration import FoveatedConfig
+from fovlm.model.modeling import FoveatedVLM
 from helpers.models import FRAME, VOCABULARY, sample
 
 LLM = {

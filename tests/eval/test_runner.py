@@ -21,7 +21,8 @@ from fovlm.eval.runner import Asked, chunks_of, run_eval
 from fovlm.eval.tables import main_tables, markdown, parts_tables
 from fovlm.eval.target import Target
 from fovlm.eval.wilson import wilson
-from fovlm.train.validation import MODES, nll_in_mode
+from fovlm.model.modes import MODES
+from fovlm.train.validation import nll_in_mode
 from helpers.models import VOCABULARY, tiny_model
 from helpers.tiny import clip, clips, picture, tokenizer
 

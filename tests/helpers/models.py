@@ -7,8 +7,9 @@ import torch.nn.functional as nnf
 from transformers import Dinov2Config, LlamaConfig
 
 from fovlm.data.packing import Batch, PackSize, Sample, collate
+from fovlm.model.configuration import FoveatedConfig
 from fovlm.model.encoder import MEAN, STD
-from fovlm.model.modeling import FoveatedConfig, FoveatedVLM
+from fovlm.model.modeling import FoveatedVLM
 
 FRAME = 28  # pixels: 4 x 4 patches of 7
 VOCABULARY = 64

@@ -128,7 +128,7 @@ def test_a_full_context_says_so_with_numbers():
     for i in range(10):
         stream.see(frames(1, i)[0])
     assert stream.room == 0
-    with pytest.raises(UserError, match="context of 50 tokens is full: 10 frames and 0 words, with 40 kept"):
+    with pytest.raises(UserError, match="context of 50 tokens is full: 10 frames and 0 words, with 40 reserved"):
         stream.see(frames(1)[0])
     assert len(stream.ask(QUESTION, max_new_tokens=4, min_new_tokens=4)) > 0
 
@@ -261,7 +261,7 @@ def test_what_cannot_be_streamed_is_told():
     stream.see(frames(1)[0])
     with pytest.raises(UserError, match="need the processor"):
         stream.ask(QUESTION)
-    with pytest.raises(UserError, match="without a question"):
+    with pytest.raises(UserError, match="started without one"):
         watch(model_of()).ask()
 
 

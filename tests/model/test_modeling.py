@@ -81,24 +81,24 @@ def test_text_after_the_frames_cannot_steer_them_and_the_question_ahead_does():
     model = tiny_model()
     for s, steers in ((SAMPLES[0], True), (AFTER[0], False)):
         batch = pack([s])
-        before = model.visual_tokens(batch, "foveated")[:3]
+        before = model.looks(batch).tokens[:3]
         batch.tokens[0] = (batch.tokens[0] + 1) % 64
-        assert torch.equal(model.visual_tokens(batch, "foveated")[:3], before) != steers
+        assert torch.equal(model.looks(batch).tokens[:3], before) != steers
 
 
 def test_a_look_depends_on_earlier_frames_and_its_own_only():
     model = tiny_model()
     batch = pack([AFTER[0]])
-    before = model.visual_tokens(batch, "foveated")[:3]
+    before = model.looks(batch).tokens[:3]
     batch.frames[1] = 255 - batch.frames[1]
-    changed = (model.visual_tokens(batch, "foveated")[:3] - before).abs().amax(-1) > 0
+    changed = (model.looks(batch).tokens[:3] - before).abs().amax(-1) > 0
     assert changed.tolist() == [False, True, True]
 
 
 def test_the_coarse_pass_over_the_prefix_equals_the_whole_sequence():
     model = tiny_model()
     batch = pack(SAMPLES)
-    _, tokens = model.coarse(batch)
+    tokens = model.looks(batch).coarse
     whole = model.read(batch.sequence, tokens, batch.tokens)
     position_of_slot = torch.empty_like(batch.sequence.slot)
     position_of_slot[batch.sequence.slot] = torch.arange(len(batch.sequence.slot))
@@ -113,7 +113,7 @@ def test_the_coarse_pass_over_the_prefix_equals_the_whole_sequence():
 def test_the_first_look_without_a_question_uses_q_first():
     model = tiny_model()
     batch = pack([AFTER[0]])
-    _, tokens = model.coarse(batch)
+    tokens = model.looks(batch).coarse
     assert torch.equal(model.queries(batch, tokens)[0], model.connector.q_first)
 
 

@@ -207,7 +207,7 @@ def test_usual_arguments():
             self.ended = True
 
     streamer, done = Streamer(), []
-    out = model.generate(**inputs, max_new_tokens=4, streamer=streamer, told=lambda *counts: done.append(counts))
+    out = model.generate(**inputs, max_new_tokens=4, streamer=streamer, on_progress=lambda *counts: done.append(counts))
     assert done == [(1, 2), (2, 2)]
     assert streamer.told == out[0].tolist()
     assert streamer.ended

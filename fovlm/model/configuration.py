@@ -1,0 +1,85 @@
+"""FoveatedConfig: the configuration of a FoveatedVLM, in the Hugging Face way."""
+
+from typing import Any, ClassVar
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from fovlm.errors import UserError, did_you_mean
+from fovlm.model.modes import QUESTIONS, VISUALS, tokens_per_look
+
+# The type of a backbone that is given as keyword arguments without `model_type`.
+DEFAULT_TYPES = {"llm": "llama", "encoder": "dinov2"}
+
+
+def backbone_config(key: str, given: dict[str, Any]) -> PreTrainedConfig:
+    """The HF configuration of `model.{key}` ("llm" or "encoder") from keyword arguments, `model_type` among them.
+
+    Raises UserError for a type that transformers does not know, and for arguments that it refuses.
+    """
+    settings = {"model_type": DEFAULT_TYPES[key], **given}
+    kind = settings.pop("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise UserError(f"model.{key}: no model_type '{kind}' in transformers{did_you_mean(kind, CONFIG_MAPPING)}")
+    try:
+        return AutoConfig.for_model(kind, **settings)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"model.{key}: not a configuration of '{kind}': {reason}") from error
+
+
+class FoveatedConfig(PreTrainedConfig):
+    """What a FoveatedVLM is made of. `llm_config` and `encoder_config` are HF configurations or their dicts.
+
+    Raises ValueError for a `visual` or `question` that does not exist.
+    """
+
+    model_type = "fovlm"
+    sub_configs: ClassVar = {"llm_config": AutoConfig, "encoder_config": AutoConfig}
+
+    def __init__(
+        self,
+        llm_config: PreTrainedConfig | dict | None = None,
+        encoder_config: PreTrainedConfig | dict | None = None,
+        visual: str = "foveated",
+        deep_query: bool = True,
+        question: str = "after_frames",
+        query_rounds: int = 1,
+        query_dim: int = 384,
+        visual_scale: float = 0.14,
+        frame_size: int = 224,
+        image_frames: int = 1,
+        **kwargs,
+    ):
+        if visual not in VISUALS:
+            raise ValueError(f"visual is one of {VISUALS}, not {visual!r}")
+        if question not in QUESTIONS:
+            raise ValueError(f"question is one of {QUESTIONS}, not {question!r}")
+        self.llm_config = _config("llm", llm_config)
+        self.encoder_config = _config("encoder", encoder_config)
+        self.visual = visual
+        self.deep_query = deep_query
+        self.question = question
+        self.query_rounds = query_rounds
+        self.query_dim = query_dim
+        self.visual_scale = visual_scale
+        self.frame_size = frame_size
+        self.image_frames = image_frames
+        kwargs.setdefault("tie_word_embeddings", False)  # a tie inside the language model is its own affair
+        super().__init__(**kwargs)
+
+    @property
+    def tokens_per_look(self) -> int:
+        """T: visual tokens of one look."""
+        return tokens_per_look(self.visual)
+
+    @property
+    def context(self) -> int:
+        """Positions that the language model supports."""
+        return int(self.llm_config.max_position_embeddings)
+
+
+def _config(key: str, given: PreTrainedConfig | dict | None) -> PreTrainedConfig:
+    return given if isinstance(given, PreTrainedConfig) else backbone_config(key, given or {})
+
+
+AutoConfig.register(FoveatedConfig.model_type, FoveatedConfig)

@@ -1,0 +1,30 @@
+"""Names and constants of the model that other packages share. No torch."""
+
+from typing import get_args
+
+from fovlm.config.schema import ModelSettings
+
+VISUALS: tuple[str, ...] = get_args(ModelSettings.model_fields["visual"].annotation)
+QUESTIONS: tuple[str, ...] = get_args(ModelSettings.model_fields["question"].annotation)
+
+# Evaluation modes of each `visual`; the last one is what deployment does and the default of `generate`.
+#   coarse_only      tokens of the static query; a foveated model was trained on fine ones
+#   coarse_fine      as trained: coarse pass, queries, fine looks
+#   autoregressive   frame by frame, queries from fine tokens
+#   multi_token      the one mode of a multi_token model
+MODES: dict[str, tuple[str, ...]] = {
+    "foveated": ("coarse_only", "coarse_fine", "autoregressive"),
+    "coarse": ("coarse_only",),
+    "multi_token": ("multi_token",),
+}
+AS_TRAINED = {"foveated": "coarse_fine", "coarse": "coarse_only", "multi_token": "multi_token"}
+
+POOLED = 4  # multi_token: the patches are pooled to 4 x 4 tokens a frame
+NLL_CHUNK = 1024  # text tokens whose logits exist at once: 1024 x 49152 in fp32 is 200 MB
+FRAMES_AT_ONCE = 8  # frames that the encoder gets at once when a video is watched frame by frame
+NEW_TOKENS = 256  # tokens of an answer, by default
+
+
+def tokens_per_look(visual: str) -> int:
+    """T: visual tokens of one look."""
+    return POOLED * POOLED if visual == "multi_token" else 1

@@ -33,7 +33,7 @@ class FoveatedGenerationMixin(GenerationMixin):
     """`generate` and `stream` for FoveatedVLM. (transformers asks for a class whose name ends like this.)"""
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self: "FoveatedVLM",
         input_ids: Tensor,
         attention_mask: Tensor | None = None,

@@ -46,7 +46,7 @@ def test_fine_weights_are_those_of_the_looks_that_generate_takes(prompt, monkeyp
     model = tiny_model(question=prompt).eval()
     processor = FoveatedProcessor.from_parts(tiny.tokenizer(), model.config)
     heard: list[tuple[int, int]] = []
-    found = gaze_of(model, processor, clip(), QUESTION, 4, told=lambda done, of: heard.append((done, of)))
+    found = gaze_of(model, processor, clip(), QUESTION, 4, on_progress=lambda done, of: heard.append((done, of)))
     assert heard == [(8, FILM), (FILM, FILM)]
     taken, look = [], model.look
 
@@ -104,11 +104,11 @@ def test_tokens_stand_as_the_language_model_reads_them(prompt):
 def test_an_answer_that_nobody_waits_for_ends_at_the_next_frame():
     heard, begun, ended = [], Event(), Event()
 
-    def work(streamer, stopping_criteria, told):
+    def work(streamer, stopping_criteria, on_progress):
         try:
             for done in range(1000):
                 streamer.text_queue.put("word")
-                told(done, 1000)
+                on_progress(done, 1000)
                 begun.set()
                 time.sleep(0.01)
         finally:

@@ -35,7 +35,6 @@ READING_ORDER = """
 kernels
 fovlm.errors fovlm.paths fovlm.fileio fovlm.redact fovlm.tables fovlm.progress fovlm.distributed
 fovlm.config
-fovlm.launch
 fovlm.checkpoint.run_folder
 fovlm.media
 fovlm.estimate.shapes
@@ -66,7 +65,6 @@ LIGHT = (
     "config.experiments",
     "config.schema",
     "config.deepspeed",
-    "launch",
     "checkpoint.run_folder",
     "model.modes",
     "train.schedule",
@@ -86,10 +84,10 @@ DOORS = {
     "matplotlib": {"fovlm.train.attention_maps", "fovlm.viz.contact_sheet", "fovlm.report.figures", "kernels.bench"},
     "pyarrow": {"fovlm.data.tables"},
     "gradio": {"fovlm.viz.demo"},
-    "scipy": {"fovlm.report.scaling_law"},
+    "scipy": {"fovlm.eval.metrics", "fovlm.report.scaling_law"},
     "lmms_eval": {"fovlm.eval.lmms_eval", "fovlm.eval.lmms_plugin"},
     "tokenizers": {"fovlm.data.synthetic_shards"},
-    "typer": {f"fovlm.cli.{name}" for name in ("convert", "data", "evidence", "main", "report", "run", "use")},
+    "typer": {f"fovlm.cli.{name}" for name in ("convert", "data", "evaluate", "main", "run", "use")},
 }
 DINOV2 = "fovlm.model.encoder"
 # Names inside Hugging Face's Dinov2Model, which change between releases.

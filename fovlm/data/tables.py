@@ -1,7 +1,7 @@
-"""The lists that data sets come with (CSV, JSON, JSONL, parquet), read a block of rows at a time. The door to pyarrow.
+"""Tables of raw data sets (CSV, JSON, JSONL, parquet), read in blocks of rows. The only module that imports pyarrow.
 
-A block is what is cheap to read at once: a row group of a parquet file, some neighbouring lines of a text file. Blocks
-are found by one pass over the files that keeps nothing but places, so a table of any size can be shuffled.
+A block is cheap to read at once: a row group of a parquet file, or neighbouring lines of a text file. One pass over the
+files finds all blocks and keeps only their positions, so tables of any size can be shuffled.
 """
 
 import csv
@@ -14,17 +14,17 @@ from typing import Any, BinaryIO
 
 from fovlm.errors import SampleError, UserError, did_you_mean
 
-LINES = 64  # rows in a block of a text file: small blocks mix well, and any of them is a single read
+LINES = 64  # rows in a block of a text file: small blocks mix well, and each is one read
 FORMATS = {"parquet": "parquet", "csv": "csv", "jsonl": "jsonl", "json": "json"}
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Block:
-    """`rows` rows of a table from number `first` on; `place` and `length` are its bytes, or `place` its row group."""
+    """`rows` rows of a table from row `first` on, at `place`: the offset of `length` bytes, or the row group."""
 
     file: Path
-    format: str  # of FORMATS, or "sidecar": one JSON file for each row, `names`
+    format: str  # one of FORMATS, or "sidecar": one JSON file per row
     first: int
     rows: int
     place: int = 0
@@ -33,11 +33,11 @@ class Block:
 
 
 def find_tables(where: Path, formats: tuple[str, ...]) -> list[Path]:
-    """The tables at `where`, a file or a folder (parquet: in depth). Raises UserError when there are none."""
+    """The tables at `where`, a file or a folder (with subfolders for parquet). Raises UserError if there are none."""
     kinds = " or ".join(f"*.{name}" for name in formats)
     if where.is_file():
         if where.suffix[1:].lower() not in formats:
-            raise UserError(f"{where} is no table that this source has (wanted: {kinds})")
+            raise UserError(f"{where} is not a table of this source (expected {kinds})")
         return [where]
     if not where.is_dir():
         near = did_you_mean(where.name, (p.name for p in where.parent.iterdir())) if where.parent.is_dir() else ""
@@ -49,20 +49,20 @@ def find_tables(where: Path, formats: tuple[str, ...]) -> list[Path]:
 
 
 def refuse_twice(tables: list[Path], raw: Path, whole: str) -> None:
-    """`whole` is a file or folder that has all rows of the others. Raises UserError when it is read beside them."""
+    """`whole` is a file or folder that repeats the rows of all others. Raises UserError if both would be read."""
     within = {table: table.relative_to(raw).parts for table in tables}
     parts = [table for table in tables if whole not in within[table]]
     if parts and len(parts) < len(tables):
         place = next(names for names in within.values() if whole in names)
         at = raw.joinpath(*place[: place.index(whole) + 1])
-        raise UserError(f"{parts[0]} has rows that {at} has too, and each would come twice: give {at} as IN")
+        raise UserError(f"the rows of {parts[0]} are also in {at} and would come twice: give {at} as IN")
 
 
 def _tables_in(folder: Path, name: str) -> list[Path]:
     if name == "parquet":
         return sorted(folder.rglob("*.parquet"))
     found = sorted(folder.glob(f"*.{name}"))
-    return [file for file in found if name != "json" or _is_list(file)]  # others are beside a video, or about something
+    return [file for file in found if name != "json" or _is_list(file)]  # other JSON files are metadata
 
 
 def _is_list(file: Path) -> bool:
@@ -71,16 +71,16 @@ def _is_list(file: Path) -> bool:
 
 
 def blocks_of(file: Path, needs: tuple[tuple[str, ...], ...]) -> list[Block]:
-    """The blocks of one table. `needs` are the columns that it must have, each with its other names.
+    """The blocks of one table. `needs` are the required columns, each with its alternative names.
 
-    Raises UserError naming the file, the missing column and those that are there.
+    Raises UserError naming the file, the missing column and the columns present.
     """
     try:
         kind = FORMATS[file.suffix[1:].lower()]
         if kind == "parquet":
             columns, blocks = _parquet_blocks(file)
         elif kind == "json":
-            rows = _whole_json(file)
+            rows = read_json_list(file)
             columns, blocks = _keys(rows[:LINES]), [Block(file, kind, 0, len(rows))] if rows else []
         else:
             columns, blocks = _line_blocks(file, kind)
@@ -96,18 +96,15 @@ def blocks_of(file: Path, needs: tuple[tuple[str, ...], ...]) -> list[Block]:
 
 
 def sidecar_blocks(folder: Path, formats: tuple[str, ...]) -> list[Block]:
-    """One JSON file beside each video, as video2dataset writes them. Empty when there are none, or a table as well.
+    """Blocks of JSON files beside videos, as video2dataset writes them. Empty if there are none, or a table too.
 
-    video2dataset also leaves NAME.parquet and NAME_stats.json beside its folders: an account of the download.
+    video2dataset also writes NAME.parquet and NAME_stats.json about the download; they are ignored.
     """
     if not folder.is_dir() or any(_tables_in(folder, name) for name in formats if name != "parquet"):
         return []
     files = [p for p in folder.rglob("*.json") if not p.name.endswith("_stats.json")]
-    if (
-        "parquet" in formats
-        and _tables_in(folder, "parquet")
-        and not any(p.with_suffix(".mp4").is_file() for p in files)
-    ):
+    has_parquet = "parquet" in formats and _tables_in(folder, "parquet")
+    if has_parquet and not any(p.with_suffix(".mp4").is_file() for p in files):
         return []
     names = sorted(str(p.relative_to(folder)) for p in files)
     starts = range(0, len(names), LINES)
@@ -115,11 +112,11 @@ def sidecar_blocks(folder: Path, formats: tuple[str, ...]) -> list[Block]:
 
 
 def read_block(block: Block, columns: tuple[str, ...]) -> list[Row | str]:
-    """The rows of a block; a cause in place of a row that cannot be read. Of parquet only `columns` are read."""
+    """The rows of a block; the cause in place of an unreadable row. Only `columns` of parquet files are read."""
     if block.format == "parquet":
         return _parquet_rows(block, columns)
     if block.format == "json":
-        return list(_whole_json(block.file))
+        return list(read_json_list(block.file))
     if block.format == "sidecar":
         return [_row_of((block.file / name).read_bytes(), {"file": name}) for name in block.names]
     with open(block.file, "rb") as file:
@@ -132,7 +129,7 @@ def read_block(block: Block, columns: tuple[str, ...]) -> list[Row | str]:
 
 
 def pick(row: Row, *names: str) -> Any:
-    """The first of these columns that the row has a value in. Raises BadSample."""
+    """The value of the first of these columns that has one. Raises SampleError."""
     for name in names:
         if (value := row.get(name)) is not None and value != "":
             return value
@@ -149,7 +146,7 @@ def _row_of(line: bytes, more: Row | None = None) -> Row | str:
 
 def _csv_row(header: tuple[str, ...], cells: list[str]) -> Row | str:
     if len(cells) != len(header):
-        return "a row with too many or too few cells"
+        return "row with too many or too few cells"
     return dict(zip(header, cells, strict=True))
 
 
@@ -159,8 +156,8 @@ def _header(file: Path) -> list[str]:
 
 
 @functools.lru_cache(maxsize=2)
-def _whole_json(file: Path) -> list[Row]:
-    """A JSON list of objects; it has to be read whole. Raises UserError."""
+def read_json_list(file: Path) -> list[Row]:
+    """A JSON file that holds a list of objects. Raises UserError."""
     try:
         rows = json.loads(file.read_bytes())
     except ValueError as error:
@@ -180,15 +177,15 @@ def _line_blocks(file: Path, kind: str) -> tuple[list[str], list[Block]]:
         if kind == "csv":
             columns = _header(file)
             place = next(ends, 0)
-        begun = place
+        start = place
         for end in ends:
             rows += 1
             if rows % LINES == 0:
-                blocks.append(Block(file, kind, rows - LINES, LINES, begun, end - begun, tuple(columns)))
-                begun = end
+                blocks.append(Block(file, kind, rows - LINES, LINES, start, end - start, tuple(columns)))
+                start = end
             place = end
     if rows % LINES:
-        blocks.append(Block(file, kind, rows - rows % LINES, rows % LINES, begun, place - begun, tuple(columns)))
+        blocks.append(Block(file, kind, rows - rows % LINES, rows % LINES, start, place - start, tuple(columns)))
     if kind == "jsonl" and blocks:
         columns = _keys(read_block(blocks[0], ()))
         if not columns:
@@ -197,12 +194,12 @@ def _line_blocks(file: Path, kind: str) -> tuple[list[str], list[Block]]:
 
 
 def _keys(rows: Sequence[Row | str]) -> list[str]:
-    """What rows of JSON have between them: one without a value may leave out its key."""
+    """The keys of all rows: JSON rows may omit keys without a value."""
     return list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
 
 
 def _jsonl_ends(file: BinaryIO) -> Iterator[int]:
-    """Where each line that is not empty ends."""
+    """The end of each line that is not empty."""
     place = 0
     for line in file:
         place += len(line)
@@ -211,7 +208,7 @@ def _jsonl_ends(file: BinaryIO) -> Iterator[int]:
 
 
 def _csv_ends(file: BinaryIO, path: Path) -> Iterator[int]:
-    """Where each row of a CSV file ends, the header's first. A quoted cell may span lines."""
+    """The end of each row of a CSV file, the header's first. A quoted cell may span lines."""
     place = 0
 
     def lines() -> Iterator[str]:
@@ -221,27 +218,22 @@ def _csv_ends(file: BinaryIO, path: Path) -> Iterator[int]:
             yield line.decode("utf-8", "replace")
 
     try:
-        for cells in csv.reader(lines()):  # the reader takes as many lines as a row has, and no more
+        for cells in csv.reader(lines()):  # reads exactly the lines of a row
             if cells:
                 yield place
     except csv.Error as error:
         raise UserError(f"{path} is not CSV after byte {place}: {error}") from error
 
 
-def _parquet() -> Any:
+def _open_parquet(file: Path) -> Any:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise UserError("parquet files need pyarrow: pip install 'fovlm[data]' (or pyarrow)") from None
-    return parquet
-
-
-def _open_parquet(file: Path) -> Any:
-    parquet = _parquet()
+        raise UserError("parquet files need pyarrow: pip install 'fovlm[data]'") from None
     try:
         return parquet.ParquetFile(file)
     except ValueError as error:  # pyarrow's ArrowInvalid is one
-        raise UserError(f"{file} is no readable parquet file ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{file} is not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 
 def _parquet_blocks(file: Path) -> tuple[list[str], list[Block]]:
@@ -257,8 +249,8 @@ def _parquet_blocks(file: Path) -> tuple[list[str], list[Block]]:
 
 def _parquet_rows(block: Block, columns: tuple[str, ...]) -> list[Row | str]:
     with _open_parquet(block.file) as table:
-        there = [name for name in columns if name in table.schema_arrow.names]
+        present = [name for name in columns if name in table.schema_arrow.names]
         try:
-            return list(table.read_row_group(block.place, columns=there).to_pylist())
+            return list(table.read_row_group(block.place, columns=present).to_pylist())
         except (ValueError, OSError):
             return ["damaged row group"] * block.rows

@@ -1,4 +1,4 @@
-"""Processes that share out a list of calls, and end with their parent."""
+"""Run calls in parallel processes, which end with their parent."""
 
 import multiprocessing
 import os
@@ -15,15 +15,15 @@ T = TypeVar("T")
 
 
 def each(call: Callable[..., T], arguments: list[tuple], workers: int) -> Iterator[T]:
-    """The results of `call` on each of the arguments, as they are done; here, when one process is enough.
+    """The results of `call` on each of the arguments, as they are done; one worker runs in this process.
 
-    Raises UserError when a worker is killed, and what `call` raises.
+    Raises UserError when a worker is killed, and whatever `call` raises.
     """
     if workers == 1 or len(arguments) < 2:
         for one in arguments:
             yield call(*one)
         return
-    # Not a plain fork, which copies the locks of threads that run here. The fork server imports once for all workers.
+    # A plain fork would copy the locks of running threads. The fork server imports once for all workers.
     server = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if server else "spawn")
     if server:
@@ -33,19 +33,19 @@ def each(call: Callable[..., T], arguments: list[tuple], workers: int) -> Iterat
     try:
         running: list[Future[T]] = [pool.submit(call, *one) for one in arguments]
         for done in as_completed(running):
-            running.remove(done)  # and its result with it
+            running.remove(done)  # releases its result
             yield done.result()
         finished = True
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker was killed, likely for want of memory: fewer --workers or a smaller --per-shard"
+            "a worker was killed, probably out of memory: use fewer --workers or a smaller --per-shard"
         ) from error
     finally:
         pool.shutdown(wait=finished, cancel_futures=True)
 
 
 def _follow_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when the parent ends, however it ends."""
+    """In a worker: leave Ctrl-C to the parent, and exit when the parent does, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -1,1 +1,1 @@
-"""Exams: published benchmarks and prepared shards, scored by likelihood, with the controls that keep one honest."""
+"""Evaluation: benchmarks and prepared shards, scored by likelihood, with controls."""

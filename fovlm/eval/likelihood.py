@@ -1,11 +1,11 @@
-"""The likelihood of several answers about frames that are encoded once.
+"""The likelihood of several texts about frames that are encoded once.
 
-    Encoding   the cache of some frames, and the coarse look at each: all that the encoder is asked
-    visual     one way of looking (a mode, under a control) -> the visual tokens
-    score      visual tokens, and texts that begin alike -> the nll of each text's weighted tokens
+    encode         frames -> Encoding: everything that the encoder computes
+    visual_tokens  a View of an encoding, in one mode -> visual tokens
+    score          visual tokens and texts with a common beginning -> the nll of each text's tokens
 
 Modes and controls share the encoding, and texts share the language model's keys and values up to where they differ.
-The numbers are those of `model(batch)` for each answer alone.
+The numbers equal those of `model(batch)` for each text alone.
 
 Letters: F frames, K looks, T tokens of a look, B texts, s tokens of a text, E language-model width, Q query width.
 """
@@ -26,50 +26,50 @@ from fovlm.model.modeling import FoveatedVLM
 
 @dataclass
 class Encoding:
-    """What is kept of frames: the cache and what the static query saw [F, D], or the pooled tokens [F, T, E]."""
+    """Encoded frames: the cache and what the static query sees [F, D], or the pooled tokens [F, T, E]."""
 
     cache: Cache | None
     seen: Tensor | None
     pooled: Tensor | None
 
     def of(self, start: int, end: int) -> "Encoding":
-        """Some neighbouring frames."""
+        """The frames from `start` to `end`."""
         part = slice(start, end)
         cache = None if self.cache is None else self.cache.frames(part)
         return Encoding(cache, *(None if x is None else x[part] for x in (self.seen, self.pooled)))
 
     @classmethod
     def join(cls, parts: list["Encoding"]) -> "Encoding":
-        """Several encodings, one behind the other."""
+        """Concatenate encodings."""
         if len(parts) == 1:
             return parts[0]
 
-        def together(tensors: list[Tensor | None]) -> Tensor | None:
-            there = [t for t in tensors if t is not None]
-            return torch.cat(there) if there else None
+        def concatenated(tensors: list[Tensor | None]) -> Tensor | None:
+            present = [t for t in tensors if t is not None]
+            return torch.cat(present) if present else None
 
         caches = [part.cache for part in parts if part.cache is not None]
         layers = [
-            tuple(torch.cat(kept) for kept in zip(*layer, strict=True))
+            tuple(torch.cat(tensors) for tensors in zip(*layer, strict=True))
             for layer in zip(*(cache.layers for cache in caches), strict=True)
         ]
-        seen, pooled = together([part.seen for part in parts]), together([part.pooled for part in parts])
+        seen, pooled = concatenated([part.seen for part in parts]), concatenated([part.pooled for part in parts])
         return cls(Cache(layers) if caches else None, seen, pooled)
 
 
 @dataclass
 class View:
-    """The frame of each look, and the text ahead of them. The gaze is that of `gaze_of` if it has one: its queries."""
+    """The frame of each look, and the text before them. With `gaze_of`, the queries are those of that view."""
 
     encoding: Encoding
     looks: Tensor  # i64 [K]
-    asked: Tensor  # i64 [p]
+    prompt: Tensor  # i64 [p]
     gaze_of: "View | None" = None
 
 
 @torch.no_grad()
 def encode(model: FoveatedVLM, frames: Tensor) -> Encoding:
-    """Walk the frames u8 [F, 3, s, s] through the encoder, once. F is at least 1."""
+    """Encode frames u8 [F, 3, s, s], F >= 1."""
     if model.config.visual == "multi_token":
         clip = Sample("", "", frames, len(frames), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
         batch = snug([clip], model.config.tokens_per_look).to(frames.device)
@@ -79,63 +79,59 @@ def encode(model: FoveatedVLM, frames: Tensor) -> Encoding:
 
 
 @torch.no_grad()
-def visual(model: FoveatedVLM, view: View | None, mode: str) -> Tensor:
-    """The visual tokens [K * T, E] of a view. None shows nothing."""
+def visual_tokens(model: FoveatedVLM, view: View | None, mode: str) -> Tensor:
+    """The visual tokens [K * T, E] of a view; of None, no tokens."""
     if view is None or not len(view.looks):
         return model.connector.q_static.new_zeros(0, model.config.llm_config.hidden_size)
-    if view.encoding.pooled is not None:
-        return view.encoding.pooled[view.looks].flatten(0, 1)
+    encoding = view.encoding
+    if encoding.pooled is not None:
+        return encoding.pooled[view.looks].flatten(0, 1)
+    assert encoding.cache is not None
+    assert encoding.seen is not None
     coarse = mode == "coarse_only" or (mode == "coarse_fine" and model.config.query_rounds == 0)
     if coarse or model.config.visual == "coarse":
-        return _coarse(model, view)
-    queries = (_deployed if mode == "autoregressive" else _parallel)(model, view.gaze_of or view)
-    return model.connector.token(model.look(queries, _cache(view), view.looks))
-
-
-def _cache(view: View) -> Cache:
-    assert view.encoding.cache is not None
-    return view.encoding.cache
-
-
-def _coarse(model: FoveatedVLM, view: View) -> Tensor:
-    assert view.encoding.seen is not None
-    return model.connector.token(view.encoding.seen[view.looks])
+        return model.connector.token(encoding.seen[view.looks])
+    queries = (_frame_by_frame if mode == "autoregressive" else _parallel)(model, view.gaze_of or view)
+    return model.connector.token(model.look(queries, encoding.cache, view.looks))
 
 
 def _parallel(model: FoveatedVLM, view: View) -> Tensor:
     """The queries [K, Q] of the parallel passes."""
-    K, p = len(view.looks), len(view.asked)
+    K, p = len(view.looks), len(view.prompt)
     blank = torch.zeros(K, 3, 1, 1, dtype=torch.uint8)  # the frames are encoded already
-    sample = Sample("", "", blank, K, view.asked.cpu(), torch.zeros(p), p)
+    sample = Sample("", "", blank, K, view.prompt.cpu(), torch.zeros(p), p)
     batch = collate([sample], sample.size, 1).to(view.looks.device)
+    assert view.encoding.cache is not None
     assert view.encoding.seen is not None
-    looks = model.looks(replace(batch, frame_of_look=view.looks), encoded=(_cache(view), view.encoding.seen))
-    assert looks.queries is not None
-    return looks.queries
+    encoded = (view.encoding.cache, view.encoding.seen)
+    queries = model.looks(replace(batch, frame_of_look=view.looks), encoded=encoded).queries
+    assert queries is not None
+    return queries
 
 
-def _deployed(model: FoveatedVLM, view: View) -> Tensor:
-    """The queries [K, Q] that come about frame by frame."""
+def _frame_by_frame(model: FoveatedVLM, view: View) -> Tensor:
+    """The queries [K, Q] of deployment."""
     stream = Stream(model)
-    if len(view.asked):
-        stream.words(view.asked[None])
-    queries = [look.query[0] for look in stream.look_at(_cache(view), view.looks[None])]
+    if len(view.prompt):
+        stream.words(view.prompt[None])
+    assert view.encoding.cache is not None
+    queries = [look.query[0] for look in stream.look_at(view.encoding.cache, view.looks[None])]
     return torch.stack([q.to(queries[-1].dtype) for q in queries])
 
 
 @torch.no_grad()
 def score(model: FoveatedVLM, tokens: Tensor, texts: list[TokenizedText]) -> list[Tensor]:
-    """Visual tokens [K * T, E] and B texts with one place for them -> the nll f32 [s] of each text's tokens.
+    """Visual tokens [K * T, E] and B texts around them -> the nll f32 [s] of each text's tokens.
 
-    0 where a token has no weight or nothing ahead of it. The texts' common beginning is read once.
+    0 for tokens without weight and for the very first position. The texts' common beginning is computed once. Raises
+    ValueError for texts that differ before the visual tokens.
     """
     device, p, K = tokens.device, texts[0].prompt, len(tokens)
-    shared = _common([text.tokens for text in texts])
+    shared = _common_length([text.tokens for text in texts])
     if shared < p:
-        raise ValueError("texts that differ ahead of the frames cannot share them")
+        raise ValueError("texts that differ before the visual tokens cannot share them")
     embed = model.llm.get_input_embeddings()
-    words = embed(texts[0].tokens[:shared].to(device))
-    x = interleave(words, tokens, p)
+    x = interleave(embed(texts[0].tokens[:shared].to(device)), tokens, p)
     memory = DynamicCache(config=model.llm.config)
     hidden = model.llm.base_model(inputs_embeds=x[None], past_key_values=memory, use_cache=True).last_hidden_state[0]
     before = (text_positions(shared, p, K) - 1).clamp(min=0)  # the state before a token predicts it
@@ -149,14 +145,15 @@ def score(model: FoveatedVLM, tokens: Tensor, texts: list[TokenizedText]) -> lis
         read = model.llm.base_model(
             inputs_embeds=embed(rest.to(device)), past_key_values=memory, use_cache=True
         ).last_hidden_state
-        before = torch.cat([hidden[-1:].expand(len(texts), 1, -1), read[:, :-1]], dim=1)
-        states = [torch.cat([s, b[:tail]]) for s, b, tail in zip(states, before, tails, strict=True)]
-    return [_nll(model, state, text, first_is_known=p > 0 or K == 0) for state, text in zip(states, texts, strict=True)]
+        previous = torch.cat([hidden[-1:].expand(len(texts), 1, -1), read[:, :-1]], dim=1)
+        states = [torch.cat([s, b[:tail]]) for s, b, tail in zip(states, previous, tails, strict=True)]
+    first_is_unknown = p > 0 or K == 0
+    return [_nll(model, state, text, first_is_unknown) for state, text in zip(states, texts, strict=True)]
 
 
-def _nll(model: FoveatedVLM, states: Tensor, text: TokenizedText, first_is_known: bool) -> Tensor:
+def _nll(model: FoveatedVLM, states: Tensor, text: TokenizedText, first_is_unknown: bool) -> Tensor:
     counted = text.weight > 0
-    counted[0] &= not first_is_known  # the very first position is predicted by nothing
+    counted[0] &= not first_is_unknown
     out = torch.zeros(len(text.tokens))
     if counted.any():
         where = counted.to(states.device)
@@ -164,8 +161,8 @@ def _nll(model: FoveatedVLM, states: Tensor, text: TokenizedText, first_is_known
     return out
 
 
-def _common(rows: list[Tensor]) -> int:
-    """How many first tokens all rows have alike."""
-    least = min(map(len, rows))
-    same = torch.stack([row[:least] == rows[0][:least] for row in rows]).all(0)
+def _common_length(rows: list[Tensor]) -> int:
+    """How many first tokens all rows share."""
+    shortest = min(map(len, rows))
+    same = torch.stack([row[:shortest] == rows[0][:shortest] for row in rows]).all(0)
     return int(same.long().cumprod(0).sum())

@@ -1,10 +1,10 @@
-"""What lmms-eval's entry point loads: a few words about where the model is, and nothing heavy."""
+"""The entry point of lmms-eval: says where the model is, without heavy imports."""
 
 from typing import Any
 
 
 def manifest() -> Any:
-    """The description of our model in lmms-eval's own terms; called by lmms-eval."""
+    """Called by lmms-eval: the module of the model."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="fovlm", simple_class_path="fovlm.eval.lmms_eval.Fovlm")

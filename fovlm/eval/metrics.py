@@ -1,86 +1,92 @@
-"""From sample lines to numbers: accuracy with its interval, losses, by category, source and modality."""
+"""Metrics from sample results: accuracy with its interval and losses, by category, source and modality."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from fovlm.eval.results import Line
-from fovlm.eval.wilson import wilson
+from scipy.stats import binomtest
 
-MULTIPLE = ("right", "right_normalised")
+from fovlm.eval.results import SampleResult
+
+Samples = list[SampleResult]
 
 
-def line_of(nll: list[float], tokens: list[int], answer: int | None) -> Line:
-    """What is kept of a scored sample: nll in nats and the number of tokens of each option; `answer` None: loss alone.
+def score_options(nll: list[float], tokens: list[int], answer: int | None) -> SampleResult:
+    """The scores of a sample: nll (nats) and the number of tokens of each option; `answer` None: the loss alone.
 
-    `chosen` has the highest likelihood, `chosen_normalised` the highest per token; equal ones go to the first.
+    `predicted` has the highest likelihood, `predicted_per_token` the highest per token; the first of equal ones.
     """
-    line: Line = {"nll": nll, "tokens": tokens}
+    result: SampleResult = {"nll": nll, "tokens": tokens}
     if answer is None:
-        return line
+        return result
     each = [value / count for value, count in zip(nll, tokens, strict=True)]
-    chosen, normalised = nll.index(min(nll)), each.index(min(each))
-    return line | {
+    predicted, per_token = nll.index(min(nll)), each.index(min(each))
+    return result | {
         "answer": answer,
-        "chosen": chosen,
-        "chosen_normalised": normalised,
-        "right": chosen == answer,
-        "right_normalised": normalised == answer,
+        "predicted": predicted,
+        "predicted_per_token": per_token,
+        "correct": predicted == answer,
+        "correct_per_token": per_token == answer,
     }
 
 
-def compute_metrics(lines: Iterable[Line]) -> dict[str, Any]:
-    """What the lines of a set come to. Losses are means over tokens, in nats, of the right answer."""
-    scored = [line for line in lines if "nll" in line]
-    left: dict[str, int] = {}
-    for line in lines:
-        if "left_out" in line:
-            left[line["left_out"]] = left.get(line["left_out"], 0) + 1
-    found: dict[str, Any] = {"n": len(scored), "left_out": left}
+def compute_metrics(samples: Iterable[SampleResult]) -> dict[str, Any]:
+    """The metrics of a set. Losses are means over the tokens of the right answers, in nats."""
+    samples = list(samples)
+    scored = [sample for sample in samples if "nll" in sample]
+    skipped = Counter(sample["skipped"] for sample in samples if "skipped" in sample)
+    found: dict[str, Any] = {"n": len(scored), "skipped": dict(skipped)}
     if not scored:
         return found
-    found |= {
-        "loss": _loss(scored),
-        "loss_by_source": _by(scored, lambda line: line["source"], _loss),
-        "loss_by_modality": _by(scored, lambda line: line["modality"], _loss),
-        "samples_by_source": _by(scored, lambda line: line["source"], len),
-        "samples_by_modality": _by(scored, lambda line: line["modality"], len),
-    }
-    if all("answer" in line for line in scored):
+    found["loss"] = _loss(scored)
+    for key in ("source", "modality"):
+        found[f"loss_by_{key}"] = _by(scored, key, _loss)
+        found[f"samples_by_{key}"] = _by(scored, key, len)
+    if all("answer" in sample for sample in scored):
         found |= _accuracy(scored)
-        found["by_category"] = _by(scored, lambda line: line["category"], _accuracy)
-        found["by_modality"] = _by(scored, lambda line: line["modality"], _accuracy)
-        for key in sorted({key for line in scored for key in line.get("extra", {})}):
+        found["by_category"] = _by(scored, "category", _accuracy)
+        found["by_modality"] = _by(scored, "modality", _accuracy)
+        for key in sorted({key for sample in scored for key in sample.get("extra", {})}):
             found[f"by_{key}"] = _by(scored, partial(_extra, key=key), _accuracy)
     return found
 
 
-def _extra(line: Line, key: str) -> str:
-    return str(line.get("extra", {}).get(key, "-"))
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of the share of `correct` in `n`; (0, 1) for n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    interval = binomtest(correct, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
-def _accuracy(lines: list[Line]) -> dict[str, Any]:
-    """Shares of right answers with 95 % intervals, and what guessing gives."""
-    n, (right, normalised) = len(lines), (sum(line[key] for line in lines) for key in MULTIPLE)
+def _extra(sample: SampleResult, key: str) -> str:
+    return str(sample.get("extra", {}).get(key, "-"))
+
+
+def _accuracy(samples: Samples) -> dict[str, Any]:
+    """Accuracies with 95 % intervals, and the accuracy of guessing."""
+    n = len(samples)
+    correct, per_token = (sum(sample[key] for sample in samples) for key in ("correct", "correct_per_token"))
     return {
         "n": n,
-        "accuracy": right / n,
-        "interval": list(wilson(right, n)),
-        "accuracy_normalised": normalised / n,
-        "interval_normalised": list(wilson(normalised, n)),
-        "chance": sum(1 / len(line["nll"]) for line in lines) / n,
+        "accuracy": correct / n,
+        "interval": list(wilson(correct, n)),
+        "accuracy_per_token": per_token / n,
+        "interval_per_token": list(wilson(per_token, n)),
+        "chance": sum(1 / len(sample["nll"]) for sample in samples) / n,
     }
 
 
-def _loss(lines: list[Line]) -> float:
-    at = [line.get("answer", 0) for line in lines]
-    tokens = sum(line["tokens"][i] for line, i in zip(lines, at, strict=True))
-    return math.fsum(line["nll"][i] for line, i in zip(lines, at, strict=True)) / max(tokens, 1)
+def _loss(samples: Samples) -> float:
+    pairs = [(sample, sample.get("answer", 0)) for sample in samples]
+    tokens = sum(sample["tokens"][i] for sample, i in pairs)
+    return math.fsum(sample["nll"][i] for sample, i in pairs) / max(tokens, 1)
 
 
-def _by(lines: list[Line], key: Callable[[Line], str], number: Callable[[list[Line]], Any]) -> dict[str, Any]:
-    groups: dict[str, list[Line]] = {}
-    for line in lines:
-        groups.setdefault(str(key(line)), []).append(line)
-    return {name: number(groups[name]) for name in sorted(groups)}
+def _by(samples: Samples, key: str | Callable[[SampleResult], str], metric: Callable[[Samples], Any]) -> dict[str, Any]:
+    groups: dict[str, Samples] = {}
+    for sample in samples:
+        groups.setdefault(str(sample[key] if isinstance(key, str) else key(sample)), []).append(sample)
+    return {name: metric(groups[name]) for name in sorted(groups)}

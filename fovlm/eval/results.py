@@ -1,11 +1,11 @@
-"""Results on disk: a line for each sample as soon as it is scored, and the numbers when all are there.
+"""Results on disk: one line per sample as soon as it is scored, and the metrics when all samples are done.
 
-    OUT/SET/exam.json                 what is scored, of which model, and how: everything that decides the numbers
-    OUT/SET/MODE.part-I-of-N.jsonl    while it runs: the lines of one rank
-    OUT/SET/MODE.jsonl, MODE.json     in the end: all lines in order, and what they come to
+    OUT/SET/eval.json                 what is scored, by which model and settings
+    OUT/SET/MODE.part-I-of-N.jsonl    while running: the samples of one rank
+    OUT/SET/MODE.jsonl, MODE.json     at the end: all samples in order, and their metrics
 
-A control is a folder of its own, OUT/SET/CONTROL. A run that was killed goes on from the lines that are there, on any
-number of ranks; the rank that finds all lines there merges them.
+A control has a folder of its own, OUT/SET/CONTROL. A killed run resumes from the samples on disk, on any number of
+ranks; the rank that finds all samples there merges them.
 """
 
 import json
@@ -15,73 +15,78 @@ from typing import Any
 from fovlm.errors import UserError
 from fovlm.fileio import write_atomically
 
-Line = dict[str, Any]
+VERSION = 2  # of the files
+SampleResult = dict[str, Any]
 
 
-class Record:
-    """The lines of one set, under one control or none, in one mode; `part` is (number from 0, how many ranks)."""
+class ResultFile:
+    """The results of one set, in one mode, under one control or none; `part` is (rank, number of ranks)."""
 
-    def __init__(self, folder: Path, mode: str, questions: int, part: tuple[int, int] = (0, 1)):
-        self.folder, self.mode, self.questions = folder, mode, questions
+    def __init__(self, folder: Path, mode: str, samples: int, part: tuple[int, int] = (0, 1)):
+        self.folder, self.mode, self.samples = folder, mode, samples
         self.own = folder / f"{mode}.part-{part[0]}-of-{part[1]}.jsonl"
-        self.whole = folder / f"{mode}.jsonl"
+        self.merged = folder / f"{mode}.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        _mend(self.own)
-        self.done = {line["n"] for line in self._there()}
+        _truncate(self.own)
+        self.done = {result["n"] for result in self._on_disk()}
 
-    def add(self, line: Line) -> None:
-        """Keep a line for good."""
+    def add(self, result: SampleResult) -> None:
+        """Append a sample to the file."""
         with open(self.own, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self.done.add(line["n"])
+            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+        self.done.add(result["n"])
 
-    def merge(self) -> list[Line] | None:
-        """All lines in order, written as one file; None while some are missing."""
-        lines = {line["n"]: line for line in self._there()}
-        if len(lines) < self.questions:
+    def merge(self) -> list[SampleResult] | None:
+        """All samples in order, written to one file; None while some are missing."""
+        found = {result["n"]: result for result in self._on_disk()}
+        if len(found) < self.samples:
             return None
-        ordered = [lines[n] for n in sorted(lines)]
-        if not self.whole.is_file():
-            write_atomically(self.whole, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ordered))
+        ordered = [found[n] for n in sorted(found)]
+        if not self.merged.is_file():
+            write_atomically(self.merged, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ordered))
         for part in self.folder.glob(f"{self.mode}.part-*.jsonl"):
             part.unlink(missing_ok=True)
         return ordered
 
-    def _there(self) -> list[Line]:
-        if self.whole.is_file():
-            return _lines(self.whole)
+    def _on_disk(self) -> list[SampleResult]:
+        if self.merged.is_file():
+            return _read(self.merged)
         found = []
         for part in sorted(self.folder.glob(f"{self.mode}.part-*.jsonl")):
             try:
-                found += _lines(part)
-            except FileNotFoundError:  # another rank has merged meanwhile
-                return _lines(self.whole)
+                found += _read(part)
+            except FileNotFoundError:  # another rank has just merged
+                return _read(self.merged)
         return found
 
 
-def _lines(path: Path) -> list[Line]:
-    """The whole lines of a file; another rank may be writing the last one."""
+def _read(path: Path) -> list[SampleResult]:
+    """The complete lines of a file; another rank may be writing the last one."""
     text = path.read_bytes()
     return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
 
 
-def _mend(path: Path) -> None:
-    """Cut off what a kill left of a line."""
+def _truncate(path: Path) -> None:
+    """Remove an incomplete last line, which a killed run leaves."""
     if path.is_file():
         data = path.read_bytes()
         if len(whole := data[: data.rfind(b"\n") + 1]) < len(data):
             path.write_bytes(whole)
 
 
-def agree(folder: Path, facts: dict[str, Any]) -> None:
-    """Write what is scored beside the results, or hold it against what is there. Raises UserError when it differs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "exam.json"
-    if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        for key in facts:
-            if there.get(key) != facts[key]:
-                told = f"{folder} holds results with {key} {there.get(key)}, and now it is {facts[key]}"
-                raise UserError(f"{told}: give another --out, or remove the folder")
-    else:
+def check_or_write(folder: Path, facts: dict[str, Any]) -> None:
+    """Write `facts` to eval.json, or compare them with the file there. Raises UserError when they differ."""
+    facts = {"version": VERSION} | facts
+    path = folder / "eval.json"
+    if (folder / "exam.json").is_file():
+        raise UserError(f"{folder} holds results of an older version: give another --out, or remove the folder")
+    if not path.is_file():
         write_atomically(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for key in facts:
+        if found.get(key) != facts[key]:
+            raise UserError(
+                f"{folder} holds results with {key} {found.get(key)}, not {facts[key]}: give another --out, or remove "
+                "the folder"
+            )

@@ -1,8 +1,7 @@
-"""An adapter for VLMEvalKit, which has no plug-in hook: its model list must be told by hand (docs/evaluation.md).
+"""An adapter for VLMEvalKit, which has no plug-ins: add the model to its list by hand (docs/evaluation.md).
 
-Follows its interface for models (`vlmeval.vlm.base.BaseModel`): a class with `INTERLEAVE` and `generate_inner(message,
-dataset)`, where a message is a list of parts {"type": "text" | "image" | "video", "value": words or a path}. What was
-run with the package itself is in docs/log.md.
+The interface is that of `vlmeval.vlm.base.BaseModel`: a class with `INTERLEAVE` and `generate_inner(message, dataset)`,
+where a message is a list of parts {"type": "text" | "image" | "video", "value": a text or a path}.
 """
 
 from typing import Any, ClassVar
@@ -14,7 +13,7 @@ from fovlm.model.processing import open_model
 
 
 class Fovlm:
-    """A folder that `fovlm convert` made; mix it with VLMEvalKit's BaseModel as the page says."""
+    """A folder that `fovlm convert` made; combine it with VLMEvalKit's BaseModel as docs/evaluation.md shows."""
 
     INSTALL_REQ: ClassVar[bool] = False
     INTERLEAVE: ClassVar[bool] = False
@@ -30,12 +29,12 @@ class Fovlm:
         self.mode, self.max_new_tokens = mode, max_new_tokens
 
     def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
-        """The answer to one message, greedy. Raises UserError for parts that are no text, image or video."""
+        """The greedy answer to one message. Raises UserError for other parts than text, image and video."""
         content = []
         for part in message:
             if part["type"] not in ("text", "image", "video"):
-                raise UserError(f"a part of type '{part['type']}': this model takes text, image and video")
+                raise UserError(f"a part of type '{part['type']}': this model supports text, image and video")
             content.append({"type": part["type"], part["type"]: part["value"]})
         inputs = self.processor(messages=[{"role": "user", "content": content}]).to(self.model.device)
-        made = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, mode=self.mode, do_sample=False)
-        return str(self.processor.batch_decode(made)[0]).strip()
+        tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, mode=self.mode, do_sample=False)
+        return str(self.processor.batch_decode(tokens)[0]).strip()

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from fovlm.errors import UserError
-from fovlm.eval.benchmarks import READERS, questions_of
-from fovlm.eval.questions import EvalQuestion, drawn, frames_of, hash_of, unmarked
+from fovlm.eval.benchmarks import READERS, _list_media, read_questions
+from fovlm.eval.questions import EvalQuestion, frames_of, hash_questions, subset, without_letters
 from helpers.tiny import picture, video
 
 pyarrow = pytest.importorskip("pyarrow", reason="the extra [data]")
@@ -85,7 +85,7 @@ def test_videomme(tmp_path):
     assert q.missing.name == "fFj.mp4"
     (tmp_path / "data").mkdir()
     (tmp_path / "data/fFj.mp4").write_bytes(video(1))
-    READERS["videomme"].__globals__["_films"].cache_clear()
+    _list_media.cache_clear()
     (q,) = READERS["videomme"](tmp_path)
     assert q.missing is None
 
@@ -100,7 +100,7 @@ def test_scienceqa(tmp_path):
     with_picture, without = READERS["scienceqa"](tmp_path)
     assert (with_picture.question, with_picture.answer) == ("Look.\nWhich?", 1)
     assert with_picture.category == "natural science"
-    assert with_picture.asked(letters=True) == "Look.\nWhich?\nA. a\nB. b\nAnswer with the letter."
+    assert with_picture.prompt(letters=True) == "Look.\nWhich?\nA. a\nB. b\nAnswer with the letter."
     assert with_picture.answers(letters=True) == ["A", "B"]
     assert frames_of(with_picture, 16, 64).shape == (1, 3, 16, 16)
     assert (without.media, without.extra["shows"]) == ((), "text only")
@@ -117,12 +117,12 @@ def test_tables_that_may_be_the_same_questions_are_refused(tmp_path):
     for part in ("FULL", "IMG"):
         parquet(tmp_path / f"ScienceQA-{part}/test-0.parquet", [row])
     with pytest.raises(UserError, match=r"ScienceQA-FULL and in .*ScienceQA-IMG, .* give one of them"):
-        questions_of("scienceqa", tmp_path)
-    assert len(questions_of("scienceqa", tmp_path / "ScienceQA-IMG")) == 1
+        read_questions("scienceqa", tmp_path)
+    assert len(read_questions("scienceqa", tmp_path / "ScienceQA-IMG")) == 1
     row = {"question_id": "001-1", "videoID": "x", "question": "?", "options": ["A. a", "B. b"], "answer": "A"}
     parquet(tmp_path / "films/test.parquet", [row, row])
     with pytest.raises(UserError, match="holds question 001-1 twice"):
-        questions_of("videomme", tmp_path / "films")
+        read_questions("videomme", tmp_path / "films")
 
 
 def pope_lines(file, count: int = 2):
@@ -143,21 +143,21 @@ def test_pope_has_its_pictures_beside_the_folders_of_its_questions(tmp_path):
         (tmp_path / f"pictures/val2014/COCO_{n}.jpg").write_bytes(picture(n))
     (tmp_path / "pope/val2014").symlink_to(tmp_path / "pictures/val2014")
     for where in ("pope", "pope/coco", "pope/coco/coco_pope_random.json"):
-        found = questions_of("pope", tmp_path / where)
+        found = read_questions("pope", tmp_path / where)
         assert [(q.id, q.missing) for q in found] == [("random/1", None), ("random/2", None)], where
 
 
 def test_pope_over_other_pictures_is_another_benchmark(tmp_path):
     for edition in ("coco", "aokvqa", "gqa"):
         pope_lines(tmp_path / f"POPE/{edition}/{edition}_pope_random.json", {"coco": 1, "aokvqa": 2, "gqa": 3}[edition])
-    assert [len(questions_of("pope", tmp_path / f"POPE{part}")) for part in ("", "/aokvqa", "/gqa")] == [1, 2, 3]
+    assert [len(read_questions("pope", tmp_path / f"POPE{part}")) for part in ("", "/aokvqa", "/gqa")] == [1, 2, 3]
     (tmp_path / "POPE/coco/coco_pope_random.json").unlink()
-    with pytest.raises(UserError, match="of aokvqa and of gqa, which are benchmarks apart: give the folder of one"):
-        questions_of("pope", tmp_path / "POPE")
+    with pytest.raises(UserError, match="of aokvqa and gqa, separate benchmarks: give the folder of one"):
+        read_questions("pope", tmp_path / "POPE")
     for copy in ("coco/coco_pope_random.json", "again/coco_pope_random.jsonl"):
         pope_lines(tmp_path / "POPE" / copy)
     with pytest.raises(UserError, match="holds question random/1 twice"):
-        questions_of("pope", tmp_path / "POPE")
+        read_questions("pope", tmp_path / "POPE")
 
 
 def test_pope_in_both_editions(tmp_path):
@@ -182,7 +182,7 @@ def test_pope_in_both_editions(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("record", "told"),
+    ("record", "message"),
     [
         ({"question": "?", "candidates": ["a"], "answer": "a"}, "question 0: no 'video'"),
         ({"video": "x.mp4", "question": "?", "candidate": ["a"], "answer": "a"}, "did you mean 'candidate'"),
@@ -190,9 +190,9 @@ def test_pope_in_both_editions(tmp_path):
         ({"video": "../x.mp4", "question": "?", "candidates": ["a"], "answer": "a"}, "leads out of the folder"),
     ],
 )
-def test_what_is_wrong_is_told_with_file_and_number(tmp_path, record, told):
+def test_errors_name_file_and_number(tmp_path, record, message):
     (tmp_path / "task.json").write_text(json.dumps([record]))
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         list(READERS["mvbench"](tmp_path))
     assert "\n" not in str(error.value)
 
@@ -207,12 +207,12 @@ def test_an_empty_folder_is_a_mistake(tmp_path, name):
 
 def test_sets_have_a_hash_of_their_content_and_small_ones_are_drawn_alike():
     made = [EvalQuestion(f"q{n}", "c", (), "?", ("a", "b"), 0) for n in range(50)]
-    assert drawn(made, 9) == drawn(made, 9) != made[:9]
-    assert [q.id for q in drawn(made, 9)] == sorted((q.id for q in drawn(made, 9)), key=lambda i: int(i[1:]))
+    assert subset(made, 9) == subset(made, 9) != made[:9]
+    assert [q.id for q in subset(made, 9)] == sorted((q.id for q in subset(made, 9)), key=lambda i: int(i[1:]))
     other = [*made[:-1], EvalQuestion("q49", "c", (), "?", ("a", "b"), 1)]
-    assert hash_of(made) == hash_of(list(made)) != hash_of(other)
-    assert unmarked(["A. x", "B. y"]) == ("x", "y")
-    assert unmarked(["A. x", "A. y"]) == ("A. x", "A. y")
+    assert hash_questions(made) == hash_questions(list(made)) != hash_questions(other)
+    assert without_letters(["A. x", "B. y"]) == ("x", "y")
+    assert without_letters(["A. x", "A. y"]) == ("A. x", "A. y")
 
 
 @pytest.mark.parametrize(

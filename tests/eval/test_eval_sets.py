@@ -1,4 +1,4 @@
-"""Sets of an exam: what names them, what is left out of them and told, and sets that are shared among ranks."""
+"""Evaluation sets: their hashes, skipped items, and sets that are shared among ranks."""
 
 import json
 
@@ -11,9 +11,9 @@ from fovlm.data.packing import Sample
 from fovlm.data.shards import write_shards
 from fovlm.errors import UserError
 from fovlm.eval import benchmarks, eval_sets, runner
-from fovlm.eval.metrics import compute_metrics, line_of
-from fovlm.eval.questions import EvalQuestion, hash_of
-from fovlm.eval.runner import Asked, run_eval
+from fovlm.eval.metrics import compute_metrics, score_options
+from fovlm.eval.questions import EvalQuestion, hash_questions
+from fovlm.eval.runner import EvalSettings, run_eval
 from fovlm.eval.tables import main_tables
 from fovlm.eval.target import Target
 from fovlm.train.validation import nll_in_mode
@@ -23,14 +23,14 @@ from helpers.tiny import clip, clips, picture, tokenizer, video
 OPTIONS = ("red", "it is blue")
 
 
-def subject(context: int = 2048, words: list[str] | None = None, **settings) -> Target:
-    model = tiny_model(**settings).eval()
+def target(context: int = 2048, words: list[str] | None = None, **model_settings) -> Target:
+    model = tiny_model(**model_settings).eval()
     model.config.llm_config.max_position_embeddings = context
     return Target(model, tokenizer(words), "tiny", "weights", {})
 
 
-def asked(tmp_path, *names: str, **more) -> Asked:
-    return Asked(list(names), **{"data": tmp_path, "out": tmp_path / "out", "modes": ["coarse_only"]} | more)
+def settings(tmp_path, *names: str, **more) -> EvalSettings:
+    return EvalSettings(list(names), **{"data": tmp_path, "out": tmp_path / "out", "modes": ["coarse_only"]} | more)
 
 
 def question(n: int, *media, words: str = "what is this ?") -> EvalQuestion:
@@ -54,34 +54,34 @@ def test_the_last_rank_to_end_has_the_results_of_all_sets(tmp_path, monkeypatch)
     for name in names:
         quiz(monkeypatch, name, [question(n, picture(n)) for n in range(4)])
 
-    def share(number: int) -> Asked:
-        return asked(tmp_path, *names, batch=2, part=(number, 2))
+    def share(number: int) -> EvalSettings:
+        return settings(tmp_path, *names, batch=2, part=(number, 2))
 
-    def score_chunk(subject, which, *rest):
+    def score_chunk(model, which, *rest):
         if which.name == "mvbench" and not nested:
             nested.append(None)
-            nested.append(run_eval(subject, share(1)))
-        plain(subject, which, *rest)
+            nested.append(run_eval(model, share(1)))
+        plain(model, which, *rest)
 
     monkeypatch.setattr(runner, "score_chunk", score_chunk)
-    assert [result["set"] for result in run_eval(subject(), share(0))] == [*names]
+    assert [result["set"] for result in run_eval(target(), share(0))] == [*names]
     assert nested == [None, []]
 
 
 def test_a_short_context_is_shared_by_frames_and_text_and_nothing_is_cut(tmp_path, monkeypatch):
-    one = subject(256, visual="multi_token")
+    one = target(256, visual="multi_token")
     assert one.model.config.tokens_per_look == 16
     long = folder(tmp_path / "long", 20)
     quiz(monkeypatch, "pope", [question(0, long), question(1, long, words="red " * 200), question(2)])
     clips(tmp_path, "val", [3, 20])
     write_shards(tmp_path / "val-1%d.tar", [clip("talk", 20, assistant="red " * 200)])
     said: list[str] = []
-    form = runner.form_of(one, Asked([]))
-    todo = asked(tmp_path, "pope", f"val={tmp_path}/val-*.tar", modes=["multi_token"])
+    form = runner.format_of(one, EvalSettings([]))
+    todo = settings(tmp_path, "pope", f"val={tmp_path}/val-*.tar", modes=["multi_token"])
     many, shards = run_eval(one, todo, said.append)
     assert "at most 8 frames at 16 tokens each: half of the model's context of 256" in said[0]
-    assert (many["most_frames"], many["n"], many["left_out"]) == (8, 2, {eval_sets.TOO_LONG: 1})
-    assert (shards["n"], shards["left_out"]) == (2, {eval_sets.TOO_LONG: 1})
+    assert (many["max_frames"], many["n"], many["skipped"]) == (8, 2, {eval_sets.TOO_LONG: 1})
+    assert (shards["n"], shards["skipped"]) == (2, {eval_sets.TOO_LONG: 1})
     (line,) = [json.loads(t) for t in (tmp_path / "out/pope/multi_token.jsonl").read_text().splitlines()[:1]]
     frames = eval_sets.frames_of(question(0, long), 28, 8)
     text = form.chat.text({"user": "what is this ?", "assistant": "red"}, None, True)
@@ -95,37 +95,38 @@ def test_the_hash_of_a_set_is_that_of_its_samples_whatever_the_model(tmp_path):
     pattern = clips(tmp_path, "val", [3, 2, 0, 3])
 
     def named(one: Target, **more) -> str:
-        form = runner.form_of(one, asked(tmp_path, **more))
+        form = runner.format_of(one, settings(tmp_path, **more))
         return eval_sets.open_eval_set(f"val={pattern}", tmp_path, form, {}, more.get("limit")).hash
 
-    first = named(subject())
+    first = named(target())
     alike = (
-        subject(question="before_frames"),
-        subject(256, visual="multi_token"),
-        subject(image_frames=4, query_rounds=2),
+        target(question="before_frames"),
+        target(256, visual="multi_token"),
+        target(image_frames=4, query_rounds=2),
     )
-    assert {named(one) for one in alike} | {named(subject(), most=2)} == {first}
-    assert named(subject(words=["other"])) != first  # losses are per token
-    assert named(subject(), limit=2) != first
+    assert {named(one) for one in alike} | {named(target(), max_frames=2)} == {first}
+    assert named(target(words=["other"])) != first  # losses are per token
+    assert named(target(), limit=2) != first
     clips(tmp_path, "val", [3, 2, 0, 4])
-    assert named(subject()) != first
+    assert named(target()) != first
 
 
-def test_what_cannot_be_read_whole_ends_the_exam_or_is_left_out_and_counted(tmp_path, monkeypatch):
+def test_unreadable_media_end_the_command_or_are_skipped_and_counted(tmp_path, monkeypatch):
     whole = video(9, format="matroska", size=28)
     files = {"damaged.mp4": b"\0\0\0\x20ftyp" + b"\0" * 99, "cut.mkv": whole[: len(whole) // 2], "whole.mkv": whole}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     made = [question(n, tmp_path / name) for n, name in enumerate(files)]
-    beyond = EvalQuestion("q3", "a", (tmp_path / "whole.mkv",), "what ?", OPTIONS, 0, part=(20.0, 24.0))
-    for one, told in ((made[0], "q0: .*damaged.mp4"), (made[1], "q1: .*cut.mkv: .*cut short"), (beyond, "q3: .*ends")):
+    beyond = EvalQuestion("q3", "a", (tmp_path / "whole.mkv",), "what ?", OPTIONS, 0, segment=(20.0, 24.0))
+    cases = ((made[0], "q0: .*damaged.mp4"), (made[1], "q1: .*cut.mkv: .*cut short"), (beyond, "q3: .*ends"))
+    for one, message in cases:
         quiz(monkeypatch, "pope", [one, made[2]])
-        with pytest.raises(UserError, match=f"pope, question {told}.*; --skip-missing goes on without"):
-            run_eval(subject(), asked(tmp_path, "pope", out=tmp_path / one.id))
+        with pytest.raises(UserError, match=f"pope, question {message}.*; --skip-missing skips"):
+            run_eval(target(), settings(tmp_path, "pope", out=tmp_path / one.id))
     quiz(monkeypatch, "pope", [*made, beyond])
-    (result,) = run_eval(subject(), asked(tmp_path, "pope", skip_missing=True, out=tmp_path / "skipped"))
-    assert (result["n"], result["left_out"]) == (1, {"their video or picture cannot be read, or only in part": 3})
-    assert result["set_hash"] == hash_of(made[2:])  # as if the others were missing
+    (result,) = run_eval(target(), settings(tmp_path, "pope", skip_missing=True, out=tmp_path / "skipped"))
+    assert (result["n"], result["skipped"]) == (1, {eval_sets.UNREADABLE: 3})
+    assert result["set_hash"] == hash_questions(made[2:])  # as if the others were missing
 
 
 def test_samples_whose_every_token_counts_are_no_answers(tmp_path):
@@ -133,13 +134,13 @@ def test_samples_whose_every_token_counts_are_no_answers(tmp_path):
     for kind, tokenize in (("stage1", tokenize_stage1), ("sft", tokenize_sft)):
         (tmp_path / kind).mkdir()
         write_shards(tmp_path / kind / "%02d.tar", [clip(kind, 1, **tokenize(record, tokenizer()))])
-    (result,) = run_eval(subject(), asked(tmp_path, "sft"))
+    (result,) = run_eval(target(), settings(tmp_path, "sft"))
     assert result["n"] == 1
     with pytest.raises(UserError, match=r"stage1: its samples are tokenized for a loss on every token.*--tokenize sft"):
-        run_eval(subject(), asked(tmp_path, "stage1"))
+        run_eval(target(), settings(tmp_path, "stage1"))
     mixed = [clip("a", 1), clip("b", 1, **tokenize_stage1(record, tokenizer()))]
     write_shards(tmp_path / "mixed-%02d.tar", mixed[::-1])  # the first that is looked at is a good one
-    found = eval_sets.open_eval_set("mixed", tmp_path, runner.form_of(subject(), Asked([])), {})
+    found = eval_sets.open_eval_set("mixed", tmp_path, runner.format_of(target(), EvalSettings([])), {})
     assert [item for item in map(found.item, range(2)) if isinstance(item, str)] == [
         "tokenized for a loss on every token"
     ]
@@ -147,15 +148,15 @@ def test_samples_whose_every_token_counts_are_no_answers(tmp_path):
 
 def test_a_set_of_which_nothing_could_be_scored_hides_no_table():
     facts = {"protocol": "likelihood of the option's text", "control": "", "mode": "coarse_only"}
-    line = {"n": 0, "category": "a", "source": "s", "modality": "text"} | line_of([1.0, 2.0], [1, 1], 0)
-    empty = facts | {"set": "none"} | compute_metrics([{"n": 0, "left_out": "gone"}])
+    line = {"n": 0, "category": "a", "source": "s", "modality": "text"} | score_options([1.0, 2.0], [1, 1], 0)
+    empty = facts | {"set": "none"} | compute_metrics([{"n": 0, "skipped": "gone"}])
     tables = dict(main_tables([empty, facts | {"set": "some"} | compute_metrics([line])]))
     assert [len(table) for table in tables.values()] == [3, 3]
     assert any("per token" in title for title in tables)
 
 
 def test_texts_are_never_cut(tmp_path):
-    form = runner.form_of(subject(64), Asked([]))
+    form = runner.format_of(target(64), EvalSettings([]))
     assert form.chat.hash == ChatTokenizer(form.chat.tokenizer, "after_frames", "answer", eval_sets.UNCUT).hash
     text = form.chat.text({"user": "what ?", "assistant": "red " * 99}, None, False)
     assert len(text.tokens) > 99

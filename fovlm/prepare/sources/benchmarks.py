@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fovlm.data.tables import Row
 from fovlm.errors import SampleError, UserError
-from fovlm.eval.benchmarks import questions_of
+from fovlm.eval.benchmarks import read_questions
 from fovlm.eval.questions import EvalQuestion, frames_of
 from fovlm.prepare.frames import jpegs
 from fovlm.prepare.job import Job, Made, RawSource
@@ -43,7 +43,7 @@ def make(row: Row, job: Job) -> Iterator[Made]:
 def _rows(name: str) -> Callable[[Path, bool], list[Row]]:
     def rows(raw: Path, skip_missing: bool) -> list[Row]:
         """All questions. Raises UserError, also when files are missing that may not be."""
-        questions = questions_of(name, raw)
+        questions = read_questions(name, raw)
         missing = [question.missing for question in questions if question.missing is not None]
         if missing and (not skip_missing or len(missing) == len(questions)):
             told = f"{raw}: the files of {len(missing)} of {len(questions)} questions are missing, first {missing[0]}"

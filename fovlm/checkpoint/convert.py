@@ -9,7 +9,6 @@ this has succeeded.
 The other form, universal, can be trained further on any number of ranks: `./launch.sh NAME train.resume=OUT`.
 """
 
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -156,5 +155,4 @@ def _write_universal(saved: SavedRun, out: Path) -> None:
         if file.is_file() and not file.name.startswith(("random-", "zero_to_", store.MANIFEST)):
             shutil.copy2(file, out / file.name)
     to_universal(saved.path, out / UNIVERSAL)
-    manifest = store.seal(sorted(p for p in out.rglob("*") if p.is_file()), out)
-    (out / store.MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
+    store.write_manifest(out, store.seal(sorted(p for p in out.rglob("*") if p.is_file()), out))

@@ -1,18 +1,18 @@
-"""`fovlm import PATH OUT`: a published foveated model of another make -> our folder.
+"""Convert checkpoints of the nanoSmol fVLM release (deep query, Q = 384, visual_scale 0.14).
 
-Its state dict has these names (deep query, Q = 384, visual_scale 0.14); beside them what becomes of each:
+Names in its state dict, and where their weights go:
 
     encoder.dino.*               encoder.dino.*         DINOv2, as transformers names it, now or in older releases
     encoder.query_input_proj.*   connector.query_in     Q -> D
-    encoder.output_proj.*        folded                 D -> D, behind the encoder's final norm
+    encoder.output_proj.*        folded                 D -> D, after the encoder's final norm
     dino_to_llm.*                connector.to_llm       D -> E
     llm_to_query.*               connector.to_query     E -> Q
     q_static, q_init             connector.q_static, connector.q_first
     llm.*                        llm.*
 
-Two linear maps in a row are one: W (W_out x + b_out) + b = (W W_out) x + (W b_out + b), with W and b those of to_llm.
-Our query_in has no bias. One that is not zero moves into the queries: with W d = b, W q + b = W (q + d), and every
-query is q_static, q_first or what to_query gives, so d joins those three. Where there is no such d it is refused.
+Two linear maps in a row are one: W (W_out x + b_out) + b = (W W_out) x + (W b_out + b), with W and b of to_llm.
+Our query_in has no bias. A bias b that is not zero moves into the queries: with W d = b, W q + b = W (q + d), and every
+query is q_static, q_first or an output of to_query, so d is added to those three. Without such a d it is refused.
 """
 
 from pathlib import Path
@@ -38,22 +38,22 @@ from fovlm.model.processing import load_model
 from fovlm.paths import local_folder
 
 DINO, LLM = "encoder.dino.", "llm."
-NESTS = ("model", "state_dict", "model_state_dict", "module")  # under which a training script may put its weights
+NESTS = ("model", "state_dict", "model_state_dict", "module")  # keys under which training scripts store weights
 PICKLED = ("pt", "pth", "bin")
-WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put ahead of every name
-# By width and layers. Shapes do not tell all (its rotary base, for one), so the rest comes from the model's own folder.
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DataParallel and torch.compile add to every name
+# By width and layers. What shapes do not say (the rotary base, for one) comes from the model's own folder.
 SMOLLM2 = {
     (576, 30): "HuggingFaceTB/SmolLM2-135M-Instruct",
     (960, 32): "HuggingFaceTB/SmolLM2-360M-Instruct",
     (2048, 24): "HuggingFaceTB/SmolLM2-1.7B-Instruct",
 }
-EXACT = 1e-5  # of the bias: what may be left of it behind the queries' change
+EXACT = 1e-5  # the largest remainder of the bias, relative to it, after the queries were changed
 
 
 class Published:
     """The weights of a published state dict under our names (a `convert.Weights`).
 
-    Raises UserError for names that are not those above, and for shapes that do not fit together.
+    Raises UserError for other names than those above, and for shapes that do not fit together.
     """
 
     def __init__(self, state: dict[str, Tensor], origin: str):
@@ -71,7 +71,7 @@ class Published:
                 self._weights[LLM + below] = rest.pop(name)
         self._connect(rest)
         if rest:
-            raise UserError(f"{origin}: '{sorted(rest)[0]}' is no name of a foveated model that can be imported")
+            raise UserError(f"{origin}: unknown weight '{min(rest)}': not a checkpoint of the nanoSmol fVLM release")
         embedded, head = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
         if head not in self._weights or torch.equal(self._weights[head], self._of(embedded)):
             self._of(embedded)
@@ -80,7 +80,7 @@ class Published:
         self.shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
 
     def _connect(self, rest: dict[str, Tensor]) -> None:
-        """Take the connector's weights out of `rest`, fold what ours does not have, in fp64."""
+        """Move the connector's weights out of `rest`, with the folding above, in fp64."""
 
         def take(name: str, default: Tensor | None = None) -> Tensor:
             if name not in rest and default is None:
@@ -95,13 +95,13 @@ class Published:
         D, Q = query_in.shape
         static, first = (take(name).reshape(-1) for name in ("q_static", "q_init"))
         to_query = ours["to_query.weight"] = take("llm_to_query.weight")
-        asked = take("llm_to_query.bias", torch.zeros(len(to_query)))
+        to_query_bias = take("llm_to_query.bias", torch.zeros(len(to_query)))
         bias = take("encoder.query_input_proj.bias", torch.zeros(D))
-        for name, tensor, shape in (("q_static", static, (Q,)), ("q_init", first, (Q,)), ("llm_to_query", asked, (Q,))):
-            if tuple(tensor.shape) != shape:
-                raise UserError(f"{self.origin}: {name} has {tensor.numel()} numbers, and queries have {Q}")
+        for name, tensor in (("q_static", static), ("q_init", first), ("llm_to_query", to_query_bias)):
+            if len(tensor) != Q:
+                raise UserError(f"{self.origin}: {name} has {len(tensor)} numbers, queries have {Q}")
         shift = self._shift(query_in, bias)
-        ours |= {"q_static": static + shift, "q_first": first + shift, "to_query.bias": asked + shift}
+        ours |= {"q_static": static + shift, "q_first": first + shift, "to_query.bias": to_query_bias + shift}
 
         to_llm = take("dino_to_llm.weight")
         out = take("encoder.output_proj.weight", torch.eye(D))
@@ -120,8 +120,8 @@ class Published:
         shift = torch.linalg.lstsq(query_in, bias[:, None], driver="gelsd").solution[:, 0]
         if (query_in @ shift.float().double() - bias).norm() > EXACT * bias.norm():
             raise UserError(
-                f"{self.origin}: encoder.query_input_proj has a bias that no change of the queries can stand for, and "
-                "a fovlm model has none there: it cannot be imported exactly"
+                f"{self.origin}: encoder.query_input_proj has a bias, which fovlm does not have, and no change of the "
+                "queries replaces it: it cannot be imported exactly"
             )
         return shift
 
@@ -132,12 +132,12 @@ class Published:
 
     @property
     def dino(self) -> Dinov2Config:
-        """What its DINOv2 is, by the shapes."""
+        """Its DINOv2's configuration, from the shapes."""
         shapes = {name.removeprefix(DINO): shape for name, shape in self.shapes.items() if name.startswith(DINO)}
         try:
             return config_of(shapes)
         except (KeyError, ValueError) as error:
-            raise UserError(f"{self.origin}: no DINOv2 can be told from its encoder.dino.* ({error})") from error
+            raise UserError(f"{self.origin}: the shapes of encoder.dino.* are no DINOv2's ({error})") from error
 
     @property
     def size(self) -> tuple[int, int]:
@@ -172,11 +172,11 @@ def import_published(
     trust: bool = False,
     on_progress: OnProgress = lambda done, total, step: None,
 ) -> Path:
-    """Bring a published state dict (.safetensors, .pt, .pth, .bin, or a folder with one) into our folder `out`.
+    """Convert a state dict (.safetensors, .pt, .pth, .bin, or a folder with one) to a model folder; returns `out`.
 
-    `llm` is the folder or id of the language model it was made from (or its configuration as a dict): by its shapes one
-    of SmolLM2's, unless given. `tokenizer` is that of `llm` unless given; `encoder` follows from the shapes.
-    Returns OUT. Raises UserError, and leaves nothing, for what is no such model.
+    `llm` is the folder or id (or the configuration) of the language model it was made from, by default the SmolLM2 of
+    the same shapes; `tokenizer` is by default that of `llm`; `encoder` follows from the shapes. Raises UserError, and
+    writes nothing, if it is no such model.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype is bf16 or fp32, not '{dtype}'{did_you_mean(dtype, DTYPES)}")
@@ -189,16 +189,14 @@ def import_published(
     llm = llm or SMOLLM2.get((E, layers))
     if llm is None:
         raise UserError(
-            f"{path}: a language model of width {E} and {layers} layers is none of SmolLM2's: name the one it was made "
-            "from with --llm FOLDER"
+            f"{path}: no SmolLM2 has width {E} and {layers} layers: name the language model with --llm FOLDER"
         )
     if not tokenizer and isinstance(llm, dict):
-        raise UserError(f"{path}: which tokenizer it was trained with cannot be told: give --tokenizer FOLDER")
+        raise UserError(f"{path}: the tokenizer is not known: give --tokenizer FOLDER")
     encoder_config: Any = _configured("encoder", encoder, Dinov2Config) if encoder else stored.dino
     if frame_size % encoder_config.patch_size:
-        raise UserError(
-            f"--frame-size {frame_size}: no multiple of the encoder's patches of {encoder_config.patch_size} pixels"
-        )
+        patch = encoder_config.patch_size
+        raise UserError(f"--frame-size {frame_size} is no multiple of the encoder's patches of {patch} pixels")
     config = FoveatedConfig(
         _configured("llm", llm, LlamaConfig),
         encoder_config,
@@ -208,7 +206,7 @@ def import_published(
         visual_scale=visual_scale,
     )
     config.llm_config.tie_word_embeddings = bool(stored.ties)
-    words = load_tokenizer(_found(tokenizer or str(llm)))
+    words = load_tokenizer(_folder_or_id(tokenizer or str(llm)))
     with staged_dir(out) as staging:
         write_weights(staging, config, stored, DTYPES[dtype], largest, on_progress)
         write_settings(staging, config, words, DTYPES[dtype])
@@ -219,14 +217,14 @@ def import_published(
             ("encoder", f"DINOv2, width {model.encoder.width}, {len(model.encoder.dino.encoder.layer)} layers"),
             ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
             ("weights", f"{DTYPES[dtype]}".removeprefix("torch.")),
-            ("folded", "`encoder.output_proj` into `connector.to_llm`: two linear maps in a row are one"),
+            ("folded", "`encoder.output_proj` into `connector.to_llm`"),
         ]
         (staging / "README.md").write_text(imported_card(out.resolve().name, path.name, facts), encoding="utf-8")
     return out
 
 
 def read_state(path: Path, trust: bool = False) -> dict[str, Tensor]:
-    """The state dict of a file, or of the one in a folder, mapped into memory. Raises UserError."""
+    """The state dict of a file, or of the only one in a folder, mapped into memory. Raises UserError."""
     if not path.exists():
         there = [str(f) for f in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such file{did_you_mean(str(path), there)}")
@@ -235,7 +233,7 @@ def read_state(path: Path, trust: bool = False) -> dict[str, Tensor]:
         pickled = (f for kind in PICKLED for f in path.glob(f"*.{kind}"))
         files = sorted(path.glob("*.safetensors")) or sorted(pickled)
         if not files or (len(files) > 1 and files[0].suffix != ".safetensors"):
-            raise UserError(f"{path}: {len(files) or 'no'} files with weights in it; give the file to import")
+            raise UserError(f"{path}: {len(files) or 'no'} files with weights in it: give the file to import")
     if files[0].suffix == ".safetensors":
         return _unwrapped({name: tensor for file in files for name, tensor in _safetensors(file).items()}, path)
     state = load_pickled(path if path.is_file() else files[0], trust)
@@ -247,7 +245,7 @@ def read_state(path: Path, trust: bool = False) -> dict[str, Tensor]:
 def _safetensors(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, "pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no mapping)
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a mapping)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: cannot be read ({error}); is it damaged?") from error
 
@@ -265,12 +263,12 @@ def _configured(key: str, given: str | dict[str, Any], make: type[PreTrainedConf
     try:
         if isinstance(given, dict):
             return make(**given)
-        return AutoConfig.from_pretrained(_found(given), trust_remote_code=False)
+        return AutoConfig.from_pretrained(_folder_or_id(given), trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{key} {given}: no configuration there ({reason}); give a folder with --{key}") from error
+        raise UserError(f"--{key} {given}: no configuration there ({reason})") from error
 
 
-def _found(name: str) -> str:
-    """A model's folder, as given or below FOVLM_MODELS, or else its id."""
+def _folder_or_id(name: str) -> str:
+    """A model's folder, as given or below FOVLM_MODELS; else the name itself, as a Hugging Face id."""
     return str(local_folder(name) or name)

@@ -1,9 +1,5 @@
-"""The model card of a converted run: README.md, as the Hugging Face hub shows it.
+"""The model card: README.md of a converted run, as the Hugging Face hub shows it, from the files of the run alone."""
 
-What was trained, on what, for how long, how well, and how to load it; from the files of the run alone.
-"""
-
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +7,9 @@ import yaml
 
 from fovlm.checkpoint.store import State
 from fovlm.config.experiments import Dumper
-from fovlm.config.schema import Experiment
+from fovlm.config.schema import Experiment, ModelSettings
 from fovlm.redact import redact
+from fovlm.tables import Rows, markdown_table
 
 USE = """```python
 from fovlm import FoveatedProcessor, FoveatedVLM
@@ -25,64 +22,70 @@ inputs = processor(messages=[{{"role": "user", "content": [video, question]}}], 
 print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64))[0])
 ```
 
-or `fovlm ask clip.mp4 "What happens?" --model {name}`, `fovlm look` to see where it looked."""
+From the command line: `fovlm ask clip.mp4 "What happens?" --model {name}`; `fovlm look` shows where the model looks."""
 MODES = {
     "coarse_only": "the static query alone",
     "coarse_fine": "coarse pass, then fine looks, as trained",
     "autoregressive": "frame by frame, as deployed",
-    "multi_token": "sixteen pooled tokens a frame, as trained",
+    "multi_token": "sixteen pooled tokens per frame, as trained",
 }
 
 
 def card(name: str, experiment: Experiment, state: State, summary: dict[str, Any], dtype: str, checked: str) -> str:
-    """The card's text. `name` is the folder's, `summary` that of the run or empty, `checked` how it was verified."""
-    model, train = experiment.model, experiment.train
-    objective = {"text": "next token", "dpo": "preferences (DPO)"}[train.objective]
+    """The card's text: `name` of the folder, `summary` of the run (or empty), `checked` the result of the check."""
+    model, optim = experiment.model, experiment.optim
+    objective = {"text": "next token", "dpo": "preferences (DPO)"}[experiment.train.objective]
     facts = [
         ("experiment", f"`{experiment.name}`{': ' + experiment.note if experiment.note else ''}"),
-        ("language model", _backbone(model.llm, None if "llm" in experiment.optim.freeze else experiment.optim.lr_llm)),
-        (
-            "encoder",
-            _backbone(model.encoder, None if "encoder" in experiment.optim.freeze else experiment.optim.lr_encoder),
-        ),
-        (
-            "visual tokens",
-            f"{model.visual}, frames of {model.frame_size} pixels, question {model.question.replace('_', ' ')}",
-        ),
+        ("language model", _backbone(model.llm, None if "llm" in optim.freeze else optim.lr_llm)),
+        ("encoder", _backbone(model.encoder, None if "encoder" in optim.freeze else optim.lr_encoder)),
+        ("visual tokens", f"{model.visual}, frames of {model.frame_size} pixels, question {model.question}"),
         ("trained", f"{state.step} steps, {state.samples:,} samples, {state.tokens:,} weighted tokens, {objective}"),
         ("weights", f"{dtype}, from a ZeRO-{state.zero_stage} checkpoint of {state.world_size} rank(s)"),
         ("commit", f"`{summary['commit']}`" if summary.get("commit") else "unknown"),
         ("data hash", f"`{state.data_hash or 'unknown'}`"),
     ]
-    parts = [
-        _head(model),
+    settings = yaml.dump(redact(experiment.model_dump()), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    return _join(
+        _metadata(model),
         f"# {name}",
         "A fovlm model: a video language model that spends one token on each frame and decides where to look.",
-        _table(("", ""), facts),
-        "## How to load it\n\n" + USE.format(name=name),
-        "## Data\n\n" + _data(experiment),
-        "## How well it does\n\n" + _scores(state, summary, train.best),
-        "## Was it converted right?\n\n" + checked,
-        f"<details><summary>All settings</summary>\n\n```yaml\n{_settings(experiment)}```\n\n</details>",
-    ]
-    return "\n\n".join(parts) + "\n"
+        _table([("", ""), *facts]),
+        "## How to load it",
+        USE.format(name=name),
+        "## Data",
+        _data(experiment),
+        "## Scores",
+        _scores(state, summary, experiment.train.best),
+        "## Check of the conversion",
+        checked,
+        f"<details><summary>All settings</summary>\n\n```yaml\n{settings}```\n\n</details>",
+    )
 
 
 def imported_card(name: str, origin: str, facts: list[tuple[str, str]]) -> str:
-    """The card of a published model that was brought in: `origin` is its file, `facts` what is known of it."""
-    parts = [
-        _head(None),
+    """The card of a model imported from the file `origin`, with what is known about it."""
+    return _join(
+        _metadata(None),
         f"# {name}",
-        f"A foveated video language model from `{origin}`, with its weights under the names of fovlm. What it was "
-        "trained on, and how well it does, is not in that file.",
-        _table(("", ""), facts),
-        "## How to load it\n\n" + USE.format(name=name),
-    ]
+        f"A foveated video language model converted from `{origin}` to the parameter names of fovlm. That file does "
+        "not say what it was trained on or how well it does.",
+        _table([("", ""), *facts]),
+        "## How to load it",
+        USE.format(name=name),
+    )
+
+
+def _join(*parts: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _head(model: Any) -> str:
-    """The hub's metadata; `model` are the experiment's settings, if there is one."""
+def _table(rows: Rows) -> str:
+    return markdown_table(rows, left=range(len(rows[0])))
+
+
+def _metadata(model: ModelSettings | None) -> str:
+    """The hub's metadata block."""
     tags: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "video-text-to-text", "tags": ["fovlm"]}
     sources = (model.llm, model.encoder) if model else ()
     bases = [name for name in sources if isinstance(name, str) and name.count("/") == 1]
@@ -93,44 +96,30 @@ def _head(model: Any) -> str:
 
 def _backbone(source: str | dict[str, Any], rate: float | None) -> str:
     name = "small, from random weights" if isinstance(source, dict) else f"`{Path(source).name}`"
-    return f"{name}, {'frozen' if rate is None else f'trained at a rate of {rate:g}'}"
+    return f"{name}, {'frozen' if rate is None else f'learning rate {rate:g}'}"
 
 
 def _data(experiment: Experiment) -> str:
     data = experiment.data
     whole = sum(data.mixture.values())
-    rows: list[tuple[str, ...]] = [
+    rows = [
         (f"`{name}`", data.sources[name].kind, f"{weight / whole:.1%}", f"`{Path(data.sources[name].shards).name}`")
         for name, weight in data.mixture.items()
     ]
     rows += [(f"`{name}`", data.sources[name].kind, "validation", "") for name in data.val if name not in data.mixture]
     loss = {"all_text": "every text token", "answer": "the answers"}[data.loss_on]
-    return _table(("source", "kind", "share of the samples", "shards"), rows) + f"\n\nThe loss is on {loss}."
+    return _table([("source", "kind", "share of the samples", "shards"), *rows]) + f"\n\nThe loss is on {loss}."
 
 
 def _scores(state: State, summary: dict[str, Any], best: str) -> str:
-    lines = []
+    parts = []
     if state.metric is not None:
-        lines.append(f"At this checkpoint (step {state.step}): {best} {state.metric:.4f}.")
-    scores = summary.get("scores") or {}
-    if scores:
+        parts.append(f"At this checkpoint (step {state.step}): {best} {state.metric:.4f}.")
+    if scores := summary.get("scores"):
         sources = sorted({source for score in scores.values() for source in score["by_source"]})
-        rows = [
-            (
-                f"`{mode}`: {MODES.get(mode, mode)}",
-                f"{score['loss']:.4f}",
-                *(f"{score['by_source'][source]:.4f}" for source in sources),
-            )
-            for mode, score in scores.items()
-        ]
-        lines += [f"Validation loss (nats a token) at step {summary['step']}:", _table(("mode", "all", *sources), rows)]
-    return "\n\n".join(lines) or "Not measured yet: the run was converted before it ended."
-
-
-def _settings(experiment: Experiment) -> str:
-    return yaml.dump(redact(experiment.model_dump()), Dumper=Dumper, sort_keys=False, allow_unicode=True)
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        rows = [("mode", "all", *sources)]
+        for mode, score in scores.items():
+            values = [score["loss"], *(score["by_source"][source] for source in sources)]
+            rows.append((f"`{mode}`: {MODES[mode]}", *(f"{value:.4f}" for value in values)))
+        parts += [f"Validation loss (nats per token) at step {summary['step']}:", _table(rows)]
+    return "\n\n".join(parts) or "Not measured yet: the run was converted before it ended."

@@ -1,8 +1,8 @@
-"""A few samples and the nll that the engine gave them when it saved: what a converted model is held against.
+"""Reference outputs: a few samples and the NLL that the model in training gave them, to verify a conversion with.
 
-A checkpoint keeps them in probe.safetensors, without a pickle: frames and tokens of each sample, the nll of each token,
-and the precision of the forward pass. A sample's nll does not depend on what it is packed with, so the samples are kept
-and not the pack.
+A checkpoint stores them in reference.safetensors, without pickle: frames and tokens of each sample, the NLL of each
+token and the precision of the forward pass. A sample's NLL does not depend on what it is packed with, so the samples
+are stored and not the pack.
 """
 
 import json
@@ -19,13 +19,14 @@ from fovlm.data.dataset import Dataset
 from fovlm.data.packing import EMPTY, PADDING, Batch, PackSize, Sample, collate
 from fovlm.errors import UserError
 
-FILE = "probe.safetensors"
-SAMPLES, FRAMES = 4, 16  # at most; one sample at least
+FILE = "reference.safetensors"
+SAMPLES, FRAMES = 4, 16  # at most; at least one sample
+FACTS, TENSORS = ("key", "source", "looks", "prompt", "role"), ("frames", "tokens", "weight")  # of a Sample
 
 
 @dataclass
 class ReferenceOutputs:
-    """Samples, nll f32 [s] of every token of each as the model in training gave it, and its type."""
+    """Samples, the NLL f32 [s] of every token of each, and the precision it was computed in."""
 
     samples: list[Sample]
     nll: list[Tensor]
@@ -33,62 +34,53 @@ class ReferenceOutputs:
 
     @property
     def mean(self) -> float:
-        """The mean nll (nats) of all tokens that are predicted."""
+        """The mean NLL of all tokens in nats."""
         return mean_nll(self.nll)
 
     def save(self, folder: Path) -> None:
         """Write it into a checkpoint."""
         tensors: dict[str, Tensor] = {}
-        facts = []
         for i, (sample, nll) in enumerate(zip(self.samples, self.nll, strict=True)):
-            parts = {"frames": sample.frames, "tokens": sample.tokens, "weight": sample.weight, "nll": nll}
+            parts = {"nll": nll, **{name: getattr(sample, name) for name in TENSORS}}
             # Copies: the two answers of a preference pair share their frames, which safetensors refuses.
             tensors |= {f"{name}.{i}": part.detach().cpu().contiguous().clone() for name, part in parts.items()}
-            names = ("key", "source", "looks", "prompt", "role")
-            facts.append({name: getattr(sample, name) for name in names})
+        facts = [{name: getattr(sample, name) for name in FACTS} for sample in self.samples]
         metadata = {"samples": json.dumps(facts), "precision": self.precision}
-        (folder / FILE).write_bytes(save(tensors, metadata))  # its save_file makes a file that nobody else can read
+        (folder / FILE).write_bytes(save(tensors, metadata))  # `save_file` would make it readable by its owner alone
 
     @classmethod
     def load(cls, folder: Path) -> "ReferenceOutputs | None":
-        """The probe of a checkpoint; None in one that was saved without. Raises UserError."""
+        """Read it from a checkpoint; None if it has none. Raises UserError."""
         path = folder / FILE
         if not path.is_file():
             return None
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata()
-                facts = json.loads(metadata["samples"])
-                parts = [
-                    {name: file.get_tensor(f"{name}.{i}") for name in ("frames", "tokens", "weight", "nll")}
-                    for i in range(len(facts))
+                samples = [
+                    Sample(**facts, **{name: file.get_tensor(f"{name}.{i}") for name in TENSORS})
+                    for i, facts in enumerate(json.loads(metadata["samples"]))
                 ]
-            nll = [part.pop("nll") for part in parts]
-            samples = [Sample(**fact, **part) for fact, part in zip(facts, parts, strict=True)]
+                nll = [file.get_tensor(f"nll.{i}") for i in range(len(samples))]
             return cls(samples, nll, metadata["precision"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: no readable probe ({error})") from error
+            raise UserError(f"{path}: cannot be read ({error}); is it damaged?") from error
 
 
 @dataclass
 class ReferenceBatch:
-    """The samples of a probe in a pack of the run's own shape, so that asking compiles nothing anew."""
+    """The reference samples in a pack of the run's own shape, for which its model is compiled already."""
 
     samples: list[Sample]
     batch: Batch
 
-    def answered(self, nll: Tensor, dtype: torch.dtype) -> ReferenceOutputs:
-        """The probe, from the pack's nll f32 [S] and the type that the model computes in."""
-        return ReferenceOutputs(
-            self.samples, by_sample(nll, self.batch, len(self.samples)), str(dtype).removeprefix("torch.")
-        )
+    def outputs(self, nll: Tensor, dtype: torch.dtype) -> ReferenceOutputs:
+        """The reference outputs from the pack's NLL f32 [S] and the type that the model computes in."""
+        return ReferenceOutputs(self.samples, split_nll(nll, self.batch, len(self.samples)), str(dtype).split(".")[1])
 
 
 def choose_reference_batch(dataset: Dataset, budget: PackSize, tokens_per_look: int) -> ReferenceBatch | None:
-    """The first samples of a data set that fit into one pack: at most SAMPLES of them and FRAMES frames.
-
-    None when they cannot be read.
-    """
+    """The first samples of a dataset that fit into one pack, at most SAMPLES and FRAMES; None if none can be read."""
     chosen: list[Sample] = []
     used = EMPTY
     for position in range(SAMPLES):
@@ -101,26 +93,24 @@ def choose_reference_batch(dataset: Dataset, budget: PackSize, tokens_per_look: 
     return ReferenceBatch(chosen, collate(chosen, budget, dataset.frame_size, tokens_per_look)) if chosen else None
 
 
-def snug(samples: Sequence[Sample], tokens_per_look: int) -> Batch:
-    """A pack with these samples and as little else as possible."""
+def collate_tight(samples: Sequence[Sample], tokens_per_look: int) -> Batch:
+    """A pack of these samples with as little padding as possible."""
     used = sum((sample.size for sample in samples), EMPTY)
-    frames = max(used.frames, 1)
-    looks = max(used.looks, 1)
-    side = samples[0].frames.shape[-1]
+    frames, looks = max(used.frames, 1), max(used.looks, 1)
     if all(sample.looks == len(sample.frames) for sample in samples):
         looks = frames
-    elif looks == frames:  # as many looks as frames would mean one for each
+    elif looks == frames:  # as many looks as frames would mean one look at each
         looks += 1
+    side = samples[0].frames.shape[-1]
     return collate(list(samples), PackSize(frames, looks, used.text, used.prompt), side, tokens_per_look)
 
 
-def by_sample(nll: Tensor, batch: Batch, samples: int) -> list[Tensor]:
-    """A pack's nll [S] -> that of each of its samples, f32 on the CPU; 0 where there is nothing to predict from."""
+def split_nll(nll: Tensor, batch: Batch, samples: int) -> list[Tensor]:
+    """A pack's NLL [S] -> that of each of its samples, f32 on the CPU; 0 for tokens that nothing predicts."""
     nll = torch.where(batch.predict_from.cpu() != PADDING, nll.detach().float().cpu(), 0)
     return [nll[batch.text_segment.cpu() == i] for i in range(samples)]
 
 
 def mean_nll(nll: Sequence[Tensor]) -> float:
-    """Mean over the tokens; a sample's first, which nothing predicts, counts as 0 everywhere."""
-    together = torch.cat(list(nll)).double()
-    return float(together.mean())
+    """The mean over all tokens of all samples."""
+    return float(torch.cat(list(nll)).double().mean())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from fovlm.checkpoint.reference import snug
+from fovlm.checkpoint.reference import collate_tight
 from fovlm.data.chat import TokenizedText
 from fovlm.data.packing import Sample, collate, interleave, text_positions
 from fovlm.model.autoregressive import Stream
@@ -72,7 +72,7 @@ def encode(model: FoveatedVLM, frames: Tensor) -> Encoding:
     """Encode frames u8 [F, 3, s, s], F >= 1."""
     if model.config.visual == "multi_token":
         clip = Sample("", "", frames, len(frames), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
-        batch = snug([clip], model.config.tokens_per_look).to(frames.device)
+        batch = collate_tight([clip], model.config.tokens_per_look).to(frames.device)
         return Encoding(None, None, model.looks(batch).tokens.unflatten(0, (len(frames), -1)))
     cache, seen = model.encode(frames)
     return Encoding(cache, seen, None)

@@ -220,7 +220,7 @@ class Engine:
     @torch.no_grad()
     def _ask(self, probe: ReferenceBatch) -> ReferenceOutputs:
         self.deepspeed.eval()
-        return probe.answered(self.nll(probe.batch.to(self.device)), self.dtype)
+        return probe.outputs(self.nll(probe.batch.to(self.device)), self.dtype)
 
     def load(self, path: Path, universal: Path | None = None) -> None:
         """Put weights, optimizer and random states back as `path` holds them, on every rank.

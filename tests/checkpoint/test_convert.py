@@ -14,7 +14,7 @@ from fovlm.checkpoint import convert, store, verify, zero_reader
 from fovlm.checkpoint.locate import open_run
 from fovlm.checkpoint.reference import ReferenceOutputs, mean_nll
 from fovlm.checkpoint.safetensors_writer import byte_size
-from fovlm.checkpoint.verify import answers
+from fovlm.checkpoint.verify import reference_nll
 from fovlm.checkpoint.zero_reader import ZeroWeights
 from fovlm.cli.main import main
 from fovlm.errors import EXIT_USER_ERROR, UserError
@@ -114,12 +114,12 @@ def test_each_type_is_held_against_what_was_recorded(tmp_path, dtype, trained):
     written = {value.dtype for value in stored(out).values()}
     assert written == {convert.DTYPES[dtype]}
     assert json.loads((out / "config.json").read_text())["dtype"] == str(convert.DTYPES[dtype]).removeprefix("torch.")
-    probe = ReferenceOutputs.load(path)
-    assert probe is not None
-    assert probe.precision == str(trained).removeprefix("torch.")
+    reference = ReferenceOutputs.load(path)
+    assert reference is not None
+    assert reference.precision == str(trained).removeprefix("torch.")
     card = (out / "README.md").read_text()
-    assert f"{probe.mean:.6f} as recorded" in card
-    apart = float(re.search(r"training \(\w+\), (\S+) apart", card)[1])
+    assert f"{reference.mean:.6f} as recorded" in card
+    apart = float(re.search(r"per token (\S+) over", card)[1])
     assert apart < 1e-4, "the same weights, computed in the same type"
     assert ("rounded to bf16" in card) == ((dtype, trained) == ("bf16", torch.float32))
 
@@ -131,7 +131,7 @@ def test_rounding_to_bf16_hides_no_wrong_weight(tmp_path):
     with torch.no_grad():
         model.connector.to_llm.weight[0, 0] *= 1.01
     with pytest.raises(UserError, match=r"connector\.to_llm\.weight is not the stored weight"):
-        verify.put_back(model, weights)
+        verify.restore_weights(model, weights)
 
 
 def test_large_models_are_written_in_parts_with_an_index(run, tmp_path):
@@ -157,7 +157,7 @@ def test_what_else_a_model_folder_needs_is_there(run, tmp_path):
     assert tokenizer.chat_template
     assert GenerationConfig.from_pretrained(out).eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     card = (out / "README.md").read_text()
-    for told in ("`tiny`: a test", "5 steps, 90 samples", "`clips`", "1.2500", "from_pretrained", "Verified: nll"):
+    for told in ("`tiny`: a test", "5 steps, 90 samples", "`clips`", "1.2500", "from_pretrained", "Verified: NLL"):
         assert told in card
     assert str(tmp_path) not in card.split("All settings")[0], "no folder of this machine"
     assert not [p for p in tmp_path.iterdir() if p.name not in ("run", "out")], "nothing is left beside it"
@@ -187,8 +187,8 @@ def test_a_damaged_best_checkpoint_falls_back_with_a_warning(tmp_path, caplog):
         open_run(run, "best")
 
 
-def test_a_checkpoint_from_before_there_were_probes(tmp_path, capsys):
-    write_run(tmp_path / "run", tiny_model(seed=3), probe=False)
+def test_a_checkpoint_without_reference_outputs(tmp_path, capsys):
+    write_run(tmp_path / "run", tiny_model(seed=3), reference=False)
     out = convert.convert(tmp_path / "run", tmp_path / "out", dtype="fp32")
     same(FoveatedVLM.from_pretrained(out), tiny_model(seed=3))
     assert "Not verified" in (out / "README.md").read_text()
@@ -201,7 +201,7 @@ def test_another_models_weights_fail_loudly_with_both_numbers(run, tmp_path, mon
     lost = "connector.to_llm.weight"
     monkeypatch.setattr(ZeroWeights, "read", lambda self, name: honest(self, name) * (name != lost))
     for dtype in ("fp32", "bf16"):
-        with pytest.raises(UserError, match=r"not the trained one: nll \d\.\d+ as converted.* \d\.\d+ as recorded"):
+        with pytest.raises(UserError, match=r"not the trained one: NLL \d\.\d+ as converted.* \d\.\d+ as recorded"):
             convert.convert(run, tmp_path / "out", dtype=dtype)
     assert [p.name for p in tmp_path.iterdir()] == ["run"], "and nothing is left of it"
 
@@ -302,13 +302,13 @@ def test_old_names_of_dinov2_are_written_that_every_transformers_reads(run, tmp_
     assert any("llm." in name and "q_proj" in name for name in weights)
 
 
-def test_a_probes_answers_do_not_depend_on_the_pack(tmp_path):
+def test_reference_outputs_do_not_depend_on_the_pack(tmp_path):
     path = write_run(tmp_path / "run", tiny_model(seed=3))
-    probe = ReferenceOutputs.load(path)
-    assert probe is not None
-    assert [s.key for s in probe.samples] == [s.key for s in SAMPLES]
-    torch.testing.assert_close(torch.cat(answers(tiny_model(seed=3), probe)), torch.cat(probe.nll))
-    assert abs(mean_nll(probe.nll) - probe.mean) < 1e-12
+    reference = ReferenceOutputs.load(path)
+    assert reference is not None
+    assert [s.key for s in reference.samples] == [s.key for s in SAMPLES]
+    torch.testing.assert_close(torch.cat(reference_nll(tiny_model(seed=3), reference)), torch.cat(reference.nll))
+    assert abs(mean_nll(reference.nll) - reference.mean) < 1e-12
 
 
 @pytest.mark.parametrize(("text", "number"), [("4GB", 4 * 10**9), ("1.5 MiB", 3 << 19), ("500", 500), ("2kb", 2000)])

@@ -130,7 +130,7 @@ def changed(name: str, value: Tensor):
 
 
 REFUSED = {
-    "a name that nobody knows": (changed("resampler.weight", torch.ones(2)), "'resampler.weight' is no name"),
+    "a name that nobody knows": (changed("resampler.weight", torch.ones(2)), "unknown weight 'resampler.weight'"),
     "a connector's weight is missing": (without("dino_to_llm.weight"), "'dino_to_llm.weight' is missing"),
     "a layer's weight is missing": (without("llm.model.layers.1.mlp.up_proj.weight"), "layers.1.mlp.up_proj"),
     "no embeddings": (without("llm.model.embed_tokens.weight"), "embed_tokens.weight' is missing"),
@@ -154,7 +154,7 @@ def test_what_is_no_such_model_is_refused_and_leaves_nothing(tmp_path, words, ca
 def test_a_file_that_torch_did_not_write_is_called_so(tmp_path, words):
     for data in (b"", b"epoch,loss\n"):
         (tmp_path / "model.pt").write_bytes(data)
-        with pytest.raises(UserError, match=r"no file that torch\.save"):
+        with pytest.raises(UserError, match=r"not a file that torch\.save"):
             import_published(tmp_path / "model.pt", tmp_path / "out", tokenizer=str(words))
 
 
@@ -168,7 +168,7 @@ def test_where_the_question_stands_is_one_of_two_places(tmp_path, words):
 def test_frames_must_divide_into_patches(tmp_path, words):
     state, model = published(tiny_model())
     torch.save(state, tmp_path / "model.pt")
-    with pytest.raises(UserError, match="--frame-size 30: no multiple of the encoder's patches of 7 pixels"):
+    with pytest.raises(UserError, match="--frame-size 30 is no multiple of the encoder's patches of 7 pixels"):
         import_published(tmp_path / "model.pt", tmp_path / "out", **like(model, words) | {"frame_size": 30})
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fovlm.checkpoint.reference import snug
+from fovlm.checkpoint.reference import collate_tight
 from fovlm.data.chat import ChatTokenizer, tokenize_sft, tokenize_stage1
 from fovlm.data.packing import Sample
 from fovlm.data.shards import write_shards
@@ -85,7 +85,7 @@ def test_a_short_context_is_shared_by_frames_and_text_and_nothing_is_cut(tmp_pat
     (line,) = [json.loads(t) for t in (tmp_path / "out/pope/multi_token.jsonl").read_text().splitlines()[:1]]
     frames = eval_sets.frames_of(question(0, long), 28, 8)
     text = form.chat.text({"user": "what is this ?", "assistant": "red"}, None, True)
-    alone = snug([Sample("", "", frames, 8, text.tokens, text.weight, text.prompt)], 16)
+    alone = collate_tight([Sample("", "", frames, 8, text.tokens, text.weight, text.prompt)], 16)
     with torch.no_grad():
         nll = nll_in_mode(one.model, alone, "multi_token")
     assert line["nll"][0] == pytest.approx(float((nll * alone.weight).sum()), abs=1e-4)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from fovlm.checkpoint.reference import snug
+from fovlm.checkpoint.reference import collate_tight
 from fovlm.data.chat import ChatTokenizer
 from fovlm.data.packing import Sample
 from fovlm.eval.vlmevalkit import Fovlm
@@ -90,7 +90,7 @@ def taught() -> FoveatedVLM:
             text = chat.text({"user": user, "assistant": answer}, None, True)
             frames = torch.full((2, 3, 28, 28), grey, dtype=torch.uint8)[: 2 if user == MVBENCH_ASKED else 1]
             samples.append(Sample("", "", frames, len(frames), text.tokens, text.weight, text.prompt))
-    batch, optimizer = snug(samples, 1), torch.optim.AdamW(model.parameters(), lr=3e-3)
+    batch, optimizer = collate_tight(samples, 1), torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(80):
         (model(batch) * batch.weight).mean().backward()
         optimizer.step()
@@ -107,7 +107,7 @@ def best_option(model: FoveatedVLM, image: bytes) -> int:
     )
     for option in OPTIONS:
         text = chat.text({"user": ASK, "assistant": option}, None, True)
-        batch = snug([Sample("", "", frames, 1, text.tokens, text.weight, text.prompt)], 1)
+        batch = collate_tight([Sample("", "", frames, 1, text.tokens, text.weight, text.prompt)], 1)
         with torch.no_grad():
             losses.append(float((model(batch) * batch.weight).sum()))
     return losses.index(min(losses))

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from fovlm.checkpoint.reference import snug
+from fovlm.checkpoint.reference import collate_tight
 from fovlm.config.schema import DataSource
 from fovlm.data.chat import ChatTokenizer
 from fovlm.data.packing import Sample
@@ -84,7 +84,7 @@ def test_an_option_has_the_likelihood_that_it_has_alone(visual, prompt, rounds, 
             for i, option in enumerate(OPTIONS):
                 text = chat.text({"user": question.question, "assistant": option}, None, bool(len(frames)))
                 single = Sample("", "", frames, looks, text.tokens, text.weight, text.prompt)
-                alone = snug([single], one.model.config.tokens_per_look)
+                alone = collate_tight([single], one.model.config.tokens_per_look)
                 with torch.no_grad():
                     nll = nll_in_mode(one.model, alone, mode)
                 case = (mode, question.id, option)
@@ -258,7 +258,7 @@ def test_shards_give_losses_by_source_and_modality(tmp_path):
     )
     for line in lines(tmp_path / "out/val", "coarse_fine"):
         (sample,), _ = data.data.read(data.positions[line["n"]])
-        alone = snug([sample], 1)
+        alone = collate_tight([sample], 1)
         with torch.no_grad():
             expected = float((one.model(alone) * alone.weight).sum())
         assert line["nll"] == [pytest.approx(expected, abs=1e-4)]

@@ -98,7 +98,7 @@ def write_run(
     world: int = 2,
     dtype: torch.dtype = torch.float32,
     step: int = 5,
-    probe: bool = True,
+    reference: bool = True,
     best: bool = False,
 ) -> Path:
     """A run folder with one checkpoint more; returns the checkpoint."""
@@ -108,11 +108,11 @@ def write_run(
     write_shards(staging / store.ENGINE, model, stage, world, dtype)
     (staging / "experiment.yaml").write_text(experiment(model, run / "tokenizer").dump())
     (staging / store.CONFIG).write_text(model.config.to_json_string(use_diff=False))
-    if probe:
+    if reference:
         batch = pack(SAMPLES)
         with torch.no_grad():
             nll = copy.deepcopy(model).to(dtype)(batch)
-        ReferenceBatch(SAMPLES, batch).answered(nll, dtype).save(staging)
+        ReferenceBatch(SAMPLES, batch).outputs(nll, dtype).save(staging)
     state = State(step=step, samples=90, tokens=1234, world_size=world, zero_stage=stage, metric=1.5)
     return seal(checkpoints, staging, state, best)
 

@@ -13,7 +13,7 @@ from fovlm.checkpoint import store
 from fovlm.checkpoint.convert import convert
 from fovlm.checkpoint.locate import find_checkpoint
 from fovlm.checkpoint.reference import ReferenceOutputs
-from fovlm.checkpoint.verify import answers
+from fovlm.checkpoint.verify import reference_nll
 from fovlm.checkpoint.zero_reader import ZeroWeights
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.train.losses import preference_loss, text_loss, text_weight
@@ -99,8 +99,8 @@ def test_a_converted_checkpoint_answers_as_the_engine_recorded(folders, world, s
     probe = ReferenceOutputs.load(find_checkpoint(folders[world] / stage))
     assert probe is not None
     model = FoveatedVLM.from_pretrained(out)
-    torch.testing.assert_close(torch.cat(answers(model, probe)), torch.cat(probe.nll))
-    untrained = torch.cat(answers(tiny_model(), probe))
+    torch.testing.assert_close(torch.cat(reference_nll(model, probe)), torch.cat(probe.nll))
+    untrained = torch.cat(reference_nll(tiny_model(), probe))
     assert (untrained - torch.cat(probe.nll)).abs().mean() > 1e-2, "or an untrained model would pass"
 
 

@@ -35,6 +35,7 @@ READING_ORDER = """
 kernels
 fovlm.errors fovlm.paths fovlm.fileio fovlm.redact fovlm.tables fovlm.progress fovlm.distributed
 fovlm.config
+fovlm.launch
 fovlm.checkpoint.run_folder
 fovlm.media
 fovlm.estimate.shapes
@@ -65,6 +66,7 @@ LIGHT = (
     "config.experiments",
     "config.schema",
     "config.deepspeed",
+    "launch",
     "checkpoint.run_folder",
     "model.modes",
     "train.schedule",

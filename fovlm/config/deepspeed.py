@@ -5,12 +5,11 @@ misspelt top-level key in silence and clips at 1.0 unless told, so keys are chec
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from fovlm.config.schema import Experiment, load
-from fovlm.errors import EXIT_USER_ERROR, UserError, did_you_mean
+from fovlm.config.schema import Experiment
+from fovlm.errors import UserError, did_you_mean
 from fovlm.paths import ROOT
 
 FOLDER = ROOT / "ds_configs"
@@ -136,16 +135,3 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1)
         raise ValueError(f"'{twice}' stands there twice")
     return content
-
-
-def main() -> None:
-    """`python -m fovlm.config.deepspeed WORLD DEVICE NAME [section.key=value ...]`: check a run before it starts."""
-    try:
-        resolve(load(sys.argv[3], sys.argv[4:]), int(sys.argv[1]), sys.argv[2])
-    except UserError as error:
-        print(f"fovlm: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-
-
-if __name__ == "__main__":
-    main()

@@ -13,7 +13,6 @@ which replace each other. Every value keeps its origin, so that an error can nam
 import functools
 import itertools
 import re
-import sys
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from fovlm.errors import EXIT_USER_ERROR, UserError, did_you_mean
+from fovlm.errors import UserError, did_you_mean
 from fovlm.paths import ROOT
 from fovlm.paths import in_project as _short
 
@@ -260,22 +259,3 @@ def read(file: Path) -> dict[str, Any]:
 def _oneline(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     return (f"line {mark.line + 1}: " if mark else "") + (getattr(error, "problem", None) or "cannot be read")
-
-
-def main() -> None:
-    """`python -m fovlm.config.experiments [NAME]`: print all runs with their notes, or only check that NAME is one."""
-    try:
-        if len(sys.argv) > 1:
-            settings(sys.argv[1])
-            return
-        listed = names()
-    except UserError as error:
-        print(f"fovlm: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    width = max(map(len, listed))
-    for name, note in listed.items():
-        print(f"{name:{width}}  {note}")
-
-
-if __name__ == "__main__":
-    main()

@@ -111,7 +111,7 @@ def test_inside_slurm_it_starts_itself_one_task_per_gpu(place):
     program, args, env = place.recorded("LR1", "--", "--exclusive", **slurm)
     assert program == "srun"
     assert {"--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--kill-on-bad-exit=1", "--cpus-per-task=8"} <= set(args)
-    task = ["scripts/slurm_task.sh", str(place.bin / "python"), "-u", "-m", "fovlm.train", "LR1"]
+    task = ["scripts/slurm_task.sh", sys.executable, "-u", "-m", "fovlm.train", "LR1"]
     assert args[-7:] == ["--exclusive", *task]
     assert env["MASTER_ADDR"] == "first"
     assert env["MASTER_PORT"].isdigit()
@@ -148,7 +148,7 @@ def test_more_gpus_than_there_are_is_refused(place):
 
 
 def test_the_list_has_every_run_and_imports_neither_torch_nor_pydantic(place):
-    code = "import sys; from fovlm.config import experiments; experiments.main(); "
+    code = "import sys; from fovlm import launch; launch.main(['--list']); "
     code += "print(set(sys.modules) & {'torch', 'pydantic'})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "set()"
@@ -187,21 +187,60 @@ if level < 2:
     if os.environ.get("LEAVE") and level == 0:
         os._exit(0)
     sys.exit(child.wait())
-signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), os._exit(75)))
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, (lambda *_: (print("saved", flush=True), os._exit(75)))
+                  if "EARLY" not in os.environ else signal.SIG_DFL)
 print("training", flush=True)
-signal.pause()
+while True:
+    signal.pause()
 """
 
 
-def test_a_signal_reaches_the_ranks_and_they_save(place):
+def signalled(place: Place, number: signal.Signals, **env: str) -> tuple[int, str, str]:
+    """(status, output, errors) of a run that gets a signal when its rank has started."""
     place.program("deepspeed", TREE.format(python=sys.executable))
     command = [str(ROOT / "launch.sh"), "LR1"]
-    run = subprocess.Popen(command, env=place.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert run.stdout.readline() == "training\n"
-    run.send_signal(signal.SIGTERM)
-    out, err = run.communicate(timeout=60)
-    assert (run.returncode, out) == (75, "saved\n")
+    with subprocess.Popen(
+        command, env={**place.env, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout.readline() == "training\n"
+        run.send_signal(number)
+        out, err = run.communicate(timeout=60)
+    return run.returncode, out, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_reaches_the_ranks_and_they_save(place, number):
+    status, out, err = signalled(place, number)
+    assert (status, out) == (75, "saved\n")
     assert "saved and stopped" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_before_the_ranks_can_save_is_no_failure(place, number):
+    status, out, err = signalled(place, number, EARLY="1")
+    assert (status, out) == (75, "")
+    assert err.splitlines()[-1].startswith("fovlm: LR1 stopped before the first step;")
+
+
+def test_a_signal_before_the_ranks_are_started_is_no_failure(place):
+    place.program("nvidia-smi", "#!/bin/sh\nkill -HUP $PPID\nsleep 30\n")
+    done = place.launch("LR1")
+    assert (done.returncode, done.stdout) == (75, "")
+    assert done.stderr == "fovlm: LR1 stopped before the first step; the same command starts it again\n"
+
+
+def test_a_second_interrupt_kills(place):
+    place.program("deepspeed", TREE.format(python=sys.executable).replace("os._exit(75)", "0"))
+    with subprocess.Popen(
+        [str(ROOT / "launch.sh"), "LR1"], env=place.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout.readline() == "training\n"
+        run.send_signal(signal.SIGINT)
+        assert run.stdout.readline() == "saved\n"
+        run.send_signal(signal.SIGINT)
+        run.communicate(timeout=60)
+    assert run.returncode == 137
 
 
 def test_a_launcher_that_dies_first_leaves_nobody_behind(place):
@@ -263,9 +302,9 @@ def fresh(tmp_path):
 def test_the_environment_is_made_once_and_again_when_the_pins_change(fresh):
     status, _, asked = fresh("--list")
     assert status == 0
-    assert [a.split()[:3] for a in asked] == [["-m", "pip", "install"], ["-m", "fovlm.config.experiments"]]
+    assert [a.split()[:3] for a in asked] == [["-m", "pip", "install"], ["-m", "fovlm.launch", "--list"]]
     assert asked[0].endswith("-r requirements.txt")
-    assert fresh("--list")[2] == ["-m fovlm.config.experiments"]
+    assert fresh("--list")[2] == ["-m fovlm.launch --list"]
     with (fresh.folder / "requirements.txt").open("a") as pins:
         pins.write("rich==1.0\n")
     assert len(fresh("--list")[2]) == 2
@@ -277,6 +316,13 @@ def test_a_python_that_is_too_old_is_told(fresh):
     assert (
         said == "fovlm: Python 3.10 or newer is needed (3.11 is best), found 3.9.18: install it, or set FOVLM_PYTHON\n"
     )
+
+
+def test_help_is_the_head_of_the_script(place):
+    done = place.launch("LR1", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ./launch.sh NAME")
+    assert "set -u" not in done.stdout
 
 
 def test_no_name_needs_no_environment(fresh):

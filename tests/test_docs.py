@@ -11,6 +11,8 @@ import pytest
 from scripts import draw_architecture
 
 ROOT = Path(__file__).resolve().parent.parent
+# Files that runs and commands write, which pages name without their folder.
+WRITTEN = {"manifest.json", "experiment.yaml", "deepspeed.json", "run_summary.json", "truth.json"}
 # What a browser loads by itself: scripts, pictures, frames and style sheets, but not links to follow.
 FETCHED = re.compile(
     r'<(?:script|img|iframe)\b[^>]* src="?https?:[^" >]+|<link\b[^>]*rel="?stylesheet[^>]*https?:[^>]+'
@@ -28,6 +30,14 @@ def test_the_site_builds_strictly_and_offline(tmp_path):
     for name, page in pages.items():
         fetched = FETCHED.findall(page)
         assert not fetched, f"{name} loads {fetched} from the network"
+
+
+def test_files_that_the_pages_name_exist():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        if page.name not in ("log.md", "comparison.md"):  # what was, and what others have
+            named = re.findall(r"`((?:[\w-]+/)*[\w.-]+\.(?:py|yaml|sh|json|js))`", page.read_text(encoding="utf-8"))
+            missing = [n for n in named if not (ROOT / n).exists() and n not in WRITTEN]
+            assert not missing, f"{page.name} names {missing}"
 
 
 def test_the_api_pages_have_every_package():

@@ -17,7 +17,7 @@ from helpers.models import FRAME, VOCABULARY
 from helpers.tiny import picture, tokenizer, video
 
 
-def test_what_the_readme_shows_runs(tmp_path, monkeypatch, capsys):
+def test_what_the_docs_show_in_python_runs(tmp_path, monkeypatch, capsys):
     """As it stands there, with a model that has a context as short as the quickstart's."""
     model = model_of(question="before_frames")
     model.config.llm_config.max_position_embeddings = 256
@@ -27,8 +27,12 @@ def test_what_the_readme_shows_runs(tmp_path, monkeypatch, capsys):
     for i in range(4):
         (tmp_path / "clip" / f"{i}.jpg").write_bytes(picture(40 * i))
     monkeypatch.chdir(tmp_path)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    exec("\n".join(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)), {})
+    blocks = {}
+    for file in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        if found := re.findall(r"```python\n(.*?)```", file.read_text(encoding="utf-8"), re.DOTALL):
+            blocks[file.name] = found
+    assert list(blocks) == ["conversion.md"], "Python elsewhere needs a test, too"
+    exec("\n".join(blocks["conversion.md"]), {})
     told = capsys.readouterr().out
     assert re.findall(r"after (\d) frames: ", told) == ["1", "2", "3", "4"]
 

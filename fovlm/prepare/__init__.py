@@ -1,1 +1,1 @@
-"""Raw data -> shards of the unified format: sources, planning, the workers, checks, and evaluation sets."""
+"""Raw data -> shards: sources, shard plans, workers, checks, repairs and evaluation sets."""

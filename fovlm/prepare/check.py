@@ -1,35 +1,34 @@
-"""`fovlm check`: read shards from end to end and say what training would stumble over.
+"""`fovlm check`: read shards completely and find everything that training would reject.
 
-Every sample gets two hashes, of all it says and shows and of its pictures alone (`job.fingerprints`); duplicates and
-what train and evaluation have in common are told by these, whatever the keys and wherever the shards lie.
+Each sample gets two hashes, of its whole content and of its pictures (`job.content_hashes`). Duplicates, and overlap of
+training and evaluation data, are found by these hashes, whatever the keys and shards.
 """
 
 import glob
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from braceexpand import braceexpand
-from rich.console import Console
-from rich.progress import track
 
 from fovlm.data.index import make_index
 from fovlm.data.sample_format import Member, contents, list_members, parse_json
 from fovlm.data.workers import each
 from fovlm.errors import SampleError, UserError, did_you_mean
-from fovlm.media import decode as media
-from fovlm.prepare import manifest as books
-from fovlm.prepare.job import fingerprints
+from fovlm.media import decode
+from fovlm.prepare.job import content_hashes
+from fovlm.prepare.manifest import load_manifest
+from fovlm.progress import track
 
-LOOK = 32  # pixels at which pictures are decoded: the whole file is read, little is computed
+SIZE = 32  # pixels of decoded pictures: the whole file is decoded, with little resampling
 
 
 @dataclass
-class Entry:
-    """One sample of a shard: its byte range, what it is, its hashes, and what is wrong with it, if anything."""
+class SampleEntry:
+    """One sample of a shard: its byte range, content hashes, and the cause if it is bad."""
 
     key: str
     offset: int
@@ -37,148 +36,134 @@ class Entry:
     kind: str
     source: str = ""
     frames: int = 0
-    sample: str = ""
-    pictures: str = ""
+    sample: str = ""  # hash of texts and pictures
+    pictures: str = ""  # hash of the pictures
     cause: str = ""
 
 
 @dataclass
-class Scan:
-    """One shard. `cause` is what is wrong with it as a whole."""
+class ShardScan:
+    """One shard. `cause` is a problem of the whole shard."""
 
     path: Path
     checksum: str = ""
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[SampleEntry] = field(default_factory=list)
     cause: str = ""
 
-
-@dataclass
-class Audit:
-    """All shards in the order of their names, and the number of problems."""
-
-    scans: list[Scan]
-
     @property
-    def problems(self) -> int:
-        return sum(bool(scan.cause) for scan in self.scans) + sum(bool(e.cause) for s in self.scans for e in s.entries)
+    def good(self) -> list[SampleEntry]:
+        """The samples without a problem."""
+        return [entry for entry in self.entries if not entry.cause]
 
 
-def audit(patterns: list[str], against: list[str], workers: int, decode: bool, console: Console) -> Audit:
-    """Scan the shards of the patterns, those of `against` left out.
+def check_shards(patterns: list[str], against: list[str], workers: int, decode: bool) -> list[ShardScan]:
+    """Scan the shards of the patterns, without those of `against`; sorted by path.
 
-    Raises UserError for a pattern without any, and for one of `against` that cannot be read.
+    Raises UserError for a pattern that matches nothing, and for an unreadable shard of `against`.
     """
-    other = shards_of(against) if against else []
-    itself = {path.resolve() for path in other}
-    paths = [path for path in shards_of(patterns) if path.resolve() not in itself]
+    others = list_shards(against)
+    resolved = {path.resolve() for path in others}
+    paths = [path for path in list_shards(patterns) if path.resolve() not in resolved]
     if not paths:
         raise UserError("--against names the same shards: nothing is left to check")
-    others = scan_all(other, workers, False, console, "against")
-    if bad := next((scan for scan in others if scan.cause), None):
-        raise UserError(f"--against {bad.path}: {bad.cause}, so what is shared with it cannot be told")
-    taken = {h for s in others for e in s.entries for h in (e.sample, e.pictures)}
-    scans = scan_all(paths, workers, decode, console, "checking")
-    first: set[str] = set()
-    for scan in scans:
-        for entry in scan.entries:
-            if entry.cause:
-                continue
-            if entry.sample in first:
-                entry.cause = "duplicate"
-            elif entry.sample in taken:
-                entry.cause = "in the evaluation set"
-            elif entry.pictures and entry.pictures in taken:
-                entry.cause = "pictures of the evaluation set"
-            first.add(entry.sample)
-    return Audit(scans)
+    held_out = scan_shards(others, workers, False)
+    if bad := next((scan for scan in held_out if scan.cause), None):
+        raise UserError(f"--against {bad.path}: {bad.cause}, so overlap with it cannot be checked")
+    known = {h for scan in held_out for e in scan.entries for h in (e.sample, e.pictures)}
+    scans = scan_shards(paths, workers, decode)
+    seen: set[str] = set()
+    for entry in (entry for scan in scans for entry in scan.good):
+        if entry.sample in seen:
+            entry.cause = "duplicate"
+        elif entry.sample in known:
+            entry.cause = "in the evaluation set"
+        elif entry.pictures and entry.pictures in known:
+            entry.cause = "pictures of the evaluation set"
+        seen.add(entry.sample)
+    return scans
 
 
-def shards_of(patterns: list[str]) -> list[Path]:
-    """The files that patterns with braces and wildcards stand for, sorted. Raises UserError for one without a file."""
+def problems(scans: list[ShardScan]) -> int:
+    """The number of problems of shards and samples."""
+    return sum(bool(scan.cause) + len(scan.entries) - len(scan.good) for scan in scans)
+
+
+def list_shards(patterns: Iterable[str]) -> list[Path]:
+    """The files of patterns with braces and wildcards, sorted. Raises UserError for a pattern without a file."""
     found: set[Path] = set()
     for pattern in patterns:
         try:
             names = list(braceexpand(pattern))
         except ValueError:
-            raise UserError(f"'{pattern}' has a brace without its other half") from None
+            raise UserError(f"'{pattern}' has an unbalanced brace") from None
         for name in names:
             files = [Path(file) for file in glob.glob(name, recursive=True) if Path(file).is_file()]
             if not files:
                 folder = Path(name).parent
                 near = did_you_mean(Path(name).name, (p.name for p in folder.iterdir())) if folder.is_dir() else ""
-                raise UserError(
-                    f"no shard '{name}'{near}"
-                    + ("" if folder.is_dir() or glob.has_magic(name) else f": no folder {folder}")
-                )
+                where = "" if folder.is_dir() or glob.has_magic(name) else f": no folder {folder}"
+                raise UserError(f"no shard '{name}'{near}{where}")
             found.update(files)
     return sorted(found)
 
 
-def scan_all(paths: list[Path], workers: int, decode: bool, console: Console, told: str) -> list[Scan]:
+def scan_shards(paths: list[Path], workers: int, decode: bool) -> list[ShardScan]:
     """Scan shards in parallel; in the order of `paths`."""
     done = each(scan_shard, [(path, decode) for path in paths], workers)
-    bar = track(done, told, len(paths), console=console, transient=True, disable=not console.is_terminal)
-    return sorted(bar, key=lambda scan: scan.path)
+    return sorted(track(done, "checking shards", len(paths)), key=lambda scan: scan.path)
 
 
-def scan_shard(path: Path, decode: bool) -> Scan:
-    """Read one shard from end to end; with `decode`, its pictures as well."""
+def scan_shard(path: Path, decode: bool) -> ShardScan:
+    """Read one shard completely; with `decode`, decode its pictures and videos."""
     try:
         index = make_index(path)
     except (UserError, OSError) as error:
-        return Scan(
-            path, cause="two samples of one name" if "follow each other" in str(error) else "not a readable tar"
-        )
-    scan = Scan(path, index.checksum)
-    listed = _listed(path)
-    if listed and listed != index.checksum:
+        repeated = "follow each other" in str(error)
+        return ShardScan(path, cause="two samples of one name" if repeated else "not a readable tar")
+    scan = ShardScan(path, index.checksum)
+    manifest = load_manifest(path.parent)
+    if manifest and path.name in manifest.shards and manifest.shards[path.name].checksum not in ("", index.checksum):
         scan.cause = "not the checksum of the manifest"
     with open(path, "rb") as file:
         for row, key in enumerate(index.key):
-            entry = Entry(key, int(index.offset[row]), int(index.length[row]), index.kind(row))
+            entry = SampleEntry(key, int(index.offset[row]), int(index.length[row]), index.kind(row))
             scan.entries.append(entry)
             if row in index.broken:
                 entry.cause = index.broken[row]
                 continue
             file.seek(entry.offset)
             try:
-                _look_at(entry, file.read(entry.length), decode)
+                _check_sample(entry, file.read(entry.length), decode)
             except SampleError as error:
                 entry.cause = str(error)
     return scan
 
 
-def members_of(data: bytes) -> dict[Member, bytes]:
+def read_members(data: bytes) -> dict[Member, bytes]:
     """The files in a sample's byte range."""
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         return {member: data[member.offset : member.offset + member.length] for member in list_members(tar)}
 
 
-def _look_at(entry: Entry, data: bytes, decode: bool) -> None:
-    """Fill in what the sample is. Raises BadSample."""
-    files = members_of(data)
+def _check_sample(entry: SampleEntry, data: bytes, decode_pictures: bool) -> None:
+    """Fill in an entry from the sample's bytes. Raises SampleError."""
+    files = read_members(data)
     _, pictures = contents(list(files))
     record = parse_json(next(content for member, content in files.items() if member.extension == "json"))
     entry.source, entry.frames = str(record.get("source") or ""), len(pictures)
-    entry.sample, entry.pictures = fingerprints(record, [files[member] for member in pictures])
+    entry.sample, entry.pictures = content_hashes(record, [files[member] for member in pictures])
     _check_record(record)
-    if decode:
-        for _ in _decoded(pictures, files):
-            pass
-
-
-def _decoded(pictures: list[Member], files: dict[Member, bytes]) -> Iterator[Any]:
-    for member in pictures:
+    for member in pictures if decode_pictures else ():
         extension = member.extension.rpartition(".")[2]
-        if extension in media.VIDEOS:
-            seconds = media.video_seconds(files[member], extension)
-            yield media.decode_video(files[member], extension, LOOK, seconds, most=64)
+        if extension in decode.VIDEOS:
+            seconds = decode.video_seconds(files[member], extension)
+            decode.decode_video(files[member], extension, SIZE, seconds, most=64)
         else:
-            yield media.decode_pictures([(extension, files[member])], LOOK)
+            decode.decode_pictures([(extension, files[member])], SIZE)
 
 
 def _check_record(record: dict[str, Any]) -> None:
-    """Raises BadSample for a record that no training can use."""
+    """Raises SampleError for a record that training cannot use."""
     if "token_ids" in record:
         ids, mask = record["token_ids"], record.get("loss_mask")
         if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
@@ -187,12 +172,5 @@ def _check_record(record: dict[str, Any]) -> None:
             raise SampleError("empty answer")
         return
     answers = ("chosen", "rejected") if "chosen" in record or "rejected" in record else ("assistant",)
-    for name in answers:
-        if not isinstance(record.get(name), str) or not record[name].strip():
-            raise SampleError("empty answer")
-
-
-def _listed(path: Path) -> str:
-    """The checksum that the manifest beside a shard has for it, or nothing."""
-    manifest = books.load(path.parent)
-    return manifest.shards[path.name].checksum if manifest and path.name in manifest.shards else ""
+    if not all(isinstance(record.get(name), str) and record[name].strip() for name in answers):
+        raise SampleError("empty answer")

@@ -1,4 +1,4 @@
-"""What one `fovlm prepare` is asked to do, what a source is, and what a source makes."""
+"""The settings of one `fovlm prepare`, and the interface of sources."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -14,35 +14,35 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides what the shards hold; travels to the workers."""
+    """Everything that decides the content of the shards; sent to the workers."""
 
     source: str  # a name of SOURCES
     raw: Path  # a folder, or the table itself
     out: Path
     name: str = "train"  # shards are OUT/NAME-00000.tar ...
     seed: int = 0
-    per_shard: int = 1000  # rows that a shard is made of
+    per_shard: int = 1000  # rows per shard
     size: int = 224  # pixels of a frame's sides
-    most: int = 64  # frames of a video
+    max_frames: int = 64  # of a video
     quality: int = 90  # of JPEG
-    videos: Path | None = None  # where the videos are, when not with the table
+    videos: Path | None = None  # folder of the videos, when not with the table
     turns: str = "first"  # "first" exchange of a conversation, or "each" as a sample of its own
     stage: int = 0  # 1, 2, 3: that third of the conversations; 0: all
     tokenize: str = ""  # "stage1", "sft", or not ahead of time
     tokenizer: str = ""
-    prompt: str = ""  # asked, when tokenizing, where a row has no question
+    prompt: str = ""  # the question of rows without one, when tokenizing
     exclude: Path | None = None  # taken.jsonl of an evaluation set
-    skip_missing: bool = False  # benchmarks: leave out questions whose video or picture is not there
+    skip_missing: bool = False  # benchmarks: skip questions whose video or picture is missing
 
     @property
     def folder(self) -> Path:
-        """Where the raw data lies; paths in tables and reports are relative to it."""
+        """The folder of the raw data; paths in tables and reports are relative to it."""
         return self.raw if self.raw.is_dir() else self.raw.parent
 
 
 @dataclass
-class Made:
-    """One sample: its record, and its JPEGs: frames of a video, one picture (`still`), or none."""
+class NewSample:
+    """A record and its JPEGs: the frames of a video, one picture (`still`), or none."""
 
     record: Record
     pictures: list[bytes] = field(default_factory=list)
@@ -51,31 +51,31 @@ class Made:
 
 @dataclass(frozen=True)
 class RawSource:
-    """One kind of raw data. `make` turns a row into samples and raises BadSample; it runs in the workers."""
+    """A kind of raw data. `make` turns a row into samples, in the workers; it raises SampleError."""
 
     name: str
     kind: str  # video, image, text, preference
-    formats: tuple[str, ...]  # of its tables, the first that is there
-    needs: tuple[tuple[str, ...], ...]  # columns it must have, each with other names it goes by
-    reads: tuple[str, ...]  # columns that are read of parquet files
-    make: Callable[[Row, Job], Iterator[Made]]
-    prompt: str = ""  # asked of samples without a question
+    formats: tuple[str, ...]  # of its tables; the first one present is read
+    required: tuple[tuple[str, ...], ...]  # columns, each with its alternative names
+    columns: tuple[str, ...]  # that are read from parquet files
+    make: Callable[[Row, Job], Iterator[NewSample]]
+    prompt: str = ""  # the question of samples without one
     turns: str = "first"
-    rows: Callable[[Path, bool], list[Row]] | None = None  # in place of tables: (where, skip missing files) -> all rows
-    whole: str = ""  # the table or folder that has all rows which others beside it have again
-    sidecars: bool = False  # a JSON beside each video will do in place of a table
+    rows: Callable[[Path, bool], list[Row]] | None = None  # instead of tables: (where, skip_missing) -> all rows
+    complete: str = ""  # the table or folder whose rows are repeated by others beside it
+    sidecars: bool = False  # a JSON beside each video can replace the table
 
 
-def fingerprints(record: Record, pictures: list[bytes]) -> tuple[str, str]:
-    """What a sample says and shows, whatever its key: (hash of texts and pictures, hash of the pictures alone).
+def content_hashes(record: Record, pictures: list[bytes]) -> tuple[str, str]:
+    """(hash of texts and pictures, hash of the pictures alone or "" without any); the key of the sample has no effect.
 
-    The second is empty for text. White space between words does not count.
+    White space between words does not count.
     """
-    seen = hashlib.blake2b(digest_size=16)
+    hashed = hashlib.blake2b(digest_size=16)
     for picture in pictures:
-        seen.update(hashlib.blake2b(picture, digest_size=16).digest())
-    looks = seen.hexdigest() if pictures else ""
-    said = [" ".join(str(record.get(part) or "").split()) for part in ("user", "assistant", "chosen", "rejected")]
-    if not any(said[1:]):
-        said.append(str(record.get("token_ids")))
-    return digest("\0".join([*said, looks]).encode("utf-8", "replace")), looks
+        hashed.update(hashlib.blake2b(picture, digest_size=16).digest())
+    of_pictures = hashed.hexdigest() if pictures else ""
+    texts = [" ".join(str(record.get(part) or "").split()) for part in ("user", "assistant", "chosen", "rejected")]
+    if not any(texts[1:]):
+        texts.append(str(record.get("token_ids")))
+    return digest("\0".join([*texts, of_pictures]).encode("utf-8", "replace")), of_pictures

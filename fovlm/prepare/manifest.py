@@ -1,7 +1,7 @@
-"""What lies in a folder of prepared shards: manifest.json and rejected.jsonl.
+"""The manifest of a folder of prepared shards: manifest.json, and rejected.jsonl beside it.
 
-The manifest is written anew after every shard, so it names exactly the shards that are complete; that is all that a
-resume needs. Nothing in it depends on when, where, or on how many workers it was made.
+The manifest is rewritten after every shard and lists exactly the complete ones; resuming needs nothing else. Its
+content depends neither on time and place nor on the number of workers.
 """
 
 import json
@@ -16,13 +16,14 @@ from typing import Any
 from fovlm.errors import UserError
 from fovlm.fileio import digest, locked, write_atomically
 
-FILE, REJECTED = "manifest.json", "rejected.jsonl"
+MANIFEST, REJECTED = "manifest.json", "rejected.jsonl"
+VERSION = 2  # of the manifest; folders of another version are not resumed
 PACKAGES = ("av", "pillow", "simplejpeg", "pyarrow", "webdataset")  # other versions may give other bytes
 
 
 @dataclass
-class Shard:
-    """One complete shard. `checksum` is its BLAKE2b, as in its index; `rejected` counts its rows left out by cause."""
+class ShardEntry:
+    """One complete shard. `checksum` is its BLAKE2b, as in its index; `rejected` counts rejected rows by cause."""
 
     name: str
     rows: int
@@ -35,97 +36,103 @@ class Shard:
 
 @dataclass
 class Manifest:
-    """What was asked (`settings`), what it was made of (`inputs`), and the shards by name."""
+    """The `settings` and `inputs` of a folder, and its shards by name."""
 
     settings: dict[str, Any]
     inputs: list[dict[str, Any]]
     complete: bool = False
-    shards: dict[str, Shard] = field(default_factory=dict)
+    shards: dict[str, ShardEntry] = field(default_factory=dict)
     strata: dict[str, int] = field(default_factory=dict)  # of an evaluation set: samples by kind and source
+    version: int = VERSION
 
     @property
     def hash(self) -> str:
-        """Names the content of all shards in order, as `fovlm.data.index.index_hash` does."""
-        checksums = [self.shards[name].checksum for name in sorted(self.shards) if self.shards[name].samples]
-        return digest("\n".join(checksums))
+        """Identifies the content of all shards in order, like `fovlm.data.index.index_hash`."""
+        return digest("\n".join(self.shards[name].checksum for name in self.filled))
+
+    @property
+    def filled(self) -> list[str]:
+        """The names of the shards with samples, sorted."""
+        return sorted(name for name, shard in self.shards.items() if shard.samples)
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Rejected rows by cause, the most frequent first."""
+        causes = sum((Counter(shard.rejected) for shard in self.shards.values()), Counter())
+        return dict(sorted(causes.items(), key=lambda item: (-item[1], item[0])))
 
     def total(self, what: str) -> int:
         """The sum of rows, samples, frames or bytes."""
         return sum(getattr(shard, what) for shard in self.shards.values())
 
-    @property
-    def rejected(self) -> dict[str, int]:
-        """How many rows were left out, by cause, most first."""
-        causes = sum((Counter(shard.rejected) for shard in self.shards.values()), Counter())
-        return dict(sorted(causes.items(), key=lambda item: (-item[1], item[0])))
-
     def save(self, folder: Path) -> None:
-        """Write it whole."""
-        totals = {what: self.total(what) for what in ("rows", "samples", "frames", "bytes")}
-        told = {
+        """Write manifest.json atomically."""
+        content = {
+            "version": self.version,
             "complete": self.complete,
             "hash": self.hash,
-            **totals,
+            **{what: self.total(what) for what in ("rows", "samples", "frames", "bytes")},
             "rejected": self.rejected,
             "strata": self.strata,
             "settings": self.settings,
             "inputs": self.inputs,
-            "versions": {name: version for name in PACKAGES if (version := _version(name))},
+            "versions": {name: version for name in PACKAGES if (version := _package_version(name))},
             "shards": [asdict(self.shards[name]) for name in sorted(self.shards)],
         }
-        write_atomically(folder / FILE, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(folder / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def load(folder: Path) -> Manifest | None:
-    """The manifest of a folder; None when there is none. Raises UserError for one that cannot be read."""
-    file = folder / FILE
+def load_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder, None without one. Raises UserError when it cannot be read."""
+    file = folder / MANIFEST
     try:
-        told = json.loads(file.read_bytes())
-        shards = {shard["name"]: Shard(**shard) for shard in told["shards"]}
-        return Manifest(told["settings"], told["inputs"], told["complete"], shards, told["strata"])
+        found = json.loads(file.read_bytes())
+        shards = {shard["name"]: ShardEntry(**shard) for shard in found["shards"]}
+        parts = (found["settings"], found["inputs"], found["complete"], shards, found["strata"])
+        return Manifest(*parts, version=found.get("version", 1))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}): remove it, and every shard is made again") from error
+        raise UserError(f"{file} is damaged ({error}): remove it, and all shards are made again") from error
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Two commands must not write into one folder at the same time. Raises UserError while another one does."""
+def exclusive(folder: Path) -> Iterator[None]:
+    """Lock a folder against other commands; it is made if needed. Raises UserError while another command has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held:
+    with ExitStack() as stack:
         try:
-            held.enter_context(locked(folder, wait=False))
+            stack.enter_context(locked(folder, wait=False))
         except BlockingIOError:
             raise UserError(f"another command is writing into {folder}: wait for it, or take another folder") from None
         yield
 
 
-def open_or_new(folder: Path, settings: dict[str, Any], inputs: list[dict[str, Any]]) -> Manifest:
-    """The manifest to go on from: the folder's own when it was made in the same way, without what is gone since.
+def resume_or_new(folder: Path, settings: dict[str, Any], inputs: list[dict[str, Any]]) -> Manifest:
+    """The folder's manifest without shards that are gone, or a new one.
 
-    Raises UserError when the folder holds shards of other settings or other input.
+    Raises UserError when the folder holds shards of other settings, of other input, or of an older version.
     """
-    found = load(folder)
+    found = load_manifest(folder)
     if found is None:
         return Manifest(settings, inputs)
+    if found.version != VERSION:
+        raise UserError(f"{folder} holds shards of manifest version {found.version}, not {VERSION}: take another OUT")
     for name in sorted({*settings, *found.settings}):
         if settings.get(name) != found.settings.get(name):
-            asked, was = settings.get(name), found.settings.get(name)
-            raise UserError(
-                f"{folder} holds shards made with {name} {was!r}, not {asked!r}: take another folder for OUT"
-            )
+            new, old = settings.get(name), found.settings.get(name)
+            raise UserError(f"{folder} holds shards made with {name} {old!r}, not {new!r}: take another folder for OUT")
     if inputs != found.inputs:
         raise UserError(f"{folder} holds shards of an input that has changed since: take another folder for OUT")
-    found.shards = {n: s for n, s in found.shards.items() if not s.samples or _there(folder / n, s.bytes)}
+    found.shards = {n: s for n, s in found.shards.items() if not s.samples or _exists(folder / n, s.bytes)}
     return found
 
 
-def _there(file: Path, size: int) -> bool:
+def _exists(file: Path, size: int) -> bool:
     return file.is_file() and file.stat().st_size == size
 
 
-def _version(package: str) -> str:
+def _package_version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

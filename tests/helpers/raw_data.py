@@ -1,21 +1,19 @@
-"""Raw data as it is published, in miniature, and what was prepared of it: for the tests of prepare."""
+"""Small raw data in the published formats, and what `fovlm prepare` makes of it."""
 
 import csv
 import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from fovlm.data.index import make_index
-from fovlm.prepare import manifest as books
-from fovlm.prepare.check import members_of
+from fovlm.prepare.check import read_members
 from fovlm.prepare.job import Job
+from fovlm.prepare.manifest import Manifest
 from fovlm.prepare.pipeline import prepare
-from fovlm.prepare.registry import SOURCES
+from fovlm.prepare.sources import SOURCES
 from helpers import tiny
 
-QUIET = Console(quiet=True)
 VIDEO = tiny.video(3)  # 0, 1 and 2 s
 
 
@@ -38,9 +36,9 @@ def table(file: Path, header: list[str], rows: list[list[str]]) -> Path:
     return file
 
 
-def made(source: str, raw: Path, out: Path, workers: int = 1, **more) -> books.Manifest:
+def made(source: str, raw: Path, out: Path, workers: int = 1, **more) -> Manifest:
     more.setdefault("turns", SOURCES[source].turns)
-    return prepare(Job(source, raw, out, size=16, **more), workers, QUIET)
+    return prepare(Job(source, raw, out, size=16, **more), workers, lambda line: None)
 
 
 def samples_of(out: Path) -> list[tuple[str, dict, list[str]]]:
@@ -51,7 +49,7 @@ def samples_of(out: Path) -> list[tuple[str, dict, list[str]]]:
         assert not index.broken
         for row, key in enumerate(index.key):
             at = int(index.offset[row])
-            files = members_of(data[at : at + int(index.length[row])])
+            files = read_members(data[at : at + int(index.length[row])])
             record = next(json.loads(content) for member, content in files.items() if member.extension == "json")
             found.append((key, record, [member.extension for member in files if member.extension != "json"]))
     return found

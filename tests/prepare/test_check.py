@@ -4,22 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from fovlm.cli.main import main
 from fovlm.config import schema
 from fovlm.data.index import index_hash, make_index
 from fovlm.data.shards import find_shards, write_shards
 from fovlm.errors import UserError
-from fovlm.prepare import manifest as books
-from fovlm.prepare.check import audit, shards_of
+from fovlm.prepare.check import check_shards, list_shards, problems
 from fovlm.prepare.holdout import allocate, draw
 from fovlm.prepare.job import Job
+from fovlm.prepare.manifest import load_manifest
 from fovlm.prepare.pipeline import prepare
 from fovlm.prepare.repair import repair
 from helpers import tiny
-
-QUIET = Console(quiet=True)
 
 
 def image(key: str, value: int, answer: str = "red", source: str = "test") -> dict:
@@ -32,11 +29,11 @@ def text(key: str, answer: str, source: str = "talk") -> dict:
 
 
 def causes(found) -> dict[str, str]:
-    return {entry.key: entry.cause for scan in found.scans for entry in scan.entries if entry.cause}
+    return {entry.key: entry.cause for scan in found for entry in scan.entries if entry.cause}
 
 
 def looked_at(*patterns: Path, against: list[str] | None = None, decode: bool = True):
-    return audit([str(pattern) for pattern in patterns], against or [], 1, decode, QUIET)
+    return check_shards([str(pattern) for pattern in patterns], against or [], 1, decode)
 
 
 @pytest.fixture
@@ -73,12 +70,12 @@ def test_everything_wrong_is_found_by_cause(damaged):
 def test_repair_copies_what_is_good_and_changes_nothing_else(damaged, tmp_path):
     before = (damaged / "train-00000.tar").read_bytes()
     found = looked_at(damaged / "*.tar")
-    assert repair(found, tmp_path / "clean", QUIET) == 3
+    assert repair(found, tmp_path / "clean") == 3
     assert (damaged / "train-00000.tar").read_bytes() == before
     index = make_index(tmp_path / "clean" / "train-00000.tar")
     assert index.key == ["good", "video", "words"]
     assert not index.broken
-    assert looked_at(tmp_path / "clean" / "*.tar").problems == 0
+    assert problems(looked_at(tmp_path / "clean" / "*.tar")) == 0
     rejected = [json.loads(line) for line in (tmp_path / "clean" / "rejected.jsonl").read_text().splitlines()]
     assert {one["key"]: one["cause"] for one in rejected} == causes(found)
 
@@ -89,9 +86,9 @@ def test_a_truncated_shard_gives_what_is_left_of_it(tmp_path):
     path.write_bytes(data[: int(make_index(path).offset[2]) + 700])
     found = looked_at(path)
     assert causes(found) == {"k2": "truncated tar"}
-    assert repair(found, tmp_path / "b", QUIET) == 2
+    assert repair(found, tmp_path / "b") == 2
     path.write_bytes(b"no tar at all" * 100)
-    assert looked_at(path).scans[0].cause == "not a readable tar"
+    assert looked_at(path)[0].cause == "not a readable tar"
 
 
 def test_a_shard_that_is_not_what_its_manifest_says(tmp_path):
@@ -99,11 +96,11 @@ def test_a_shard_that_is_not_what_its_manifest_says(tmp_path):
         {"messages": [{"role": "user", "content": f"a{n}"}, {"role": "assistant", "content": "b"}]} for n in range(3)
     ]
     (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare(Job("smoltalk", tmp_path / "talk.jsonl", tmp_path / "out"), 1, QUIET)
+    prepare(Job("smoltalk", tmp_path / "talk.jsonl", tmp_path / "out"), 1)
     path = tmp_path / "out" / "train-00000.tar"
-    assert looked_at(path).problems == 0
+    assert problems(looked_at(path)) == 0
     path.write_bytes(path.read_bytes().replace(b'"assistant": "b"', b'"assistant": "c"'))
-    assert looked_at(path).scans[0].cause == "not the checksum of the manifest"
+    assert looked_at(path)[0].cause == "not the checksum of the manifest"
 
 
 def test_overlap_is_told_by_content(tmp_path):
@@ -125,41 +122,41 @@ def test_an_evaluation_set_is_stratified_frozen_and_kept_apart(tmp_path):
     write_shards(tmp_path / "b" / "train-%02d.tar", [*words, *rare], 16)
     pattern = str(tmp_path / "?" / "train-*.tar")
     val = tmp_path / "val"
-    manifest = draw(pattern, val, "val", 15, 0, 1, QUIET)
+    manifest = draw(pattern, val, "val", 15, 0, 1)
     assert manifest.strata == {"image vqa": 9, "text rare": 1, "text talk": 5}
     assert sorted(p.name for p in val.glob("*.tar")) == ["val-image-00000.tar", "val-text-00000.tar"]
-    assert index_hash([make_index(p) for p in sorted(val.glob("*.tar"))]) == manifest.hash == books.load(val).hash
-    assert looked_at(val / "*.tar").problems == 0
+    assert index_hash([make_index(p) for p in sorted(val.glob("*.tar"))]) == manifest.hash == load_manifest(val).hash
+    assert problems(looked_at(val / "*.tar")) == 0
 
     # The same samples out of shards that are cut otherwise.
     write_shards(tmp_path / "again" / "train-%02d.tar", [*rare, *reversed(words), *pictures], 100)
-    same = draw(str(tmp_path / "again" / "*.tar"), tmp_path / "val2", "val", 15, 0, 1, QUIET)
+    same = draw(str(tmp_path / "again" / "*.tar"), tmp_path / "val2", "val", 15, 0, 1)
     assert same.hash == manifest.hash
-    assert draw(pattern, tmp_path / "val3", "val", 15, 1, 1, QUIET).hash != manifest.hash
+    assert draw(pattern, tmp_path / "val3", "val", 15, 1, 1).hash != manifest.hash
 
     # What is left is disjoint from it.
     found = looked_at(Path(pattern), against=[str(val / "*.tar")])
     assert set(causes(found).values()) == {"in the evaluation set"}
-    assert repair(found, tmp_path / "rest", QUIET) == 92 - 15
-    assert looked_at(tmp_path / "rest" / "**" / "*.tar", against=[str(val / "*.tar")]).problems == 0
+    assert repair(found, tmp_path / "rest") == 92 - 15
+    assert problems(looked_at(tmp_path / "rest" / "**" / "*.tar", against=[str(val / "*.tar")])) == 0
 
     # Frozen: asked again it is the same, otherwise it is refused; a change is noticed.
-    assert draw(pattern, val, "val", 15, 0, 1, QUIET).hash == manifest.hash
+    assert draw(pattern, val, "val", 15, 0, 1).hash == manifest.hash
     with pytest.raises(UserError, match="made with samples 15, not 16"):
-        draw(pattern, val, "val", 16, 0, 1, QUIET)
+        draw(pattern, val, "val", 16, 0, 1)
     shard = val / "val-text-00000.tar"
     shard.write_bytes(shard.read_bytes().replace(b"it is", b"it IS"))
     for spoil in (lambda: None, shard.unlink):
         spoil()
         with pytest.raises(UserError, match="is not what was drawn"):
-            draw(pattern, val, "val", 15, 0, 1, QUIET)
+            draw(pattern, val, "val", 15, 0, 1)
 
 
 def test_an_evaluation_set_is_not_drawn_past_a_damaged_shard(tmp_path):
     paths = write_shards(tmp_path / "train-%02d.tar", [text(f"t{n}", f"it is {n}") for n in range(20)], 10)
     paths[1].write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"train-01\.tar: not a readable tar"):
-        draw(str(tmp_path / "train-*.tar"), tmp_path / "val", "val", 5, 0, 1, QUIET)
+        draw(str(tmp_path / "train-*.tar"), tmp_path / "val", "val", 5, 0, 1)
 
 
 def test_the_documented_commands_end_in_the_folders_that_the_ablations_read(tmp_path, monkeypatch, capsys):
@@ -196,11 +193,11 @@ def test_a_later_prepare_can_leave_out_the_evaluation_set(tmp_path):
     ]
     (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     job = Job("smoltalk", tmp_path / "talk.jsonl", tmp_path / "out")
-    prepare(job, 1, QUIET)
-    draw(str(tmp_path / "out" / "*.tar"), tmp_path / "val", "val", 5, 0, 1, QUIET)
+    prepare(job, 1)
+    draw(str(tmp_path / "out" / "*.tar"), tmp_path / "val", "val", 5, 0, 1)
     rest = Job("smoltalk", tmp_path / "talk.jsonl", tmp_path / "rest", exclude=tmp_path / "val" / "taken.jsonl")
-    assert prepare(rest, 1, QUIET).rejected == {"in the evaluation set": 5}
-    assert looked_at(tmp_path / "rest" / "*.tar", against=[str(tmp_path / "val" / "*.tar")]).problems == 0
+    assert prepare(rest, 1).rejected == {"in the evaluation set": 5}
+    assert problems(looked_at(tmp_path / "rest" / "*.tar", against=[str(tmp_path / "val" / "*.tar")])) == 0
 
 
 def test_shares_are_exact_and_nobody_is_left_out():
@@ -231,4 +228,4 @@ def test_the_commands_status_and_its_mistakes(damaged, tmp_path, capsys):
     assert main(["check", pattern, "--repair", str(tmp_path / "clean")]) == 2
     assert main(["check", pattern, "--repair", str(damaged / "train-00000.tar")]) == 2
     with pytest.raises(UserError, match=r"did you mean 'train-00000\.tar'"):
-        shards_of([str(damaged / "train-0000.tar")])
+        list_shards([str(damaged / "train-0000.tar")])

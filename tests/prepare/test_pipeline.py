@@ -12,9 +12,9 @@ from fovlm.data.dataset import Dataset
 from fovlm.data.index import make_index
 from fovlm.data.tables import Block, blocks_of, read_block
 from fovlm.errors import UserError
-from fovlm.prepare import manifest as books
 from fovlm.prepare import pipeline
-from fovlm.prepare.shard_plan import plan
+from fovlm.prepare.manifest import load_manifest
+from fovlm.prepare.shard_plan import plan_shards
 from fovlm.prepare.sources import smoltalk
 from helpers import tiny
 from helpers.raw_data import VIDEO, bytes_of, conversations, jsonl, made, openvid, parquet, samples_of, table
@@ -34,11 +34,11 @@ def test_openvid_gives_frames_and_counts_what_it_rejects_by_cause(tmp_path):
     assert set(causes) == {2, 3, 4}
     assert sum(manifest.rejected.values()) == 3
     assert (manifest.total("samples"), manifest.total("frames"), manifest.complete) == (2, 6, True)
-    assert manifest.hash == books.load(tmp_path / "out").hash
+    assert manifest.hash == load_manifest(tmp_path / "out").hash
 
 
 def test_long_videos_are_thinned_out(tmp_path):
-    made("openvid", openvid(tmp_path / "raw"), tmp_path / "out", most=2)
+    made("openvid", openvid(tmp_path / "raw"), tmp_path / "out", max_frames=2)
     assert all(pictures == ["000.jpg", "001.jpg"] for _, _, pictures in samples_of(tmp_path / "out"))
 
 
@@ -223,7 +223,7 @@ def test_the_bytes_depend_on_the_seed_and_not_on_workers_or_kills(tmp_path, monk
     monkeypatch.setattr(pipeline, "make_shard", killed_in_the_third)
     with pytest.raises(KeyboardInterrupt):
         made("smoltalk", raw, tmp_path / "killed", per_shard=8)
-    manifest = books.load(tmp_path / "killed")
+    manifest = load_manifest(tmp_path / "killed")
     assert not manifest.complete
     assert set(manifest.shards) == {"train-00000.tar", "train-00001.tar"}
     made("smoltalk", raw, tmp_path / "killed", per_shard=8)
@@ -233,7 +233,7 @@ def test_the_bytes_depend_on_the_seed_and_not_on_workers_or_kills(tmp_path, monk
 
 def test_every_row_is_in_one_shard_and_shards_are_mixed():
     blocks = [Block(Path("a"), "jsonl", 64 * n, 64) for n in range(40)]
-    tasks = plan(blocks, 100, seed=3)
+    tasks = plan_shards(blocks, 100, seed=3)
     rows = [(block.first + int(n)) for task in tasks for block, taken in task.parts for n in taken]
     assert sorted(rows) == list(range(40 * 64))
     assert {task.rows for task in tasks} <= set(range(90, 101))

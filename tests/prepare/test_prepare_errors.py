@@ -1,4 +1,4 @@
-"""Odd rows, other encodings, missing files and mistakes of people: prepare counts them or says them in a line."""
+"""Odd rows, other encodings, missing files and user errors: counted, or one line."""
 
 import json
 import sys
@@ -8,8 +8,8 @@ import pytest
 
 from fovlm.cli.main import main
 from fovlm.errors import SampleError, UserError
-from fovlm.prepare import manifest as books
 from fovlm.prepare.job import Job
+from fovlm.prepare.manifest import exclusive
 from fovlm.prepare.sources import smoltalk
 from helpers import tiny
 from helpers.raw_data import VIDEO, conversations, jsonl, made, parquet, table
@@ -40,7 +40,7 @@ def test_mistakes_are_told_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"none of the 1 videos .*looked in .*/video, .*--videos DIR"):
         made("openvid", file, tmp_path / "out")
     (tmp_path / "z.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(UserError, match="no readable parquet"):
+    with pytest.raises(UserError, match="not a readable parquet"):
         made("cauldron", tmp_path / "z.parquet", tmp_path / "out2")
 
 
@@ -158,7 +158,7 @@ def test_tables_that_repeat_each_other_are_not_read_together(tmp_path):
 
 def test_two_commands_do_not_write_into_one_folder(tmp_path):
     jsonl(tmp_path / "t.jsonl", [{"messages": []}])
-    with books.alone(tmp_path / "out"), pytest.raises(UserError, match="another command is writing"):
+    with exclusive(tmp_path / "out"), pytest.raises(UserError, match="another command is writing"):
         made("smoltalk", tmp_path, tmp_path / "out")
 
 

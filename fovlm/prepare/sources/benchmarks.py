@@ -1,10 +1,11 @@
-"""MVBench, Video-MME, ScienceQA and POPE as shards, by the readers that `fovlm eval` uses.
+"""MVBench, Video-MME, ScienceQA and POPE as shards, with the readers of `fovlm eval`.
 
-A sample has the right option as its answer; all options, the number of the right one and the category stay in its
-record. Shards hold one kind of sample, so ScienceQA's questions without a picture are left out.
+The right option is the answer of a sample; all options, the number of the right one and the category stay in its
+record. Shards hold one kind of sample, so ScienceQA's questions without a picture are rejected.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from fovlm.data.tables import Row
@@ -12,12 +13,12 @@ from fovlm.errors import SampleError, UserError
 from fovlm.eval.benchmarks import read_questions
 from fovlm.eval.questions import EvalQuestion, frames_of
 from fovlm.prepare.frames import jpegs
-from fovlm.prepare.job import Job, Made, RawSource
+from fovlm.prepare.job import Job, NewSample, RawSource
 
 KINDS = {"mvbench": "video", "videomme": "video", "scienceqa": "image", "pope": "image"}
 
 
-def make(row: Row, job: Job) -> Iterator[Made]:
+def make(row: Row, job: Job) -> Iterator[NewSample]:
     """One question."""
     question: EvalQuestion = row["question"]
     if not question.media:
@@ -25,7 +26,7 @@ def make(row: Row, job: Job) -> Iterator[Made]:
     if question.missing is not None:
         raise SampleError("no such video or picture file")
     try:
-        frames = frames_of(question, job.size, job.most)
+        frames = frames_of(question, job.size, job.max_frames)
     except UserError as error:
         raise SampleError("video or picture undecodable or cut short") from error
     record = {
@@ -37,20 +38,17 @@ def make(row: Row, job: Job) -> Iterator[Made]:
         "category": question.category,
         "id": question.id,
     }
-    yield Made(record, jpegs(frames, job), still=KINDS[job.source] == "image")
+    yield NewSample(record, jpegs(frames, job), still=KINDS[job.source] == "image")
 
 
-def _rows(name: str) -> Callable[[Path, bool], list[Row]]:
-    def rows(raw: Path, skip_missing: bool) -> list[Row]:
-        """All questions. Raises UserError, also when files are missing that may not be."""
-        questions = read_questions(name, raw)
-        missing = [question.missing for question in questions if question.missing is not None]
-        if missing and (not skip_missing or len(missing) == len(questions)):
-            told = f"{raw}: the files of {len(missing)} of {len(questions)} questions are missing, first {missing[0]}"
-            raise UserError(told + ("" if len(missing) == len(questions) else "; --skip-missing leaves them out"))
-        return [{"question": question} for question in questions]
-
-    return rows
+def _rows(name: str, raw: Path, skip_missing: bool) -> list[Row]:
+    """All questions. Raises UserError, also for missing files unless `skip_missing`."""
+    questions = read_questions(name, raw)
+    missing = [question.missing for question in questions if question.missing is not None]
+    if missing and (not skip_missing or len(missing) == len(questions)):
+        message = f"{raw}: the files of {len(missing)} of {len(questions)} questions are missing, first {missing[0]}"
+        raise UserError(message + ("" if len(missing) == len(questions) else "; --skip-missing skips them"))
+    return [{"question": question} for question in questions]
 
 
-SOURCES = [RawSource(name, kind, (), (), (), make, rows=_rows(name)) for name, kind in KINDS.items()]
+SOURCES = [RawSource(name, kind, (), (), (), make, rows=partial(_rows, name)) for name, kind in KINDS.items()]

@@ -4,24 +4,22 @@ from collections.abc import Iterator
 
 from fovlm.data.tables import Row, pick
 from fovlm.prepare.frames import find_video, video_frames
-from fovlm.prepare.job import Job, Made, RawSource
+from fovlm.prepare.job import Job, NewSample, RawSource
 
 
-def make(row: Row, job: Job) -> Iterator[Made]:
+def make(row: Row, job: Job) -> Iterator[NewSample]:
     """A caption without a question."""
-    caption = str(pick(row, "caption")).strip()
-    yield Made(
-        {"user": "", "assistant": caption, "source": "openvid"}, video_frames(find_video(pick(row, "video"), job), job)
-    )
+    record = {"user": "", "assistant": str(pick(row, "caption")).strip(), "source": "openvid"}
+    yield NewSample(record, video_frames(find_video(pick(row, "video"), job), job))
 
 
 SOURCE = RawSource(
-    "openvid",
-    "video",
-    ("csv", "parquet"),
-    (("video",), ("caption",)),
-    ("video", "caption"),
-    make,
-    "Describe the video.",
-    whole="OpenVid-1M.csv",  # beside it the card has OpenVidHD.csv, a part of it
+    name="openvid",
+    kind="video",
+    formats=("csv", "parquet"),
+    required=(("video",), ("caption",)),
+    columns=("video", "caption"),
+    make=make,
+    prompt="Describe the video.",
+    complete="OpenVid-1M.csv",  # OpenVidHD.csv beside it is a part of it
 )

@@ -5,19 +5,24 @@ from collections.abc import Iterator
 from fovlm.data.tables import Row, pick
 from fovlm.errors import SampleError
 from fovlm.prepare.frames import picture
-from fovlm.prepare.job import Job, Made, RawSource
+from fovlm.prepare.job import Job, NewSample, RawSource
 
 
-def make(row: Row, job: Job) -> Iterator[Made]:
+def make(row: Row, job: Job) -> Iterator[NewSample]:
     """A pair of answers to one question about one picture."""
     question, chosen, rejected = (str(pick(row, name)).strip() for name in ("question", "chosen", "rejected"))
     if chosen == rejected:
         raise SampleError("chosen and rejected are the same")
     jpeg = picture(pick(row, "image", "image_path"), job)
     source = str(row.get("origin_dataset") or row.get("ds_name") or "rlaif-v")
-    yield Made({"user": question, "chosen": chosen, "rejected": rejected, "source": source}, [jpeg], still=True)
+    yield NewSample({"user": question, "chosen": chosen, "rejected": rejected, "source": source}, [jpeg], still=True)
 
 
-NEEDS = (("image", "image_path"), ("question",), ("chosen",), ("rejected",))
-READS = ("image", "image_path", "question", "chosen", "rejected", "origin_dataset", "ds_name")
-SOURCE = RawSource("rlaif-v", "preference", ("parquet", "jsonl"), NEEDS, READS, make)
+SOURCE = RawSource(
+    name="rlaif-v",
+    kind="preference",
+    formats=("parquet", "jsonl"),
+    required=(("image", "image_path"), ("question",), ("chosen",), ("rejected",)),
+    columns=("image", "image_path", "question", "chosen", "rejected", "origin_dataset", "ds_name"),
+    make=make,
+)

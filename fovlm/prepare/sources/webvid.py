@@ -1,4 +1,4 @@
-"""WebVid and data sets like it: captions in JSON, JSONL, CSV or a JSON beside each mp4.
+"""WebVid and similar data sets: captions in JSON, JSONL, CSV or a JSON beside each mp4.
 
 WebVid's own CSV has `videoid`, `name` (the caption) and `page_dir`, with videos at PAGE_DIR/VIDEOID.mp4; video2dataset
 writes KEY.mp4 with KEY.json (`caption`, `videoid`) beside it. Sources: the WebVid page, video2dataset's README.
@@ -10,28 +10,20 @@ from pathlib import Path
 from fovlm.data.tables import Row, pick
 from fovlm.errors import SampleError
 from fovlm.prepare.frames import find_video, video_frames
-from fovlm.prepare.job import Job, Made, RawSource
+from fovlm.prepare.job import Job, NewSample, RawSource
 
-VIDEO = (
-    "video",
-    "file_name",
-    "video_name",
-    "videoid",
-    "video_id",
-    "id",
-    "file",
-)  # `file`: the sidecar's own name, for want of others
+VIDEO = ("video", "file_name", "video_name", "videoid", "video_id", "id", "file")  # `file`: the name of a sidecar
 CAPTION = ("caption", "name", "text")
 
 
-def make(row: Row, job: Job) -> Iterator[Made]:
+def make(row: Row, job: Job) -> Iterator[NewSample]:
     """A caption without a question."""
-    caption = str(pick(row, *CAPTION)).strip()
-    yield Made({"user": "", "assistant": caption, "source": "webvid"}, video_frames(_video(row, job), job))
+    record = {"user": "", "assistant": str(pick(row, *CAPTION)).strip(), "source": "webvid"}
+    yield NewSample(record, video_frames(_video(row, job), job))
 
 
 def _video(row: Row, job: Job) -> Path:
-    if file := row.get("file"):  # the JSON beside the video has the video's name
+    if file := row.get("file"):  # a sidecar has the name of its video
         return find_video(Path(str(file)).with_suffix(""), job)
     name = str(pick(row, *VIDEO))
     folder = row.get("page_dir")
@@ -44,12 +36,12 @@ def _video(row: Row, job: Job) -> Path:
 
 
 SOURCE = RawSource(
-    "webvid",
-    "video",
-    ("csv", "jsonl", "json", "parquet"),
-    (VIDEO, CAPTION),
-    (*VIDEO, *CAPTION, "page_dir"),
-    make,
-    "Describe the video.",
+    name="webvid",
+    kind="video",
+    formats=("csv", "jsonl", "json", "parquet"),
+    required=(VIDEO, CAPTION),
+    columns=(*VIDEO, *CAPTION, "page_dir"),
+    make=make,
+    prompt="Describe the video.",
     sidecars=True,
 )

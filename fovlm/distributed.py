@@ -34,6 +34,11 @@ def sum_over_ranks(values: list[float] | Tensor, device: torch.device | str = "c
     return tensor
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on any rank. Waits for the ranks, but not for their GPUs."""
+    return bool(sum_over_ranks([float(flag)])[0])
+
+
 def gather(value: Any) -> list[Any]:
     """Every rank's picklable value, in the order of ranks, on every rank."""
     if not dist.is_initialized():

@@ -45,7 +45,6 @@ fovlm.data
 fovlm.model
 fovlm.estimate
 fovlm.viz
-fovlm.data.synthetic_shards
 fovlm.checkpoint.store fovlm.checkpoint.zero_reader fovlm.checkpoint.locate fovlm.checkpoint.reference
 fovlm.train.schedule fovlm.train.losses fovlm.train.engine
 fovlm.checkpoint

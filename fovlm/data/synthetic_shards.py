@@ -1,33 +1,25 @@
-"""The embedded task as a data set, and how well a model does at it: `hunt.py` draws, this file writes and judges.
-
-make(task)             shards, tokenizer and the places of the asked objects, below FOVLM_DATA; once
-judge(...)             what the task can tell about a model: beside its loss, where it looked
+"""The synthetic task as a data set (`synthetic.py` draws it): `make` writes shards, tokenizer and the places of the
+asked objects below FOVLM_DATA, once. `train/synthetic_score.py` scores a model on it.
 """
 
 import json
-import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fovlm import distributed
 from fovlm.config.schema import SyntheticTask
 from fovlm.data.chat import SYSTEM
-from fovlm.data.packing import Batch
 from fovlm.data.shards import write_shards
 from fovlm.data.synthetic import COLOURS, QUESTION, SHAPES, Clips, generate, names
 from fovlm.errors import UserError
 from fovlm.fileio import locked, remove_unfinished, staged_dir
 from fovlm.media.encode import encode_jpeg
-from fovlm.model.modeling import FoveatedVLM
 from fovlm.paths import data_root
-from fovlm.viz.heatmap import maps
 
 PER_SHARD = 1000
 TRUTH = "truth.json"  # where the asked object is in every frame of every validation clip
@@ -139,52 +131,3 @@ def _texts(task: SyntheticTask, count: int) -> Iterator[dict[str, Any]]:
         answer = " ".join(str((first + n) % task.marks) for n in range(many))
         asked = COUNT.format(many=NUMBERS[many], first=first)
         yield {"__key__": f"text{i:06d}", "json": {"user": asked, "assistant": answer, "source": "hunt/text"}}
-
-
-def blind_loss(task: SyntheticTask, frames: float | None = None) -> float:
-    """What the best model reaches on the answers without a picture: marks are independent and all alike, so each costs
-    ln(marks), and the token that ends the answer nothing. `frames`: of a clip, in the mean; a picture has one. The
-    task's own when None."""
-    asked = task.frames if frames is None else frames
-    return asked * math.log(task.marks) / (asked + 1)
-
-
-@torch.no_grad()
-def judge(
-    task: SyntheticTask, model: FoveatedVLM, batches: Iterable[Batch], device: torch.device | str
-) -> dict[str, float]:
-    """Where the looks land on validation packs of this rank, added up over the ranks; the same on every rank. Beside
-    it the blind loss of the clips and pictures that were scored; not when other samples were, like text.
-
-    A look is on its object when the patch with the most attention, mean over layers and heads, is the object's. By
-    chance means: on any one of the objects in the frame.
-    """
-    truth = json.loads((folder(task) / TRUTH).read_text())
-    found: dict[str, list[float]] = {}
-    marks, clips, others = 0, 0, 0
-    for batch in batches:
-        places = [truth.get(key.rpartition("/")[2], []) for key in batch.keys]
-        marks += sum(map(len, places))  # one in every frame is asked for
-        clips, others = clips + sum(map(bool, places)), others + places.count([])
-        for name, weights in model.gaze(batch.to(device)).items():
-            patches = maps(weights.cpu()).flatten(1)
-            for i, place in enumerate(places):
-                if not place:
-                    continue
-                looks = patches[(batch.look_segment == i).cpu()]
-                cells = torch.tensor(place).expand(len(looks))  # a picture has one
-                entry = found.setdefault(name, [0.0, 0.0, 0.0])
-                entry[0] += float((looks.argmax(1) == cells).sum())
-                entry[1] += float(looks.gather(1, cells[:, None]).sum())
-                entry[2] += len(cells)
-    marks, clips, others = (int(number) for number in distributed.sum_over_ranks([marks, clips, others]).tolist())
-    facts = {}
-    if clips and not others:
-        facts["validation loss without a picture, at best"] = blind_loss(task, marks / clips)
-    for name in ("coarse", "fine"):
-        hits, mass, looks = distributed.sum_over_ranks(found.get(name, [0.0, 0.0, 0.0])).tolist()
-        if looks:
-            facts[f"{name} looks on the asked object"] = hits / looks
-            facts[f"attention of {name} looks on it"] = mass / looks
-    facts["looks on it by chance"] = 1 / max(task.objects)
-    return facts

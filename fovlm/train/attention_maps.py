@@ -35,7 +35,7 @@ DRAWN = (112, 224)  # pixels of a drawn frame: at least, at most
 GAP = 4  # pixels between two
 
 
-def watched(val_set: Dataset, clips: int = CLIPS) -> list[Sample]:
+def watched_samples(val_set: Dataset, clips: int = CLIPS) -> list[Sample]:
     """The first samples of a validation set that have frames, the first of each pair; fewer when there are not so many.
 
     A pure function of the set: no rank, step or pack comes into it.

@@ -131,7 +131,8 @@ class Logger:
             "final": run_folder.final_values(rows),
             **facts,
         }
-        write_json(self.folder / run_folder.SUMMARY, summary)
+        text = json.dumps(summary, indent=2, default=str)
+        write_atomically(self.folder / run_folder.SUMMARY, text, durable=True)
         if self.wandb is not None:
             self.wandb.summary.update(
                 {"status": status, **{f"best/{k}": v["value"] for k, v in summary["best"].items()}}
@@ -239,8 +240,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return installed
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    write_atomically(file, json.dumps(content, indent=2, default=str), durable=True)

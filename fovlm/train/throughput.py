@@ -1,54 +1,70 @@
-"""What a run measures about itself between two rows of the journal: speed, waiting, memory."""
+"""What a run measures about itself between two log steps: speed, waiting, memory, use of the GPU."""
 
-import contextlib
 import resource
 import time
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 
+from fovlm import distributed
 from fovlm.checkpoint.store import State
+
+T = TypeVar("T")
 
 
 class Throughput:
-    """Counts from one row to the next. `state` is the run's when it begins."""
+    """Counts from one log step to the next; `state` is the run's at the start.
 
-    def __init__(self, state: State):
+    `flops_per_sample` is the model's own FLOPs of the mean sample, forward and backward, without padding and
+    recomputation; None where they are not known.
+    """
+
+    def __init__(self, state: State, device: torch.device, flops_per_sample: float | None):
+        self.device, self.flops_per_sample = device, flops_per_sample
+        self.peak_flops = peak_flops(device)
+        self._restart(state)
+
+    def _restart(self, state: State) -> None:
         self.began, self.waited = time.monotonic(), 0.0
         self.step, self.samples, self.tokens = state.step, state.samples, state.tokens
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time spent in here is time without work for the model."""
+    def next_of(self, items: Iterator[T]) -> T:
+        """The next item; the time it takes counts as waiting for data."""
         began = time.monotonic()
-        yield
+        item = next(items)
         self.waited += time.monotonic() - began
+        return item
 
-    def speeds(self, state: State) -> dict[str, float]:
-        """Samples and weighted tokens a second of all ranks, seconds a step, and this rank's share of waiting."""
+    def metrics(self, state: State) -> dict[str, float]:
+        """Metrics since the last call: samples and weighted tokens per second over all ranks, seconds per step, this
+        rank's share of time spent waiting for data, its peak memory in GB, and MFU where the GPU is known."""
         seconds = max(time.monotonic() - self.began, 1e-9)
-        return {
+        row = {
             "samples_per_second": (state.samples - self.samples) / seconds,
             "tokens_per_second": (state.tokens - self.tokens) / seconds,
             "seconds_per_step": seconds / max(state.step - self.step, 1),
             "waiting": self.waited / seconds,
+            "memory_gb": memory_gb(self.device),
         }
+        if self.peak_flops and self.flops_per_sample:
+            row["mfu"] = row["samples_per_second"] * self.flops_per_sample / (self.peak_flops * distributed.world())
+        self._restart(state)
+        return row
 
 
-# Dense bf16 FLOP/s by the vendor's data sheets; the first name that the device's own name holds counts.
+# Dense bf16 FLOP/s from the vendor's data sheets, by a part of the device's name; the first match counts.
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """What the GPU could do in dense bf16, FLOP/s; None for a CPU or a GPU that is not in the list."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
+    """Peak dense bf16 FLOP/s of the GPU; None for a CPU or a GPU that is not in the list."""
+    name = device_name(device)
     return next((peak for known, peak in PEAKS.items() if known in name), None)
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's own name, or `cpu`."""
+    """The GPU's name, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 

@@ -1,28 +1,101 @@
-"""How well a model does in each way of looking, on packs that all models see alike."""
+"""Validation: the nll of fixed samples in the evaluation modes (`model/modes.py`), and attention maps of some of them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from fovlm import distributed
-from fovlm.data.packing import Batch
+from fovlm.data.dataloader import PackLoader, samples_that_fill
+from fovlm.data.dataset import Dataset
+from fovlm.data.packing import Batch, PackSize
 from fovlm.model.autoregressive import autoregressive
 from fovlm.model.modeling import FoveatedVLM
+from fovlm.model.modes import AS_TRAINED, MODES
+from fovlm.tables import text_table
+from fovlm.train.attention_maps import save_maps, watched_samples
+
+if TYPE_CHECKING:  # a converted model is scored without deepspeed
+    from fovlm.train.engine import Engine
 
 
 @dataclass
 class Score:
-    """Mean nll (nats) over weighted tokens: of all, and by source; `tokens` is their number."""
+    """Mean nll (nats) per weighted token: over all `tokens`, and by source."""
 
     loss: float
     tokens: float
     by_source: dict[str, float] = field(default_factory=dict)
 
 
+class Validator:
+    """Scores the first samples of `dataset`, as many as fill `packs` packs: the same on any number of ranks.
+
+    Maps of the looks go to `maps_folder`. Under ZeRO-3 there are no maps and no autoregressive scores: ranks would need
+    each other's weights at different times.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        budget: PackSize,
+        packs: int,
+        engine: "Engine",
+        tokenizer: PreTrainedTokenizerBase,
+        maps_folder: Path,
+    ):
+        self.dataset, self.budget, self.engine, self.tokenizer = dataset, budget, engine, tokenizer
+        self.maps_folder = maps_folder
+        self.samples = samples_that_fill(packs, dataset, budget)
+        visual = engine.model.config.visual
+        self.as_trained = AS_TRAINED[visual]
+        self.modes = [mode for mode in MODES[visual] if mode != "autoregressive" or engine.stage < 3]
+        self.step = -1  # of `scores`
+        self.scores: dict[str, Score] = {}
+
+    def run(self, step: int, every_mode: bool = False) -> dict[str, float]:
+        """Score the model of `step` as trained, or in every mode -> the metrics that are new at this step."""
+        if step != self.step:
+            self.step, self.scores = step, {}
+        modes = [mode for mode in (self.modes if every_mode else [self.as_trained]) if mode not in self.scores]
+        if not modes:
+            return {}
+        new = evaluate(self.engine.model, self.batches(), modes, self.engine.device, self.engine.nll)
+        self.scores = {mode: (self.scores | new)[mode] for mode in self.modes if mode in self.scores or mode in new}
+        if distributed.rank() == 0 and self.engine.stage < 3 and self.as_trained != "multi_token":
+            samples = watched_samples(self.dataset)
+            model, device = self.engine.model, self.engine.device
+            save_maps(model, samples, self.budget, self.tokenizer, self.maps_folder, step, device)
+        row = {"val_loss": self.loss} if self.as_trained in new else {}
+        for mode, score in new.items():
+            row |= {f"val_loss_{mode}": score.loss} | {f"val_loss_{mode}/{s}": v for s, v in score.by_source.items()}
+        return row
+
+    @property
+    def loss(self) -> float:
+        """The loss as trained, of the last step that was scored."""
+        return self.scores[self.as_trained].loss
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's packs of the validation samples."""
+        loader = PackLoader(
+            self.dataset,
+            self.budget,
+            distributed.world(),
+            rank=distributed.rank(),
+            world=distributed.world(),
+            stop=self.samples,
+            tokens_per_look=self.engine.model.config.tokens_per_look,
+        )
+        return (batch for step in loader for batch in step.batches)
+
+
 def nll_in_mode(model: FoveatedVLM, batch: Batch, mode: str, forward: Callable[..., Tensor] | None = None) -> Tensor:
-    """The pack's nll [S] in one mode. `forward` stands in for the model, e.g. the engine around it."""
+    """The pack's nll [S] in one mode. `forward` replaces the model's, e.g. by that of the engine around it."""
     forward = forward or model
     if mode == "autoregressive":
         return autoregressive(model, batch)
@@ -37,7 +110,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     forward: Callable[..., Tensor] | None = None,
 ) -> dict[str, Score]:
-    """Score the packs of this rank in each mode and add up over the ranks. Gives every rank the same numbers."""
+    """Score this rank's packs in each mode and sum over the ranks. Every rank gets the same numbers."""
     model.eval()
     sums: dict[tuple[str, str], list[float]] = {}
     for batch in batches:
@@ -66,17 +139,11 @@ def _score(sums: dict[tuple[str, str], list[float]], mode: str) -> Score:
     return Score(total / max(tokens, 1.0), tokens, {source: v / w for source, (v, w) in mine.items()})
 
 
-def attention_entropy(weights: Tensor) -> float:
-    """How spread out attention is: the mean entropy of weights [..., N] over its most, ln N; 1 is uniform."""
-    entropy = -(weights * weights.clamp(min=1e-12).log()).sum(-1)
-    return float(entropy.mean() / torch.log(torch.tensor(float(weights.shape[-1]))))
-
-
-def score_table(scores: dict[str, Score], facts: dict[str, float]) -> list[str]:
-    """The end of a run in a few lines: validation loss by mode and source, and what the task itself measures."""
+def score_tables(scores: dict[str, Score], facts: dict[str, float]) -> str:
+    """The end of a run as text: validation loss by mode and source, and what the synthetic task measures."""
     sources = sorted({source for score in scores.values() for source in score.by_source})
-    lines = [f"{'validation loss':<22}" + "".join(f"{s:>12}" for s in ("all", *sources))] if scores else []
+    rows = [("validation loss", "all", *sources)] if scores else []
     for mode, score in scores.items():
-        values = [score.loss, *(score.by_source[s] for s in sources)]
-        lines.append(f"  {mode:<20}" + "".join(f"{value:12.4f}" for value in values))
-    return lines + [f"  {name:<40}{value:10.4f}" for name, value in facts.items()]
+        rows.append((f"  {mode}", *(f"{value:.4f}" for value in (score.loss, *(score.by_source[s] for s in sources)))))
+    tables = [text_table(rows), text_table([(name, f"{value:.4f}") for name, value in facts.items()])]
+    return "\n".join(table for table in tables if table)

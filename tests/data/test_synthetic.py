@@ -15,6 +15,7 @@ from fovlm.data.dataset import open_dataset
 from fovlm.data.packing import PackSize, Sample, collate
 from fovlm.media.decode import decode_pictures
 from fovlm.media.encode import encode_jpeg
+from fovlm.train import synthetic_score
 
 TASK = SyntheticTask(train_clips=24, val_clips=5, frames=3, objects=[2, 5], names=20, marks=7, grid=3, patch=14)
 RUNS = ("quickstart", "hunt", "hunt_coarse")
@@ -236,8 +237,8 @@ def test_the_pair_differs_in_the_look_alone():
 
 
 def test_blind_loss_is_that_of_guessing_every_mark():
-    assert synthetic_shards.blind_loss(SyntheticTask(frames=4, marks=8)) == pytest.approx(4 * math.log(8) / 5)
-    assert synthetic_shards.blind_loss(SyntheticTask(frames=1, marks=10)) == pytest.approx(math.log(10) / 2)
+    assert synthetic_score.blind_loss(SyntheticTask(frames=4, marks=8)) == pytest.approx(4 * math.log(8) / 5)
+    assert synthetic_score.blind_loss(SyntheticTask(frames=1, marks=10)) == pytest.approx(math.log(10) / 2)
 
 
 class Gaze:
@@ -267,7 +268,7 @@ def judged(weights_of, kinds=("val", "val_image")) -> dict[str, float]:
     looks = len(weights) + 4  # and padding, which must not count
     weights += [torch.eye(count + 1)[1]] * 4
     batch = collate(samples, PackSize(looks, looks, 2 * len(samples), 0), side)
-    return synthetic_shards.judge(TASK, Gaze(torch.stack(weights)), [batch], "cpu")
+    return synthetic_score.score_looks(TASK, Gaze(torch.stack(weights)), [batch], "cpu")
 
 
 def test_looks_on_the_asked_object_are_found_there():
@@ -285,13 +286,13 @@ def test_looks_on_the_asked_object_are_found_there():
 def test_the_blind_loss_is_that_of_what_was_scored(kinds, frames):
     """Of three frames a clip: ln(7) for each mark asked for, nothing for the token that ends an answer."""
     facts = judged(lambda cell, count: torch.eye(count)[cell], kinds)
-    assert facts["validation loss without a picture, at best"] == pytest.approx(frames * math.log(7) / (frames + 1))
+    assert facts[synthetic_score.BLIND] == pytest.approx(frames * math.log(7) / (frames + 1))
 
 
 def test_text_among_what_is_scored_is_no_look_and_has_no_blind_loss_here():
     facts = judged(lambda cell, count: torch.eye(count)[cell], ["val", "text"])
     assert facts["fine looks on the asked object"] == 1.0
-    assert "validation loss without a picture, at best" not in facts
+    assert synthetic_score.BLIND not in facts
 
 
 def test_looks_elsewhere_are_not():

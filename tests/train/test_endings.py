@@ -87,5 +87,5 @@ def test_a_step_that_hangs_ends_a_run_and_says_where(home):
     output = run_ranks(1, command, environment(home), status=1)
     assert "Timeout (0:00:03)!" in output
     assert "in stuck" in output
-    assert "in _steps" in output
+    assert "in train" in output
     assert len(rows(home, "hung")) == 5, "the limit is for one step, not for all of them together"

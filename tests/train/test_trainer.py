@@ -81,7 +81,7 @@ def test_a_killed_run_goes_on_exactly_on_another_number_of_ranks(whole, home):
     stopped = len(rows(home, "killed"))
     assert stopped < STEPS
     output = run_ranks(1, command(home, "killed", "data.workers=0"), environment(home))
-    assert "going on from step-0000" in output
+    assert "resuming from step-0000" in output
     again = rows(home, "killed")
     assert [row["samples"] for row in again] == [row["samples"] for row in whole[1]]
     for row, expected in zip(again, whole[1], strict=True):

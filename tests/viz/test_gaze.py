@@ -16,7 +16,7 @@ from fovlm.errors import UserError
 from fovlm.media import decode
 from fovlm.media.clip import Clip
 from fovlm.model.processing import FoveatedProcessor
-from fovlm.train.attention_maps import packs, save_maps, watched
+from fovlm.train.attention_maps import packs, save_maps, watched_samples
 from fovlm.viz.answer import stream_answer
 from fovlm.viz.contact_sheet import save_weights, write_contact_sheet
 from fovlm.viz.gaze import Gaze, gaze_of
@@ -160,14 +160,14 @@ def test_files(tmp_path):
         write_contact_sheet(found, tmp_path / "s.png", layer=3)
 
 
-def test_the_same_clips_are_watched_whatever_the_packs(tmp_path):
+def test_the_same_clips_are_watched_samples_whatever_the_packs(tmp_path):
     sources = {"clips": DataSource(shards=tiny.clips(tmp_path, "v", [3, 2, 4, 3, 1, 2]), kind="video")}
     sources["words"] = DataSource(shards=tiny.clips(tmp_path, "w", [0, 0, 0]), kind="text")
     chat = ChatTokenizer(tiny.tokenizer(), "before_frames", "all_text", 48)
     val = Dataset(sources, dict.fromkeys(sources, 1.0), chat, frame_size=FRAME)
-    samples = watched(val, 4)
-    assert [s.key for s in samples] == [s.key for s in watched(val, 6)][:4]
-    assert len(watched(val)) == 6
+    samples = watched_samples(val, 4)
+    assert [s.key for s in samples] == [s.key for s in watched_samples(val, 6)][:4]
+    assert len(watched_samples(val)) == 6
     assert all(len(s.frames) for s in samples)
     stored = []
     for n, budget in enumerate((PackSize(4, 4, 48, 48), PackSize(20, 20, 200, 200))):

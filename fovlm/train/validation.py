@@ -1,4 +1,4 @@
-"""Validation: the nll of fixed samples in the evaluation modes (`model/modes.py`), and attention maps of some of them."""
+"""Validation: the nll of fixed samples in every evaluation mode (`model/modes.py`), and maps of where it looks."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field

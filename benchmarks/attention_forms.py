@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import Dinov2Config, Dinov2Model
 
 from benchmarks.memory import Live
-from fovlm.model.encoder import Dinov2Config, Dinov2Model, Encoder, look_layer, walk_layer
+from fovlm.model.encoder import Encoder, look_layer, walk_layer
 
 RESULTS = Path(__file__).parent / "results" / "attention_forms.csv"
 SMALL = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 224}
@@ -35,15 +36,15 @@ def spread(per_frame: int) -> Tensor | None:
 
 def layer_step(encoder: Encoder, form: str, per_frame: int) -> Callable[[], None]:
     """The last layer over given rows, the coarse row with them."""
-    layer, D = encoder.dino.encoder.layer[-1], encoder.width
+    layer, D = encoder.layers[-1], encoder.width
     hidden = torch.randn(FRAMES, ROWS + 1, D)
     query, looks = torch.randn(FRAMES * per_frame, D), spread(per_frame)
 
     def step() -> None:
         x, q = hidden.clone().requires_grad_(encoder.trainable), query.clone().requires_grad_()
         with torch.set_grad_enabled(encoder.trainable):
-            coarse, kept = walk_layer(layer, x, ROWS, HEAD, last=True, absorb=form != "plain")
-        (look_layer(layer, q, kept, looks, HEAD).square().sum() + coarse.square().sum()).backward()
+            coarse, kept = walk_layer(encoder.family, layer, x, ROWS, HEAD, True, form != "plain", None)
+        (look_layer(encoder.family, layer, q, kept, looks, HEAD).square().sum() + coarse.square().sum()).backward()
 
     return step
 
@@ -65,7 +66,6 @@ def measure(what: str, state: str, per_frame: int) -> list[dict[str, object]]:
     torch.manual_seed(0)
     encoder = Encoder(Dinov2Model(Dinov2Config(**SMALL)), recompute=state == "checkpointed")
     encoder.requires_grad_(state != "frozen")
-    encoder.dino.embeddings.mask_token.requires_grad_(False)
     make, forms = (layer_step, ("plain", "last")) if what == "layer" else (encoder_step, ("plain", "last", "all"))
     steps = {form: make(encoder, form, per_frame) for form in forms}
     times: dict[str, list[float]] = {form: [] for form in forms}

@@ -44,7 +44,7 @@ def frames() -> torch.Tensor:
 
 def test_encode_equals_the_forward_of_hugging_face(model, frames):
     with torch.no_grad():
-        expected = model.encoder.dino(pixels(frames)).last_hidden_state
+        expected = model.encoder.backbone(pixels(frames)).last_hidden_state
         torch.testing.assert_close(model.encoder.features(frames), expected, rtol=1e-4, atol=1e-4)
         row = model.connector.query_in(model.connector.q_static)
         cache, riding = model.encoder.encode(frames, row)

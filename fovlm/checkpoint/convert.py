@@ -29,7 +29,7 @@ from fovlm.data.chat import template
 from fovlm.errors import UserError, did_you_mean
 from fovlm.fileio import staged_dir
 from fovlm.model.configuration import FoveatedConfig
-from fovlm.model.encoder import released_name
+from fovlm.model.encoders.dinov2 import released_name
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.model.processing import FoveatedProcessor
 

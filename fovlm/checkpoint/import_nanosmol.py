@@ -2,7 +2,7 @@
 
 Names in its state dict, and where their weights go:
 
-    encoder.dino.*               encoder.dino.*         DINOv2, as transformers names it, now or in older releases
+    encoder.dino.*               encoder.backbone.*     DINOv2, as transformers names it, now or in older releases
     encoder.query_input_proj.*   connector.query_in     Q -> D
     encoder.output_proj.*        folded                 D -> D, after the encoder's final norm
     dino_to_llm.*                connector.to_llm       D -> E
@@ -32,12 +32,12 @@ from fovlm.errors import UserError, did_you_mean
 from fovlm.fileio import staged_dir
 from fovlm.model.build import check_vocabulary
 from fovlm.model.configuration import FoveatedConfig
-from fovlm.model.encoder import Dinov2Config, config_of, released_name
+from fovlm.model.encoders.dinov2 import Dinov2Config, config_of, released_name
 from fovlm.model.modes import QUESTIONS
 from fovlm.model.processing import load_model
 from fovlm.paths import local_folder
 
-DINO, LLM = "encoder.dino.", "llm."
+DINO, ENCODER, LLM = "encoder.dino.", "encoder.backbone.", "llm."
 NESTS = ("model", "state_dict", "model_state_dict", "module")  # keys under which training scripts store weights
 PICKLED = ("pt", "pth", "bin")
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DataParallel and torch.compile add to every name
@@ -63,7 +63,7 @@ class Published:
         rest = dict(state)
         for name in state:
             if name.startswith(DINO):
-                self._weights[released_name(name)] = rest.pop(name)
+                self._weights[ENCODER + released_name(name.removeprefix(DINO))] = rest.pop(name)
             elif name.startswith(LLM):
                 below = name.removeprefix(LLM)
                 if below.startswith(("layers.", "embed_tokens.", "norm.")):  # a Llama without its head
@@ -133,7 +133,7 @@ class Published:
     @property
     def dino(self) -> Dinov2Config:
         """Its DINOv2's configuration, from the shapes."""
-        shapes = {name.removeprefix(DINO): shape for name, shape in self.shapes.items() if name.startswith(DINO)}
+        shapes = {n.removeprefix(ENCODER): shape for n, shape in self.shapes.items() if n.startswith(ENCODER)}
         try:
             return config_of(shapes)
         except (KeyError, ValueError) as error:
@@ -214,7 +214,7 @@ def import_published(
         check_vocabulary(model, len(words))
         facts = [
             ("language model", f"{Path(llm).name if isinstance(llm, str) else 'Llama'}, width {E}, {layers} layers"),
-            ("encoder", f"DINOv2, width {model.encoder.width}, {len(model.encoder.dino.encoder.layer)} layers"),
+            ("encoder", f"DINOv2, width {model.encoder.width}, {len(model.encoder.layers)} layers"),
             ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
             ("weights", f"{DTYPES[dtype]}".removeprefix("torch.")),
             ("folded", "`encoder.output_proj` into `connector.to_llm`"),

@@ -7,7 +7,7 @@ import torch
 from fovlm.checkpoint.reference import FILE, ReferenceOutputs, collate_tight, mean_nll, split_nll
 from fovlm.checkpoint.zero_reader import ZeroWeights
 from fovlm.errors import UserError
-from fovlm.model.encoder import released_name
+from fovlm.model.encoders.dinov2 import released_name
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.model.processing import load_model
 

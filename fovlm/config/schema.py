@@ -33,7 +33,7 @@ class Strict(BaseModel):
 
 class ModelSettings(Strict):
     """The network. `llm` and `encoder` are a folder (as given, or below FOVLM_MODELS), a Hugging Face id, or the
-    keyword arguments of a `LlamaConfig` / `Dinov2Config` for a model with random weights."""
+    keyword arguments of an HF configuration (`model_type`: llama / dinov2 by default) for random weights."""
 
     visual: Literal["foveated", "coarse", "multi_token"] = "foveated"  # coarse then fine; q_static alone; 16 per frame
     deep_query: bool = True  # False: one cross-attention on the encoder's last features
@@ -43,7 +43,7 @@ class ModelSettings(Strict):
     encoder: str | dict[str, Any] = "facebook/dinov2-small"
     tokenizer: str | None = None  # folder or id; None: the language model's
     query_dim: Count = 384  # Q
-    visual_scale: Rate = 0.14  # deviation of a visual token: that of SmolLM2's embeddings
+    visual_scale: Rate | None = 0.14  # std of a visual token, as SmolLM2's embeddings; None: as the model's own
     frame_size: Count = 224  # pixels, height and width
     grad_checkpoint: list[Backbone] = []  # recompute activations in the backward pass: less memory, a third more time
     compile: bool = False  # torch.compile of the backbones

@@ -1,4 +1,4 @@
-"""From an experiment's settings to its model: backbones from folders, hub ids or sizes, and the words that fit them.
+"""From an experiment's settings to its model: backbones from folders, hub ids or configurations.
 
 A backbone that would train with random weights, or compute something else when packed or streamed, is refused.
 """
@@ -8,62 +8,74 @@ from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
-    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
 from fovlm.config.schema import ModelSettings
 from fovlm.errors import UserError
-from fovlm.model.configuration import FoveatedConfig
-from fovlm.model.encoder import Dinov2Config, Dinov2Model
+from fovlm.model.configuration import FoveatedConfig, backbone_config
+from fovlm.model.encoders.families import FAMILIES, vision_config
 from fovlm.model.modeling import FoveatedVLM, check_report
 from fovlm.paths import local_folder
 
 
 def build(settings: ModelSettings, image_frames: int = 1) -> FoveatedVLM:
-    """The model of an experiment, in fp32 on the CPU: pretrained backbones by folder or hub id, tiny ones from a dict.
+    """The model of an experiment, in fp32 on the CPU: backbones pretrained, or random from a dict.
 
-    Raises UserError for a folder without weights, and for a backbone that `_pretrained` refuses.
+    Raises UserError for a folder without weights, and for a backbone that is not supported.
     """
-    if isinstance(settings.encoder, dict):
-        dino = Dinov2Model(Dinov2Config(**settings.encoder))
-    else:
-        dino = _pretrained("encoder", settings.encoder)
-    if isinstance(settings.llm, dict):
-        llm = AutoModelForCausalLM.from_config(LlamaConfig(**settings.llm))
-    else:
-        llm = _pretrained("llm", settings.llm)
-    config = FoveatedConfig(
-        llm_config=llm.config,
-        encoder_config=dino.config,
+    encoder, llm = (
+        _random(key, given) if isinstance(given, dict) else _pretrained(key, given)
+        for key, given in (("encoder", settings.encoder), ("llm", settings.llm))
+    )
+    scale = settings.visual_scale or llm.get_input_embeddings().weight.detach().std().item()
+    model = FoveatedVLM(configuration(settings, llm.config, encoder.config, scale, image_frames), llm, encoder)
+    model.recompute(settings.grad_checkpoint)
+    return model
+
+
+def configuration(
+    settings: ModelSettings,
+    llm: PreTrainedConfig,
+    encoder: PreTrainedConfig,
+    visual_scale: float,
+    image_frames: int = 1,
+) -> FoveatedConfig:
+    """The configuration of an experiment's model with these backbones."""
+    return FoveatedConfig(
+        llm_config=llm,
+        encoder_config=encoder,
         visual=settings.visual,
         deep_query=settings.deep_query,
         question=settings.question,
         query_rounds=settings.query_rounds,
         query_dim=settings.query_dim,
-        visual_scale=settings.visual_scale,
+        visual_scale=visual_scale,
         frame_size=settings.frame_size,
         image_frames=image_frames,
     )
-    model = FoveatedVLM(config, llm=llm, dino=dino)
-    model.recompute(settings.grad_checkpoint)
-    return model
+
+
+def _random(key: str, given: dict) -> PreTrainedModel:
+    config = backbone_config(key, given)
+    check_supported(key, config, config.model_type)
+    return (AutoModel if key == "encoder" else AutoModelForCausalLM).from_config(config)
 
 
 def _pretrained(key: str, source: str) -> PreTrainedModel:
     """The backbone `model.{key}` of a folder or hub id, in fp32, each of its weights read from there.
 
-    Raises UserError when it cannot be read or fetched, is of a kind that is not supported, or when `check_report` does.
-    Code in the folder never runs.
+    Raises UserError when it cannot be read or downloaded, is of a type that is not supported, or when `check_report`
+    does. Code in the folder never runs.
     """
     where = find_weights(source)
     try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
-        if reason := unsupported_encoder(config) if key == "encoder" else unsupported_llm(config):
-            raise UserError(f"model.{key}={source}: {reason}")
-        model, report = (Dinov2Model if key == "encoder" else AutoModelForCausalLM).from_pretrained(
+        config = vision_config(AutoConfig.from_pretrained(where, trust_remote_code=False))
+        check_supported(key, config, source)
+        model, report = (AutoModel if key == "encoder" else AutoModelForCausalLM).from_pretrained(
             where,
             config=config,
             dtype=torch.float32,
@@ -73,18 +85,24 @@ def _pretrained(key: str, source: str) -> PreTrainedModel:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:160]
-        missing = "no folder here (nor below FOVLM_MODELS), and not to be fetched"
+        missing = "no folder here (nor below FOVLM_MODELS), and it cannot be downloaded"
         problem = "does not load" if local_folder(source) else missing
         raise UserError(f"model.{key}={source}: {problem}: {reason}") from error
-    check_report(report, f"model.{key}={source}")
+    check_report(report, f"model.{key}={source}", FAMILIES[config.model_type].skipped if key == "encoder" else ())
     return model
+
+
+def check_supported(key: str, config: PreTrainedConfig, source: str) -> None:
+    """Refuse a backbone `model.{key}` that cannot be used. Raises UserError with the reason."""
+    if reason := unsupported_encoder(config) if key == "encoder" else unsupported_llm(config):
+        raise UserError(f"model.{key}={source}: {reason}")
 
 
 def unsupported_encoder(config: PreTrainedConfig) -> str:
     """Why an encoder of this configuration cannot be used; empty when it can."""
-    if config.model_type == Dinov2Config.model_type:
+    if config.model_type in FAMILIES:
         return ""
-    return f"an encoder of type '{config.model_type}' is not supported, only 'dinov2' (without register tokens)"
+    return f"an encoder of type '{config.model_type}' is not supported, only {', '.join(FAMILIES)}"
 
 
 def unsupported_llm(config: PreTrainedConfig) -> str:
@@ -103,6 +121,8 @@ def unsupported_llm(config: PreTrainedConfig) -> str:
         return f"'{config.model_type}' with a sliding window of {config.sliding_window} tokens {only}"
     if model._is_stateful or not model._supports_attention_backend:
         return f"'{config.model_type}' {only}"
+    if not hasattr(config, "num_key_value_heads"):
+        return f"'{config.model_type}' is not supported: its layers are not laid out like those of Llama"
     return ""
 
 

@@ -1,13 +1,15 @@
-"""DINOv2: encode a frame once, look at it many times. The one place that knows Hugging Face's names inside it.
+"""The encoder: encode a frame once, look at it many times.
 
-`encode` walks the patches through all layers and keeps each layer's keys and values; `look` walks one query through
-the same layers, attending to what was kept. So every key and value is computed once, for the patches' own attention
-and for every look (a common mistake computes them twice). In the last layer only looks would want them: there the rows
-are kept, and the projections are absorbed into the looks (`absorbs` is the rule).
+`encode` walks the patches through all layers of a vision transformer and caches each layer's keys and values; `look`
+walks one query through the same layers, attending to the cache. So every key and value is computed once, for the
+patches' own attention and for every look (a common mistake computes them twice). In the last layer only looks need
+them: there the rows are cached, and the projections are absorbed into the looks (`absorbs` is the rule).
 
-A look that is the same for every frame can ride along in the patch walk as row N: attention of N + 1 rows over N keys.
+A look that is the same for every frame rides along in the patch walk as row N: attention of N + 1 rows over N keys.
+`encoders/` knows the families: what transformers calls the parts of a layer, and which tokens precede the patches.
 
-Letters: F frames, N patches + CLS, D width, H heads, d head width (D = H * d), K looks.
+Letters: F frames, N rows of a frame (CLS and registers, then patches), D width, H heads, d head width (D = H * d),
+K looks.
 """
 
 from dataclasses import dataclass
@@ -17,18 +19,17 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Dinov2Config, Dinov2Model
+from transformers import PreTrainedModel
 
+from fovlm.model.encoders.base import Block, Family, Rotary
+from fovlm.model.encoders.families import family_of
 from kernels.absorbed_attention import absorbed_attention, available
 from kernels.query_attention import query_attention
 
-# ImageNet mean and deviation, with which DINOv2 was trained (arXiv 2304.07193; its released processor config).
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+DROPOUTS = ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")
 
-LayerCache = tuple[
-    Tensor, ...
-]  # of one layer: key and value, each [F, N, H, d]; or the one [F, N, D] both are made from
+# Of one layer: key and value, each [F, N, H, d]; or the rows [F, N, D] that both are projected from.
+LayerCache = tuple[Tensor, ...]
 
 
 @dataclass
@@ -39,67 +40,7 @@ class Cache:
 
     def frames(self, index: Tensor | slice) -> "Cache":
         """The same cache for some of the frames."""
-        return Cache([tuple(t[index] for t in kept) for kept in self.layers])
-
-
-@dataclass
-class Parts:
-    """The modules of one DINOv2 layer, whatever the installed transformers calls them."""
-
-    norm1: nn.Module
-    query: nn.Module
-    key: nn.Linear
-    value: nn.Linear
-    out: nn.Module
-    scale1: nn.Module
-    norm2: nn.Module
-    mlp: nn.Module
-    scale2: nn.Module
-
-
-def parts(layer: Any) -> Parts:
-    """Name the modules of an HF `Dinov2Layer`: transformers 5.23 has flat names, older releases nest them."""
-    attention = layer.attention
-    if hasattr(attention, "q_proj"):
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    else:
-        inner = attention.attention
-        projections = (inner.query, inner.key, inner.value, attention.output.dense)
-    return Parts(layer.norm1, *projections, layer.layer_scale1, layer.norm2, layer.mlp, layer.layer_scale2)
-
-
-# How older releases of transformers named what `parts` names, which is also how DINOv2's weights are released.
-RELEASED_NAMES = {
-    "attention.q_proj.": "attention.attention.query.",
-    "attention.k_proj.": "attention.attention.key.",
-    "attention.v_proj.": "attention.attention.value.",
-    "attention.o_proj.": "attention.output.dense.",
-}
-
-
-def released_name(name: str) -> str:
-    """The name under which a weight of DINOv2 is released, which every release of transformers can read."""
-    for ours, theirs in RELEASED_NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
-def config_of(shapes: dict[str, tuple[int, ...]]) -> Dinov2Config:
-    """The configuration of a DINOv2 from the shapes of its weights, by released names; heads are 64 wide in all sizes
-    (arXiv 2304.07193, table 16). Raises KeyError when one that tells something is missing.
-    """
-    D, _, patch, _ = shapes["embeddings.patch_embeddings.projection.weight"]
-    side = round((shapes["embeddings.position_embeddings"][1] - 1) ** 0.5)
-    return Dinov2Config(
-        hidden_size=D,
-        num_hidden_layers=1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.layer.")),
-        num_attention_heads=max(D // 64, 1),
-        mlp_ratio=shapes["encoder.layer.0.mlp.fc1.weight"][0] // D,
-        image_size=side * patch,
-        patch_size=patch,
-        qkv_bias="encoder.layer.0.attention.attention.query.bias" in shapes,
-        use_mask_token="embeddings.mask_token" in shapes,
-    )
+        return Cache([tuple(t[index] for t in layer) for layer in self.layers])
 
 
 def heads(x: Tensor, width: int) -> Tensor:
@@ -107,43 +48,57 @@ def heads(x: Tensor, width: int) -> Tensor:
     return x.unflatten(-1, (-1, width))
 
 
-def walk_layer(layer: nn.Module, x: Tensor, n: int, d: int, last: bool, absorb: bool) -> tuple[Tensor, LayerCache]:
+def rotate(x: Tensor, rotary: Rotary | None, n: int) -> Tensor:
+    """Rotary positions for the patches, the last of the first n rows of x [F, n or n + 1, H, d]; None: as it is."""
+    if rotary is None:
+        return x
+    cos, sin = (table[:, None] for table in rotary)
+    prefix, patches, rest = x.split([n - len(cos), len(cos), x.shape[1] - n], dim=1)
+    one, other = patches.chunk(2, dim=-1)
+    return torch.cat([prefix, patches * cos + torch.cat([-other, one], dim=-1) * sin, rest], dim=1)
+
+
+def walk_layer(
+    family: Family, layer: nn.Module, x: Tensor, n: int, d: int, last: bool, absorb: bool, rotary: Rotary | None
+) -> tuple[Tensor, LayerCache]:
     """One layer for the rows x [F, n or n + 1, D] over the keys of its first n rows.
 
-    Returns the rows behind the layer and what it keeps for looks: normed rows (`absorb`) or keys and values. In the
-    last layer only the row beyond the patches goes on, if there is one: it is a look at every frame.
+    Returns the rows after the layer, and its cache for looks: normed rows (`absorb`) or keys and values. In the last
+    layer only the row beyond the patches continues, if there is one: it is a look at every frame.
     """
-    p = parts(layer)
+    p = family.block(layer)
     normed = p.norm1(x)
     if last and absorb:
-        kept: LayerCache = (normed[:, :n],)
+        cached: LayerCache = (normed[:, :n],)
     else:
-        key, value = heads(p.key(normed), d)[:, :n], heads(p.value(normed), d)[:, :n]
-        kept = (normed[:, :n],) if absorb else (key, value)
+        key, value = rotate(heads(p.key(normed), d), rotary, n)[:, :n], heads(p.value(normed), d)[:, :n]
+        cached = (normed[:, :n],) if absorb else (key, value)
     if last:
         row = x[:, n:]
-        return look_layer(layer, row[:, 0], kept, None, d)[:, None] if row.shape[1] else row, kept
-    query = heads(p.query(normed), d)
+        return look_layer(family, layer, row[:, 0], cached, None, d)[:, None] if row.shape[1] else row, cached
+    query = rotate(heads(p.query(normed), d), rotary, n)
     seen = nnf.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     x = x + p.scale1(p.out(seen.transpose(1, 2).flatten(2)))
-    return x + p.scale2(p.mlp(p.norm2(x))), kept
+    return x + p.scale2(p.mlp(p.norm2(x))), cached
 
 
-def look_layer(layer: nn.Module, x: Tensor, kept: LayerCache, frame_of_look: Tensor | None, d: int) -> Tensor:
-    """One layer for the looks x [K, D] over what it kept of F frames."""
-    p = parts(layer)
-    seen = attend(p, heads(p.query(p.norm1(x)), d), kept, frame_of_look, d**-0.5)
+def look_layer(
+    family: Family, layer: nn.Module, x: Tensor, cached: LayerCache, frame_of_look: Tensor | None, d: int
+) -> Tensor:
+    """One layer for the looks x [K, D] over its cache of F frames. A look has no position, like CLS."""
+    p = family.block(layer)
+    seen = attend(p, heads(p.query(p.norm1(x)), d), cached, frame_of_look, d**-0.5)
     x = x + p.scale1(p.out(seen.flatten(1)))
     return x + p.scale2(p.mlp(p.norm2(x)))
 
 
-def attend(p: Parts, query: Tensor, kept: LayerCache, frame_of_look: Tensor | None, scale: float) -> Tensor:
-    """What the looks' queries [K, H, d] bring back from a layer [K, H, d], in the form of what it kept."""
-    if len(kept) == 2:
-        return query_attention(query, *kept, frame_of_look, scale)
+def attend(p: Block, query: Tensor, cached: LayerCache, frame_of_look: Tensor | None, scale: float) -> Tensor:
+    """Attention of the looks' queries [K, H, d] over a layer's cache -> [K, H, d]."""
+    if len(cached) == 2:
+        return query_attention(query, *cached, frame_of_look, scale)
     return absorbed_attention(
         query,
-        kept[0],
+        cached[0],
         frame_of_look,
         scale,
         norm_weight=None,  # the rows have the norm's weight and bias in them already
@@ -156,37 +111,39 @@ def attend(p: Parts, query: Tensor, kept: LayerCache, frame_of_look: Tensor | No
 
 
 def absorbs(x: Tensor, last: bool) -> bool:
-    """The rule: whether a layer that gets the rows x [F, N or N + 1, D] keeps rows for looks, not keys and values.
+    """The rule: whether a layer with input x [F, N or N + 1, D] caches rows for looks, not keys and values.
 
-    Layers before the last make keys and values for their patches anyway, and over those a look is at least as fast. The
-    last would make them for looks alone: without, it takes half the time at one look a frame, and still less at 64
-    (benchmarks/results/attention_forms.csv). On a GPU a kernel must exist: plain PyTorch would copy rows for each look.
+    Layers before the last compute keys and values for their patches anyway, and over those a look is at least as fast.
+    The last would compute them for looks alone: without them it takes half the time at one look a frame, and still less
+    at 64 (benchmarks/results/attention_forms.csv). A GPU needs a kernel: plain PyTorch would copy rows for each look.
     """
     return last and (not x.is_cuda or available(x))
 
 
 def weights_of(query: Tensor, key: Tensor, frame_of_look: Tensor | None, scale: float) -> Tensor:
-    """The attention weights f32 [K, H, N] of queries [K, H, d] over keys [F, N, H, d], for looking at them."""
+    """The attention weights f32 [K, H, N] of queries [K, H, d] over keys [F, N, H, d]."""
     key = key if frame_of_look is None else key[frame_of_look]
     return (torch.einsum("khd,knhd->khn", query, key).float() * scale).softmax(-1)
 
 
 class Encoder(nn.Module):
-    """DINOv2 with `encode` and `look`.
+    """A vision transformer with `encode` and `look`.
 
     `deep=False` is the shallow ablation: one cross-attention over the final features, which serve as keys and values
     without projections of their own. `recompute` checkpoints each layer of the patch walk. `attention` is "auto" (the
-    rule of `absorbs`), or one form for all layers: "plain" keeps keys and values, "absorbed" rows.
+    rule of `absorbs`), or one form for all layers: "plain" caches keys and values, "absorbed" rows (rotary positions
+    allow "plain" only). Raises ValueError for a model of another family, and for dropout, which the walk does not have.
     """
 
-    def __init__(self, dino: Dinov2Model, deep: bool = True, recompute: bool = False, attention: str = "auto"):
+    def __init__(self, backbone: PreTrainedModel, deep: bool = True, recompute: bool = False, attention: str = "auto"):
         super().__init__()
-        config = dino.config
-        if config.drop_path_rate or config.hidden_dropout_prob or config.attention_probs_dropout_prob:
-            raise ValueError("the walk has no dropout: set drop_path_rate and both dropout rates of DINOv2 to 0")
-        if dino.embeddings.mask_token is not None:
-            dino.embeddings.mask_token.requires_grad_(False)  # only masked pre-training uses it
-        self.dino = dino
+        config = backbone.config
+        if on := [name for name in DROPOUTS if getattr(config, name, 0)]:
+            raise ValueError(f"the encoder runs without dropout: set {' and '.join(on)} to 0")
+        self.family = family_of(config)
+        for unused in self.family.unused(backbone):
+            unused.requires_grad_(False)
+        self.backbone = backbone
         self.deep = deep
         self.recompute = recompute
         self.attention = attention
@@ -199,23 +156,32 @@ class Encoder(nn.Module):
         self._look_layer = torch.compile(look_layer, dynamic=False, **options)
 
     @property
+    def layers(self) -> nn.ModuleList:
+        return self.family.layers(self.backbone)
+
+    @property
     def trainable(self) -> bool:
-        return self.dino.embeddings.cls_token.requires_grad
+        return next(self.layers.parameters()).requires_grad
 
     @property
     def width(self) -> int:
         """D."""
-        return self.dino.config.hidden_size
+        return self.backbone.config.hidden_size
+
+    @property
+    def prefix(self) -> int:
+        """How many of the N rows of a frame come before its patches."""
+        return self.family.prefix(self.backbone.config)
 
     def encode(self, frames: Tensor, row: Tensor) -> tuple[Cache, Tensor]:
         """Walk the frames u8 [F, 3, height, width] through all layers once.
 
-        `row` [D] is a look that is the same for every frame: its outcome [F, D] is returned beside the cache and equals
+        `row` [D] is a look that is the same for every frame: its result [F, D] is returned beside the cache and equals
         `look(row for every frame)` up to rounding. A frozen encoder keeps no graph for the patches.
         """
         if self.deep and self.trainable:
             return self._walk(frames, row)
-        # With the row in it, a frozen patch walk would keep a graph for its sake alone: look at the cache instead.
+        # With the row in it, a frozen patch walk would keep a graph for the row's sake: look at the cache instead.
         cache = self.encode_only(frames)
         return cache, self.look(row.expand(len(frames), -1), cache)
 
@@ -228,24 +194,24 @@ class Encoder(nn.Module):
 
     def _walk(self, frames: Tensor, row: Tensor | None) -> tuple[Cache, Tensor]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
-            x = self.embed(frames)
+            x, rotary = self.embed(frames)
             n = x.shape[1]
             if row is not None:
                 x = torch.cat([x, row.to(x.dtype).expand(len(x), 1, -1)], dim=1)
-            layers: list[LayerCache] = []
-            for layer in self.dino.encoder.layer:
-                last = layer is self.dino.encoder.layer[-1]
-                x, kept = self._run(layer, x, n, last, self._absorbs(x, last))
-                layers.append(kept)
-            return Cache(layers), self.dino.layernorm(x[:, 0]) if row is not None else x
+            cache: list[LayerCache] = []
+            for layer in self.layers:
+                last = layer is self.layers[-1]
+                x, cached = self._run(layer, x, n, last, self._absorbs(x, last, rotary), rotary)
+                cache.append(cached)
+            return Cache(cache), self._norm(x[:, 0]) if row is not None else x
 
     def features(self, frames: Tensor) -> Tensor:
-        """DINOv2's final features [F, N, D] of u8 frames [F, 3, height, width]: CLS first, then the patches by row."""
+        """The final features [F, N, D] of u8 frames [F, 3, height, width]: the prefix, then the patches by row."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
-            x = self.embed(frames)
-            for layer in self.dino.encoder.layer:
-                x, _ = self._run(layer, x, x.shape[1], last=False, absorb=False)
-            return self.dino.layernorm(x)
+            x, rotary = self.embed(frames)
+            for layer in self.layers:
+                x, _ = self._run(layer, x, x.shape[1], False, False, rotary)
+            return self._norm(x)
 
     def look(self, query: Tensor, cache: Cache, frame_of_look: Tensor | None = None) -> Tensor:
         """Walk the looks [K, D] through all layers; look k sees frame `frame_of_look`[k] (None: frame k) -> [K, D]."""
@@ -254,40 +220,46 @@ class Encoder(nn.Module):
             d = self.head_width
             return query_attention(heads(query, d).to(key.dtype), key, value, frame_of_look, d**-0.5).flatten(1)
         x = query.to(cache.layers[0][0].dtype)
-        for layer, kept in zip(self.dino.encoder.layer, cache.layers, strict=True):
-            x = self._look_layer(layer, x, kept, frame_of_look, self.head_width)
-        return self.dino.layernorm(x)
+        for layer, cached in zip(self.layers, cache.layers, strict=True):
+            x = self._look_layer(self.family, layer, x, cached, frame_of_look, self.head_width)
+        return self._norm(x)
 
     @torch.no_grad()
     def look_weights(self, query: Tensor, cache: Cache, frame_of_look: Tensor | None = None) -> Tensor:
-        """Where the looks [K, D] look: attention weights f32 [layers, K, H, N], for pictures and for the entropy."""
+        """Attention weights f32 [layers, K, H, N] of the looks [K, D]."""
         d, seen = self.head_width, []
         if not self.deep:
             ((key, _),) = cache.layers
             return weights_of(heads(query, d).to(key.dtype), key, frame_of_look, d**-0.5)[None]
         x = query.to(cache.layers[0][0].dtype)
-        for layer, kept in zip(self.dino.encoder.layer, cache.layers, strict=True):
-            p = parts(layer)
-            key = kept[0] if len(kept) == 2 else heads(p.key(kept[0]), d)
+        for layer, cached in zip(self.layers, cache.layers, strict=True):
+            p = self.family.block(layer)
+            key = cached[0] if len(cached) == 2 else heads(p.key(cached[0]), d)
             seen.append(weights_of(heads(p.query(p.norm1(x)), d), key, frame_of_look, d**-0.5))
-            x = look_layer(layer, x, kept, frame_of_look, d)
+            x = look_layer(self.family, layer, x, cached, frame_of_look, d)
         return torch.stack(seen)
 
-    def embed(self, frames: Tensor) -> Tensor:
-        """Patch, CLS and position embeddings [F, N, D] of u8 frames [F, 3, height, width], normalised on the device."""
-        weight = self.dino.embeddings.cls_token
-        mean = torch.tensor(MEAN, device=frames.device)[:, None, None]
-        std = torch.tensor(STD, device=frames.device)[:, None, None]
-        pixels = (frames.float() / 255 - mean) / std
-        return self.dino.embeddings(pixels.to(weight.dtype))
+    def embed(self, frames: Tensor) -> tuple[Tensor, Rotary | None]:
+        """The first layer's input [F, N, D] for u8 frames [F, 3, height, width], normalised on the device, and the
+        rotary positions of families that have them."""
+        mean, std = (
+            torch.tensor(values, device=frames.device)[:, None, None] for values in (self.family.mean, self.family.std)
+        )
+        pixels = ((frames.float() / 255 - mean) / std).to(next(self.backbone.parameters()).dtype)
+        return self.family.embed(self.backbone, pixels), self.family.rotary(self.backbone, pixels)
 
-    def _absorbs(self, x: Tensor, last: bool) -> bool:
+    def _norm(self, x: Tensor) -> Tensor:
+        return self.family.norm(self.backbone)(x)
+
+    def _absorbs(self, x: Tensor, last: bool, rotary: Rotary | None) -> bool:
+        if rotary is not None:  # a key then depends on its place, and one projection cannot stand for all
+            return False
         return absorbs(x, last) if self.attention == "auto" else self.attention == "absorbed"
 
-    def _run(self, layer: nn.Module, x: Tensor, n: int, last: bool, absorb: bool) -> tuple[Tensor, LayerCache]:
+    def _run(
+        self, layer: nn.Module, x: Tensor, n: int, last: bool, absorb: bool, rotary: Rotary | None
+    ) -> tuple[Tensor, LayerCache]:
+        arguments = (self.family, layer, x, n, self.head_width, last, absorb, rotary)
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._walk_layer, layer, x, n, self.head_width, last, absorb, use_reentrant=False)
-        return self._walk_layer(layer, x, n, self.head_width, last, absorb)
-
-
-__all__ = ["Cache", "Dinov2Config", "Dinov2Model", "Encoder"]
+            return checkpoint(self._walk_layer, *arguments, use_reentrant=False)
+        return self._walk_layer(*arguments)

@@ -30,7 +30,8 @@ from fovlm.data.packing import Batch, Layout
 from fovlm.errors import UserError
 from fovlm.model.attention import segments
 from fovlm.model.configuration import FoveatedConfig
-from fovlm.model.encoder import Cache, Dinov2Model, Encoder
+from fovlm.model.encoder import Cache, Encoder
+from fovlm.model.encoders.families import side_of
 from fovlm.model.generation import FoveatedGenerationMixin
 from fovlm.model.kv_cache import ATTENTION
 from fovlm.model.modes import NLL_CHUNK, POOLED
@@ -87,12 +88,15 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
-    def __init__(self, config: FoveatedConfig, llm: PreTrainedModel | None = None, dino: Dinov2Model | None = None):
+    def __init__(
+        self, config: FoveatedConfig, llm: PreTrainedModel | None = None, backbone: PreTrainedModel | None = None
+    ):
         super().__init__(config)
         self.llm = llm if llm is not None else AutoModelForCausalLM.from_config(config.llm_config)
-        self.encoder = Encoder(dino if dino is not None else Dinov2Model(config.encoder_config), deep=config.deep_query)
+        backbone = backbone if backbone is not None else AutoModel.from_config(config.encoder_config)
+        self.encoder = Encoder(backbone, deep=config.deep_query)
         self.llm.set_attn_implementation(ATTENTION)  # super().__init__ resets it
-        self.encoder.dino.set_attn_implementation("sdpa")
+        self.encoder.backbone.set_attn_implementation("sdpa")
         self.connector = Connector(
             config.query_dim, self.encoder.width, config.llm_config.hidden_size, config.visual_scale
         )
@@ -190,8 +194,8 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
 
     def _pooled(self, batch: Batch) -> Tensor:
         """multi_token: every look's patches pooled to 4 x 4 -> [K, 16, E]."""
-        features = self.encoder.features(batch.frames)[:, 1:]
-        side = int(features.shape[1] ** 0.5)
+        features = self.encoder.features(batch.frames)[:, self.encoder.prefix :]
+        side = side_of(self.config.encoder_config, batch.frames.shape[-1])
         grid = features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
         pooled = nnf.adaptive_avg_pool2d(grid, POOLED).flatten(2).transpose(1, 2)
         tokens = self.connector.token(pooled)
@@ -237,12 +241,14 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
             layer.compile(dynamic=False, **options)
 
 
-def check_report(report: dict[str, Any], where: str) -> None:
+def check_report(report: dict[str, Any], where: str, skipped: tuple[str, ...] = ()) -> None:
     """Raise UserError for transformers' loading report when a weight of the model at `where` was not in its files, has
-    another shape there, or was left over: then the model computes with random weights, or is another one.
+    another shape there, or was left over: then the model computes with random weights, or is another one. Left-over
+    names that start with one of `skipped` are expected.
     """
     for kind in ("missing", "unexpected", "mismatched"):
-        if names := sorted(key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"]):
+        names = sorted(key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"])
+        if names := [name for name in names if kind != "unexpected" or not name.startswith(skipped)]:
             raise UserError(
                 f"{where}: {len(names)} {kind} weights, like {names[0]}: the folder is damaged, or holds another model "
                 "than its config.json says"

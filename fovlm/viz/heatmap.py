@@ -4,6 +4,8 @@ The picture is darkened, and light is laid over it in proportion to the weight, 
 film and sheet paint alike; the page gets the same `STOPS`.
 """
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as nnf
@@ -17,12 +19,17 @@ ALPHA = 0.75  # how much of the picture the brightest light hides
 def maps(weights: Tensor, layer: int | None = None, head: int | None = None) -> Tensor:
     """Attention weights [layers, K, H, N] -> f32 [K, side, side] over the patches: one layer and head, or their means.
 
-    CLS (column 0) has no place in the picture and is left out.
+    CLS and registers, which come before the patches, have no place in the picture and are left out.
     """
     chosen = weights.mean(0) if layer is None else weights[layer]
-    patches = (chosen.mean(1) if head is None else chosen[:, head])[:, 1:]
-    side = round(patches.shape[1] ** 0.5)
-    return patches.float().unflatten(1, (side, side))
+    rows = chosen.mean(1) if head is None else chosen[:, head]
+    side = side_of(rows.shape[1])
+    return rows[:, -side * side :].float().unflatten(1, (side, side))
+
+
+def side_of(rows: int) -> int:
+    """Patches on a side of a frame whose N rows are a square of patches and a few other tokens."""
+    return math.isqrt(rows)
 
 
 def smooth(grid: Tensor, size: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from fovlm.errors import UserError
 from fovlm.media import encode
 from fovlm.viz.gaze import Gaze
-from fovlm.viz.heatmap import DARKEN, STOPS, entropy
+from fovlm.viz.heatmap import DARKEN, STOPS, entropy, side_of
 
 QUALITY = 85  # of the JPEGs
 
@@ -73,7 +73,7 @@ def _data(gazes: list[Gaze]) -> dict[str, Any]:
         "K": K,
         "H": H,
         "layers": layers,
-        "side": round((N - 1) ** 0.5),
+        "side": side_of(N),
         "stops": STOPS,
         "darken": DARKEN,
         "frames": frames,
@@ -94,12 +94,13 @@ def _data(gazes: list[Gaze]) -> dict[str, Any]:
 
 def _weights(weights: np.ndarray) -> dict[str, Any]:
     """[layers, K, H, N] -> u8 of the patches; for each layer, look and head what 255 means, CLS and entropy."""
-    patches = weights[..., 1:].astype(np.float32)
+    n = side_of(weights.shape[-1]) ** 2  # patches; CLS and registers come before them
+    patches = weights[..., -n:].astype(np.float32)
     most = patches.max(-1).clip(1e-12)
     return {
         "u8": base64.b64encode((patches / most[..., None] * 255).round().astype(np.uint8).tobytes()).decode(),
         "most": base64.b64encode(most.astype("<f4").tobytes()).decode(),
-        "cls": [round(float(x), 4) for x in weights[..., 0].flat],
+        "cls": [round(float(x), 4) for x in weights[..., :-n].sum(-1).flat],
         "entropy": [round(float(x), 3) for x in entropy(torch.from_numpy(weights)).flatten()],
     }
 

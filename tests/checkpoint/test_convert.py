@@ -18,7 +18,7 @@ from fovlm.checkpoint.verify import reference_nll
 from fovlm.checkpoint.zero_reader import ZeroWeights
 from fovlm.cli.main import main
 from fovlm.errors import EXIT_USER_ERROR, UserError
-from fovlm.model.encoder import released_name
+from fovlm.model.encoders.dinov2 import released_name
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.model.processing import load_model
 from helpers.models import pack, tiny_model
@@ -102,7 +102,7 @@ def test_all_is_still_there_when_the_files_were_mapped_anew(tmp_path, stage, mon
     before = {name: weights.read(name) for name in weights.shapes}
     monkeypatch.setattr(zero_reader, "RELEASE_AFTER", 0)
     assert all(torch.equal(weights.read(name), before[name]) for name in weights.shapes)
-    assert "encoder.dino.embeddings.mask_token" in before
+    assert "encoder.backbone.embeddings.mask_token" in before
 
 
 @pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16], ids=str)

@@ -12,7 +12,7 @@ from fovlm.checkpoint.import_nanosmol import import_published
 from fovlm.config.schema import ModelSettings
 from fovlm.errors import UserError
 from fovlm.model.configuration import FoveatedConfig
-from fovlm.model.encoder import Dinov2Config
+from fovlm.model.encoders.dinov2 import Dinov2Config
 from fovlm.model.modeling import FoveatedVLM
 from helpers import tiny
 from helpers.models import FRAME, pack, sample, tiny_model
@@ -47,7 +47,7 @@ def published(model: FoveatedVLM, bias: bool = False) -> tuple[dict[str, Tensor]
         query_in.weight.data = c.query_in.weight.data
         query_in.bias.data = c.query_in.weight.data @ torch.randn(c.query_in.in_features)
     state = {
-        **{f"encoder.dino.{name}": value for name, value in model.encoder.dino.state_dict().items()},
+        **{f"encoder.dino.{name}": value for name, value in model.encoder.backbone.state_dict().items()},
         **{f"encoder.output_proj.{name}": value for name, value in out.state_dict().items()},
         **{f"encoder.query_input_proj.{name}": value for name, value in query_in.state_dict().items()},
         **{f"dino_to_llm.{name}": value for name, value in c.to_llm.state_dict().items()},

@@ -4,11 +4,10 @@ import math
 
 import torch
 import torch.nn.functional as nnf
-from transformers import Dinov2Config, LlamaConfig
 
 from fovlm.data.packing import Batch, PackSize, Sample, collate
 from fovlm.model.configuration import FoveatedConfig
-from fovlm.model.encoder import MEAN, STD
+from fovlm.model.encoders.families import FAMILIES
 from fovlm.model.modeling import FoveatedVLM
 
 FRAME = 28  # pixels: 4 x 4 patches of 7
@@ -16,23 +15,41 @@ VOCABULARY = 64
 BUDGET = PackSize(frames=6, looks=10, text=30, prompt=12)
 
 
-def tiny_model(seed: int = 0, **settings) -> FoveatedVLM:
-    """A model of some 50,000 parameters; `settings` go to FoveatedConfig."""
+ENCODER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": FRAME, "patch_size": 7}
+ENCODERS = {
+    "dinov2": ENCODER | {"mlp_ratio": 2},
+    "dinov2_with_registers": ENCODER | {"mlp_ratio": 2, "num_register_tokens": 4},
+    "dinov3_vit": ENCODER | {"intermediate_size": 64, "num_register_tokens": 4},
+    "siglip_vision_model": ENCODER | {"intermediate_size": 64},
+    "siglip2_vision_model": {k: v for k, v in ENCODER.items() if k != "image_size"}
+    | {"intermediate_size": 64, "num_patches": 16},
+}
+LLM = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+SPECIAL = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+LLMS = {
+    "llama": LLM,
+    "qwen3": LLM | {"head_dim": 16},
+    "smollm3": LLM | SPECIAL | {"no_rope_layer_interval": 2},
+}
+
+
+def tiny_model(seed: int = 0, encoder: str = "dinov2", llm: str = "llama", **settings) -> FoveatedVLM:
+    """A model of some 50,000 parameters, with backbones of these types; `settings` go to FoveatedConfig."""
     torch.manual_seed(seed)
-    llm = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    dino = Dinov2Config(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=FRAME, patch_size=7, mlp_ratio=2
-    )
     settings = {"query_dim": 24, "frame_size": FRAME, **settings}
-    return FoveatedVLM(FoveatedConfig(llm_config=llm, encoder_config=dino, **settings))
+    backbones = {
+        "llm_config": {"model_type": llm, **LLMS[llm]},
+        "encoder_config": {"model_type": encoder, **ENCODERS[encoder]},
+    }
+    return FoveatedVLM(FoveatedConfig(**backbones, **settings))
 
 
 def sample(
@@ -73,9 +90,10 @@ def dense_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, 
     return seen[0].transpose(0, 1)
 
 
-def pixels(frames: torch.Tensor) -> torch.Tensor:
-    """Frames u8 [F, 3, y, x] as the encoder is to see them."""
-    return (frames.float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+def pixels(frames: torch.Tensor, kind: str = "dinov2") -> torch.Tensor:
+    """Frames u8 [F, 3, y, x] as a model of this type was trained to see them."""
+    mean, std = (torch.tensor(x)[:, None, None] for x in (FAMILIES[kind].mean, FAMILIES[kind].std))
+    return (frames.float() / 255 - mean) / std
 
 
 def outcomes(model: FoveatedVLM, std: float = 1.0, frames: torch.Tensor | None = None) -> tuple[float, float]:

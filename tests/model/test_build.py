@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     Dinov2Config,
     Dinov2Model,
@@ -20,18 +22,23 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     Qwen3Config,
-    SiglipVisionConfig,
-    SiglipVisionModel,
+    Siglip2Config,
+    Siglip2Model,
+    SiglipConfig,
+    SiglipModel,
     SmolLM3Config,
+    ViTConfig,
+    ViTModel,
 )
 
-from fovlm import open_model
+from fovlm import FoveatedVLM, open_model
 from fovlm.checkpoint.locate import load_weights
 from fovlm.config.schema import ModelSettings
 from fovlm.data.chat import load_tokenizer
 from fovlm.errors import UserError
 from fovlm.model.build import build
 from fovlm.model.processing import FoveatedProcessor
+from helpers.models import ENCODERS
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
 LLM = SIZES | {"vocab_size": 64, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -67,18 +74,46 @@ def test_what_is_in_the_folders_is_what_trains(tmp_path, config, tied):
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "llm").state_dict()
     assert all(torch.equal(stored[name], weight) for name, weight in model.llm.state_dict().items())
     stored = Dinov2Model.from_pretrained(tmp_path / "dino").state_dict()
-    assert all(torch.equal(stored[name], weight) for name, weight in model.encoder.dino.state_dict().items())
+    assert all(torch.equal(stored[name], weight) for name, weight in model.encoder.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", list(ENCODERS))
+def test_encoders_of_every_family_load_from_folders(tmp_path, kind):
+    config = AutoConfig.for_model(kind, **ENCODERS[kind])
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    stored = AutoModel.from_pretrained(tmp_path).state_dict()
+    loaded = build(settings(dino=tmp_path)).encoder.backbone.state_dict()
+    assert stored.keys() == loaded.keys()
+    assert all(torch.equal(stored[name], weight) for name, weight in loaded.items())
+
+
+@pytest.mark.parametrize(("config", "model"), [(SiglipConfig, SiglipModel), (Siglip2Config, Siglip2Model)])
+def test_of_a_folder_with_a_text_tower_the_vision_tower_is_the_encoder(tmp_path, config, model):
+    vision = ENCODERS["siglip_vision_model" if config is SiglipConfig else "siglip2_vision_model"]
+    text = {"vocab_size": 64, "max_position_embeddings": 8, "projection_size": 32, **SIZES}
+    both = model(config(text_config=text, vision_config=vision))
+    both.save_pretrained(tmp_path)
+    loaded = build(settings(dino=tmp_path)).encoder.backbone.state_dict()
+    assert all(torch.equal(both.vision_model.state_dict()[name], weight) for name, weight in loaded.items())
 
 
 def test_another_encoder_is_refused(tmp_path):
-    sizes = SIZES | {"image_size": 28, "patch_size": 7}
-    SiglipVisionModel(SiglipVisionConfig(**sizes)).save_pretrained(tmp_path / "siglip")
-    assert "type 'siglip_vision_model' is not supported, only 'dinov2'" in refused(dino=tmp_path / "siglip")
+    ViTModel(ViTConfig(**SIZES, image_size=28, patch_size=7)).save_pretrained(tmp_path / "vit")
+    assert "type 'vit' is not supported, only dinov2, dinov2_with_registers" in refused(dino=tmp_path / "vit")
+    assert "type 'llama' is not supported" in refused(dino={"model_type": "llama"})
+    assert "no model_type 'dinov4' in transformers (did you mean" in refused(dino={"model_type": "dinov4"})
     Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**DINO)).save_pretrained(tmp_path / "registers")
-    assert "'dinov2_with_registers' is not supported" in refused(dino=tmp_path / "registers")
     config = json.loads((tmp_path / "registers" / "config.json").read_text()) | {"model_type": "dinov2"}
     (tmp_path / "registers" / "config.json").write_text(json.dumps(config))
     assert "1 unexpected weights, like embeddings.register_tokens" in refused(dino=tmp_path / "registers")
+
+
+def test_the_scale_of_visual_tokens_can_be_that_of_the_embeddings(tmp_path):
+    model = build(settings().model_copy(update={"visual_scale": None}))
+    assert model.config.visual_scale == pytest.approx(model.llm.get_input_embeddings().weight.detach().std().item())
+    assert model.connector.visual_scale == model.config.visual_scale
+    model.save_pretrained(tmp_path)
+    assert FoveatedVLM.from_pretrained(tmp_path).connector.visual_scale == model.config.visual_scale
 
 
 @pytest.mark.parametrize(

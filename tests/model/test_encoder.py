@@ -1,19 +1,32 @@
-"""DINOv2 encoded once: equal to Hugging Face's forward, keys and values made once, looks that see and are not seen."""
+"""Encoded once, in every family: equal to Hugging Face's forward, keys and values computed once, looks that see and are
+not seen."""
 
 import pytest
 import torch
 from torch import nn
 
-from fovlm.model.encoder import Cache, Encoder, absorbs, heads, parts, weights_of
-from helpers.models import pixels, tiny_model
+from fovlm.model.encoder import Cache, Encoder, absorbs, heads, rotate, weights_of
+from fovlm.model.encoders.families import family_of
+from helpers.models import ENCODERS, pixels, tiny_model
 
 FORMS = ["plain", "auto", "absorbed"]
 SEVERAL = torch.tensor([2, 2, 0, 3, 2])  # the frame of each look
 
 
-@pytest.fixture
-def encoder() -> Encoder:
-    return tiny_model().encoder
+@pytest.fixture(params=list(ENCODERS))
+def encoder(request) -> Encoder:
+    return tiny_model(encoder=request.param).encoder
+
+
+def hugging_face(encoder: Encoder, frames: torch.Tensor) -> torch.Tensor:
+    """The final features by the model's own forward."""
+    kind = encoder.backbone.config.model_type
+    seen = pixels(frames, kind).to(next(encoder.parameters()).dtype)
+    if kind == "siglip2_vision_model":  # takes patches, with a mask and the grid of each frame
+        patches = seen.reshape(-1, 3, 4, 7, 4, 7).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        mask, grid = torch.ones(patches.shape[:2], dtype=torch.int64), torch.tensor([[4, 4]] * len(frames))
+        return encoder.backbone(patches, mask, grid).last_hidden_state
+    return encoder.backbone(seen).last_hidden_state
 
 
 @pytest.fixture
@@ -22,25 +35,28 @@ def frames() -> torch.Tensor:
 
 
 def test_features_equal_the_forward_of_hugging_face(encoder, frames):
-    expected = encoder.dino(pixels(frames)).last_hidden_state
-    torch.testing.assert_close(encoder.features(frames), expected, rtol=1e-5, atol=1e-6)
+    encoder.eval()  # DINOv3 moves its positions at random in training mode, and our walk does not
+    expected = hugging_face(encoder, frames)
+    torch.testing.assert_close(encoder.train().features(frames), expected, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("attention", FORMS)
 def test_what_is_kept_is_that_of_hugging_face(encoder, frames, attention):
     encoder.attention = attention
     inputs: list[torch.Tensor] = []
-    hooks = [
-        layer.norm1.register_forward_hook(lambda m, i, out: inputs.append(out)) for layer in encoder.dino.encoder.layer
-    ]
-    encoder.dino(pixels(frames))
+    blocks = [encoder.family.block(layer) for layer in encoder.layers]
+    hooks = [block.norm1.register_forward_hook(lambda m, i, out: inputs.append(out)) for block in blocks]
+    hugging_face(encoder.eval(), frames)
     for hook in hooks:
         hook.remove()
     layers = encoder.encode_only(frames).layers
-    assert [len(kept) for kept in layers] == {"plain": [2, 2, 2], "auto": [2, 2, 1], "absorbed": [1, 1, 1]}[attention]
-    for layer, normed, kept in zip(encoder.dino.encoder.layer, inputs, layers, strict=True):
-        p, d = parts(layer), encoder.head_width
-        expected = (heads(p.key(normed), d), heads(p.value(normed), d)) if len(kept) == 2 else (normed,)
+    _, rotary = encoder.embed(frames)
+    forms = {"plain": [2, 2, 2], "auto": [2, 2, 1], "absorbed": [1, 1, 1]}["plain" if rotary else attention]
+    assert [len(kept) for kept in layers] == forms
+    for p, normed, kept in zip(blocks, inputs, layers, strict=True):
+        d = encoder.head_width
+        key = rotate(heads(p.key(normed), d), rotary, normed.shape[1])
+        expected = (key, heads(p.value(normed), d)) if len(kept) == 2 else (normed,)
         for got, want in zip(kept, expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
@@ -51,14 +67,15 @@ def test_keys_and_values_are_computed_once(encoder, frames, trainable, attention
     """And in the last layer, where looks alone would want them, not at all unless told so."""
     encoder.requires_grad_(trainable).attention = attention
     calls: dict[nn.Module, int] = {}
-    layers = encoder.dino.encoder.layer
+    layers = encoder.layers
+    plain = attention == "plain" or encoder.embed(frames)[1] is not None
     for layer in layers:
-        for module in (parts(layer).key, parts(layer).value):
+        for module in (encoder.family.block(layer).key, encoder.family.block(layer).value):
             module.register_forward_hook(lambda m, i, o: calls.update({m: calls.get(m, 0) + 1}))
     cache, _ = encoder.encode(frames, torch.randn(encoder.width))
     for _ in range(3):
         encoder.look(torch.randn(4, encoder.width), cache)
-    assert len(calls) == 2 * len(layers) - (0 if attention == "plain" else 2)
+    assert len(calls) == 2 * len(layers) - (0 if plain else 2)
     assert set(calls.values()) == {1}
 
 
@@ -107,8 +124,8 @@ def test_patches_never_see_the_query(encoder, frames):
 def keys_and_values(encoder: Encoder, cache: Cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Of every layer, whatever it kept."""
     pairs = []
-    for layer, kept in zip(encoder.dino.encoder.layer, cache.layers, strict=True):
-        p, d = parts(layer), encoder.head_width
+    for layer, kept in zip(encoder.layers, cache.layers, strict=True):
+        p, d = encoder.family.block(layer), encoder.head_width
         pairs.append(kept if len(kept) == 2 else (heads(p.key(kept[0]), d), heads(p.value(kept[0]), d)))
     return pairs
 
@@ -119,14 +136,16 @@ def test_a_look_is_one_query_through_all_layers(encoder, frames, attention):
     encoder.double().attention = attention
     cache, query = encoder.encode_only(frames), torch.randn(4, encoder.width).double()
     x, seen = query, []
-    for layer, (key, value) in zip(encoder.dino.encoder.layer, keys_and_values(encoder, cache), strict=True):
-        p = parts(layer)
+    for layer, (key, value) in zip(encoder.layers, keys_and_values(encoder, cache), strict=True):
+        p = encoder.family.block(layer)
         q = heads(p.query(p.norm1(x)), encoder.head_width)
         weights = (torch.einsum("khd,knhd->khn", q, key) * encoder.head_width**-0.5).softmax(-1)
         seen.append(weights)
         x = x + p.scale1(p.out(torch.einsum("khn,knhd->khd", weights, value).flatten(1)))
         x = x + p.scale2(p.mlp(p.norm2(x)))
-    torch.testing.assert_close(encoder.look(query, cache), encoder.dino.layernorm(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        encoder.look(query, cache), encoder.family.norm(encoder.backbone)(x), rtol=1e-9, atol=1e-9
+    )
     torch.testing.assert_close(encoder.look_weights(query, cache).double(), torch.stack(seen), rtol=1e-5, atol=1e-6)
 
 
@@ -164,8 +183,21 @@ def test_recomputing_gives_the_same_gradients(encoder, frames):
 def test_attention_weights_are_those_of_the_look(encoder, frames):
     query = torch.randn(4, encoder.width)
     weights = encoder.look_weights(query, encoder.encode_only(frames))
-    assert weights.shape == (3, 4, 2, 17)
+    assert weights.shape == (3, 4, 2, encoder.prefix + 16)
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, 2))
+
+
+@pytest.mark.parametrize("kind", list(ENCODERS))
+def test_a_frame_of_another_size_has_another_grid(kind):
+    """Positions are interpolated, or rotary: a model trained at one size sees frames of another."""
+    encoder = tiny_model(encoder=kind).encoder
+    frames = torch.randint(0, 256, (2, 3, 42, 42), dtype=torch.uint8)
+    assert encoder.features(frames).shape == (2, encoder.prefix + 36, 32)
+
+
+def test_an_unknown_family_is_refused():
+    with pytest.raises(ValueError, match="type 'llama' is not supported, only dinov2"):
+        family_of(tiny_model().config.llm_config)
 
 
 def test_weights_of_survives_large_logits():
@@ -175,6 +207,6 @@ def test_weights_of_survives_large_logits():
 
 def test_dropout_is_refused():
     model = tiny_model()
-    model.encoder.dino.config.drop_path_rate = 0.1
+    model.encoder.backbone.config.drop_path_rate = 0.1
     with pytest.raises(ValueError, match="drop_path_rate"):
-        Encoder(model.encoder.dino)
+        Encoder(model.encoder.backbone)

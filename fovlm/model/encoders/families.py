@@ -1,0 +1,27 @@
+"""The families of vision transformers that can be the encoder."""
+
+from transformers import PreTrainedConfig
+
+from fovlm.model.encoders.base import Family
+from fovlm.model.encoders.dinov2 import Dinov2
+from fovlm.model.encoders.dinov3 import Dinov3
+from fovlm.model.encoders.siglip2 import Siglip
+
+FAMILIES: dict[str, Family] = {kind: family for family in (Dinov2(), Dinov3(), Siglip()) for kind in family.kinds}
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of an encoder's configuration. Raises ValueError for any other model."""
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"an encoder of type '{config.model_type}' is not supported, only {', '.join(FAMILIES)}")
+    return FAMILIES[config.model_type]
+
+
+def side_of(config: PreTrainedConfig, frame_size: int) -> int:
+    """How many patches a frame of `frame_size` pixels has on a side."""
+    return frame_size // config.patch_size
+
+
+def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The vision tower's part of a configuration that has a text tower too."""
+    return getattr(config, "vision_config", config)

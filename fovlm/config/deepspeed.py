@@ -1,47 +1,23 @@
-"""An experiment and a file of `ds_configs/` become the one dictionary that DeepSpeed gets. No torch, no deepspeed.
+"""An experiment and a file of `ds_configs/` become the dictionary that DeepSpeed gets. No torch, no deepspeed.
 
-The file says how to run (stage, buckets, offload, precision), the experiment everything else. DeepSpeed itself takes a
-misspelt top-level key in silence and clips at 1.0 unless told, so keys are checked here, and clipping is always said.
+The file says how to run (ZeRO stage, buckets, offload, precision), the experiment everything else. DeepSpeed accepts a
+misspelt top-level key without a word and clips at 1.0 by default, so every key is checked here and clipping is always
+given.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from fovlm.config.schema import Experiment
+from pydantic import ValidationError
+
+from fovlm.config.messages import explain, key_types, path_of
+from fovlm.config.schema import Experiment, Strict
 from fovlm.errors import UserError, did_you_mean
 from fovlm.paths import ROOT
 
 FOLDER = ROOT / "ds_configs"
-
-# Every key that a file may hold, and the type of its value.
-ALLOWED: dict[str, Any] = {
-    "bf16": {"enabled": bool, "immediate_grad_update": bool, "check_grad_overflow": bool},
-    "data_types": {"grad_accum_dtype": str},
-    "communication_data_type": str,
-    "prescale_gradients": bool,
-    "wall_clock_breakdown": bool,
-    "memory_breakdown": bool,
-    "zero_force_ds_cpu_optimizer": bool,
-    "zero_optimization": {
-        "stage": int,
-        "contiguous_gradients": bool,
-        "overlap_comm": bool,
-        "reduce_scatter": bool,
-        "reduce_bucket_size": int,
-        "allgather_partitions": bool,
-        "allgather_bucket_size": int,
-        "round_robin_gradients": bool,
-        "sub_group_size": int,
-        "offload_optimizer": {"device": str, "nvme_path": str, "buffer_count": int, "pin_memory": bool, "ratio": float},
-        "offload_param": {"device": str, "nvme_path": str, "buffer_count": int, "buffer_size": int, "pin_memory": bool},
-        "stage3_prefetch_bucket_size": int,
-        "stage3_param_persistence_threshold": int,
-        "stage3_max_live_parameters": int,
-        "stage3_max_reuse_distance": int,
-        "stage3_gather_16bit_weights_on_model_save": bool,
-    },
-}
+UNSET: Any = None  # a key that is not given keeps DeepSpeed's default
 
 # What the experiment decides: a key of DeepSpeed -> the key of the experiment.
 OWNED = {
@@ -53,6 +29,64 @@ OWNED = {
     "scheduler": "optim.schedule",
     "fp16": "train.precision (auto, bf16 or fp32)",
 }
+INSTEAD = {key: f"belongs to the experiment: {owner}" for key, owner in OWNED.items()}
+
+
+class Bf16(Strict):
+    enabled: bool
+    immediate_grad_update: bool = UNSET
+    check_grad_overflow: bool = UNSET
+
+
+class DataTypes(Strict):
+    grad_accum_dtype: str = UNSET
+
+
+class Offload(Strict):
+    device: str = UNSET
+    nvme_path: str = UNSET
+    buffer_count: int = UNSET
+    pin_memory: bool = UNSET
+
+
+class OffloadOptimizer(Offload):
+    ratio: float = UNSET
+
+
+class OffloadParam(Offload):
+    buffer_size: int = UNSET
+
+
+class ZeroOptimization(Strict):
+    stage: int
+    contiguous_gradients: bool = UNSET
+    overlap_comm: bool = UNSET
+    reduce_scatter: bool = UNSET
+    reduce_bucket_size: int = UNSET
+    allgather_partitions: bool = UNSET
+    allgather_bucket_size: int = UNSET
+    round_robin_gradients: bool = UNSET
+    sub_group_size: int = UNSET
+    offload_optimizer: OffloadOptimizer = UNSET
+    offload_param: OffloadParam = UNSET
+    stage3_prefetch_bucket_size: int = UNSET
+    stage3_param_persistence_threshold: int = UNSET
+    stage3_max_live_parameters: int = UNSET
+    stage3_max_reuse_distance: int = UNSET
+    stage3_gather_16bit_weights_on_model_save: bool = UNSET
+
+
+class DeepSpeedFile(Strict):
+    """What a file of `ds_configs/` may hold."""
+
+    bf16: Bf16
+    zero_optimization: ZeroOptimization
+    data_types: DataTypes = UNSET
+    communication_data_type: str = UNSET
+    prescale_gradients: bool = UNSET
+    wall_clock_breakdown: bool = UNSET
+    memory_breakdown: bool = UNSET
+    zero_force_ds_cpu_optimizer: bool = UNSET
 
 
 def resolve(experiment: Experiment, world_size: int, device: str, folder: Path = FOLDER) -> dict[str, Any]:
@@ -60,20 +94,20 @@ def resolve(experiment: Experiment, world_size: int, device: str, folder: Path =
     return merge(experiment, read(experiment.deepspeed, folder), world_size, device)
 
 
-def read(engine: str, folder: Path = FOLDER) -> dict[str, Any]:
-    """The JSON file of an engine. Raises UserError when there is none, or it is not a JSON object."""
-    file = folder / f"{engine}.json"
+def read(name: str, folder: Path = FOLDER) -> dict[str, Any]:
+    """The content of `ds_configs/NAME.json`. Raises UserError when there is no such file, or it is not JSON."""
+    file = folder / f"{name}.json"
     if not file.is_file():
         there = sorted(f.stem for f in folder.glob("*.json"))
         raise UserError(
-            f"deepspeed: no file ds_configs/{engine}.json{did_you_mean(engine, there)}; there are {', '.join(there)}"
+            f"deepspeed: no file ds_configs/{name}.json{did_you_mean(name, there)}; there are {', '.join(there)}"
         )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except ValueError as error:
-        raise UserError(f"ds_configs/{engine}.json: {error}") from None
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"ds_configs/{name}.json: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"ds_configs/{engine}.json: must be a JSON object")
+        raise UserError(f"ds_configs/{name}.json: must be a JSON object")
     return content
 
 
@@ -81,20 +115,16 @@ def merge(experiment: Experiment, ds_json: dict[str, Any], world_size: int, devi
     """`ds_json` completed by what the experiment decides; `device` is "cuda" or "cpu".
 
     One micro batch is one pack, so the global batch of `packs_per_step` is accumulated over packs_per_step / world
-    micro steps. Raises UserError for unknown keys, "auto", keys that belong to the experiment, and a world size that
-    does not divide the batch.
+    micro steps. Raises UserError for unknown keys, wrong types, "auto", keys that belong to the experiment, and a
+    number of ranks that does not divide the batch.
     """
-    _check(ds_json, ALLOWED, f"ds_configs/{experiment.deepspeed}.json: ")
-    for path in (("zero_optimization", "stage"), ("bf16", "enabled")):
-        if path[1] not in ds_json.get(path[0], {}):
-            raise UserError(f"ds_configs/{experiment.deepspeed}.json: {'.'.join(path)}: is missing")
+    merged = _checked(ds_json, experiment.deepspeed)
     packs = experiment.train.packs_per_step
     if world_size < 1 or packs % world_size:
         raise UserError(
             f"train.packs_per_step={packs} packs cannot be shared evenly by {world_size} ranks: "
             f"make it a multiple, e.g. train.packs_per_step={max(1, round(packs / world_size)) * world_size}"
         )
-    merged: dict[str, Any] = json.loads(json.dumps(ds_json))
     precision = experiment.train.precision
     if precision == "auto":
         precision = "bf16" if merged["bf16"]["enabled"] and device != "cpu" else "fp32"
@@ -112,26 +142,24 @@ def merge(experiment: Experiment, ds_json: dict[str, Any], world_size: int, devi
     return merged
 
 
-def _check(content: dict[str, Any], allowed: dict[str, Any], where: str) -> None:
-    for key, value in content.items():
-        if key in OWNED and key not in allowed:
-            raise UserError(f"{where}{key}: belongs to the experiment: {OWNED[key]}")
-        if key not in allowed:
-            raise UserError(f"{where}{key}: unknown key{did_you_mean(key, allowed)}")
-        if value == "auto":
-            raise UserError(f"{where}{key}: 'auto' means nothing here: write a value")
-        kind = allowed[key]
-        if isinstance(kind, dict):
-            if not isinstance(value, dict):
-                raise UserError(f"{where}{key}: must be an object")
-            _check(value, kind, f"{where}{key}.")
-        elif not (type(value) is kind or (kind is float and type(value) is int)):
-            raise UserError(f"{where}{key}: must be a {kind.__name__}, not {value!r}")
+def _checked(ds_json: dict[str, Any], name: str) -> dict[str, Any]:
+    """A copy of a file's content. Raises UserError for its first mistake: unknown keys, then values, then gaps."""
+    try:
+        return DeepSpeedFile.model_validate(ds_json).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        order = {"extra_forbidden": 0, "missing": 2}
+        first = min(error.errors(include_url=False), key=lambda one: order.get(one["type"], 1))
+        path = path_of(first, ds_json)
+        if first["input"] == "auto":
+            message = "'auto' is not supported: write a value"
+        else:
+            message = explain(first, path, key_types(DeepSpeedFile), INSTEAD)
+        raise UserError(f"ds_configs/{name}.json: {'.'.join(path)}: {message}") from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
         twice = next(key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1)
-        raise ValueError(f"'{twice}' stands there twice")
+        raise ValueError(f"'{twice}' is given twice")
     return content

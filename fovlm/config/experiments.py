@@ -1,17 +1,18 @@
-"""The names of all runs, and what `experiments/*.yaml` say about each: plain YAML, no torch, no checks of fields.
+"""All runs by name, and the settings that `experiments/*.yaml` give them: plain YAML, no torch, fields unchecked.
 
-A file holds settings (`model:`, `data:`, `optim:`, `train:`, `logger:`, `deepspeed:`) and three more words, no others:
+A file holds settings (`model:`, `data:`, `optim:`, `train:`, `logger:`, `deepspeed:` ...) and up to three more keys:
 
     base: other.yaml        settings of another file (relative to this one), under this file's own
     runs: {NAME: {note: what it asks, optim: {...}}}                          a name -> its difference
     grid: {size: {135M: {...}, 360M: {...}}, budget: {C1: {...}}}             crossed axes: 135M-C1, 360M-C1
 
-A difference is merged key by key, except for the few settings of `WHOLE`, which are replaced, and those of `ONE_OF`,
-which replace each other. Every value keeps its origin, so that an error can name the file and key where it was written.
+A difference is merged key by key, except for the settings in `WHOLE`, which are replaced, and those in `ONE_OF`, which
+replace each other. Every value keeps its origin, so that an error can name the file and key where it was written.
 """
 
 import functools
 import itertools
+import math
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -27,21 +28,24 @@ from fovlm.paths import in_project as _short
 EXPERIMENTS = ROOT / "experiments"
 SECTIONS = ("note", "seeds", "versus", "deepspeed", "model", "data", "optim", "train", "logger")
 FORMS = ("base", "runs", "grid")
-WHOLE = {("data", "mixture"), ("model", "llm"), ("model", "encoder")}  # a mix or a model is read in one place
+RENAMED = {"journal": "renamed to logger", "engine": "renamed to deepspeed"}
+WHOLE = {("data", "mixture"), ("model", "llm"), ("model", "encoder")}  # a mixture or a model is written in one place
 ONE_OF: dict[tuple[str, ...], set[str]] = {("train",): {"samples", "steps", "flops"}}
+MOST, DEEPEST = 100_000, 50  # values in a YAML text or runs in a grid, and nested levels: more is a mistake or a trap
 
 Key = tuple[str, ...]
+Run = tuple[Path, list[tuple[str, dict[str, Any]]], str]  # file, (where, difference) in order, note
 
 
 @dataclass
 class Settings:
-    """Merged values, and where each was written: key path -> `file: where.` to be followed by the key."""
+    """Merged values, and where each was written: key path -> `file: where.`, to be followed by the key."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origin: dict[Key, str] = field(default_factory=dict)
 
     def merge(self, difference: dict[str, Any], where: str, at: Key = ()) -> None:
-        """Put `difference` over what is there. `where` names its place, e.g. `experiments/a.yaml: runs.LR1.`"""
+        """Merge `difference` over the values. `where` names its place, e.g. `experiments/a.yaml: runs.LR1.`"""
         target = self.values
         for key in at:
             target = target[key]
@@ -51,15 +55,15 @@ class Settings:
         for key, value in difference.items():
             path = (*at, key)
             self.origin[path] = where
-            if isinstance(value, dict) and isinstance(target.get(key), dict) and path not in WHOLE:
-                self.merge(value, where, path)
-            else:
-                target[key] = {} if isinstance(value, dict) else value
-                if isinstance(value, dict):
-                    self.merge(value, where, path)
+            if not isinstance(value, dict):
+                target[key] = value
+                continue
+            if path in WHOLE or not isinstance(target.get(key), dict):
+                target[key] = {}
+            self.merge(value, where, path)
 
     def place(self, path: Key) -> str:
-        """Where the value at `path`, or the closest one around it, was written, with the key path after it."""
+        """Where the value at `path`, or the closest one around it, was written, followed by the key path."""
         known = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in self.origin), None)
         return (self.origin[known] if known else "") + ".".join(path)
 
@@ -70,7 +74,7 @@ def names(folder: Path = EXPERIMENTS) -> dict[str, str]:
 
 
 def groups(folder: Path = EXPERIMENTS) -> dict[str, list[str]]:
-    """All runs by the file that has them, in its order: the file's name without `.yaml` -> names of runs."""
+    """All runs by their file, in its order: file name without `.yaml` -> names of runs."""
     found: dict[str, list[str]] = {}
     for name, (file, _, _) in _all(folder).items():
         found.setdefault(file.stem, []).append(name)
@@ -78,7 +82,7 @@ def groups(folder: Path = EXPERIMENTS) -> dict[str, list[str]]:
 
 
 def settings(name: str, folder: Path = EXPERIMENTS) -> Settings:
-    """What the files say about the run `name`. Raises UserError, naming the nearest run, when there is none."""
+    """The settings that the files give the run `name`. Raises UserError with the closest name if there is none."""
     runs = _all(folder)
     if name not in runs:
         raise UserError(f"no run is called '{name}' in {_short(folder)}{did_you_mean(name, runs)}; --list shows all")
@@ -91,41 +95,33 @@ def settings(name: str, folder: Path = EXPERIMENTS) -> Settings:
 
 
 def apply_overrides(merged: Settings, overrides: list[str]) -> None:
-    """Put `section.key=value` from a command line over the settings; the value is YAML."""
+    """Merge `section.key=value` from a command line over the settings; the value is YAML."""
     for text in overrides:
         path, equals, value = text.partition("=")
         keys = path.split(".")
         if not equals or not all(keys):
             raise UserError(f"command line: '{text}' is not of the form section.key=value")
         try:
-            difference = yaml.load(value, Loader)
+            difference = parse(value)
         except yaml.YAMLError as error:
             raise UserError(f"command line: {path}: '{value}' is not YAML ({_oneline(error)})") from None
-        for key in reversed(keys):
-            difference = {key: difference}
         # A single key changes one entry even where a whole mapping would replace another.
         target = merged.values
         for depth, key in enumerate(keys[:-1]):
-            inner = target.setdefault(key, {})
-            if not isinstance(inner, dict):
-                raise UserError(f"command line: {path}: {'.'.join(keys[: depth + 1])} is {inner!r} and has no keys")
-            target, difference = inner, difference[key]
-        merged.merge(difference, "command line: ", tuple(keys[:-1]))
+            target = target.setdefault(key, {})
+            if not isinstance(target, dict):
+                raise UserError(f"command line: {path}: {'.'.join(keys[: depth + 1])} is {target!r} and has no keys")
+        merged.merge({keys[-1]: difference}, "command line: ", tuple(keys[:-1]))
 
 
 def flat(values: dict[str, Any], at: Key = ()) -> dict[str, Any]:
-    """Nested settings by key path, `optim.clip`; those of `WHOLE` are one setting."""
+    """Nested settings by key path, `optim.clip`; those in `WHOLE` are one setting."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         path = (*at, key)
         inside = isinstance(value, dict) and path not in WHOLE
         found |= flat(value, path) if inside else {".".join(path): value}
     return found
-
-
-# -- the three forms ----------------------------------------------------------------------------------------------
-
-Run = tuple[Path, list[tuple[str, dict[str, Any]]], str]  # file, (where, difference) in order, note
 
 
 def _all(folder: Path) -> dict[str, Run]:
@@ -147,23 +143,18 @@ def _runs(file: Path, content: dict[str, Any]) -> list[tuple[str, Run]]:
     found: list[tuple[str, Run]] = []
     for name, difference in _mapping(file, content, "runs").items():
         where = f"runs.{name}"
-        if not isinstance(difference, dict):
-            raise UserError(f"{_short(file)}: {where}: a run is a mapping with a note")
         found.append((name, (file, [(where, difference)], _note(file, where, difference))))
     return found
 
 
 def _grid(file: Path, content: dict[str, Any]) -> list[tuple[str, Run]]:
     axes = _mapping(file, content, "grid")
-    for axis in axes:
-        _mapping(file, axes, axis, "grid.")
+    sizes = [len(_mapping(file, axes, axis, "grid.")) for axis in axes]
+    if math.prod(sizes) > MOST:
+        raise UserError(f"{_short(file)}: grid: {math.prod(sizes):,} runs are too many (at most {MOST:,})")
     found: list[tuple[str, Run]] = []
     for point in itertools.product(*axes.values()) if axes else ():
-        differences: list[tuple[str, dict[str, Any]]] = []
-        for axis, value in zip(axes, point):
-            if not isinstance(axes[axis][value], dict):
-                raise UserError(f"{_short(file)}: grid.{axis}.{value}: a point of an axis is a mapping with a note")
-            differences.append((f"grid.{axis}.{value}", axes[axis][value]))
+        differences = [(f"grid.{axis}.{value}", axes[axis][value]) for axis, value in zip(axes, point, strict=True)]
         note = ", ".join(_note(file, where, difference) for where, difference in differences)
         found.append(("-".join(point), (file, differences, note)))
     return found
@@ -172,7 +163,7 @@ def _grid(file: Path, content: dict[str, Any]) -> list[tuple[str, Run]]:
 def _with_base(file: Path, above: tuple[Path, ...]) -> Settings:
     if file in above:
         chain = " -> ".join(_short(f) for f in (*above[above.index(file) :], file))
-        raise UserError(f"{_short(above[-1])}: base: goes in a circle: {chain}")
+        raise UserError(f"{_short(above[-1])}: base: these files include each other: {chain}")
     content = read(file)
     merged = Settings()
     if "base" in content:
@@ -186,10 +177,10 @@ def _with_base(file: Path, above: tuple[Path, ...]) -> Settings:
     return merged
 
 
-def _note(file: Path, where: str, difference: dict[str, Any]) -> str:
-    note = difference.get("note")
+def _note(file: Path, where: str, difference: Any) -> str:
+    note = difference.get("note") if isinstance(difference, dict) else None
     if not isinstance(note, str) or not note.strip():
-        raise UserError(f"{_short(file)}: {where}: wants a note that says in one line what it asks")
+        raise UserError(f"{_short(file)}: {where}: needs a note that says in one line what it asks")
     return note.strip()
 
 
@@ -200,21 +191,46 @@ def _mapping(file: Path, content: dict[str, Any], key: str, where: str = "") -> 
     return value
 
 
-# -- YAML ---------------------------------------------------------------------------------------------------------
+def _mistake(problem: str, at: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.2's plain values: `1e-4` is a number, `no` and `1:30` are words, and a key given twice is an error."""
+    """YAML 1.2's plain values: `1e-4` is a number, `no` and `1:30` are words. A repeated key is an error, and so are
+    more than `MOST` values (aliases counted as often as they are used) or `DEEPEST` levels."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        alias = self.check_event(yaml.AliasEvent)
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise _mistake(f"nested more than {DEEPEST} deep", self.peek_event())
+        node: Any = super().compose_node(parent, index)
+        self.depth -= 1
+        if alias and not hasattr(node, "size"):
+            raise _mistake("an anchor that contains itself", node)
+        inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+        node.size = 1 + sum(n.size for item in inner for n in (item if isinstance(item, tuple) else (item,)))
+        if node.size > MOST:
+            raise _mistake(f"more than {MOST:,} values", node)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[Hashable, Any] = {}
         for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
             if key is None or key in seen:
-                what = "a key must be a word" if key is None else f"'{key}' stands here twice"
-                raise yaml.constructor.ConstructorError(None, None, what, key_node.start_mark)
+                what = "a key must be a word" if key is None else f"'{key}' is given twice"
+                raise _mistake(what, key_node)
             seen[key] = self.construct_object(value_node, deep=deep)
         return seen
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        try:
+            return super().construct_yaml_int(node)
+        except ValueError:  # more digits than Python converts
+            raise _mistake("a number too long", node) from None
 
 
 Loader.yaml_implicit_resolvers = {}
@@ -225,24 +241,26 @@ for _tag, _pattern, _first in [
     ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?", "-+.0123456789"),
 ]:
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), [*_first, ""])
+Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes what `Loader` reads back: quotes a word that it would take for a number."""
+    """Writes what `Loader` reads back: quotes a word that would read as a number."""
 
 
 Dumper.yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
 
 
-@functools.cache
-def _parsed(text: str) -> Any:
-    """The value of a YAML text, shared by all callers: planning a sweep reads each file once for each run."""
+def parse(text: str) -> Any:
+    """The value of a YAML text. Raises yaml.YAMLError."""
     return yaml.load(text, Loader)
 
 
+_parsed = functools.cache(parse)  # shared by all callers: planning a sweep reads each file once for each run
+
+
 def read(file: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, not to be changed. Raises UserError with file and line when it is not one, or has an
-    unknown section."""
+    """The mapping in a YAML file, not to be changed. Raises UserError with file and line."""
     try:
         content = _parsed(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -252,7 +270,8 @@ def read(file: Path) -> dict[str, Any]:
         raise UserError(f"{_short(file)}: must be a mapping of sections")
     for key in content:
         if key not in SECTIONS + FORMS:
-            raise UserError(f"{_short(file)}: {key}: unknown section{did_you_mean(key, SECTIONS + FORMS)}")
+            unknown = f"unknown section{did_you_mean(key, SECTIONS + FORMS)}"
+            raise UserError(f"{_short(file)}: {key}: {RENAMED.get(key, unknown)}")
     return content
 
 

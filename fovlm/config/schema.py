@@ -1,20 +1,21 @@
-"""An experiment, typed and strict: what is trained on what, how, and for how long. No torch here.
+"""All settings of an experiment, typed and checked: what is trained on what, how, and for how long. No torch here.
 
-`load(name, overrides)` reads the files (`runs.py`), checks every key and value, and returns an `Experiment`. A mistake
-is a `UserError` of one line that names the file, the key path and the nearest right word. Units stand beside the
-fields; letters (F frames, S text tokens) as in `batch.py`.
+`load(name, overrides)` reads the YAML files (`experiments.py`), checks every key and value, and returns an
+`Experiment`. A mistake is a `UserError` of one line: the file, the key path, and the closest valid name. Units are
+beside the fields; letters (F frames, S text tokens) as in `fovlm/data/packing.py`.
 """
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from fovlm.config import experiments
+from fovlm.config.messages import explain, key_types, path_of
 from fovlm.errors import UserError, did_you_mean
 from fovlm.paths import run_root
 
@@ -26,7 +27,7 @@ Backbone = Literal["encoder", "llm"]
 
 
 class Strict(BaseModel):
-    """No unknown keys, no silent conversions, no changes afterwards (use `model_copy(update=...)`)."""
+    """No unknown keys, no silent conversions, immutable (use `model_copy(update=...)`)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
@@ -35,15 +36,15 @@ class ModelSettings(Strict):
     """The network. `llm` and `encoder` are a folder (as given, or below FOVLM_MODELS), a Hugging Face id, or the
     keyword arguments of an HF configuration (`model_type`: llama / dinov2 by default) for random weights."""
 
-    visual: Literal["foveated", "coarse", "multi_token"] = "foveated"  # coarse then fine; q_static alone; 16 per frame
-    deep_query: bool = True  # False: one cross-attention on the encoder's last features
-    question: Literal["before_frames", "after_frames"] = "after_frames"  # before: the question steers the gaze
+    visual: Literal["foveated", "coarse", "multi_token"] = "foveated"  # coarse: static query only; multi_token: 16
+    deep_query: bool = True  # false: one cross-attention over the encoder's last features
+    question: Literal["before_frames", "after_frames"] = "after_frames"  # before_frames: the question steers the gaze
     query_rounds: Count = 1  # the first round's queries come from coarse tokens, later ones from the round before
     llm: str | dict[str, Any] = "HuggingFaceTB/SmolLM2-135M-Instruct"
     encoder: str | dict[str, Any] = "facebook/dinov2-small"
-    tokenizer: str | None = None  # folder or id; None: the language model's
+    tokenizer: str | None = None  # folder or id; null: the language model's own
     query_dim: Count = 384  # Q
-    visual_scale: Rate | None = 0.14  # std of a visual token, as SmolLM2's embeddings; None: as the model's own
+    visual_scale: Rate | None = 0.14  # std of a visual token, that of SmolLM2's embeddings; null: measure the model's
     frame_size: Count = 224  # pixels, height and width
     grad_checkpoint: list[Backbone] = []  # recompute activations in the backward pass: less memory, a third more time
     compile: bool = False  # torch.compile of the backbones
@@ -59,67 +60,67 @@ class DataSource(Strict):
 
 
 class SyntheticTask(Strict):
-    """The embedded task (`hunt.py`): objects change places and marks from frame to frame, a question names one object,
-    the answer lists its marks. The generator writes the shards of the sources into `folder` before training starts."""
+    """The synthetic task (`fovlm/data/synthetic.py`): objects change places and marks from frame to frame, the question
+    names one object, the answer lists its marks. Its shards are written into `folder` before training starts."""
 
     folder: str = "hunt"  # below FOVLM_DATA
     train_clips: Count = 4000
     val_clips: Count = 256
     frames: Count = 4  # of a clip
-    objects: Annotated[list[Count], Field(min_length=1)] = [3]  # in a clip: one of these numbers
-    names: Annotated[int, Field(ge=1, le=24)] = 12  # different objects: colour and shape
-    marks: Annotated[int, Field(ge=2, le=10)] = 6  # different marks: chance is 1 / marks
-    grid: Count = 6  # places on a side of the picture
-    patch: Count = 14  # pixels on a side of a place
-    text_fraction: Share = 0.1  # text-only samples, of all
-    image_fraction: Share = 0.1  # single pictures, of all
+    objects: Annotated[list[Count], Field(min_length=1)] = [3]  # in a clip: one of these counts
+    names: Annotated[int, Field(ge=1, le=24)] = 12  # distinct objects: colour and shape
+    marks: Annotated[int, Field(ge=2, le=10)] = 6  # distinct marks: chance is 1 / marks
+    grid: Count = 6  # cells on each side of the picture
+    patch: Count = 14  # pixels on each side of a cell
+    text_fraction: Share = 0.1  # of all samples: text only
+    image_fraction: Share = 0.1  # of all samples: single pictures
     seed: Whole = 0
 
 
 class DataSettings(Strict):
-    """Sources, their mix, and the fixed shape of a pack."""
+    """Sources, their mixture, and the size of a pack."""
 
     sources: dict[str, DataSource] = {}
-    mixture: dict[str, Rate] = {}  # source -> weight: its share among the SAMPLES, relative to the others
-    val: list[str] = []  # sources, each read from its start
+    mixture: dict[str, Rate] = {}  # source -> weight: its share of the samples, relative to the others
+    val: list[str] = []  # validation sources, each read from its start
     pack_frames: Count = 64  # F: unique frames in a pack
     pack_tokens: Count = 1024  # S: text tokens in a pack
-    max_frames: Count = 64  # of one sample; a longer video is thinned evenly
-    max_tokens: Count = 512  # tokens of one sample; longer ones are cut
-    image_frames: Count = 1  # looks at the one frame of an image
-    loss_on: Literal["all_text", "answer"] = "answer"  # which text tokens are learnt
-    workers: Whole = 2  # loader processes per rank; changes nothing but speed
-    seed: Whole = 0  # of the order
-    max_bad_fraction: Share = 0.01  # of the samples seen; beyond it the run fails
+    max_frames: Count = 64  # of one sample; longer videos are subsampled evenly
+    max_tokens: Count = 512  # of one sample; longer texts are truncated
+    image_frames: Count = 1  # looks at the single frame of an image
+    loss_on: Literal["all_text", "answer"] = "answer"  # text tokens that carry loss
+    workers: Whole = 2  # data loader processes per rank; affects speed only
+    seed: Whole = 0  # of the sample order
+    max_bad_fraction: Share = 0.01  # of the samples seen; with more broken ones the run fails
     generate: SyntheticTask | None = None
 
 
 class OptimSettings(Strict):
-    """AdamW over three groups; rates are the peak of the schedule (`schedule.py`)."""
+    """AdamW over three groups; learning rates are the peak of the schedule (`fovlm/train/schedule.py`)."""
 
     lr_connector: Rate = 1e-4
     lr_encoder: Rate = 1e-5
     lr_llm: Rate = 1e-5
     freeze: list[Backbone] = []  # backbones that are not trained
     schedule: Literal["cosine", "constant", "converging"] = "cosine"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03  # share of the run
-    final: Share = 0.1  # cosine: the last rate over the peak
-    lr_common: Rate | None = None  # converging: where all groups end
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03  # fraction of the run
+    final: Share = 0.1  # cosine: last learning rate / peak
+    lr_common: Rate | None = None  # converging: the learning rate where all groups end
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     eps: Rate = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    clip: Annotated[float, Field(ge=0)] = 1.0  # global norm of the gradient; 0: none
+    clip: Annotated[float, Field(ge=0)] = 1.0  # global gradient norm; 0: no clipping
 
 
 class TrainSettings(Strict):
-    """How long, how large a step, how often what. Exactly one of samples, steps and flops is given."""
+    """Length, batch size, and how often to log, validate and save. Exactly one of samples, steps and flops is given."""
 
-    samples: Count | None = None  # to be seen
-    steps: Count | None = None  # of the optimizer
-    flops: Rate | None = None  # budget, forward and backward, from which the number of samples follows
-    packs_per_step: Count = 8  # the global batch; the number of ranks must divide it
+    samples: Count | None = None  # to train on
+    steps: Count | None = None  # optimizer steps
+    flops: Rate | None = None  # budget, forward and backward; it determines the number of samples
+    packs_per_step: Count = 8  # global batch size; must be a multiple of the number of ranks
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
-    seed: Whole = 0  # of the weights
+    seed: Whole = 0  # of the initial weights
     objective: Literal["text", "dpo"] = "text"
     dpo_beta: Rate = 0.1
     log_every: Count = 10  # steps
@@ -128,19 +129,19 @@ class TrainSettings(Strict):
     save_every: Whole = 500  # steps
     keep_last: Count = 2  # checkpoints
     keep_best: Whole = 1  # checkpoints
-    best: Literal["val_loss", "train_loss"] = "val_loss"  # what decides which is best
-    resume: str = "auto"  # auto: the newest good checkpoint of the run, if any; none; or a folder
-    hang_minutes: Count = 30  # a step or a validation that takes longer is taken for hung, and ends the run
-    max_nonfinite: Count = 3  # steps in a row without a finite loss or gradient; then the run fails
+    best: Literal["val_loss", "train_loss"] = "val_loss"  # metric of the best checkpoint
+    resume: str = "auto"  # auto: the newest intact checkpoint of the run, if any; none; or a folder
+    hang_minutes: Count = 30  # a step or validation that takes longer counts as hung and ends the run
+    max_nonfinite: Count = 3  # consecutive steps with a non-finite loss or gradient; then the run fails
 
 
 class LoggerSettings(Strict):
-    """Where progress is written besides the run folder's CSV and the terminal."""
+    """Where progress is written besides the run folder and the terminal."""
 
     wandb: Literal["disabled", "offline", "online"] = "offline"
     project: str = "fovlm"
     entity: str | None = None  # wandb's team
-    folder: str | None = None  # the run folder; None: $FOVLM_RUNS/NAME, `runs/NAME` unless told
+    folder: str | None = None  # run folder; null: FOVLM_RUNS/NAME, by default `runs/NAME`
 
 
 class Versus(Strict):
@@ -166,38 +167,27 @@ RENAMED = {
     "data.max_text": "data.max_tokens",
     "data.loss": "data.loss_on",
     "optim.lr_dino": "optim.lr_encoder (null is now optim.freeze: [encoder])",
-    "journal": "logger",
-    "engine": "deepspeed",
 }
-RENAMED |= {f"journal.{key}": f"logger.{key}" for key in LoggerSettings.model_fields}
+INSTEAD = experiments.RENAMED | {old: f"renamed to {new}" for old, new in RENAMED.items()}
 
-# How a run is carried out, not what it computes: a checkpoint goes on under other values of these.
+# Settings that do not change what is computed: a checkpoint resumes under other values of these.
 NOT_HASHED = {
     "model": {"grad_checkpoint", "compile"},
     "data": {"workers", "max_bad_fraction"},
-    "train": {
-        "log_every",
-        "eval_every",
-        "eval_packs",
-        "save_every",
-        "keep_last",
-        "keep_best",
-        "resume",
-        "hang_minutes",
-        "max_nonfinite",
-    },
+    "train": {"log_every", "eval_every", "eval_packs", "save_every", "keep_last", "keep_best", "resume"}
+    | {"hang_minutes", "max_nonfinite"},
 }
 LABELS = ("name", "note", "seeds", "versus")  # what a run is called and compared with
 
 
 class Experiment(Strict):
-    """A named run: everything that it needs to be done again."""
+    """A named run: everything needed to repeat it."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     note: str = ""
-    seeds: Count = 1  # how often `fovlm run` repeats it, each time with other first weights
+    seeds: Count = 1  # how often `fovlm run` repeats it, each time with other initial weights
     versus: Versus | None = None  # what the report compares it with
-    deepspeed: str = "zero2"  # a file of ds_configs
+    deepspeed: str = "zero2"  # name of a file in ds_configs/
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     optim: OptimSettings = OptimSettings()
@@ -216,8 +206,8 @@ class Experiment(Strict):
 
     @classmethod
     def parse(cls, text: str) -> "Experiment":
-        """What `dump` wrote."""
-        return cls.model_validate(yaml.load(text, experiments.Loader))
+        """Read what `dump` wrote. Raises YAMLError or ValidationError."""
+        return cls.model_validate(experiments.parse(text))
 
     @property
     def hash(self) -> str:
@@ -227,7 +217,7 @@ class Experiment(Strict):
         return hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def differs_from(self, other: "Experiment") -> list[str]:
-        """Key paths of settings that may change a result and are not those of `other`; `train.seed` is no such one."""
+        """Key paths of settings that may change a result and differ from `other`; `train.seed` does not count."""
         exclude = {*LABELS, "logger", "deepspeed"}
         a, b = (experiments.flat(e.model_dump(exclude=exclude)) for e in (self, other))
         apart = {"train.seed"} | {f"{section}.{key}" for section, keys in NOT_HASHED.items() for key in keys}
@@ -235,16 +225,16 @@ class Experiment(Strict):
 
     @property
     def run_folder(self) -> Path:
-        """Where the run writes: checkpoints, logs, resolved settings."""
+        """Folder of checkpoints, logs and resolved settings."""
         return Path(self.logger.folder) if self.logger.folder else run_root() / self.name
 
 
 def load(name: str, overrides: list[str] | None = None, folder: Path = experiments.EXPERIMENTS) -> Experiment:
     """The run `name` with `section.key=value` overrides (`name=other` gives it another run folder).
 
-    With `versus`, what the files change between the run and its baseline is recorded as `versus.changes`: overrides are
-    no part of what a comparison asks. Raises UserError for an unknown name or key, a wrong type, or settings that do
-    not fit together.
+    With `versus`, the settings in which the files of the run and of its baseline differ become `versus.changes`;
+    overrides are not part of what a comparison asks. Raises UserError for an unknown name or key, a wrong type, or
+    settings that do not fit together.
     """
     experiment = _load(name, overrides or [], folder)
     if experiment.versus is None or experiment.versus.changes:
@@ -267,17 +257,14 @@ def _load(name: str, overrides: list[str], folder: Path) -> Experiment:
         raise UserError(_one_line(error, settings, name)) from None
 
 
-# -- checks between fields, and errors in one line ------------------------------------------------------------------
-
-
 def _problems(e: Experiment) -> list[tuple[str, str]]:
-    """What single fields cannot know: (key path, what is wrong and what to do)."""
+    """Checks across fields: (key path, what is wrong and how to fix it)."""
     d, t = e.data, e.train
     found: list[tuple[str, str]] = []
     lengths = [key for key in ("samples", "steps", "flops") if getattr(t, key) is not None]
     if len(lengths) != 1:
         given = " and ".join(lengths) or "none of them"
-        found.append(("train", f"exactly one of samples, steps and flops says how long the run is, not {given}"))
+        found.append(("train", f"exactly one of samples, steps and flops sets the length of the run, not {given}"))
     for budget, most in (("pack_frames", "max_frames"), ("pack_tokens", "max_tokens")):
         if getattr(d, budget) < getattr(d, most):
             found.append((f"data.{budget}", f"{getattr(d, budget)} is too small for one sample of data.{most}="
@@ -286,70 +273,33 @@ def _problems(e: Experiment) -> list[tuple[str, str]]:
         for source in used:
             if source not in d.sources:
                 at = f"data.mixture.{source}" if key == "mixture" else "data.val"
-                found.append((at, f"'{source}' is none of data.sources{did_you_mean(source, d.sources)}"))
+                found.append((at, f"'{source}' is not in data.sources{did_you_mean(source, d.sources)}"))
     if (task := d.generate) and max(task.objects) > min(task.names, task.grid**2):
         found.append(("data.generate.objects", f"{max(task.objects)} objects need as many names and places: there are "
                       f"{task.names} names and {task.grid**2} places"))  # fmt: skip
     if not d.mixture:
         found.append(("data.mixture", "no source to train on"))
     if t.best == "val_loss" and not (d.val and t.eval_every):
-        found.append(("train.best", "val_loss needs data.val and train.eval_every; or say train_loss"))
+        found.append(("train.best", "val_loss needs data.val and train.eval_every; or set it to train_loss"))
     for source in d.mixture:
         if source in d.sources and (d.sources[source].kind == "preference") != (t.objective == "dpo"):
             found.append(("data.mixture", f"'{source}' is of kind {d.sources[source].kind}, and train.objective is "
                           f"{t.objective}: preference data and dpo belong together"))  # fmt: skip
     if e.optim.schedule == "converging" and e.optim.lr_common is None:
-        found.append(("optim.lr_common", "converging needs the rate where all groups end"))
+        found.append(("optim.lr_common", "converging needs the learning rate where all groups end"))
     if isinstance(e.model.llm, dict) and e.model.tokenizer is None and d.generate is None:
-        found.append(("model.tokenizer", "a language model from a config has none of its own: name a folder or an id"))
+        found.append(("model.tokenizer", "a language model made from a config has no tokenizer: give a folder or id"))
     return found
 
 
 def _one_line(error: ValidationError, settings: experiments.Settings, name: str) -> str:
     errors = error.errors(include_url=False)
     first, more = errors[0], len(errors) - 1
-    path = tuple(first["ctx"]["path"].split(".")) if first["type"] == "fits" else _path(first["loc"], settings.values)
+    if first["type"] == "fits":
+        path, what = tuple(first["ctx"]["path"].split(".")), first["msg"]
+    else:
+        path = path_of(first, settings.values)
+        what = explain(first, path, key_types(Experiment), INSTEAD)
     place = settings.place(path) or name
     where = place if place.startswith("command line") else f"{place} (run {name})"
-    also = f" (and {more} more)" if more else ""
-    return f"{where}: {_what(first, path)}{also}"
-
-
-def _path(loc: tuple[int | str, ...], values: Any) -> tuple[str, ...]:
-    """pydantic's location without the names of a union's members, which are not in the file."""
-    path: list[str] = []
-    for part in loc:
-        if isinstance(values, dict) and part in values:
-            values = values[part]
-        elif path and not isinstance(values, dict | list):
-            break
-        path.append(str(part))
-    return tuple(path)
-
-
-def _what(error: ErrorDetails, path: tuple[str, ...]) -> str:
-    message = error["msg"][0].lower() + error["msg"][1:]
-    if error["type"] in ("missing", "fits"):
-        return message
-    schema = _schema(Experiment)
-    known = ("data", "sources", "*", *path[3:]) if path[:2] == ("data", "sources") and len(path) > 3 else path
-    if error["type"] == "extra_forbidden":
-        if new := RENAMED.get(".".join(path)):
-            return f"renamed to {new}"
-        beside = [key[-1] for key in schema if key[:-1] == known[:-1]]
-        elsewhere = [".".join(key) for key in schema if key[-1] == known[-1]]
-        return "unknown key" + (f" (did you mean '{elsewhere[0]}'?)" if elsewhere else did_you_mean(known[-1], beside))
-    words = get_args(schema[known]) if error["type"] == "literal_error" else ()
-    return f"{message}, not {error['input']!r}{did_you_mean(str(error['input']), words)}"
-
-
-def _schema(section: type[BaseModel], at: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """Every key path and its type; `*` stands for a name that the experiment gives."""
-    found: dict[tuple[str, ...], Any] = {}
-    for key, info in section.model_fields.items():
-        found[(*at, key)] = info.annotation
-        for inner in (info.annotation, *get_args(info.annotation)):
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                named = get_origin(info.annotation) is dict
-                found |= _schema(inner, (*at, key, "*") if named else (*at, key))
-    return found
+    return f"{where}: {what}" + (f" (and {more} more)" if more else "")

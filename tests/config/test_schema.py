@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from yaml import YAMLError
 
 from fovlm.config import experiments
 from fovlm.config.deepspeed import OWNED, merge, read, resolve
-from fovlm.config.schema import NOT_HASHED, Experiment, load
+from fovlm.config.schema import INSTEAD, NOT_HASHED, Experiment, load
 from fovlm.errors import UserError
 from fovlm.paths import data_root
 from helpers import ROOT
@@ -181,10 +182,10 @@ MISTAKES = {
     "not an override": ("runs: {a: {note: x}}", "a", ["quick"], "command line: 'quick' is not of the form"),
     "bad YAML override": ("runs: {a: {note: x}}", "a", ["optim.clip=[1"], "command line: optim.clip"),
     "bad YAML": ("runs: {a: {note: x}", "a", [], "mine.yaml: line"),
-    "a key twice": ("runs: {a: {note: x}, a: {note: y}}", "a", [], "'a' stands here twice"),
-    "no note": ("runs: {a: {}}", "a", [], "runs.a: wants a note"),
+    "a key twice": ("runs: {a: {note: x}, a: {note: y}}", "a", [], "'a' is given twice"),
+    "no note": ("runs: {a: {}}", "a", [], "runs.a: needs a note"),
     "no such base": ("base: bsae.yaml\nruns: {a: {note: x}}", "a", [], "base: no file 'bsae.yaml'"),
-    "circle": ("base: mine.yaml\nruns: {a: {note: x}}", "a", [], "mine.yaml: base: goes in a circle"),
+    "circle": ("base: mine.yaml\nruns: {a: {note: x}}", "a", [], "mine.yaml: base: these files include each other"),
     "two lengths": (
         "runs: {a: {note: x, train: {steps: 1, samples: 2}}}",
         "a",
@@ -207,7 +208,7 @@ MISTAKES = {
         "runs: {a: {note: x, data: {mixture: {clip: 1}}}}",
         "a",
         [],
-        "runs.a.data.mixture.clip (run a): 'clip' is none of data.sources (did you mean 'clips'?)",
+        "runs.a.data.mixture.clip (run a): 'clip' is not in data.sources (did you mean 'clips'?)",
     ),
     "unknown val source": ("runs: {a: {note: x, data: {val: [word]}}}", "a", [], "did you mean 'words'?"),
     "dpo on text": (
@@ -230,6 +231,48 @@ def test_mistakes_name_file_key_and_nearest_word(case, folder):
         load(name, overrides, folder(mine=(SMALL + text) if "base:" not in text else text, small=SMALL))
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", INSTEAD)
+def test_an_old_name_of_a_setting_gives_the_new_one(key, folder):
+    """In a run, on a command line, and for sections at the top of a file; the new name exists."""
+    inner = "x"
+    for part in reversed(key.split(".")):
+        inner = f"{{{part}: {inner}}}"
+    run = f"runs: {{a: {{note: x, {inner[1:-1]}}}}}"
+    expected = f": {INSTEAD[key]}"
+    for text, overrides in ((run, []), ("runs: {a: {note: x}}", [f"{key}=x"])):
+        with pytest.raises(UserError) as error:
+            load("a", overrides, folder(mine=SMALL + text))
+        assert expected in str(error.value)
+    if "." not in key:
+        with pytest.raises(UserError, match=INSTEAD[key]):
+            load("a", [], folder(mine=f"{SMALL}{key}: x"))
+    new = INSTEAD[key].removeprefix("renamed to ").split()[0].rstrip(":").split(".")
+    target = small()
+    for part in new:
+        target = getattr(target, part)
+
+
+BOMBS = {
+    "aliases": "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)),
+    "brackets": "model: " + "[" * 500 + "]" * 500,
+    "mappings": "model: " + "{a: " * 500 + "1" + "}" * 500,
+    "itself": "model: &a [*a]",
+    "a long number": f"seeds: {'9' * 5000}",
+    "a large grid": "grid:\n"
+    + "".join(f"  x{n}: {{{', '.join(f'p{m}: {{}}' for m in range(10))}}}\n" for n in range(8)),
+}
+
+
+@pytest.mark.parametrize("case", BOMBS)
+def test_yaml_that_would_never_end_is_one_line(case, folder):
+    with pytest.raises(UserError, match=r"mine\.yaml: (line|grid: )") as error:
+        experiments.names(folder(mine=BOMBS[case]))
+    assert len(str(error.value)) < 200
+    if case != "a large grid":
+        with pytest.raises(YAMLError):
+            Experiment.parse(BOMBS[case])
 
 
 def test_a_name_belongs_to_one_file(folder):
@@ -312,13 +355,22 @@ BAD_ENGINES = {
     ),
     "auto": (
         {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}},
-        "reduce_bucket_size: 'auto' means nothing here",
+        "reduce_bucket_size: 'auto' is not supported",
     ),
     "clipping": ({"gradient_clipping": 1.0}, "gradient_clipping: belongs to the experiment: optim.clip"),
     "optimizer": ({"optimizer": {"type": "Adam"}}, "optimizer: belongs to the experiment"),
     "batch": ({"train_batch_size": 8}, "train_batch_size: belongs to the experiment: train.packs_per_step"),
-    "type": ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage: must be a int, not '2'"),
-    "no stage": ({"bf16": {"enabled": True}}, "zero_optimization.stage: is missing"),
+    "type": (
+        {"zero_optimization": {"stage": "2"}},
+        "zero_optimization.stage: input should be a valid integer, not '2'",
+    ),
+    "null": (
+        {"zero_optimization": {"stage": 2, "overlap_comm": None}},
+        "overlap_comm: input should be a valid boolean",
+    ),
+    "no object": ({"bf16": True}, "bf16: must be a mapping of keys, not True"),
+    "no ZeRO": ({"bf16": {"enabled": True}}, "zero_optimization: is missing"),
+    "no stage": ({"bf16": {"enabled": True}, "zero_optimization": {}}, "zero_optimization.stage: is missing"),
 }
 
 

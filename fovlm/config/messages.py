@@ -1,0 +1,63 @@
+"""An error of pydantic in one line: what is wrong with a value, and the closest valid name."""
+
+from collections.abc import Mapping
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from fovlm.errors import did_you_mean
+
+Key = tuple[str, ...]
+
+
+def key_types(section: type[BaseModel], at: Key = ()) -> dict[Key, Any]:
+    """Every key path below a model, and its type; `*` stands for a name that the user chooses."""
+    found: dict[Key, Any] = {}
+    for key, info in section.model_fields.items():
+        found[(*at, key)] = info.annotation
+        for inner in (info.annotation, *get_args(info.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                named = get_origin(info.annotation) is dict
+                found |= key_types(inner, (*at, key, "*") if named else (*at, key))
+    return found
+
+
+def path_of(error: ErrorDetails, values: Any) -> Key:
+    """The key path of an error: pydantic's location without the members of a union, which are not keys."""
+    path: list[str] = []
+    for part in error["loc"]:
+        if isinstance(values, dict) and part in values:
+            values = values[part]
+        elif path and not isinstance(values, dict | list):
+            break
+        path.append(str(part))
+    return tuple(path)
+
+
+def explain(error: ErrorDetails, path: Key, types: Mapping[Key, Any], instead: Mapping[str, str]) -> str:
+    """What is wrong at `path`. `instead` has the messages for unknown keys that deserve one, by their dotted path."""
+    known = _starred(path, types)
+    kind, given = error["type"], error["input"]
+    if kind == "missing":
+        return "is missing"
+    if kind in ("model_type", "dict_type"):
+        return f"must be a mapping of keys, not {given!r}"
+    if kind == "extra_forbidden":
+        if message := instead.get(".".join(path)):
+            return message
+        beside = [key[-1] for key in types if key[:-1] == known[:-1]]
+        elsewhere = [".".join(key) for key in types if key[-1] == known[-1]]
+        return "unknown key" + (f" (did you mean '{elsewhere[0]}'?)" if elsewhere else did_you_mean(path[-1], beside))
+    words = get_args(types.get(known)) if kind == "literal_error" else ()
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{message}, not {given!r}{did_you_mean(str(given), words)}"
+
+
+def _starred(path: Key, types: Mapping[Key, Any]) -> Key:
+    """The path with `*` in place of names that the user chose."""
+    known: Key = ()
+    for part in path:
+        named = any(key[: len(known) + 1] == (*known, "*") for key in types)
+        known = (*known, "*" if named else part)
+    return known

@@ -110,7 +110,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for report.html, report.md, figures and CSV files.")],
     title: Annotated[str, typer.Option(help="Title of the page.")] = "What the runs say",
 ) -> None:
-    """Write a page with figures and conclusions: each conclusion with its rule, numbers and uncertainty."""
+    """Write a report of runs: figures, and conclusions with their rules, numbers and uncertainty."""
     from fovlm.report.build import write_report
 
     print(f"written: {write_report(runs, out, title)}")

@@ -1,13 +1,15 @@
-"""`fovlm run`: many experiments, one after another or side by side."""
+"""Command for training: run."""
 
 from typing import Annotated
 
 import typer
 
+from fovlm.errors import UserError
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command(name="run", rich_help_panel="Training and evidence")(run)
+    app.command(rich_help_panel="Training")(run)
 
 
 def run(
@@ -15,23 +17,31 @@ def run(
         list[str] | None,
         typer.Argument(metavar="PATTERN... [section.key=value ...]", help="`ablations/*`, `LR1 A1`, `135M-*`"),
     ] = None,
-    only: Annotated[str, typer.Option("--filter", help="Keep the runs with this in their name.")] = "",
+    only: Annotated[str, typer.Option("--filter", help="Train only runs with this in their name.")] = "",
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Repeats of each run: NAME, NAME-s1 ...; unless told, as its file says.")
+        int | None, typer.Option(min=1, help="Repeats of each run: NAME, NAME-s1 ...  [default: as its file says]")
     ] = None,
-    gpus: Annotated[str, typer.Option(help="GPUs to share out, like 0,1,2,3; unless told, each run has all.")] = "",
-    per_run: Annotated[int, typer.Option(min=1, help="GPUs for each run.")] = 1,
+    gpus: Annotated[
+        str, typer.Option(help="GPUs to share among the runs, like 0,1,2,3.  [default: all GPUs for each run]")
+    ] = "",
+    per_run: Annotated[int, typer.Option(min=1, help="GPUs per run.")] = 1,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time on the CPU.")] = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Processes of each run on the CPU.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Redo what was made under other settings.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what there is to do, in which time.")] = False,
-    price: Annotated[float | None, typer.Option(help="With --dry-run: what a GPU costs an hour.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes per run on the CPU.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Retrain runs that were made with other settings.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be trained, and how long.")] = False,
+    price: Annotated[float | None, typer.Option(help="With --dry-run: price of a GPU hour.")] = None,
     flops_per_second: Annotated[
-        float | None, typer.Option(help="With --dry-run: what one GPU achieves; unless told, as runs.csv says.")
+        float | None, typer.Option(help="With --dry-run: FLOP/s of one GPU.  [default: measured, from runs.csv]")
     ] = None,
 ) -> None:
-    """Train many experiments; finished ones are skipped, interrupted ones go on, a failure does not end the rest."""
-    from fovlm.errors import UserError
+    """Train many experiments.
+
+    Finished runs are skipped, interrupted runs resume, a failed run prints the tail of its log, and the sweep
+    continues.
+
+        fovlm run 'ablations/*' --dry-run
+        fovlm run LR1 A1 --gpus 0,1,2,3 --per-run 2 optim.lr_llm=2e-5
+    """
     from fovlm.sweep.progress import SweepProgress
     from fovlm.sweep.runner import Slot, SweepRunner, cpu_slots, exit_status, gpu_slots
     from fovlm.sweep.select import plan, select
@@ -39,11 +49,11 @@ def run(
     words = what or []
     patterns, overrides = [w for w in words if "=" not in w], [w for w in words if "=" in w]
     if (flops_per_second is not None and flops_per_second <= 0) or (price is not None and price < 0):
-        raise UserError("--flops-per-second must be above 0, and --price not below it")
+        raise UserError("--flops-per-second must be above 0, and --price at least 0")
     if per_run > 1 and not gpus:
-        raise UserError("--per-run shares out the GPUs of --gpus: give both")
+        raise UserError("--per-run divides the GPUs of --gpus: give both")
     if gpus and (jobs or ranks):
-        raise UserError("--gpus, or --jobs and --ranks for the CPU: not both")
+        raise UserError("--gpus excludes --jobs and --ranks, which are for the CPU")
     planned = plan(select(patterns, only), overrides, seeds)
     if gpus:
         slots = gpu_slots(gpus.split(","), per_run)

@@ -26,6 +26,7 @@ from fovlm.estimate.flops import largest, mean_cost, samples_for, total
 from fovlm.estimate.memory import activations, estimate
 from fovlm.estimate.shapes import Geometry, geometry, parameters
 from fovlm.paths import data_root
+from fovlm.tables import text_table
 
 SIZED = 2000  # samples whose sizes stand for all
 
@@ -96,7 +97,7 @@ def _parameters(experiment: Experiment, shapes: Geometry) -> str:
     counts = parameters(experiment, shapes)
     rows = [[name, f"{count.trainable:,}", f"{count.frozen:,}"] for name, count in counts.items()]
     rows.append(["all", *(f"{sum(getattr(c, kind) for c in counts.values()):,}" for kind in ("trainable", "frozen"))])
-    return aligned(["", "trained", "frozen"], rows)
+    return text_table([["", "trained", "frozen"], *rows])
 
 
 def _flops(experiment: Experiment, shapes: Geometry, sizes: list[PackSize], why_not: str) -> str:
@@ -110,7 +111,7 @@ def _flops(experiment: Experiment, shapes: Geometry, sizes: list[PackSize], why_
         [name, *map(metric, (cost.forward, cost.backward, cost.total, cost.recompute))]
         for name, cost in (parts | {"all": total(parts)}).items()
     ]
-    return aligned(["", "forward", "backward", "both", "recomputed"], rows) + "\n" + said
+    return text_table([["", "forward", "backward", "both", "recomputed"], *rows]) + "\n" + said
 
 
 def _mean(sizes: list[PackSize]) -> str:
@@ -153,7 +154,7 @@ def _length(experiment: Experiment, shapes: Geometry, sizes: list[PackSize]) -> 
         ["steps", f"{long.steps:,}"],
         ["FLOPs", metric(long.flops)],
     ]
-    return aligned(["", f"from train.{given}"], rows) + ("" if sizes else "\nwith the largest samples, as above")
+    return text_table([["", f"from train.{given}"], *rows]) + ("" if sizes else "\nwith the largest samples, as above")
 
 
 def samples_per_step(experiment: Experiment, sizes: Iterable[PackSize]) -> float:
@@ -182,23 +183,11 @@ def _memory(experiment: Experiment, shapes: Geometry, deepspeed: dict, world_siz
     ]
     if said.host:
         rows.append(["in main memory", f"{said.host / 1e9:.2f} GB", "offloaded"])
-    return aligned([], rows)
+    return text_table(rows, left=(0, 2))
 
 
 def _section(title: str, text: str) -> str:
     return f"-- {title} " + "-" * max(1, 98 - len(title)) + "\n" + text
-
-
-def aligned(head: list[str], rows: list[list[str]]) -> str:
-    """Aligned columns: the first and any beyond the head to the left, numbers to the right."""
-    lines = [head, *rows] if head else rows
-    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
-
-    def cell(text: str, column: int) -> str:
-        left = column == 0 or (not head and column > 1)
-        return text.ljust(widths[column]) if left else text.rjust(widths[column])
-
-    return "\n".join("  ".join(cell(text, i) for i, text in enumerate(line)).rstrip() for line in lines)
 
 
 def metric(value: float) -> str:

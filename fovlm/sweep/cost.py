@@ -14,11 +14,12 @@ import torch
 
 from fovlm.checkpoint.run_folder import read_metrics
 from fovlm.data.packing import PackSize
-from fovlm.estimate.dry_run import aligned, known_sizes, length, metric
+from fovlm.estimate.dry_run import known_sizes, length, metric
 from fovlm.estimate.shapes import geometry
 from fovlm.sweep.progress import span
 from fovlm.sweep.select import PlannedRun, run_status
 from fovlm.sweep.table import size_of
+from fovlm.tables import text_table
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def describe(found: list[Estimate], slots: int, price: float | None, on_gpu: boo
     samples, flops = sum(e.samples for e in to_do), sum(e.flops for e in to_do)
     everything = _cells(samples, flops, time, _sum([e.rank_seconds for e in to_do]), price)
     rows = [*(_row(e, price) for e in found), ["all", "to do", *everything]]
-    lines = [aligned(head, rows)]
+    lines = [text_table([head, *rows])]
     if slots > 1 and time is not None:
         lines.append(f"{slots} runs at a time")
     if guessed := [e for e in to_do if e.why_at_most]:

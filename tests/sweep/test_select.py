@@ -198,9 +198,9 @@ def test_spans():
     ("words", "told"),
     [
         (["--per-run", "2"], "--gpus: give both"),
-        (["--gpus", "0", "--jobs", "2"], "not both"),
+        (["--gpus", "0", "--jobs", "2"], "excludes --jobs and --ranks"),
         (["--dry-run", "--flops-per-second", "0"], "must be above 0"),
-        (["--dry-run", "--price", "-1"], "not below it"),
+        (["--dry-run", "--price", "-1"], "--price at least 0"),
     ],
 )
 def test_options_that_cannot_be_are_refused_before_anything_runs(capsys, words, told):

@@ -1,1 +1,1 @@
-"""From run folders to a page that decides: collect, compare, fit, draw, write (`build.write_report`)."""
+"""From run folders to a report: collect, compare, fit, draw, write (`build.write_report`)."""

@@ -1,33 +1,31 @@
-"""The charts of the report, as SVG: one colour and one marker for each role in all of them, fit for print.
+"""The charts of the report, as SVG: each side has the same colour and marker in all of them, fit for print.
 
 Each function draws into a file and returns it, or None when it has nothing to show. Bars and bands go from the lowest
 to the highest seed.
 """
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # draws into files; needs no screen
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from fovlm.report.collect import Evidence, RunRecord
 from fovlm.report.grid import ARCHS, Grid
-from fovlm.report.questions import NAMES
+from fovlm.report.runs import Evidence
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, and greys; the marker says it again without colour.
-STYLE = {
-    "LR1": ("#0072B2", "o"), "A1": ("#D55E00", "s"), "A6": ("#009E73", "^"), "B1": ("#CC79A7", "D"),
-    "F1": ("#777777", "v"), "F2": ("#AAAAAA", "<"), "LR2": ("#56B4E9", ">"), "LR3": ("#004466", "p"),
-    "LR4": ("#7FB8D8", "h"), "D1": ("#E69F00", "P"), "A8a": ("#8C510A", "X"), "A8b": ("#BF9B30", "d"),
-    "F": ("#0072B2", "o"), "B": ("#CC79A7", "D"),
-}  # fmt: skip
+# Okabe and Ito's colours, which colour-blind readers tell apart, then others; the marker repeats it without colour.
+STYLES = (
+    ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "P"), ("#777777", "v"),
+    ("#56B4E9", ">"), ("#004466", "p"), ("#8C510A", "X"), ("#AAAAAA", "<"), ("#7FB8D8", "h"), ("#BF9B30", "d"),
+)  # fmt: skip
+ARCH_STYLE = {"F": STYLES[0], "B": STYLES[3]}
 SHADES = ("-", "--", "-.", ":", (0, (5, 1)))  # of budgets and sizes
 STYLED = plt.rc_context({
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6",
@@ -38,73 +36,57 @@ WIDE = 20  # a ratio of losses beyond which their axis is logarithmic
 
 
 @STYLED
-def final_losses(evidence: Evidence, roles: Sequence[str], path: Path, floor: float | None = None) -> Path | None:
-    """Final validation loss of each role: every seed a dot, their mean and range below. `floor`: blind loss."""
-    sides = [(role, evidence.side(role)) for role in roles if evidence.side(role)]
-    if not sides:
-        return None
-    figure, axis = _figure(6.4, 0.7 + 0.34 * len(sides))
-    for row, (role, runs) in enumerate(sides):
-        colour, marker = STYLE[role]
-        losses = [run.loss for run in runs]
+def final_losses(evidence: Evidence, labels: Sequence[str], path: Path, floor: float | None = None) -> Path:
+    """Final validation loss of each side: every seed a dot, their mean and range below. `floor`: the loss of a model
+    that does not see."""
+    figure, axis = _figure(6.4, 0.7 + 0.34 * len(labels))
+    for row, label in enumerate(labels):
+        colour, marker = _style(evidence, label)
+        losses = [run.loss for run in evidence.side(label)]
         axis.plot(losses, [row] * len(losses), marker, color=colour, alpha=0.7, markeredgewidth=0, markersize=6)
         if len(losses) > 1:
             mean = statistics.fmean(losses)
             reach = [[mean - min(losses)], [max(losses) - mean]]
             axis.errorbar(mean, row + 0.26, xerr=reach, fmt="|", color=colour, capsize=2, markersize=8)
     if floor is not None:
-        axis.axvline(floor, color="black", linewidth=0.8, linestyle=":", label="best without a picture")
-        axis.legend(loc="upper left", bbox_to_anchor=(0, 1.0 + 0.5 / len(sides)), borderaxespad=0)
-    axis.set_yticks(range(len(sides)), [NAMES[role] for role, _ in sides])
-    axis.set_ylim(len(sides) - 0.4, -0.6)
+        axis.axvline(floor, color="black", linewidth=0.8, linestyle=":", label="best without the video")
+        axis.legend(loc="upper left", bbox_to_anchor=(0, 1.0 + 0.5 / len(labels)), borderaxespad=0)
+    axis.set_yticks(range(len(labels)), [evidence.title(label) for label in labels])
+    axis.set_ylim(len(labels) - 0.4, -0.6)
     axis.grid(visible=False, axis="y")
     axis.set_xlabel("final validation loss, nats per token (lower is better)")
-    _wide(axis.set_xscale, [run.loss for _, runs in sides for run in runs])
+    _log_if_wide(axis.set_xscale, [run.loss for label in labels for run in evidence.side(label)])
     return _save(figure, path)
 
 
 @STYLED
 def over_samples(
-    evidence: Evidence, roles: Sequence[str], column: str, label: str, path: Path, level: float | None = None
+    evidence: Evidence, labels: Sequence[str], column: str, y_label: str, path: Path, level: float | None = None
 ) -> Path | None:
-    """A metric over the samples seen, by role: mean and range of the seeds. `level`: a line to hold
-    against."""
-    curves = {role: [c for run in evidence.side(role) if (c := run.curve(column))] for role in roles}
-    curves = {role: found for role, found in curves.items() if found}
-    if not curves:
+    """A metric over the samples seen, by side: mean and range of the seeds. `level`: a line to compare with."""
+    curves = {label: [run.curve(column) for run in evidence.side(label)] for label in labels}
+    axis = _curves(evidence, curves, "samples seen", y_label)
+    if axis is None:
         return None
-    figure, axis = _figure(5.6, 3.2)
-    for role, found in curves.items():
-        _band(axis, found, *STYLE[role], NAMES[role])
     if level is not None:
         axis.axhline(level, color="black", linewidth=0.8, linestyle=":")
-    axis.set_xlabel("samples seen")
-    axis.set_ylabel(label)
-    _wide(axis.set_yscale, [value for found in curves.values() for curve in found for _, value in curve])
-    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
-    return _save(figure, path)
+    return _save(axis.figure, path)
 
 
 @STYLED
-def over_flops(evidence: Evidence, roles: Sequence[str], path: Path) -> Path | None:
-    """Validation loss over the FLOPs spent, forward and backward."""
-    curves = {role: [_by_flops(run) for run in evidence.side(role)] for role in roles}
-    curves = {role: [curve for curve in found if curve] for role, found in curves.items()}
-    if not all(curves.values()):
+def over_flops(evidence: Evidence, labels: Sequence[str], path: Path) -> Path | None:
+    """Validation loss over the FLOPs spent, forward and backward, with a line where the cheapest side ends."""
+    curves = {label: [[(samples * run.flops_per_sample, loss) for samples, loss in run.curve("val_loss")]
+                      for run in evidence.side(label)] for label in labels}  # fmt: skip
+    axis = _curves(evidence, curves, "training FLOPs, forward and backward", "validation loss, nats per token")
+    if axis is None:
         return None
-    figure, axis = _figure(5.6, 3.2)
-    for role, found in curves.items():
-        _band(axis, found, *STYLE[role], NAMES[role])
-    budget = min(curve[-1][0] for found in curves.values() for curve in found)
+    budget = min(curve[-1][0] for found in curves.values() for curve in found if curve)
     axis.axvline(budget, color="black", linewidth=0.8, linestyle=":")
     axis.annotate("equal FLOPs", (budget, 0.5), (3, 0), xycoords=("data", "axes fraction"), fontsize=8, rotation=90,
                   textcoords="offset points", va="center")  # fmt: skip
-    axis.set_xlabel("training FLOPs, forward and backward")
-    axis.set_ylabel("validation loss, nats per token")
     axis.set_xscale("log")
-    _wide(axis.set_yscale, [value for found in curves.values() for curve in found for _, value in curve])
-    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
-    return _save(figure, path)
+    return _save(axis.figure, path)
 
 
 @STYLED
@@ -113,7 +95,7 @@ def iso_flop(grid: Grid, path: Path) -> Path | None:
     archs = grid.archs
     figure, axes = _figure(3.1 * len(archs), 3.1, len(archs))
     for axis, arch in zip(axes, archs, strict=True):
-        colour, marker = STYLE[arch]
+        colour, marker = ARCH_STYLE[arch]
         for line, budget in zip(SHADES, grid.budgets, strict=False):
             cells = grid.of(arch, budget)
             if not cells:
@@ -126,10 +108,9 @@ def iso_flop(grid: Grid, path: Path) -> Path | None:
             if fit is None:
                 axis.plot([c.N for c in cells], [c.loss for c in cells], linestyle=line, color=colour, label=label)
                 continue
-            sizes = _between(cells[0].N, cells[-1].N)
-            c2, c1, c0 = fit.coefficients
-            steps = [math.log(size / fit.mean) for size in sizes]
-            axis.plot(sizes, [c2 * s * s + c1 * s + c0 for s in steps], linestyle=line, color=colour, label=label)
+            sizes = np.geomspace(cells[0].N, cells[-1].N, 61)
+            losses = np.polyval(fit.coefficients, np.log(sizes / fit.mean))
+            axis.plot(sizes, losses, linestyle=line, color=colour, label=label)
             if fit.size is not None:
                 axis.plot(fit.size, fit.loss, "*", color="black", markersize=8)
         axis.set_title(ARCHS[arch], fontsize=9)
@@ -138,12 +119,10 @@ def iso_flop(grid: Grid, path: Path) -> Path | None:
         sizes_of = {cell.size: cell.N for cell in grid.of(arch)}
         axis.set_xticks(list(sizes_of.values()), [f"{size}\n{_short(N)}" for size, N in sizes_of.items()])
         axis.minorticks_off()
-    handles, labels = axes[-1].get_legend_handles_labels()
-    key = axes[-1].legend(handles, labels, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0)
-    for line in key.get_lines():
+    for line in _legend_beside(axes[-1]).get_lines():
         line.set_color("black")
     axes[0].set_ylabel("final validation loss, nats per token")
-    _wide(axes[0].set_yscale, [cell.loss for cell in grid.cells])
+    _log_if_wide(axes[0].set_yscale, [cell.loss for cell in grid.cells])
     return _save(figure, path)
 
 
@@ -158,11 +137,11 @@ def law(grid: Grid, path: Path) -> Path | None:
     for arch, fit in grid.fits.items():
         cells = grid.of(arch)
         predicted = fit.law.loss([c.N for c in cells], [c.D for c in cells])
-        axis.plot(predicted, [c.loss for c in cells], STYLE[arch][1], color=STYLE[arch][0], label=ARCHS[arch])
+        axis.plot(predicted, [c.loss for c in cells], ARCH_STYLE[arch][1], color=ARCH_STYLE[arch][0], label=ARCHS[arch])
     axis.set_xlabel("E + A / N$^α$ + B / D$^β$, nats per token")
     axis.set_ylabel("measured validation loss, nats per token")
-    _wide(axis.set_xscale, losses)
-    _wide(axis.set_yscale, losses)
+    _log_if_wide(axis.set_xscale, losses)
+    _log_if_wide(axis.set_yscale, losses)
     axis.legend(loc="upper left")
     return _save(figure, path)
 
@@ -178,7 +157,7 @@ def one_or_sixteen(grid: Grid, path: Path) -> Path | None:
     for line, (_, size) in zip(SHADES, sizes, strict=False):
         chosen = sorted((f.flops, f.loss / b.loss) for f, b in pairs if f.size == size)
         x, y = zip(*chosen, strict=True)
-        axis.plot(x, y, STYLE["F"][1], linestyle=line, color=STYLE["F"][0], label=f"size {size}")
+        axis.plot(x, y, ARCH_STYLE["F"][1], linestyle=line, color=ARCH_STYLE["F"][0], label=f"size {size}")
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set_xscale("log")
     ticks = {f.budget: f.flops for f, _ in pairs}
@@ -186,11 +165,16 @@ def one_or_sixteen(grid: Grid, path: Path) -> Path | None:
     axis.minorticks_off()
     axis.set_xlabel("training FLOPs of each run")
     axis.set_ylabel("loss of F over loss of B\n(below 1: one token is better)")
-    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+    _legend_beside(axis)
     return _save(figure, path)
 
 
-# -- the parts -------------------------------------------------------------------------------------------------------
+Curve = list[tuple[float, float]]
+
+
+def _style(evidence: Evidence, label: str) -> tuple[str, str]:
+    """Colour and marker of a side."""
+    return STYLES[evidence.labels.index(label) % len(STYLES)]
 
 
 def _figure(width: float, height: float, panels: int = 0) -> tuple[plt.Figure, Any]:
@@ -199,25 +183,37 @@ def _figure(width: float, height: float, panels: int = 0) -> tuple[plt.Figure, A
     return figure, axes[0] if panels else axes[0][0]
 
 
-def _save(figure: plt.Figure, path: Path) -> Path:
+def _save(figure: Any, path: Path) -> Path:
     """SVG without a date: the same numbers give the same file."""
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=130)
+    figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
     return path
 
 
-def _band(axis: Axes, curves: list[list[tuple[float, float]]], colour: str, marker: str, label: str) -> None:
-    """Mean of the curves, row by row, and the range between the lowest and the highest."""
-    rows = [list(zip(*row, strict=True)) for row in zip(*curves, strict=False)]
-    x = [statistics.fmean(xs) for xs, _ in rows]
-    few = marker if len(x) <= 12 else None
-    axis.plot(x, [statistics.fmean(ys) for _, ys in rows], color=colour, marker=few, label=label)
-    if len(curves) > 1:
-        axis.fill_between(x, [min(ys) for _, ys in rows], [max(ys) for _, ys in rows], color=colour, alpha=0.18, lw=0)
+def _curves(evidence: Evidence, curves: dict[str, list[Curve]], x_label: str, y_label: str) -> Axes | None:
+    """Mean of each side's curves, point by point, and the range of its seeds; None when there is no curve."""
+    curves = {label: present for label, found in curves.items() if (present := [c for c in found if c])}
+    if not curves:
+        return None
+    _, axis = _figure(5.6, 3.2)
+    for label, found in curves.items():
+        colour, marker = _style(evidence, label)
+        rows = [list(zip(*row, strict=True)) for row in zip(*found, strict=False)]
+        x = [statistics.fmean(xs) for xs, _ in rows]
+        axis.plot(x, [statistics.fmean(ys) for _, ys in rows], color=colour, marker=marker if len(x) <= 12 else None,
+                  label=evidence.title(label))  # fmt: skip
+        if len(found) > 1:
+            low, high = [min(ys) for _, ys in rows], [max(ys) for _, ys in rows]
+            axis.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    _log_if_wide(axis.set_yscale, [value for found in curves.values() for curve in found for _, value in curve])
+    _legend_beside(axis)
+    return axis
 
 
-def _by_flops(run: RunRecord) -> list[tuple[float, float]]:
-    return [(samples * run.flops_per_sample, loss) for samples, loss in run.curve("val_loss")]
+def _legend_beside(axis: Axes) -> Any:
+    return axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
 
 
 def _short(number: float) -> str:
@@ -228,11 +224,7 @@ def _short(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _between(low: float, high: float, steps: int = 60) -> list[float]:
-    return [low * (high / low) ** (i / steps) for i in range(steps + 1)]
-
-
-def _wide(set_scale: Callable[[str], None], values: Sequence[float]) -> None:
+def _log_if_wide(set_scale: Callable[[str], None], values: Sequence[float]) -> None:
     """Losses that differ by more than `WIDE` times are drawn over their logarithm."""
     if min(values) > 0 and max(values) / min(values) > WIDE:
         set_scale("log")

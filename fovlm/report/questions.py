@@ -1,254 +1,209 @@
-"""The questions that the ablations ask, each with its sides, what may differ between them, and the answer.
+"""The comparisons that the runs' `versus:` ask for, and their answers.
 
-A question whose sides differ in more than it asks about, or the seeds of a side in anything, is not decided, whatever
-the numbers (`alike.py`).
+A comparison whose sides differ in more than it asks about, or the seeds of a side in anything, is not decided, whatever
+the numbers (`confounds.py`).
 """
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
-from fovlm.report.collect import Evidence, RunRecord
+import numpy as np
+
 from fovlm.report.confounds import confounds
-from fovlm.report.statistics import (
-    LEVEL,
-    RULE,
-    SEEDS,
-    Difference,
-    Side,
-    Verdict,
-    decide,
-    interval,
-    paired,
-    pooled,
-    welch,
+from fovlm.report.runs import Evidence, RunRecord
+from fovlm.report.statistics import LEVEL, RULE, SEEDS, Side, Verdict, decide, paired, welch
+
+EQUAL = 0.02  # sides whose samples or FLOPs differ by a smaller share than this had equally many
+GAP_RULE = (
+    f"A gap is there when the {LEVEL:.0%} interval of the mean difference within {SEEDS} or more seeds of the baseline "
+    "(Student, paired) does not contain 0."
 )
-
-BASELINE = "LR1"
-SAMPLES_APART = 0.02  # of the samples seen; sides further apart than this did not see "equal samples"
-NAMES = {
-    "F1": "F1, both backbones frozen", "F2": "F2, language model frozen", "LR1": "LR1, baseline",
-    "LR2": "LR2, connector to backbones 100:1", "LR3": "LR3, 3:1", "LR4": "LR4, 1:1",
-    "A1": "A1, one shallow attention", "A6": "A6, static query alone", "B1": "B1, 16 pooled tokens a frame",
-    "A8a": "A8a, a picture is 1 look", "A8b": "A8b, a picture is 16 looks", "D1": "D1, pictures in the mix",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Question:
-    """`varies`: the key paths, or their beginnings, that make the difference between the sides."""
-
-    title: str
-    asks: str
-    roles: tuple[str, ...]
-    varies: tuple[str, ...]
-    caution: str = ""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A question with its verdict. `rows`: a line for each side; `notes`: what a reader must know beside the number."""
+    """A question with its verdict. `rows`: a line for each of the sides `labels`; `notes`: what a reader must know."""
 
     title: str
-    asks: str
-    rule: str
+    labels: list[str]
     verdict: Verdict
     head: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     notes: list[str] = field(default_factory=list)
+    rule: str = RULE
+    at_equal_flops: bool = False
 
     @property
     def decided(self) -> bool:
         return self.verdict.winner is not None
 
 
-QUESTIONS = (
-    Question("Freeze strategy", "Must the backbones be trained?", ("F1", "F2", "LR1"),
-             ("optim.freeze",)),
-    Question("Learning-rate ratio", "How much faster should the connector learn than the backbones?",
-             ("LR1", "LR2", "LR3", "LR4"), ("optim.lr_connector",)),
-    Question("Deep query", "Does it help that the query goes through all layers of the encoder?", ("LR1", "A1"),
-             ("model.deep_query",)),
-    Question("Foveation", "Does it help that the language model steers the gaze, on the same samples?", ("LR1", "A6"),
-             ("model.visual",),
-             "Both models are trained for what they are scored at. LR1 does more work on each sample: two passes."),
-    Question("Pictures as 1 or 16 frames", "Do more looks at a picture see more?", ("A8a", "A8b"),
-             ("data.image_frames",)),
-    Question("Data mix", "Do pictures in the mix help video?", ("LR1", "D1"), ("data.mixture",),
-             "With as many samples in all, D1 sees fewer videos."),
-    Question("One token against sixteen, at equal samples", "What does one foveated token a frame lose or win?",
-             ("LR1", "B1"), ("model.visual",)),
-)  # fmt: skip
-
-
 def answers(evidence: Evidence) -> tuple[list[Answer], list[str]]:
     """The answers to every question that has finished runs on two sides, and the titles of the others."""
-    sides = {role: side(evidence, role) for role in NAMES if evidence.side(role)}
-    known = pooled({role: one for role, one in sides.items() if not confounds(evidence, (role,), ())}, BASELINE)
+    asked: dict[tuple[str, str], list[str]] = {}
+    for label in sorted(evidence.versus):
+        versus = evidence.versus[label]
+        asked.setdefault((versus.baseline, versus.question), []).append(label)
     found, unasked = [], []
-    for question in QUESTIONS:
-        present = [role for role in question.roles if role in sides]
+    finished = evidence.labels
+    for (baseline, question), labels in asked.items():
+        present = [label for label in (baseline, *labels) if label in finished]
+        missing = [label for label in (baseline, *labels) if label not in finished]
         if len(present) < 2:
-            unasked.append(f"{question.title} ({' and '.join(r for r in question.roles if r not in sides)} missing)")
+            unasked.append(f"{question} ({' and '.join(missing)} missing)")
             continue
-        other = confounds(evidence, present, question.varies)
-        verdict = decide([sides[role] for role in present], known[1] if known else None, other)
-        answer = Answer(
-            question.title, question.asks, RULE, verdict,
-            ("side", "seeds", "loss, mean (nats)", "spread over seeds", _more(verdict),
-             "samples", "FLOPs"),
-            [_row(evidence, role, sides[role], verdict) for role in present],
-            [question.caution] if question.caution else [],
-        )  # fmt: skip
-        seen = [run.samples for role in present for run in evidence.side(role)]
-        if max(seen) > (1 + SAMPLES_APART) * min(seen):
-            answer.notes.append(f"The runs did not see as many samples: {min(seen):,.0f} to {max(seen):,.0f}.")
-        missing = [role for role in question.roles if role not in sides]
-        if missing:
-            answer.notes.append(f"No finished run of {' and '.join(missing)}: left out.")
-        if known and not answer.decided and any(len(sides[role].losses) == 1 for role in present):
-            answer.notes.append(f"Seed spread known: {known[1]:.3g} nats, that of {known[0]}.")
-        if question.title == "Foveation":
-            answer.notes.extend(_in_deployment(evidence))
-            answer.notes.extend(_for_less(evidence, "LR1", "A6"))
-        found.append(answer)
-    both = equal_flops(evidence)
-    if both:
-        found.append(both)
-    gap = mode_gap(evidence)
-    if gap:
-        found.append(gap)
-    return found, unasked
+        if any("val_loss" in evidence.versus[label].metrics for label in labels):
+            found.append(_at_the_end(evidence, question, baseline, present, missing))
+        pairs = [one for one in present if one != baseline and baseline in present]
+        pairs = [one for one in pairs if "val_loss_at_equal_flops" in evidence.versus[one].metrics]
+        found += [_at_equal_flops(evidence, question, baseline, one) for one in pairs]
+    gaps = [mode_gap(evidence, labels) for labels in evidence.families.values()]
+    return found + [gap for gap in gaps if gap], unasked
 
 
-def side(evidence: Evidence, role: str) -> Side:
-    """The final losses of a role's seeds."""
-    return Side(role, tuple(run.loss for run in evidence.side(role)))
+def side(evidence: Evidence, label: str) -> Side:
+    """The final losses of a label's seeds."""
+    return Side(label, tuple(run.loss for run in evidence.side(label)))
 
 
 def loss_at(run: RunRecord, flops: float) -> float | None:
-    """Validation loss at a number of FLOPs: between validations linear in log FLOPs; None before the first or beyond
-    the last."""
-    points = [(math.log(samples * run.flops_per_sample), loss) for samples, loss in run.curve("val_loss")]
-    at = math.log(flops) if flops > 0 else -math.inf
-    if points and points[-1][0] <= at <= points[-1][0] + 1e-6:
-        return points[-1][1]
-    for (x0, y0), (x1, y1) in pairwise(points):
-        if x0 <= at <= x1:
-            return y0 if x1 == x0 else y0 + (y1 - y0) * (at - x0) / (x1 - x0)
-    return None
-
-
-def equal_flops(evidence: Evidence) -> Answer | None:
-    """LR1 against B1 with as much computed: at the FLOPs that the cheaper one ends with."""
-    pair = {role: evidence.side(role) for role in ("LR1", "B1")}
-    if not all(pair.values()):
+    """Validation loss at a number of FLOPs, linear in log FLOPs between validations; None outside of them."""
+    curve = run.curve("val_loss")
+    if not curve or flops <= 0:
         return None
-    ends = {role: [run.samples * run.flops_per_sample for run in runs] for role, runs in pair.items()}
-    budget = min(min(ends[role]) for role in ends)
-    cheap, dear = sorted(ends, key=lambda role: statistics.fmean(ends[role]))
-    losses = {role: [loss_at(run, budget) for run in runs] for role, runs in pair.items()}
-    sides = [Side(role, tuple(v for v in values if v is not None)) for role, values in losses.items()]
+    x = [math.log(samples * run.flops_per_sample) for samples, _ in curve]
+    at = math.log(flops)
+    at = min(at, x[-1]) if at <= x[-1] + 1e-6 else at  # the end of the run is the end of its curve
+    loss = float(np.interp(at, x, [loss for _, loss in curve], left=math.nan, right=math.nan))
+    return None if math.isnan(loss) else loss
+
+
+def _at_the_end(evidence: Evidence, question: str, baseline: str, present: list[str], missing: list[str]) -> Answer:
+    """The final losses of all sides of a question."""
+    sides = {label: side(evidence, label) for label in present}
+    known = _known_spread(evidence, baseline)
+    verdict = decide(list(sides.values()), known and known[1], confounds(evidence, present, baseline))
+    notes = [v.caution for label, v in evidence.versus.items() if label in present and label != baseline and v.caution]
+    seen = [run.samples for label in present for run in evidence.side(label)]
+    if max(seen) > (1 + EQUAL) * min(seen):
+        notes.append(f"The runs did not see as many samples: {min(seen):,.0f} to {max(seen):,.0f}.")
+    if missing:
+        notes.append(f"No finished run of {' and '.join(missing)}: left out.")
+    if known and verdict.winner is None and any(len(one.losses) == 1 for one in sides.values()):
+        notes.append(f"Seed spread known: {known[1]:.3g} nats, that of {known[0]}.")
+    if len(present) == 2:
+        notes += _frame_by_frame(evidence, present) + _for_less(evidence, present)
+    head = ("side", "seeds", "loss, mean (nats)", "spread over seeds", _more(verdict), "samples", "FLOPs")
+    rows = [_row(evidence, one, verdict) for one in sides.values()]
+    return Answer(question, present, verdict, head, rows, notes)
+
+
+def _at_equal_flops(evidence: Evidence, question: str, baseline: str, label: str) -> Answer:
+    """Two sides with as much computed: at the FLOPs that the cheaper one ends with."""
+    pair = {one: evidence.side(one) for one in (baseline, label)}
+    ends = {one: [run.flops for run in runs] for one, runs in pair.items()}
+    budget = min(min(of) for of in ends.values())
+    cheap, dear = sorted(ends, key=lambda one: np.mean(ends[one]))
+    losses = {one: [loss_at(run, budget) for run in runs] for one, runs in pair.items()}
+    sides = [Side(one, tuple(v for v in values if v is not None)) for one, values in losses.items()]
     empty = [one.name for one in sides if not one.losses]
     if empty:
         text = f"not decided: {' and '.join(empty)} has no validation on both sides of {budget:.3g} FLOPs"
         verdict = Verdict(None, text, {})
     else:
-        verdict = decide(sides, None, confounds(evidence, ("LR1", "B1"), ("model.visual",)))
-        if verdict.winner == cheap and max(ends[dear]) > (1 + SAMPLES_APART) * budget:
-            verdict = _to_the_end(evidence, verdict, cheap, dear)
+        verdict = decide(sides, None, confounds(evidence, list(pair), baseline))
+        if verdict.winner == cheap and max(ends[dear]) > (1 + EQUAL) * budget:
+            verdict = _also_in_the_end(evidence, verdict, cheap, dear)
     rows = [
-        (NAMES[one.name], str(len(one.losses)), f"{one.mean:.4f}" if one.losses else "-", f"{budget:.3g}",
-         f"{pair[one.name][0].flops_per_sample:.3g}",
-         interval(verdict.differences[one.name]) if one.name in verdict.differences else "")
+        (evidence.title(one.name), str(len(one.losses)), f"{one.mean:.4f}" if one.losses else "-", f"{budget:.3g}",
+         f"{pair[one.name][0].flops_per_sample:.3g}", str(verdict.differences.get(one.name, "")))
         for one in sides
     ]  # fmt: skip
     notes = [
-        "The loss of the side that goes on longer is read between its validations, where its learning rate has not yet "
-        "come down: this is to its disadvantage. The other is called better only when it also beats that side's final "
-        "losses, which took more FLOPs. The grid, where every run has a whole schedule for its budget, compares at "
-        "equal FLOPs as it is."
+        "The loss of the side that trains longer is read between its validations, before its learning rate has "
+        "decayed: this is to its disadvantage. The other is called better only when it also beats that side's final "
+        "losses, which took more FLOPs. In the grid every run has a whole schedule for its budget."
     ]
     if not all(run.summary.get("flops") for runs in pair.values() for run in runs):
         notes.append("FLOPs of a sample were not recorded: upper bounds from the settings are used.")
-    return Answer(
-        "One token against sixteen, at equal FLOPs", "And with as much computed?", RULE, verdict,
-        ("side", "seeds", "loss there (nats)", "FLOPs", "FLOPs a sample", _more(verdict)), rows, notes,
-    )  # fmt: skip
+    head = ("side", "seeds", "loss there (nats)", "FLOPs", "FLOPs a sample", _more(verdict))
+    title = f"{question} ({label}, at equal FLOPs)"
+    return Answer(title, [baseline, label], verdict, head, rows, notes, at_equal_flops=True)
 
 
-def _to_the_end(evidence: Evidence, there: Verdict, cheap: str, dear: str) -> Verdict:
+def _also_in_the_end(evidence: Evidence, there: Verdict, cheap: str, dear: str) -> Verdict:
     """The verdict at the FLOPs of the cheaper side, kept when that side also beats the dearer one's final losses."""
     if decide([side(evidence, cheap), side(evidence, dear)]).winner == cheap:
         return there
-    final = interval(welch(side(evidence, dear).losses, side(evidence, cheap).losses))
+    final = welch(side(evidence, dear).losses, side(evidence, cheap).losses)
     text = (
-        f"not decided: {dear} was read before its learning rate came down, and {cheap} is not better than it is in the "
-        f"end, with more FLOPs ({dear} less {cheap}: {final} nats)"
+        f"not decided: {dear} was read before its learning rate had decayed, and {cheap} is not better than its final "
+        f"loss, with more FLOPs ({dear} minus {cheap}: {final} nats)"
     )
     return Verdict(None, text, there.differences, there.level)
 
 
-def mode_gap(evidence: Evidence) -> Answer | None:
-    """What deployment (frame by frame) loses against the way of training, for every role that was scored in both."""
-    rows, base = [], None
-    for role in NAMES:
-        gaps = [
-            deployed - trained
-            for run in evidence.side(role)
-            if (deployed := run.mode("autoregressive")) is not None and (trained := run.mode("coarse_fine")) is not None
-        ]
-        if gaps:
-            difference = paired(gaps)
-            rows.append((NAMES[role], str(len(gaps)), interval(difference)))
-            if role == BASELINE:
-                base = (len(gaps), difference)
-    if not rows:
+def mode_gap(evidence: Evidence, labels: list[str]) -> Answer | None:
+    """What inference frame by frame loses against the way of training, for every side of a family scored in both; the
+    verdict is on its baseline, the first."""
+    gaps = {label: paired(found) for label in labels if (found := _gaps(evidence.side(label)))}
+    if not gaps:
         return None
-    rule = (
-        f"A gap is there when the {LEVEL:.0%} interval of the mean difference within {SEEDS} or more seeds of "
-        f"{BASELINE} (Student, paired) does not hold 0."
-    )
-    verdict = _gap(base, confounds(evidence, (BASELINE,), ()))
-    return Answer("Mode gap", "Is the model worse frame by frame, as it is deployed, than as it was trained?", rule,
-                  verdict, ("side", "seeds", "autoregressive less coarse_fine (nats)"), rows)  # fmt: skip
+    base, other = labels[0], confounds(evidence, labels[:1])
+    seeds, gap = len(_gaps(evidence.side(base))), gaps.get(base)
+    winner = None
+    if gap is None:
+        text = f"not decided: no run of {base} was scored in both modes"
+    elif other:
+        text = f"not decided: {other}"
+    elif seeds < SEEDS:
+        text = f"not decided ({seeds} of {SEEDS} seeds of {base}): {gap} nats"
+    elif not gap.excludes_zero:
+        text = f"not decided: the interval contains 0, {gap} nats"
+    else:
+        winner, text = "gap", f"{base} is {'worse' if gap.value > 0 else 'better'} frame by frame: {gap} nats"
+    rows = [(evidence.title(label), str(len(_gaps(evidence.side(label)))), str(gap)) for label, gap in gaps.items()]
+    title = f"Mode gap of {base}: is it worse frame by frame, as it is deployed, than as it was trained?"
+    head = ("side", "seeds", "autoregressive minus coarse_fine (nats)")
+    return Answer(title, labels, Verdict(winner, text, {}), head, rows, rule=GAP_RULE)
 
 
-def _gap(base: tuple[int, Difference] | None, unlike: str) -> Verdict:
-    if base is None:
-        return Verdict(None, f"not decided: no run of {BASELINE} was scored in both modes", {})
-    seeds, difference = base
-    if unlike:
-        return Verdict(None, f"not decided: {unlike}", {})
-    if seeds < SEEDS:
-        return Verdict(None, f"not decided ({seeds} of {SEEDS} seeds of {BASELINE}): {interval(difference)} nats", {})
-    if not difference.excludes_zero:
-        return Verdict(None, f"not decided: the interval holds 0, {interval(difference)} nats", {})
-    worse = "worse" if difference.value > 0 else "better"
-    return Verdict("gap", f"{BASELINE} is {worse} frame by frame: {interval(difference)} nats", {})
+def _gaps(runs: list[RunRecord]) -> list[float]:
+    scored = [(run.mode("autoregressive"), run.mode("coarse_fine")) for run in runs]
+    return [deployed - trained for deployed, trained in scored if deployed is not None and trained is not None]
 
 
-def _in_deployment(evidence: Evidence) -> list[str]:
-    """The same comparison with LR1 as it is deployed: a static query has no other mode."""
-    deployed = [v for run in evidence.side("LR1") if (v := run.mode("autoregressive")) is not None]
-    static = [run.loss for run in evidence.side("A6")]
-    if not deployed or not static:
+def _known_spread(evidence: Evidence, baseline: str) -> tuple[str, float] | None:
+    """(label, seed spread) of the baseline, else of the side of its family with most seeds; None without any."""
+    family = evidence.families.get(evidence.root(baseline), [])
+    sides = [side(evidence, label) for label in family if not confounds(evidence, [label])]
+    known = sorted(sides, key=lambda one: (one.name != baseline, -len(one.losses)))
+    return next(((one.name, one.spread) for one in known if one.spread), None)
+
+
+def _frame_by_frame(evidence: Evidence, pair: list[str]) -> list[str]:
+    """The comparison with the side that has another mode in deployment, where the other side has not."""
+    deployed = {label: [v for run in evidence.side(label) if (v := run.mode("autoregressive")) is not None]
+                for label in pair}  # fmt: skip
+    a, b = sorted(pair, key=lambda label: not deployed[label])
+    if not deployed[a] or deployed[b]:
         return []
-    told = interval(welch(deployed, static))
-    return [f"LR1 frame by frame, as deployed, less A6: {told} nats ({len(deployed)} and {len(static)} seeds)."]
+    losses = [run.loss for run in evidence.side(b)]
+    gap = welch(deployed[a], losses)
+    return [f"{a} frame by frame, as deployed, minus {b}: {gap} nats ({len(deployed[a])} and {len(losses)} seeds)."]
 
 
-def _for_less(evidence: Evidence, dear: str, cheap: str) -> list[str]:
-    """The dearer side read at the FLOPs that the cheaper one ends with. A note: its schedule has not ended there."""
-    ends = [run.samples * run.flops_per_sample for run in evidence.side(cheap)]
-    there = [v for run in evidence.side(dear) if (v := loss_at(run, min(ends))) is not None]
-    if not there:
+def _for_less(evidence: Evidence, pair: list[str]) -> list[str]:
+    """The dearer side at the FLOPs that the cheaper one ends with: a note, as its schedule has not ended there."""
+    cheap, dear = sorted(pair, key=lambda label: np.mean([run.flops for run in evidence.side(label)]))
+    budget = min(run.flops for run in evidence.side(cheap))
+    there = [v for run in evidence.side(dear) if (v := loss_at(run, budget)) is not None]
+    if not there or max(run.flops for run in evidence.side(dear)) <= (1 + EQUAL) * budget:
         return []
-    told = interval(welch(there, [run.loss for run in evidence.side(cheap)]))
+    gap = welch(there, [run.loss for run in evidence.side(cheap)])
     return [
-        f"{dear} after as many FLOPs as {cheap} had in all, its learning rate not yet down, less {cheap}: {told} nats."
+        f"{dear} at the FLOPs that {cheap} ends with, before its learning rate has decayed, minus {cheap}: {gap} nats."
     ]
 
 
@@ -257,10 +212,10 @@ def _more(verdict: Verdict) -> str:
     return f"more than the best [{100 * verdict.level:.3g} % interval]"
 
 
-def _row(evidence: Evidence, role: str, one: Side, verdict: Verdict) -> tuple[str, ...]:
-    runs = evidence.side(role)
-    samples = sum(run.samples for run in runs) / len(runs)
-    flops = sum(run.samples * run.flops_per_sample for run in runs) / len(runs)
-    more = interval(verdict.differences[role]) if role in verdict.differences else "lowest"
+def _row(evidence: Evidence, one: Side, verdict: Verdict) -> tuple[str, ...]:
+    runs = evidence.side(one.name)
+    more = str(verdict.differences.get(one.name, "lowest"))
     spread = f"{one.spread:.4f}" if one.spread is not None else "-"
-    return (NAMES[role], str(len(one.losses)), f"{one.mean:.4f}", spread, more, f"{samples:,.0f}", f"{flops:.3g}")
+    samples, flops = np.mean([run.samples for run in runs]), np.mean([run.flops for run in runs])
+    title = evidence.title(one.name)
+    return title, str(len(one.losses)), f"{one.mean:.4f}", spread, more, f"{samples:,.0f}", f"{flops:.3g}"

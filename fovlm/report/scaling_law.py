@@ -1,4 +1,4 @@
-"""Fits and quantiles: loss as a law of size and data, the best size of a budget. The one door to scipy.
+"""Fits: loss as a law of size and data, and the best size of a budget.
 
 The law is that of Hoffmann et al. 2022 ("Chinchilla", arXiv 2203.15556, section 3.3): L(N, D) = E + A / N^alpha +
 B / D^beta, fitted by the Huber loss (delta 1e-3) of log L with L-BFGS from a grid of starts. Two details follow
@@ -13,13 +13,15 @@ from dataclasses import astuple, dataclass, fields
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import minimize
-from scipy.special import stdtrit
+from scipy.special import huber, logsumexp, softmax
+
+from fovlm.report.statistics import student
 
 DELTA = 1e-3  # of the Huber loss: about 0.1 % of the loss
-FEW = 20  # points; a resample of fewer often lacks a size or a budget, so that they are disturbed instead
-STARTS = 24  # of the grid, those with the lowest loss, are followed to the end
-NORMAL = 1.96  # what Student's quantile comes to with many degrees of freedom
-STEEPEST = 4.0  # the highest exponent looked for
+FEW = 20  # points; a resample of fewer often lacks a size or a budget, so noise is added to them instead
+STARTS = 24  # the points of the grid with the lowest loss, from which the fit is run to convergence
+NORMAL = 1.96  # Student's quantile for many degrees of freedom
+STEEPEST = 4.0  # the highest exponent that the fit looks for
 # Bounds of log E (less log of the lowest loss), log A, alpha, log B, beta, where N and D are 1 at their mean.
 BOUNDS = ((-8.0, 1.0), (-12.0, 6.0), (1e-3, STEEPEST), (-12.0, 6.0), (1e-3, STEEPEST))
 
@@ -78,14 +80,14 @@ def fit_law(
 ) -> Fit:
     """Fit the law to losses L > 0 at sizes N and amounts of data D, with bootstrap intervals from `draws` refits.
 
-    Points are resampled. Fewer than `FEW` keep their places, and normal noise is added to the fitted log losses: that
-    of the residuals, widened for the five parameters they were fitted with and multiplied by Student's factor for their
-    few degrees of freedom, or `noise` (of log L, as measured over seeds) where that is more. `rise` is for the exponent
-    of the best size (`Law.exponent`), None for none of it. Raises ValueError for fewer than six points or a number that
-    is not above 0.
+    Points are resampled. With fewer than `FEW`, normal noise is added to the fitted log losses instead: that of the
+    residuals, corrected for the five fitted parameters and multiplied by Student's factor for the few degrees of
+    freedom, or `noise` (of log L, as measured over seeds) where that is more. `rise` gives the exponent of the best
+    size (`Law.exponent`), None leaves it out. Raises ValueError for fewer than six points or a number that is not
+    above 0.
     """
     if len(L) < 6 or min(*N, *D, *L) <= 0:
-        raise ValueError("a law of five parameters wants six points or more, all numbers above 0")
+        raise ValueError("a law of five parameters needs six points or more, all numbers above 0")
     n, d, y = (np.log(np.asarray(v, float)) for v in (N, D, L))
     n0, d0 = n.mean(), d.mean()
     n, d = n - n0, d - d0
@@ -102,7 +104,7 @@ def fit_law(
             data = n[pick], d[pick], y[pick]
         else:
             data = n, d, fitted + scale * rng.standard_normal(len(y))
-        found.append(_law(_best(*data, [best], 1e-8), n0, d0))  # far below the noise that is measured
+        found.append(_law(_best(*data, [best], 1e-8), n0, d0))  # far below the measured noise
     law = _law(best, n0, d0)
     tails = [50 * (1 - level), 50 * (1 + level)]
     names = [field.name for field in fields(Law)]
@@ -114,15 +116,15 @@ def fit_law(
 
 
 def cost_of_size(N: Sequence[float], flops: Sequence[float]) -> tuple[float, float]:
-    """How the FLOPs of a sample grow with size: a line c0 + c1 N, fitted with equal care for each relative to its cost.
+    """How the FLOPs of a sample grow with size: a line c0 + c1 N, fitted by least squares of the relative errors.
 
-    Returns (rise, miss): the slope of log FLOPs over log N between the ends of that line, and how far off it a size is
-    at most, as a share of its FLOPs or of the line's whole rise, whichever is less; 0 and inf where the line does not
-    rise. Raises ValueError for fewer than three different sizes or a number that is not above 0.
+    Returns (rise, miss): the slope of log FLOPs over log N between the ends of that line, and the largest deviation of
+    a size from it, as a share of its FLOPs or of the line's whole rise, whichever is less; 0 and inf where the line
+    does not rise. Raises ValueError for fewer than three different sizes or a number that is not above 0.
     """
     n, f = np.asarray(N, float), np.asarray(flops, float)
     if len(set(N)) < 3 or min(n.min(), f.min()) <= 0:
-        raise ValueError("the cost of a size wants three different sizes, all numbers above 0")
+        raise ValueError("the cost of a size needs three different sizes, all numbers above 0")
     c0, c1 = np.linalg.lstsq(np.stack([1 / f, n / f], 1), np.ones_like(f), rcond=None)[0]
     line = c0 + c1 * n
     low, high = (float(c0 + c1 * end) for end in (n.min(), n.max()))
@@ -151,34 +153,28 @@ def parabola(
 ) -> Optimum:
     """Fit a parabola of loss over log N ("approach 2" of Hoffmann et al.) and its lowest point.
 
-    `noise` is the standard deviation of a loss in nats; with it the interval is that of `draws` fits to losses so
-    disturbed, without it there is none and `sure` is 0. Raises ValueError for fewer than three different sizes.
+    `noise` is the standard deviation of a loss in nats; the interval comes from `draws` fits to losses with that noise
+    added. Without it there is no interval and `sure` is 0. Raises ValueError for fewer than three different sizes.
     """
     if len(set(N)) < 3:
-        raise ValueError("a parabola wants three different sizes")
+        raise ValueError("a parabola needs three different sizes")
     x = np.log(np.asarray(N, float))
     mean = x.mean()
-    solve = np.linalg.pinv(np.vander(x - mean, 3))
     y = np.asarray(L, float)
-    c = solve @ y
+    c = np.polyfit(x - mean, y, 2)
     inside = _lowest(c[:, None], x - mean)[0]
     size = loss = low = high = None
     if np.isfinite(inside):
         size, loss = float(np.exp(inside + mean)), float(np.polyval(c, inside))
     sure = 0.0
     if noise is not None:
-        disturbed = y[:, None] + noise * np.random.default_rng(seed).standard_normal((len(y), draws))
-        lowest = _lowest(solve @ disturbed, x - mean)
+        noisy = y[:, None] + noise * np.random.default_rng(seed).standard_normal((len(y), draws))
+        lowest = _lowest(np.polyfit(x - mean, noisy, 2), x - mean)
         sure = float(np.isfinite(lowest).mean())
         if size is not None and sure > 0:
             ends = np.nanpercentile(lowest, [50 * (1 - level), 50 * (1 + level)])
             low, high = (float(np.exp(end + mean)) for end in ends)
     return Optimum(size, loss, low, high, sure, (float(c[0]), float(c[1]), float(c[2])), float(np.exp(mean)))
-
-
-def student(level: float, freedom: float) -> float:
-    """The t beyond which both tails of Student's distribution together hold 1 - level."""
-    return float(stdtrit(freedom, (1 + level) / 2))
 
 
 def _lowest(c: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -197,20 +193,16 @@ def _predict(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarra
     """log of the law at the points, and the shares [3, points] of its three terms."""
     e, a, alpha, b, beta = theta
     terms = np.stack([np.full_like(n, e), a - alpha * n, b - beta * d])
-    top = terms.max(0)
-    total = np.exp(terms - top)
-    return top + np.log(total.sum(0)), total / total.sum(0)
+    return logsumexp(terms, axis=0), softmax(terms, axis=0)
 
 
 def _loss(theta: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
     """Sum of the Huber losses in units of DELTA squared, and its gradient."""
     predicted, share = _predict(theta, n, d)
     r = (predicted - y) / DELTA
-    size = np.abs(r)
-    value = np.where(size <= 1, 0.5 * r * r, size - 0.5).sum()
     g = np.clip(r, -1, 1) / DELTA
     gradient = np.array([g @ share[0], g @ share[1], -g @ (share[1] * n), g @ share[2], -g @ (share[2] * d)])
-    return float(value), gradient
+    return float(huber(1, r).sum()), gradient
 
 
 def _starts(y: np.ndarray) -> list[np.ndarray]:

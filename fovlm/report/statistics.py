@@ -1,31 +1,30 @@
 """When one side may be called better: intervals over seeds, and the rule that every decision here follows.
 
-A side is the runs of one role with different seeds. Its number is the final validation loss in nats, lower is better.
+A side is the runs of one label with different seeds. Its number is the final validation loss in nats, lower is better.
 The difference of two sides has Welch's interval (unequal variances; B. L. Welch, Biometrika 34, 1947): with three seeds
-a side it is wide, as it should be. Losses over seeds are taken as roughly normal; where a task is found by some seeds
-and not by others they are not, and then the interval is wider still and nothing is decided.
+a side it is wide, as it should be. Losses over seeds are taken as roughly normal; where some seeds find the task and
+others do not they are not normal, and the interval is wider still.
 """
 
-import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fovlm.report.scaling_law import student
+from scipy import stats
 
 LEVEL = 0.95
-SEEDS = 3  # on each side; with two, Welch's interval hangs on a single difference
+SEEDS = 3  # on each side; with two, Welch's interval depends on a single difference
 RULE = (
     f"A side is better when it and its rival have at least {SEEDS} seeds each and the {LEVEL:.0%} interval of the "
-    "difference of their mean final validation losses (Welch) does not hold 0; among more than two sides the best must "
-    "beat each of the others, each interval at the level that keeps all of them together at 95 % (Bonferroni). The "
-    "sides may differ in nothing but what is asked, and the seeds of one in nothing. Otherwise: not decided."
+    "difference of their mean final validation losses (Welch) does not contain 0; among more than two sides the best "
+    "must beat each of the others, each interval at the level that keeps all of them together at 95 % (Bonferroni). "
+    "The sides may differ only in what is asked, and the seeds of a side in nothing. Otherwise: not decided."
 )
 
 
 @dataclass(frozen=True)
 class Side:
-    """Final losses (nats) of the seeds of one role."""
+    """Final losses (nats) of the seeds of one label."""
 
     name: str
     losses: tuple[float, ...]
@@ -52,6 +51,12 @@ class Difference:
     def excludes_zero(self) -> bool:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
+    def __str__(self) -> str:
+        """`+0.1200 [+0.0300, +0.2100]`, without an interval where there is none."""
+        if self.low is None or self.high is None:
+            return f"{self.value:+.4f}"
+        return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -59,8 +64,13 @@ class Verdict:
 
     winner: str | None
     text: str
-    differences: dict[str, Difference]  # rival -> its loss less that of the best side
+    differences: dict[str, Difference]  # rival -> its loss minus that of the best side
     level: float = LEVEL  # of each of their intervals
+
+
+def student(level: float, freedom: float) -> float:
+    """The t beyond which both tails of Student's distribution together hold 1 - level."""
+    return float(stats.t.ppf((1 + level) / 2, freedom))
 
 
 def welch(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> Difference:
@@ -68,12 +78,10 @@ def welch(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> Diffe
     value = statistics.fmean(a) - statistics.fmean(b)
     if min(len(a), len(b)) < 2:
         return Difference(value)
-    va, vb = statistics.variance(a) / len(a), statistics.variance(b) / len(b)
-    if va + vb == 0:
+    if len(set(a)) == len(set(b)) == 1:  # no variance
         return Difference(value, value, value)
-    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    reach = student(level, freedom) * math.sqrt(va + vb)
-    return Difference(value, value - reach, value + reach)
+    low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval(level)
+    return Difference(value, float(low), float(high))
 
 
 def paired(differences: Sequence[float], level: float = LEVEL) -> Difference:
@@ -81,53 +89,47 @@ def paired(differences: Sequence[float], level: float = LEVEL) -> Difference:
     value = statistics.fmean(differences)
     if len(differences) < 2:
         return Difference(value)
-    reach = student(level, len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
-    return Difference(value, value - reach, value + reach)
+    if len(set(differences)) == 1:
+        return Difference(value, value, value)
+    low, high = stats.ttest_1samp(differences, 0).confidence_interval(level)
+    return Difference(value, float(low), float(high))
+
+
+def slope(x: Sequence[float], y: Sequence[float], level: float = LEVEL) -> Difference:
+    """The slope of a straight line through three points or more, with Student's interval."""
+    line = stats.linregress(x, y)
+    reach = student(level, len(x) - 2) * line.stderr
+    return Difference(float(line.slope), float(line.slope - reach), float(line.slope + reach))
 
 
 def decide(sides: Sequence[Side], noise: float | None = None, confounded: str = "") -> Verdict:
     """Which side has the lowest loss, by `RULE`.
 
-    `noise` is a seed spread measured on another role, told where a side has one seed; it decides nothing. `confounded`
-    says what else differs between the sides, and then nothing is decided. Raises ValueError for fewer than two sides.
+    `noise` is a seed spread measured on another side; it is mentioned where a side has one seed and decides nothing.
+    `confounded` says what else differs between the sides, and then nothing is decided. Raises ValueError for fewer than
+    two sides.
     """
     if len(sides) < 2:
-        raise ValueError("a comparison wants two sides")
+        raise ValueError("a comparison needs two sides")
     best = min(sides, key=lambda side: side.mean)
     rivals = [side for side in sides if side is not best]
     level = 1 - (1 - LEVEL) / len(rivals)
     differences = {side.name: welch(side.losses, best.losses, level) for side in rivals}
-    if confounded:
-        return Verdict(None, f"not decided: {confounded}", differences, level)
     few = [side for side in sides if len(side.losses) < SEEDS]
-    if few:
-        text = f"not decided ({_seeds(few)}; {SEEDS} of each are needed)"
-        return Verdict(None, text + _leaning(best, rivals, noise), differences, level)
-    open_ = [name for name, difference in differences.items() if not difference.excludes_zero]
-    if open_:
-        return Verdict(
-            None, f"not decided: {best.name} has the lowest mean, but its interval against {', '.join(open_)} holds 0",
-            differences, level,
-        )  # fmt: skip
-    beaten = ", ".join(f"{name}, whose loss is {interval(d)} nats higher" for name, d in differences.items())
-    return Verdict(best.name, f"{best.name} is better than {beaten}", differences, level)
-
-
-def interval(difference: Difference) -> str:
-    """`+0.12 [+0.03, +0.21]`, without an interval where there is none."""
-    if difference.low is None or difference.high is None:
-        return f"{difference.value:+.4f}"
-    return f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
-
-
-def pooled(sides: Mapping[str, Side], first: str) -> tuple[str, float] | None:
-    """(role, seed spread) of the baseline `first`, or else of the role with most seeds; None where no role has two."""
-    known = [side for side in sides.values() if side.spread]
-    if not known:
-        return None
-    side = sides[first] if first in sides and sides[first].spread else max(known, key=lambda s: len(s.losses))
-    assert side.spread is not None
-    return side.name, side.spread
+    unclear = [name for name, difference in differences.items() if not difference.excludes_zero]
+    if confounded:
+        text = f"not decided: {confounded}"
+    elif few:
+        text = f"not decided ({_seeds(few)}; {SEEDS} of each are needed){_leaning(best, rivals, noise)}"
+    elif unclear:
+        against = ", ".join(unclear)
+        text = f"not decided: {best.name} has the lowest mean, but its interval against {against} contains 0"
+    else:
+        beaten = ", ".join(
+            f"{name}, whose loss is {difference} nats higher" for name, difference in differences.items()
+        )
+        return Verdict(best.name, f"{best.name} is better than {beaten}", differences, level)
+    return Verdict(None, text, differences, level)
 
 
 def _seeds(sides: Sequence[Side]) -> str:
@@ -139,8 +141,8 @@ def _seeds(sides: Sequence[Side]) -> str:
 
 
 def _leaning(best: Side, rivals: Sequence[Side], noise: float | None) -> str:
-    """Where it leans, against the noise measured elsewhere. No more than a hint."""
+    """Which side has the lowest mean and by how much, against the noise measured elsewhere. No more than a hint."""
     second = min(rivals, key=lambda side: side.mean)
     gap = second.mean - best.mean
     text = f". {best.name} has the lowest mean, {gap:.3g} nats below {second.name}"
-    return text + (f": {gap / noise:.2g} times the seed spread known" if noise else "")
+    return text + (f": {gap / noise:.2g} times the known seed spread" if noise else "")

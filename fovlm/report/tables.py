@@ -1,13 +1,13 @@
-"""The report's numbers as CSV, one file for each kind, so that nobody has to read them off a figure."""
+"""The report's numbers as CSV, one file for each kind."""
 
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fovlm.report.collect import Evidence, RunRecord
 from fovlm.report.grid import Grid
 from fovlm.report.questions import Answer
+from fovlm.report.runs import Evidence, RunRecord
 from fovlm.report.scaling_law import Fit
 
 CURVES = ("loss", "val_loss", "loss_fine", "loss_coarse", "fine_over_coarse", "attention_entropy", "grad_norm")
@@ -17,11 +17,11 @@ def write(out: Path, evidence: Evidence, found: list[Answer], cells: Grid | None
     """Write runs.csv, decisions.csv and curves.csv, and with a grid also grid.csv and fits.csv."""
     _csv(
         out / "runs.csv",
-        ("run", "role", "size", "budget", "arch", "seed", "val_loss", "autoregressive", "parameters", "samples",
+        ("run", "side", "size", "budget", "arch", "seed", "val_loss", "autoregressive", "parameters", "samples",
          "flops_per_sample", "flops", "wall_seconds", "val_set", "data_hash", "commit"),
         (
-            (run.name, run.role, run.size, run.budget, run.arch, run.seed, run.loss, run.mode("autoregressive"),
-             run.parameters, run.samples, run.flops_per_sample, run.samples * run.flops_per_sample,
+            (run.name, run.label, run.size, run.budget, run.arch, run.seed, run.loss, run.mode("autoregressive"),
+             run.parameters, run.samples, run.flops_per_sample, run.flops,
              run.summary.get("wall_seconds"), run.val_set, run.summary.get("data_hash"), run.summary.get("commit"))
             for run in evidence.runs
         ),
@@ -74,10 +74,10 @@ def parts(fit: Fit) -> dict[str, tuple[float, tuple[float, float]]]:
 
 def overview(runs: Sequence[RunRecord]) -> tuple[Sequence[str], Sequence[tuple[str, ...]]]:
     """Head and rows of the table of all runs."""
-    head = ("run", "what it asks", "seed", "val loss", "parameters", "samples", "FLOPs", "minutes")
+    head = ("run", "note", "seed", "val loss", "parameters", "samples", "FLOPs", "minutes")
     rows = [
         (run.name, run.experiment.note, str(run.seed), f"{run.loss:.4f}", f"{run.parameters:,}", f"{run.samples:,.0f}",
-         f"{run.samples * run.flops_per_sample:.3g}", f"{run.summary.get('wall_seconds', 0) / 60:.1f}")
+         f"{run.flops:.3g}", f"{run.summary.get('wall_seconds', 0) / 60:.1f}")
         for run in runs
     ]  # fmt: skip
     return head, rows

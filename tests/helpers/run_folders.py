@@ -11,6 +11,7 @@ from fovlm.checkpoint.run_folder import append_metrics, best_losses, final_value
 from fovlm.config import schema
 from fovlm.config.schema import Experiment
 
+PICTURES = {"image": 86.0, "words": 14.0}
 DIFFERENT: dict[str, dict[str, Any]] = {
     "F1": {"optim": {"freeze": ["encoder", "llm"]}},
     "F2": {"optim": {"freeze": ["llm"]}},
@@ -18,8 +19,8 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     "A1": {"model": {"deep_query": False}},
     "A6": {"model": {"visual": "coarse"}},
     "B1": {"model": {"visual": "multi_token"}},
-    "A8a": {"data": {"image_frames": 1}},
-    "A8b": {"data": {"image_frames": 16}},
+    "A8a": {"data": {"image_frames": 1, "mixture": PICTURES}},
+    "A8b": {"data": {"image_frames": 16, "mixture": PICTURES}},
     "D1": {"data": {"mixture": {"video": 55.0, "image": 30.0, "words": 15.0}}},
 }
 MODE = {"foveated": "coarse_fine", "coarse": "coarse_only", "multi_token": "multi_token"}
@@ -32,14 +33,29 @@ def write_run(
     seed: int = 0,
     role: str = "LR1",
     settings: dict[str, Any] | None = None,
+    **more: Any,
+) -> Path:
+    """A run of `role`'s settings (and `settings` over them) whose validation loss falls to `loss` as samples pass; the
+    `versus` is that of the experiment of its name."""
+    experiment = experiment_of(name, seed, DIFFERENT.get(role, {}), settings or {})
+    label = name.rpartition("-s")[0] if name[-3:-1] == "-s" else name
+    if label in schema.experiments.names():
+        experiment = experiment.model_copy(update={"versus": schema.load(label).versus})
+    facts = {"data_hash": "d1"} if role == "D1" else {"val_hash": "pictures"} if role[:2] == "A8" else {}
+    return write_experiment(root, experiment, loss, **facts | more)
+
+
+def write_experiment(
+    root: Path,
+    experiment: Experiment,
+    loss: float,
     status: str = "finished",
     samples: int = 4000,
     flops_per_sample: float = 1e8,
     **facts: Any,
 ) -> Path:
-    """A run of `role`'s settings (and `settings` over them) whose validation loss falls to `loss` as samples pass."""
-    experiment = experiment_of(name, seed, DIFFERENT.get(role, {}), settings or {})
-    folder = root / name
+    """The folder of a run whose validation loss falls to `loss`; `facts` go into its summary."""
+    folder = root / experiment.name
     folder.mkdir(parents=True)
     (folder / "experiment.yaml").write_text(experiment.dump())
     mode = MODE[experiment.model.visual]
@@ -56,9 +72,9 @@ def write_run(
         append_metrics(folder, {"step": step, **row})
     rows = read_metrics(folder)
     summary = {
-        "name": name, "status": status, "step": 8, "samples": samples, "flops": samples * flops_per_sample,
-        "data_hash": "d" if role != "D1" else "d1", "val_hash": "v" if role[:2] != "A8" else "pictures",
-        "commit": "0" * 40, "wall_seconds": 16.0, "best": best_losses(rows), "final": final_values(rows), **facts,
+        "name": experiment.name, "status": status, "step": 8, "samples": samples, "flops": samples * flops_per_sample,
+        "data_hash": "d", "val_hash": "v", "commit": "0" * 40, "wall_seconds": 16.0, "best": best_losses(rows),
+        "final": final_values(rows), **facts,
     }  # fmt: skip
     (folder / "run_summary.json").write_text(json.dumps(summary))
     return folder

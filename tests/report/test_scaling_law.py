@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fovlm.report.scaling_law import Law, cost_of_size, fit_law, parabola, student
+from fovlm.report.scaling_law import Law, cost_of_size, fit_law, parabola
+from fovlm.report.statistics import student
 
 CHINCHILLA = Law(E=1.82, A=482, alpha=0.348, B=2085, beta=0.366)
 NAMES = ("E", "A", "alpha", "B", "beta")

@@ -251,7 +251,7 @@ def test_no_file_is_too_long_and_every_one_says_what_it_is(file):
 def test_every_import_is_declared_and_every_pin_is_in_its_range():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     ranges = {(r := Requirement(text)).name.lower(): r for text in declared["dependencies"]}
-    names = {"PIL": "pillow", "yaml": "pyyaml"}
+    names = {"PIL": "pillow", "yaml": "pyyaml", "markdown_it": "markdown-it-py"}
     options = declared["optional-dependencies"]
     optional = {Requirement(text).name for texts in options.values() for text in texts}
     developed = [text for name in ("data", "demo", "docs", "dev") for text in options[name]]

@@ -26,7 +26,8 @@ OPTIMUM_RULE = (
     "own cells, or else that of a baseline that differs from the cells in size, length and architecture alone, "
     f"relative to its loss, with {FREEDOM} degrees of freedom or more (three seeds) and widened by Student's factor "
     f"for so few. The size is decided when the lowest point is within the range of the sizes in at least {SURE:.0%} of "
-    "2000 draws with that noise. Cells that differ in more than size, budget and architecture decide nothing here and below."
+    "2000 draws with that noise. Cells that differ in more than size, budget and architecture decide "
+    "nothing here and below."
 )
 LAW_RULE = (
     f"L(N, D) = E + A / N^alpha + B / D^beta by the Huber loss of log L (delta 1e-3), L-BFGS from a grid of starts, "

@@ -6,6 +6,7 @@ from helpers.run_folders import write_experiment
 
 FILE = """
 base: {base}
+train: {{steps: 8}}
 runs:
   plain: {{note: n}}
   wider: {{note: n, versus: {{baseline: plain, question: "Does width help?"}}, model: {{query_dim: 96}}}}
@@ -18,7 +19,7 @@ def test_a_line_of_yaml_is_a_comparison_in_the_report_and_in_the_figures(tmp_pat
     (experiments / "mine.yaml").write_text(FILE.format(base=schema.experiments.EXPERIMENTS / "quickstart.yaml"))
     for name, losses in (("plain", (0.90, 0.95, 0.99)), ("wider", (0.50, 0.51, 0.52))):
         for seed, loss in enumerate(losses):
-            overrides = [f"train.seed={seed}", f"name={name}-s{seed}", "train.steps=8"]
+            overrides = [f"train.seed={seed}", f"name={name}-s{seed}"]
             write_experiment(runs, schema.load(name, overrides, experiments), loss)
     html = write_report([str(runs)], out)
     text, figure = (out / "report.md").read_text(), (out / "losses-plain.svg").read_text()

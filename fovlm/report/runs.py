@@ -120,11 +120,15 @@ class Evidence:
 
     @property
     def families(self) -> dict[str, list[str]]:
-        """Labels that are compared with each other, by the baseline of them all, which comes first if it finished."""
+        """Labels that are compared with each other, by the baseline of them all, which comes first if it finished; the
+        largest family first."""
         found: dict[str, list[str]] = {}
         for label in dict.fromkeys(run.label for run in self.runs if not run.is_cell):
             found.setdefault(self.root(label), []).append(label)
-        return {root: sorted(labels, key=lambda label: label != root) for root, labels in found.items()}
+        return {
+            root: sorted(found[root], key=lambda label: label != root)
+            for root in sorted(found, key=lambda root: -len(found[root]))
+        }
 
     @property
     def labels(self) -> list[str]:

@@ -242,7 +242,7 @@ class Trainer:
             self.logger.info(f"attention maps: {self.folder / 'maps' / 'index.html'}")
         self.logger.info(f"to use the model: fovlm convert {self.folder} OUT")
         if task:
-            self.logger.info("next: ./launch.sh --list shows every run, README.md how to train on your own shards")
+            self.logger.info("next: ./launch.sh --list shows every run, docs/training.md how to train on your own")
         by_mode = {mode: asdict(score) for mode, score in scores.items()}
         self.logger.close("finished", scores=by_mode, tokens=self.state.tokens, **self._facts(), **looks)
 

@@ -1,19 +1,19 @@
-"""FLOPs of one sample of any run, forward and backward, and how many samples a budget buys. No torch.
+"""FLOPs of one sample of any run, forward and backward, and how many samples a budget buys.
 
 The convention, which is that of `torch.utils.flop_counter`:
 
 - A matrix product [m, k] x [k, n] is 2 m n k; nothing else counts (norms, activations, softmax, pooling, embeddings).
 - Attention is counted as executed, the full square and not its causal half: 2 products forward, 5 backward (the scores
   are computed once more). A look's attention is one query over the N keys of its frame; in the last layer, which has
-  none, every head is a query over the N rows, and key and value projection are applied once per look (`encoder.py`;
-  what ZeRO-3 does instead costs about 1 % more of the encoder and is not counted).
+  none unless positions are rotary, every head is a query over the N rows, and key and value projection are applied once
+  per look (`encoder.py`; ZeRO-3 does otherwise, for about 1 % more of the encoder, which is not counted).
 - A linear layer has one product forward and two backward: the gradient of its weights (not if frozen) and of its input
   (not where nothing before it learns). A frozen encoder has no backward for its patches; a frozen language model still
   passes gradients through to the looks.
 - A sample is counted alone. Padding is waste.
 - What is computed again in the backward pass (checkpointed layers, the logits) is `recompute` and not in `total`.
 
-Letters as in `batch.py` and `geometry.py`: F frames, K looks, S text tokens, P of them ahead of the frames.
+Letters as in `data/packing.py` and `shapes.py`: F frames, K looks, S text tokens, P of them ahead of the frames.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ from fovlm.estimate.shapes import Geometry, geometry
 
 
 class Sized(Protocol):
-    """What a sample takes of a pack: `batch.Size`, or the `Shape` here."""
+    """What a sample takes of a pack: a `PackSize`, or the `Shape` here."""
 
     @property
     def frames(self) -> int: ...
@@ -117,7 +117,7 @@ def samples_of(experiment: Experiment, sizes: Iterable[Sized]) -> int | None:
 def largest(experiment: Experiment) -> dict[str, Shape]:
     """For each training source the largest sample that the settings let through.
 
-    This is what can be said without data at hand. It is an upper bound: samples are shorter, and cost less.
+    An upper bound, for when there is no data yet: real samples are shorter and cost less.
     """
     return {name: _largest(experiment, experiment.data.sources[name]) for name in experiment.data.mixture}
 
@@ -136,20 +136,20 @@ def _largest(experiment: Experiment, source: DataSource) -> Shape:
 
 def _text_cost(experiment: Experiment, shapes: Geometry, size: Sized) -> dict[str, Cost]:
     model, optim = experiment.model, experiment.optim
-    dino, llm = "encoder" not in optim.freeze, "llm" not in optim.freeze
+    vit, llm = "encoder" not in optim.freeze, "llm" not in optim.freeze
     F, K, S, P = size.frames, size.looks, size.text, size.prompt
-    D, E, Q, T, rounds = shapes.dino.D, shapes.llm.E, shapes.Q, shapes.T, shapes.rounds
+    D, E, Q, T, rounds = shapes.encoder.D, shapes.llm.E, shapes.Q, shapes.T, shapes.rounds
     asks = model.visual != "multi_token"
-    rides = asks and model.deep_query and dino
+    rides = asks and model.deep_query and vit
     coarse = 1 if F and asks else 0
     return {
-        "encoder": _walk(shapes, F, rides, not model.deep_query or not asks, dino, "encoder" in model.grad_checkpoint),
-        "coarse_looks": _looks(shapes, F if asks and not rides else 0, model.deep_query, dino),
-        "fine_looks": _looks(shapes, K, model.deep_query, dino) * rounds,
+        "encoder": _walk(shapes, F, rides, not model.deep_query or not asks, vit, "encoder" in model.grad_checkpoint),
+        "coarse_looks": _looks(shapes, F if asks and not rides else 0, model.deep_query, vit),
+        "fine_looks": _looks(shapes, K, model.deep_query, vit) * rounds,
         "coarse_llm": _read(shapes, K + P if K else 0, llm, "llm" in model.grad_checkpoint) * rounds,
         "fine_llm": _read(shapes, K * T + S, llm, "llm" in model.grad_checkpoint),
         "connector": _linear(coarse, Q, D)
-        + (_linear(F, D, E) if asks else _linear(F * T, D, E, flows=dino))
+        + (_linear(F, D, E) if asks else _linear(F * T, D, E, flows=vit))
         + (_linear(K, E, Q) + _linear(K, Q, D) + _linear(K, D, E)) * rounds,
         "head": _again(_linear(S, E, shapes.llm.V, learns=llm)),
     }
@@ -174,25 +174,27 @@ def _again(cost: Cost) -> Cost:
 
 def _block(shapes: Geometry, rows: int, learns: bool) -> Cost:
     """What follows the keys and values in an encoder layer: query, output projection and MLP."""
-    d = shapes.dino
+    d = shapes.encoder
     return _linear(rows, d.D, d.D, learns) * 2 + _linear(rows, d.D, d.mlp, learns) * d.matrices
 
 
 def _walk(shapes: Geometry, F: int, rides: bool, whole: bool, learns: bool, checkpoint: bool) -> Cost:
     """The frames' patches through all layers; through the last one only the riding look unless `whole`."""
-    d = shapes.dino
+    d = shapes.encoder
     rows = F * (d.N + rides)
     keys = _linear(rows, d.D, d.D) * 2
     layer = keys + _block(shapes, rows, True) + _attention(rows, d.N, d.D)
     last = layer if whole else _last_look(shapes, F * rides, True)
+    if d.rotary and not whole:
+        last += keys
     layers = layer * (d.layers - 1) + last
-    walk = _linear(F * (d.N - 1), d.patch, d.D, flows=False) + (_again(layers) if checkpoint else layers)
+    walk = _linear(F * d.side**2, d.patch, d.D, flows=False) + (_again(layers) if checkpoint else layers)
     return walk if learns else Cost(walk.forward)
 
 
 def _looks(shapes: Geometry, K: int, deep: bool, learns: bool) -> Cost:
     """Queries through all layers over kept keys and values, or one attention over the features."""
-    d = shapes.dino
+    d = shapes.encoder
     attention = _attention(K, d.N, d.D, kept=learns)
     if not deep:
         return attention
@@ -200,8 +202,11 @@ def _looks(shapes: Geometry, K: int, deep: bool, learns: bool) -> Cost:
 
 
 def _last_look(shapes: Geometry, K: int, learns: bool) -> Cost:
-    """Queries through the last layer: attention over rows, with the projections of keys and values absorbed."""
-    d = shapes.dino
+    """Queries through the last layer: attention over rows, with the projections of keys and values absorbed; over keys
+    where positions are rotary."""
+    d = shapes.encoder
+    if d.rotary:
+        return _block(shapes, K, learns) + _attention(K, d.N, d.D, kept=learns)
     projections = _linear(K, d.D, d.D, learns) * 2
     return _block(shapes, K, learns) + projections + _attention(K * d.H, d.N, d.D, kept=learns)
 
@@ -209,8 +214,7 @@ def _last_look(shapes: Geometry, K: int, learns: bool) -> Cost:
 def _read(shapes: Geometry, M: int, learns: bool, checkpoint: bool) -> Cost:
     """The language model's layers over M positions."""
     m = shapes.llm
-    attention = _linear(M, m.E, m.asked, learns) * 2 + _linear(M, m.E, m.kept, learns) * 2 + _attention(M, M, m.asked)
-    down = _linear(M, m.inner, m.E, learns)
-    before = attention + _linear(M, m.E, m.inner, learns) * 2
+    *linears, down = (_linear(M, width, out, learns) for width, out in m.linears)
+    before = sum(linears, _attention(M, M, m.asked))
     # Recomputation stops once everything is there that the backward pass wants, which is ahead of the last product.
     return ((_again(before) if checkpoint else before) + down) * m.layers

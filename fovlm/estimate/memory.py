@@ -1,6 +1,6 @@
-"""Bytes that one rank needs, estimated from shapes alone. No torch; `benchmarks/memory.py` holds it to measurements.
+"""Bytes that one rank needs, estimated from shapes alone; `benchmarks/memory.py` compares it with measurements.
 
-What stays all along follows DeepSpeed 0.19.8 (n trainable and z frozen parameters, W ranks, w bytes a weight):
+What stays for the whole step follows DeepSpeed 0.19.8 (n trainable and z frozen parameters, W ranks, w bytes a weight):
 
 - ZeRO-1 and -2 keep all weights, w (n + z), and a share of the optimizer: fp32 master weights (a copy even in fp32
   runs) and two moments, 12 n / W. ZeRO-3 shares the weights too, and gathers those it is about to use.
@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fovlm.config.schema import Experiment
-from fovlm.estimate.shapes import Dino, Geometry, Llama, parameters
+from fovlm.estimate.shapes import EncoderShape, Geometry, LlmShape, parameters
+from fovlm.model.modes import NLL_CHUNK
 
-NLL_CHUNK = 1024  # text tokens whose logits are held at once, as in model.py
 FP32 = 4
 
 
@@ -54,7 +54,8 @@ def estimate(experiment: Experiment, shapes: Geometry, ds_config: dict[str, Any]
     n, z = sum(c.trainable for c in counts), sum(c.frozen for c in counts)
     share = -(-n // world)
     big = max(
-        shapes.llm.V * shapes.llm.E if "llm" not in experiment.optim.freeze else 0, shapes.dino.D * shapes.dino.mlp
+        shapes.llm.V * shapes.llm.E if "llm" not in experiment.optim.freeze else 0,
+        shapes.encoder.D * shapes.encoder.mlp,
     )
 
     weights, host = w * (n + z), 0
@@ -100,16 +101,18 @@ def activations(experiment: Experiment, shapes: Geometry, w: int) -> dict[str, i
     `w` is the bytes of an activation: 2 in bf16, 4 in fp32.
     """
     model, data = experiment.model, experiment.data
-    dino, llm = "encoder" not in experiment.optim.freeze, "llm" not in experiment.optim.freeze
+    vit, llm = "encoder" not in experiment.optim.freeze, "llm" not in experiment.optim.freeze
     F, S = data.pack_frames, data.pack_tokens
     K, P = F * data.image_frames, S if model.question == "before_frames" else 0
     L = K * shapes.T + S
-    d, asks, deep = shapes.dino, model.visual != "multi_token", model.deep_query
-    separate = asks and not (deep and dino)  # the static look, when it does not ride along
+    d, asks, deep = shapes.encoder, model.visual != "multi_token", model.deep_query
+    separate = asks and not (deep and vit)  # the static look, when it does not ride along
 
-    rows = F * (d.N + (asks and deep and dino))
-    cached = w * rows * d.D * (2 * d.layers - 1 if deep else 1) if asks else 0  # the last layer keeps rows
-    encoder = _walk(d, rows, cached, w, dino, "encoder" in model.grad_checkpoint)
+    rows = F * (d.N + (asks and deep and vit))
+    cached = (
+        w * rows * d.D * (2 * d.layers - (not d.rotary) if deep else 1) if asks else 0
+    )  # the last layer caches rows
+    encoder = _walk(d, rows, cached, w, vit, "encoder" in model.grad_checkpoint)
     looks = _block_bytes(d, w) * d.layers if deep else 2 * w * d.D
     per_look = looks * K
     coarse = looks * F * separate
@@ -122,7 +125,7 @@ def activations(experiment: Experiment, shapes: Geometry, w: int) -> dict[str, i
     chunk = min(S, NLL_CHUNK)
     embedding = w * shapes.llm.V * shapes.llm.E * llm  # its gradient waits for its last use, and grows by copies
     working = {
-        "encoder": _layer_work(d, rows, w, "encoder" in model.grad_checkpoint) if dino else 0,
+        "encoder": _layer_work(d, rows, w, "encoder" in model.grad_checkpoint) if vit else 0,
         "coarse_looks": 0,
         "fine_llm": _read_work(shapes.llm, L, w, llm, "llm" in model.grad_checkpoint) + embedding,
         "head": 3 * FP32 * chunk * shapes.llm.V + embedding * (2 if chunk < S else 1),
@@ -133,27 +136,27 @@ def activations(experiment: Experiment, shapes: Geometry, w: int) -> dict[str, i
 
     order = [*kept, "head"]
     # Gradients of the cache exist from the last look's backward pass on.
-    grown = cached if dino and (shapes.rounds or separate) else 0
+    grown = cached if vit and (shapes.rounds or separate) else 0
     waiting_llm = w * (shapes.llm.parameters - shapes.llm.V * shapes.llm.E) if llm and shapes.rounds else 0
-    waiting_dino = w * d.parameters if dino and deep and shapes.rounds else 0
+    waiting_vit = w * d.parameters if vit and deep and shapes.rounds else 0
     worst: dict[str, int] = {}
     for at, part in enumerate(order):
         now = {name: kept[name] for name in order[: at + 1] if name in kept} | {"working": working[part]}
         if part not in ("head", "fine_llm"):
             now["working"] += grown
-            now["waiting gradients"] = waiting_dino + (waiting_llm if part != "encoder" else 0)
+            now["waiting gradients"] = waiting_vit + (waiting_llm if part != "encoder" else 0)
         if sum(now.values()) > sum(worst.values()):
             worst = now
     return worst
 
 
-def _block_bytes(d: Dino, w: int) -> int:
+def _block_bytes(d: EncoderShape, w: int) -> int:
     """What a row keeps in an encoder layer, keys and values aside: both norms' inputs and outputs, query, attention's
     output, what the layer scales multiply, and the MLP's inside."""
     return w * (8 * d.D + (2 if d.matrices == 2 else 4) * d.mlp) + 4 * FP32 + FP32 * d.H
 
 
-def _walk(d: Dino, rows: int, cached: int, w: int, learns: bool, checkpoint: bool) -> int:
+def _walk(d: EncoderShape, rows: int, cached: int, w: int, learns: bool, checkpoint: bool) -> int:
     """The patches' walk. A frozen one keeps the cache alone; a checkpointed one each layer's input, and the cache."""
     if not learns:
         return cached
@@ -163,13 +166,13 @@ def _walk(d: Dino, rows: int, cached: int, w: int, learns: bool, checkpoint: boo
     return pixels + rows * (_block_bytes(d, w) + 2 * w * d.D) * d.layers
 
 
-def _layer_work(d: Dino, rows: int, w: int, checkpoint: bool) -> int:
+def _layer_work(d: EncoderShape, rows: int, w: int, checkpoint: bool) -> int:
     """What one encoder layer needs besides: gradients inside the MLP, and what a checkpointed one computes again."""
     again = _block_bytes(d, w) + 2 * w * d.D if checkpoint else 0
     return rows * (again + w * (2 * d.D + d.mlp))
 
 
-def _layer_bytes(m: Llama, M: int, w: int, learns: bool) -> int:
+def _layer_bytes(m: LlmShape, M: int, w: int, learns: bool) -> int:
     """What a layer of the language model keeps for M positions.
 
     Norms compute in fp32. Keys and values are repeated for every head. A frozen layer needs no inputs of its products.
@@ -180,13 +183,13 @@ def _layer_bytes(m: Llama, M: int, w: int, learns: bool) -> int:
     return M * (norms + attention + mlp)
 
 
-def _read(m: Llama, M: int, w: int, learns: bool, checkpoint: bool) -> int:
+def _read(m: LlmShape, M: int, w: int, learns: bool, checkpoint: bool) -> int:
     """The language model over M positions: all layers, or the inputs of checkpointed ones; final norm."""
     inside = w * M * m.E if checkpoint else _layer_bytes(m, M, w, learns)
     return inside * m.layers + M * m.E * (FP32 + 2 * w)
 
 
-def _read_work(m: Llama, M: int, w: int, learns: bool, checkpoint: bool) -> int:
+def _read_work(m: LlmShape, M: int, w: int, learns: bool, checkpoint: bool) -> int:
     """What one layer needs besides: gradients inside the MLP and of the residual."""
     again = _layer_bytes(m, M, w, learns) if checkpoint else 0
     return again + w * M * (3 * m.inner + 3 * m.E)

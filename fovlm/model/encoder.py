@@ -201,7 +201,7 @@ class Encoder(nn.Module):
             cache: list[LayerCache] = []
             for layer in self.layers:
                 last = layer is self.layers[-1]
-                x, cached = self._run(layer, x, n, last, self._absorbs(x, last, rotary), rotary)
+                x, cached = self._run(layer, x, n, last, self._absorbs(x, last), rotary)
                 cache.append(cached)
             return Cache(cache), self._norm(x[:, 0]) if row is not None else x
 
@@ -251,8 +251,8 @@ class Encoder(nn.Module):
     def _norm(self, x: Tensor) -> Tensor:
         return self.family.norm(self.backbone)(x)
 
-    def _absorbs(self, x: Tensor, last: bool, rotary: Rotary | None) -> bool:
-        if rotary is not None:  # a key then depends on its place, and one projection cannot stand for all
+    def _absorbs(self, x: Tensor, last: bool) -> bool:
+        if self.family.is_rotary:  # a key depends on its position then: no single projection can be absorbed
             return False
         return absorbs(x, last) if self.attention == "auto" else self.attention == "absorbed"
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import Dinov2Config, LlamaConfig
 
 import fovlm.model.encoder
 import kernels.absorbed_attention
@@ -17,7 +16,7 @@ from fovlm.estimate.flops import largest, mean_cost, sample_cost, samples_for, s
 from fovlm.estimate.shapes import geometry
 from fovlm.model.configuration import FoveatedConfig
 from fovlm.model.modeling import FoveatedVLM
-from helpers.models import FRAME, VOCABULARY, sample
+from helpers.models import ENCODERS, FRAME, VOCABULARY, sample
 
 LLM = {
     "vocab_size": VOCABULARY,
@@ -40,11 +39,11 @@ VISUALS = [("foveated", True), ("foveated", False), ("coarse", True), ("coarse",
 FROZEN = list(itertools.product([False, True], repeat=2))
 
 
-def experiment(dino=DINO, frozen=(False, False), train=None, **model) -> Experiment:
+def experiment(dino=DINO, frozen=(False, False), train=None, llm=LLM, **model) -> Experiment:
     model = {"query_dim": 24, "frame_size": FRAME, "tokenizer": "none", **model}
     return Experiment(
         name="tiny",
-        model=ModelSettings(llm=LLM, encoder=dino, **model),
+        model=ModelSettings(llm=llm, encoder=dino, **model),
         data=DataSettings(
             sources={"a": DataSource(shards="a.tar", kind="video")}, mixture={"a": 1.0}, max_frames=5, max_tokens=14
         ),
@@ -59,7 +58,7 @@ def model_of(e: Experiment) -> FoveatedVLM:
         key: getattr(e.model, key)
         for key in ("visual", "deep_query", "question", "query_rounds", "query_dim", "frame_size")
     }
-    config = FoveatedConfig(llm_config=LlamaConfig(**LLM), encoder_config=Dinov2Config(**e.model.encoder), **given)
+    config = FoveatedConfig(llm_config=e.model.llm, encoder_config=e.model.encoder, **given)
     model = FoveatedVLM(config).train()
     model.freeze(e.optim.freeze)
     model.recompute(e.model.grad_checkpoint)
@@ -139,6 +138,19 @@ def test_more_rounds_and_other_encoders(monkeypatch):
     check(
         experiment(dino={**DINO, "use_swiglu_ffn": True, "image_size": 2 * FRAME}), VIDEO["after_frames"], monkeypatch
     )
+
+
+@pytest.mark.parametrize("kind", list(ENCODERS))
+@pytest.mark.parametrize("frozen", [(False, False), (True, False)])
+def test_every_family_of_encoders(kind, frozen, monkeypatch):
+    encoder = {"model_type": kind, **ENCODERS[kind]}
+    check(experiment(dino=encoder, frozen=frozen), VIDEO["after_frames"], monkeypatch)
+    check(experiment(dino=encoder, visual="multi_token"), VIDEO["after_frames"], monkeypatch)
+
+
+def test_other_language_models(monkeypatch):
+    for llm in ({**LLM, "model_type": "qwen3", "head_dim": 16}, {**LLM, "attention_bias": True}):
+        check(experiment(llm=llm), VIDEO["after_frames"], monkeypatch)
 
 
 def test_text_alone_costs_no_vision():

@@ -1,10 +1,10 @@
-"""Shapes and parameter counts without weights, against the real modules."""
+"""Shapes and parameter counts without weights, against real modules."""
 
 import itertools
 import json
 
 import pytest
-from transformers import Dinov2Config, LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from fovlm.config.schema import (
     DataSettings,
@@ -15,8 +15,9 @@ from fovlm.config.schema import (
     TrainSettings,
 )
 from fovlm.errors import UserError
-from fovlm.estimate.shapes import DINOV2, LLAMA, RELEASED, geometry, parameters, vocabulary
+from fovlm.estimate.shapes import RELEASED, geometry, parameters
 from fovlm.model.build import build
+from fovlm.model.configuration import backbone_config
 from fovlm.paths import ROOT, local_folder, model_root
 
 LLM = {
@@ -35,6 +36,12 @@ DINO = {
     "image_size": 28,
     "patch_size": 7,
 }
+QWEN = {**LLM, "model_type": "qwen3", "head_dim": 16}
+DINOV3 = {"model_type": "dinov3_vit", "num_register_tokens": 4, "use_gated_mlp": True}
+SIGLIP = {"model_type": "siglip_vision_model"}
+DINOV3, SIGLIP = (
+    {k: v for k, v in DINO.items() if k != "mlp_ratio"} | {"intermediate_size": 48} | more for more in (DINOV3, SIGLIP)
+)
 TIED, MORE = {**LLM, "tie_word_embeddings": True}, {**LLM, "attention_bias": True, "mlp_bias": True, "head_dim": 12}
 SWIGLU, BARE = {**DINO, "use_swiglu_ffn": True}, {**DINO, "qkv_bias": False, "use_mask_token": False}
 
@@ -55,7 +62,7 @@ def tiny(llm=LLM, encoder=DINO, **more) -> ModelSettings:
 
 @pytest.mark.parametrize("frozen", [[], ["encoder"], ["encoder", "llm"]])
 @pytest.mark.parametrize("visual", ["foveated", "coarse", "multi_token"])
-@pytest.mark.parametrize(("llm", "dino"), [(LLM, DINO), (TIED, SWIGLU), (MORE, BARE)])
+@pytest.mark.parametrize(("llm", "dino"), [(LLM, DINO), (TIED, SWIGLU), (MORE, BARE), (QWEN, DINOV3), (TIED, SIGLIP)])
 def test_counts_are_those_of_the_modules(llm, dino, visual, frozen):
     settings = tiny(llm, dino, visual=visual)
     model = build(settings)
@@ -67,24 +74,16 @@ def test_counts_are_those_of_the_modules(llm, dino, visual, frozen):
         assert count.trainable + count.frozen == sum(p.numel() for p in module.parameters())
 
 
-def test_defaults_are_those_of_transformers():
-    llama, dino = LlamaConfig(), Dinov2Config()
-    unset = {
-        "num_key_value_heads": llama.num_attention_heads,
-        "head_dim": llama.hidden_size // llama.num_attention_heads,
-    }
-    assert {k: getattr(llama, k) for k in LLAMA} == LLAMA | unset
-    assert {k: getattr(dino, k) for k in DINOV2} == DINOV2
-
-
 def test_released_models_have_their_known_sizes(monkeypatch, tmp_path):
     monkeypatch.setenv("FOVLM_MODELS", str(tmp_path))
     names = iter(itertools.product(("135M", "360M", "1.7B"), ("small", "base")))
     sizes = {"135M": 134_515_008, "360M": 361_821_120, "1.7B": 1_711_376_384, "small": 22_056_576, "base": 86_580_480}
     for llm, dino in names:
         shapes = geometry(ModelSettings(llm=f"HuggingFaceTB/SmolLM2-{llm}-Instruct", encoder=f"facebook/dinov2-{dino}"))
-        assert (shapes.llm.parameters, shapes.dino.parameters) == (sizes[llm], sizes[dino])
-        assert (shapes.dino.N, shapes.llm.V, shapes.dino.D // shapes.dino.H) == (257, 49152, 64)
+        assert (shapes.llm.parameters, shapes.encoder.parameters) == (sizes[llm], sizes[dino])
+        assert (shapes.encoder.N, shapes.llm.V, shapes.encoder.D // shapes.encoder.H) == (257, 49152, 64)
+    shapes = geometry(ModelSettings(llm="Qwen/Qwen3-0.6B", encoder="google/siglip2-base-patch16-224"))
+    assert (shapes.llm.parameters, shapes.encoder.N) == (596_049_920, 196)
 
 
 def test_a_local_folder_is_read(monkeypatch, tmp_path):
@@ -94,10 +93,10 @@ def test_a_local_folder_is_read(monkeypatch, tmp_path):
     folder = tmp_path / "SmolLM2-135M-Instruct"  # below FOVLM_MODELS, and goes ahead of the table
     LlamaConfig(**LLM).save_pretrained(folder)
     assert local_folder(name) == folder
-    assert vocabulary(ModelSettings(llm=name)) == vocabulary(ModelSettings(llm=str(folder))) == 64
+    assert geometry(ModelSettings(llm=name)) == geometry(ModelSettings(llm=str(folder)))
     assert geometry(ModelSettings(llm=name)).llm == geometry(tiny()).llm
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(UserError, match="not the configuration of a llama model"):
+    with pytest.raises(UserError, match=r"model\.llm=HuggingFaceTB.*: 'gpt2' is not supported"):
         geometry(ModelSettings(llm=name))
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
@@ -126,9 +125,19 @@ def test_the_table_agrees_with_the_real_folders(name):
     folder = local_folder(name)
     if folder is None:
         pytest.skip("FOVLM_MODELS has no such model")
-    said = json.loads((folder / "config.json").read_text())
-    defaults = LLAMA if "SmolLM2" in name else DINOV2
-    unset = {"head_dim": 64} if "SmolLM2" in name else {}
-    assert {k: said[k] for k in defaults if k in said} == {
-        k: v for k, v in (defaults | RELEASED[name] | unset).items() if k in said
-    }
+    said, table = AutoConfig.from_pretrained(folder), backbone_config("llm", RELEASED[name])
+    assert {key: getattr(said, key) for key in RELEASED[name]} == {key: getattr(table, key) for key in RELEASED[name]}
+
+
+@pytest.mark.parametrize(
+    ("key", "backbone", "reason"),
+    [
+        ("llm", {**LLM, "model_type": "gemma3_text"}, "sliding_attention"),
+        ("llm", {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}, "conv"),
+        ("encoder", {"model_type": "vit"}, "type 'vit' is not supported"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_it_starts(key, backbone, reason):
+    with pytest.raises(UserError, match=reason) as error:
+        geometry(tiny(**{key: backbone}))
+    assert "\n" not in str(error.value)

@@ -36,6 +36,7 @@ class Family(ABC):
     kinds: tuple[str, ...]  # model_type of its configurations
     mean: tuple[float, float, float]  # of the pixels in training, 0 to 1
     std: tuple[float, float, float]
+    is_rotary = False  # positions are rotations of queries and keys, in every layer
     skipped: tuple[str, ...] = ()  # names of released weights that are not the encoder's start with one of these
 
     @abstractmethod

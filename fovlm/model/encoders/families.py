@@ -19,7 +19,13 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 def side_of(config: PreTrainedConfig, frame_size: int) -> int:
     """How many patches a frame of `frame_size` pixels has on a side."""
-    return frame_size // config.patch_size
+    return frame_size // patch_of(config)
+
+
+def patch_of(config: PreTrainedConfig) -> int:
+    """Pixels on a side of a patch."""
+    size = config.patch_size
+    return size if isinstance(size, int) else size[0]
 
 
 def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:

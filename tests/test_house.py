@@ -38,7 +38,6 @@ fovlm.config
 fovlm.launch
 fovlm.checkpoint.run_folder
 fovlm.media
-fovlm.estimate.shapes
 fovlm.data.chat fovlm.data.sampling fovlm.data.packing fovlm.data.sample_format fovlm.data.index fovlm.data.shards
 fovlm.data.token_counts fovlm.data.dataset fovlm.data.dataloader fovlm.data.synthetic
 fovlm.data

@@ -62,15 +62,16 @@ def run(
     else:
         slots = [Slot()]
     if dry_run:
+        from fovlm.launch import find_resources
         from fovlm.paths import run_root
         from fovlm.sweep import cost, table
 
-        own, on_gpu = cost.unless_told()
-        on_gpu = bool(gpus) or (on_gpu and not jobs and not ranks)
-        each = per_run if gpus else int(slots[0].env.get("CPU_RANKS", own))
+        where = find_resources()
+        on_gpu = bool(gpus) or (where.device == "cuda" and not jobs and not ranks)
+        each = per_run if gpus else int(slots[0].env.get("CPU_RANKS", where.world))
         found = cost.estimates(planned, table.read(run_root()), each, on_gpu, flops_per_second)
         print(cost.describe(found, len(slots), price, on_gpu))
         return
-    with SweepProgress(len(planned)) as watch:
-        results = SweepRunner(planned, slots, watch).work(again)
-    raise typer.Exit(exit_status(results, planned, watch.say))
+    with SweepProgress(len(planned)) as progress:
+        results = SweepRunner(planned, slots, progress).work(again)
+    raise typer.Exit(exit_status(results, planned, progress.say))

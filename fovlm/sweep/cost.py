@@ -1,22 +1,19 @@
-"""What `fovlm run --dry-run` says: the samples and FLOPs of every run, and what they take in time and money.
+"""`fovlm run --dry-run`: samples and FLOPs of every run, and what they cost in time and money.
 
-Time is FLOPs over the speed that was measured: what the finished runs of `runs.csv` achieved from their first step to
-their last, validation and checkpoints included. Of the same size and way of looking if there are such, else of the same
-size. Start-up, and whatever else ran on that machine, is not known here.
+Time is FLOPs over measured speed: that of the finished runs in `runs.csv`, from their first step to their last,
+validation and checkpoints included, of the same size and visual mode if there are any, else of the same size. Start-up
+and other load on that machine are not included.
 """
 
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from fovlm.checkpoint.run_folder import read_metrics
 from fovlm.data.packing import PackSize
 from fovlm.estimate.dry_run import known_sizes, length, metric
 from fovlm.estimate.shapes import geometry
-from fovlm.sweep.progress import span
+from fovlm.sweep.progress import duration
 from fovlm.sweep.select import PlannedRun, run_status
 from fovlm.sweep.table import size_of
 from fovlm.tables import text_table
@@ -32,13 +29,13 @@ class Speed:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is left to do of a run. `why_at_most`: why samples are taken to be as large as they may be, or ""."""
+    """What is left to do of a run. `upper_bound_since`: why samples count as large as the settings allow, or ""."""
 
     run: PlannedRun
     status: str
     samples: float
     flops: float
-    why_at_most: str
+    upper_bound_since: str
     speed: Speed | None
     ranks: int
 
@@ -55,9 +52,9 @@ class Estimate:
 def estimates(
     planned: Iterable[PlannedRun], table: Mapping[str, Mapping[str, str]], ranks: int, on_gpu: bool, given: float | None
 ) -> list[Estimate]:
-    """What is left to do, for `ranks` ranks a run. `table` is runs.csv, `given` a speed instead: FLOP/s of a rank.
+    """What is left to do, with `ranks` ranks per run. `table` is runs.csv; `given`, FLOP/s of a rank, replaces it.
 
-    Raises UserError for models whose shapes only the hub knows.
+    Raises UserError for models whose shapes are not known without a download.
     """
     known: dict[str, tuple[list[PackSize], str]] = {}  # runs that share their data share the sizes
     found = []
@@ -65,12 +62,12 @@ def estimates(
         key = run.experiment.model_dump_json(include={"data": True, "model": {"question", "llm", "tokenizer"}})
         if key not in known:
             known[key] = known_sizes(run.experiment)
-        sizes, why_not = known[key]
-        long = length(run.experiment, geometry(run.experiment.model), sizes)
-        how = run_status(run)
-        left = {"finished": 0.0, "begun": 1.0 - _progress(run)}.get(how, 1.0)
+        sizes, unknown_since = known[key]
+        whole = length(run.experiment, geometry(run.experiment.model), sizes)
+        status = run_status(run)
+        left = {"finished": 0.0, "resumable": 1.0 - _progress(run)}.get(status, 1.0)
         speed = Speed(given) if given else _measured(run, table, on_gpu)
-        found.append(Estimate(run, how, long.samples * left, long.flops * left, why_not, speed, ranks))
+        found.append(Estimate(run, status, whole.samples * left, whole.flops * left, unknown_since, speed, ranks))
     return found
 
 
@@ -79,67 +76,63 @@ def _progress(run: PlannedRun) -> float:
 
 
 def _measured(run: PlannedRun, table: Mapping[str, Mapping[str, str]], on_gpu: bool) -> Speed | None:
-    """The median speed of finished runs like this one, on the same kind of device."""
+    """The median speed of finished runs of this size on the same kind of device."""
     size, visual = size_of(run.experiment), run.experiment.model.visual
-    alike = [
+    same = [
         row
         for row in table.values()
         if row["status"] == "finished" and row["size"] == size and (row["device"] != "cpu") == on_gpu
         and row["flops"] and float(row["wall_seconds"] or 0) > 0
     ]  # fmt: skip
-    alike = [row for row in alike if row["visual"] == visual] or alike
-    if not alike:
+    same = [row for row in same if row["visual"] == visual] or same
+    if not same:
         return None
-    speeds = [float(row["flops"]) / float(row["wall_seconds"]) / int(row["ranks"]) for row in alike]
-    return Speed(statistics.median(speeds), tuple(row["name"] for row in alike))
+    speeds = [float(row["flops"]) / float(row["wall_seconds"]) / int(row["ranks"]) for row in same]
+    return Speed(statistics.median(speeds), tuple(row["name"] for row in same))
 
 
 def describe(found: list[Estimate], slots: int, price: float | None, on_gpu: bool) -> str:
-    """The table, what all of it takes in `slots` places side by side, and where the numbers are from.
+    """The table of runs, the total when `slots` runs go at a time, and the sources of the numbers.
 
     `price` is that of one GPU (or CPU process) for an hour.
     """
-    hours = "GPU hours" if on_gpu else "process hours"
-    head = ["run", "is", "samples", "FLOPs", "time", hours, *(["cost"] if price is not None else [])]
-    to_do = [e for e in found if e.status != "finished"]
-    time = _side_by_side([e.seconds for e in to_do], slots)
-    samples, flops = sum(e.samples for e in to_do), sum(e.flops for e in to_do)
-    everything = _cells(samples, flops, time, _sum([e.rank_seconds for e in to_do]), price)
-    rows = [*(_row(e, price) for e in found), ["all", "to do", *everything]]
-    lines = [text_table([head, *rows])]
+    one = "GPU" if on_gpu else "process"
+    head = ["run", "status", "samples", "FLOPs", "time", f"{one} hours", *(["cost"] if price is not None else [])]
+    rows = [head]
+    for e in found:
+        rows.append([e.run.name, e.status, *_cells(e.samples, e.flops, e.seconds, e.rank_seconds, price)])
+    left = [e for e in found if e.status != "finished"]
+    time, rank_seconds = _scheduled([e.seconds for e in left], slots), _sum([e.rank_seconds for e in left])
+    total = _cells(sum(e.samples for e in left), sum(e.flops for e in left), time, rank_seconds, price)
+    lines = [text_table([*rows, ["all", "to do", *total]])]
     if slots > 1 and time is not None:
         lines.append(f"{slots} runs at a time")
-    if guessed := [e for e in to_do if e.why_at_most]:
+    if bounded := [e for e in left if e.upper_bound_since]:
         lines.append(
-            f"{_few([e.run.name for e in guessed])}: every sample taken as large as the settings allow, so FLOPs "
-            f"are AT MOST these (and samples at least, where FLOPs are given), since {guessed[0].why_at_most}"
+            f"{_few([e.run.name for e in bounded])}: every sample counts as large as the settings allow, so FLOPs are "
+            f"AT MOST these (and samples at least, where FLOPs are given), since {bounded[0].upper_bound_since}"
         )
-    for speed in dict.fromkeys(e.speed for e in to_do if e.speed and e.speed.measured):
-        one = "GPU" if on_gpu else "process"
-        lines.append(f"time from {metric(speed.flops_per_second)}FLOP/s of one {one}, as {_few(speed.measured)} ran")
-    if unknown := [e.run.name for e in to_do if e.speed is None]:
+    for speed in dict.fromkeys(e.speed for e in left if e.speed and e.speed.measured):
+        lines.append(f"time from {metric(speed.flops_per_second)}FLOP/s per {one}, measured on {_few(speed.measured)}")
+    if unknown := [e.run.name for e in left if e.speed is None]:
         lines.append(
-            f"no time for {_few(unknown)}: no finished run in runs.csv has their size; --flops-per-second says what "
-            f"one {'GPU' if on_gpu else 'process'} achieves"
+            f"no time for {_few(unknown)}: no finished run in runs.csv has their size; --flops-per-second sets the "
+            f"speed of one {one}"
         )
     return "\n".join(lines)
-
-
-def _row(e: Estimate, price: float | None) -> list[str]:
-    return [e.run.name, e.status, *_cells(e.samples, e.flops, e.seconds, e.rank_seconds, price)]
 
 
 def _cells(
     samples: float, flops: float, seconds: float | None, rank_seconds: float | None, price: float | None
 ) -> list[str]:
     hours = None if rank_seconds is None else rank_seconds / 3600
-    times = ["?", "?"] if seconds is None or hours is None else [span(seconds), f"{hours:,.2f}"]
+    times = ["?", "?"] if seconds is None or hours is None else [duration(seconds), f"{hours:,.2f}"]
     costs = [] if price is None else ["?" if hours is None else f"{hours * price:,.2f}"]
     return [f"{samples:,.0f}", metric(flops), *times, *costs]
 
 
-def _side_by_side(seconds: list[float | None], slots: int) -> float | None:
-    """How long it takes when each run, in order, goes to the place that is free first; None when one is unknown."""
+def _scheduled(seconds: list[float | None], slots: int) -> float | None:
+    """Time until all end when each run, in order, takes the slot that is free first; None when one is unknown."""
     ends = [0.0] * slots
     for one in seconds:
         if one is None:
@@ -156,9 +149,3 @@ def _sum(values: list[float | None]) -> float | None:
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def unless_told() -> tuple[int, bool]:
-    """Ranks that launch.sh gives a run that nobody gave a place, and whether they are GPUs."""
-    gpus = int(os.environ.get("NUM_GPUS", torch.cuda.device_count()))
-    return gpus or int(os.environ.get("CPU_RANKS", 2)), gpus > 0

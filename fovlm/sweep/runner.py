@@ -1,82 +1,71 @@
-"""Does many runs: one after another, or side by side on the GPUs (or cores) that were given.
+"""Runs many experiments, one after another or side by side on the given GPUs or cores.
 
-    plan (many_plan.py) -> launch.sh NAME ... for each, in a slot that is free -> runs.csv (many_table.py)
+    plan (select.py) -> launch.sh NAME ... for each, in a free slot -> runs.csv (table.py)
 
-Every run is a `launch.sh` of its own, so whatever happens to one leaves the others alone. What is finished is left
-alone, what was interrupted goes on, a failure is told and the rest still done. A signal reaches every run, which saves;
-what is over when all have ended is told, and the same command goes on from there.
+Every run is a launch.sh of its own, so a failure leaves the others alone. Finished runs are skipped, interrupted runs
+resume, a failed run prints the tail of its log, and the sweep continues. A signal is passed on to every run, which
+saves; the same command resumes.
 """
 
 import fcntl
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from fovlm.checkpoint.run_folder import read_summary
 from fovlm.errors import EXIT_STOPPED, UserError
-from fovlm.paths import ROOT, run_root
+from fovlm.launch import SCRIPT, SIGNALS, cpu_cores, free_port
+from fovlm.paths import run_root
 from fovlm.sweep import table
-from fovlm.sweep.progress import SweepProgress, span
+from fovlm.sweep.progress import SweepProgress, duration
 from fovlm.sweep.select import PlannedRun, run_status
 
-LAUNCH = ROOT / "launch.sh"
-LOG = "launch.log"  # in the run folder: all that launch.sh and the run printed
-TAIL = 15  # lines of it that are shown when a run failed
-EVERY = 0.2  # seconds between two looks
-STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+LOG = "launch.log"  # in the run folder: the output of launch.sh and of the run
+TAIL = 15  # lines of it that are printed when a run failed
+EVERY = 0.2  # seconds between two looks at the runs
+NOT_INHERITED = ("SLURM_JOB_ID", "HOSTFILE")  # with them a run would spread beyond its slot
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for one run at a time: what it says, and the environment that keeps a run inside it."""
+    """A place for one run at a time: its description, and the environment that keeps a run inside it."""
 
-    said: str = ""
+    where: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
-    without: tuple[str, ...] = ()  # variables that a run in here must not see
+    without: tuple[str, ...] = ()  # variables that are removed
 
 
 def gpu_slots(gpus: list[str], per_run: int) -> list[Slot]:
-    """A slot for every `per_run` of the GPUs. Raises UserError when they cannot be shared out so.
-
-    Inside a SLURM allocation such runs start without srun, which would not keep them to their GPUs.
-    """
+    """A slot for every `per_run` of the GPUs. Raises UserError when they cannot be divided so."""
     if len(set(gpus)) != len(gpus) or not all(gpu.isdigit() for gpu in gpus):
-        raise UserError(f"--gpus {','.join(gpus)}: numbers of GPUs, each once, like 0,1,2,3")
+        raise UserError(f"--gpus {','.join(gpus)}: must be numbers of GPUs, each once, like 0,1,2,3")
     if len(gpus) % per_run:
-        raise UserError(f"--per-run {per_run}: {len(gpus)} GPUs cannot be shared out so")
-    parts = [gpus[n : n + per_run] for n in range(0, len(gpus), per_run)]
-    cores = max(1, (os.cpu_count() or 1) // len(gpus))
-    return [
-        Slot(
-            f" on GPU {','.join(part)}",
-            {"CUDA_VISIBLE_DEVICES": ",".join(part), "NUM_GPUS": str(per_run), **_threads(cores)},
-            ("SLURM_JOB_ID", "HOSTFILE"),
-        )
-        for part in parts
-    ]
+        raise UserError(f"--per-run {per_run}: does not divide {len(gpus)} GPUs")
+    parts = [",".join(gpus[n : n + per_run]) for n in range(0, len(gpus), per_run)]
+    env = {"NUM_GPUS": str(per_run)} | _threads((os.cpu_count() or 1) // len(gpus))
+    return [Slot(f" on GPU {part}", env | {"CUDA_VISIBLE_DEVICES": part}, NOT_INHERITED) for part in parts]
 
 
 def cpu_slots(jobs: int, ranks: int) -> list[Slot]:
     """`jobs` slots on the CPU, of `ranks` processes each."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    env = {"NUM_GPUS": "0", "CPU_RANKS": str(ranks), **_threads(max(1, cores // (jobs * ranks)))}
-    return [Slot("", env, ("SLURM_JOB_ID", "HOSTFILE"))] * jobs
+    env = {"NUM_GPUS": "0", "CPU_RANKS": str(ranks)} | _threads(cpu_cores() // (jobs * ranks))
+    return [Slot("", env, NOT_INHERITED)] * jobs
 
 
 def _threads(number: int) -> dict[str, str]:
-    return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(number)}
+    return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, number))}
 
 
 @dataclass
 class Child:
-    """A run that goes on."""
+    """A run in progress."""
 
     run: PlannedRun
     slot: int
@@ -87,28 +76,28 @@ class Child:
 
 
 class SweepRunner:
-    """Does the runs in their order, each in the first free slot, after those it starts from (`model.init_from`)."""
+    """Starts the runs in their order, each in the first free slot, after the run it starts from (`model.init_from`)."""
 
-    def __init__(self, planned: list[PlannedRun], slots: list[Slot], watch: SweepProgress, launch: Path = LAUNCH):
-        self.waiting, self.slots, self.watch, self.launch = list(planned), slots, watch, launch
+    def __init__(self, planned: list[PlannedRun], slots: list[Slot], progress: SweepProgress, launch: Path = SCRIPT):
+        self.waiting, self.slots, self.progress, self.launch = list(planned), slots, progress, launch
         self.children: list[Child] = []
-        self.results: dict[str, str] = {}  # name -> finished, stopped, failed, changed, blocked or busy
+        self.results: dict[str, str] = {}  # name -> finished, stopped, failed, stale, blocked or busy
         self.stopping = False
 
     def work(self, again: bool = False) -> dict[str, str]:
-        """Do them all, and return how each ended; those that a signal kept from starting are missing.
+        """Run them all; returns the result of each. Runs that a signal kept from starting are missing.
 
-        `again`: what was made under other settings is moved out of the way, to `old/` beside it, and started anew.
+        `again` moves stale run folders to `old/` beside them and starts those runs from scratch.
         """
-        before = {number: signal.signal(number, self._asked_to_stop) for number in STOP}
+        before = {number: signal.signal(number, self._stop) for number in SIGNALS}
         try:
-            self._judge(again)
+            self._skip(again)
             while self.children or (self.waiting and not self.stopping):
                 self._fill_slots()
                 time.sleep(EVERY)
                 for child in [c for c in self.children if c.process.poll() is not None]:
-                    self._ended(child)
-                self.watch.look([c.run for c in self.children])
+                    self._end(child)
+                self.progress.update([c.run for c in self.children])
         finally:
             for child in self.children:  # only after an error of our own
                 os.killpg(child.process.pid, signal.SIGTERM)
@@ -116,27 +105,27 @@ class SweepRunner:
                 signal.signal(number, handler)
         return self.results
 
-    def _judge(self, again: bool) -> None:
-        """Take out what is finished or would mix with other settings. Raises UserError for a damaged runs.csv."""
-        table.read(run_root())  # while nothing runs that it would end
+    def _skip(self, again: bool) -> None:
+        """Take out the runs that are finished or stale. Raises UserError for a damaged runs.csv."""
+        table.read(run_root())  # now, while no run would be lost
         rows = {}
         for run in list(self.waiting):
-            how = run_status(run)
-            if how == "changed" and again:
+            status = run_status(run)
+            if status == "stale" and again:
                 _move_away(run.folder)
-            elif how == "changed":
-                self._leave(run, "changed", f"{run.folder} was made under other settings: not touched; --again starts "
-                            "it anew (the old folder is kept)")  # fmt: skip
-            elif how == "finished":
+            elif status == "stale":
+                self._leave(run, "stale", f"{run.folder} was made under other settings and is left alone; --again "
+                            "moves it away and starts from scratch")  # fmt: skip
+            elif status == "finished":
                 rows[run.name] = table.row_of(run, "finished")
                 self._leave(run, "finished", "finished already")
         if rows:
             table.write(run_root(), rows)
 
-    def _leave(self, run: PlannedRun, result: str, said: str) -> None:
+    def _leave(self, run: PlannedRun, result: str, text: str) -> None:
         self.waiting.remove(run)
         self.results[run.name] = result
-        self.watch.ends(run, said)
+        self.progress.end(run, text)
 
     def _fill_slots(self) -> None:
         for slot in range(len(self.slots)):
@@ -152,19 +141,19 @@ class SweepRunner:
                 if self._start(run, slot):
                     break
 
-    def _start(self, run: PlannedRun, slot: int) -> bool:
+    def _start(self, run: PlannedRun, number: int) -> bool:
         run.folder.mkdir(parents=True, exist_ok=True)
         log = (run.folder / LOG).open("ab")
         try:
-            # The lock goes with the open file to launch.sh and all below it, and ends with the last of them.
+            # The lock is inherited with the open file by launch.sh and its processes, and ends with the last of them.
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             log.close()
-            self._leave(run, "busy", "another `fovlm run` is at it already")
+            self._leave(run, "busy", "another `fovlm run` is training it")
             return False
-        goes_on = run_status(run) == "begun"
-        place, port = self.slots[slot], _free_port({c.port for c in self.children})
-        env = {key: value for key, value in os.environ.items() if key not in place.without} | dict(place.env)
+        resumes = run_status(run) == "resumable"
+        slot, port = self.slots[number], free_port({c.port for c in self.children})
+        env = {key: value for key, value in os.environ.items() if key not in slot.without} | dict(slot.env)
         env |= {"MASTER_PORT": str(port), "FOVLM_PYTHON": os.environ.get("FOVLM_PYTHON", sys.executable)}
         process = subprocess.Popen(
             [str(self.launch), *run.words],
@@ -175,37 +164,37 @@ class SweepRunner:
             start_new_session=True,  # the terminal's Ctrl-C comes here alone, and is passed on
         )
         self.waiting.remove(run)
-        self.children.append(Child(run, slot, process, log, port, time.time()))
-        self.watch.starts(run, place.said, goes_on)
-        known = {"ended": ""} if goes_on and table.read(run_root()).get(run.name, {}).get("started") else {
-            "started": _clock(), "ended": ""}  # fmt: skip
-        table.write(run_root(), {run.name: table.row_of(run, "running", **known)})
+        self.children.append(Child(run, number, process, log, port, time.time()))
+        self.progress.start(run, slot.where, resumes)
+        times = {"started": _clock(), "ended": ""}
+        if resumes and table.read(run_root()).get(run.name, {}).get("started"):
+            del times["started"]
+        table.write(run_root(), {run.name: table.row_of(run, "running", **times)})
         return True
 
-    def _ended(self, child: Child) -> None:
+    def _end(self, child: Child) -> None:
         self.children.remove(child)
         child.log.close()
-        run, status, took = child.run, child.process.returncode, span(time.time() - child.began)
-        told = read_summary(run.folder).get("status")
-        if status == 0 and told == "finished":
-            result = "finished"
-            losses = read_summary(run.folder).get("final", {})
-            said = f"finished in {took}" + (f", val {losses['val_loss']:.4f}" if "val_loss" in losses else "")
+        run, status, took = child.run, child.process.returncode, duration(time.time() - child.began)
+        summary = read_summary(run.folder)
+        if status == 0 and summary.get("status") == "finished":
+            loss = summary.get("final", {}).get("val_loss")
+            result, text = "finished", f"finished in {took}" + ("" if loss is None else f", val {loss:.4f}")
         elif status == EXIT_STOPPED or self.stopping:
-            result, said = "stopped", f"stopped after {took}; the same command goes on from its last checkpoint"
+            result, text = "stopped", f"stopped after {took}; the same command resumes from its last checkpoint"
         else:
-            result, said = "failed", f"FAILED after {took} (status {status}); the end of {run.folder / LOG}:"
+            result, text = "failed", f"FAILED after {took} (status {status}); the end of {run.folder / LOG}:"
         self.results[run.name] = result
         table.write(run_root(), {run.name: table.row_of(run, result, ended=_clock())})
-        self.watch.ends(run, said)
+        self.progress.end(run, text)
         if result == "failed":
-            for line in _tail(run.folder / LOG):
-                self.watch.say(f"    {line}")
+            for line in (run.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]:
+                self.progress.say(f"    {line}")
 
-    def _asked_to_stop(self, number: int, frame: object) -> None:
-        """Pass it on: launch.sh makes the ranks save; a second Ctrl-C makes it kill them."""
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """Pass a signal on: launch.sh makes the ranks save, and kills them at a second Ctrl-C."""
         if not self.stopping:
-            self.watch.say("saving, then stopping" + (" (again: stop at once)" if number == signal.SIGINT else ""))
+            self.progress.say("saving, then stopping" + (" (again: stop at once)" if number == signal.SIGINT else ""))
         self.stopping = True
         for child in self.children:
             if child.process.poll() is None:
@@ -213,7 +202,7 @@ class SweepRunner:
 
 
 def exit_status(results: Mapping[str, str], planned: list[PlannedRun], say: Callable[[str], None]) -> int:
-    """Tell how it went in all; 0 when all are finished, 75 when a signal stopped it, else 1."""
+    """Say how the sweep ended; 0 when all runs are finished, 75 when a signal stopped it, else 1."""
     by_result: dict[str, list[str]] = {}
     for run in planned:
         by_result.setdefault(results.get(run.name, "not started"), []).append(run.name)
@@ -221,9 +210,9 @@ def exit_status(results: Mapping[str, str], planned: list[PlannedRun], say: Call
     say(f"{len(finished)} of {len(planned)} finished; the table: {run_root() / table.FILE}")
     for result, names in by_result.items():
         say(f"{result}: {' '.join(names)}")
-    if len(finished) == len(planned):
+    if not by_result:
         return 0
-    return 1 if {"failed", "changed", "blocked", "busy"} & by_result.keys() else EXIT_STOPPED
+    return 1 if {"failed", "stale", "blocked", "busy"} & by_result.keys() else EXIT_STOPPED
 
 
 def _move_away(folder: Path) -> None:
@@ -232,18 +221,5 @@ def _move_away(folder: Path) -> None:
     folder.rename(target)
 
 
-def _free_port(taken: set[int]) -> int:
-    while True:
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = int(free.getsockname()[1])
-        if port not in taken:
-            return port
-
-
 def _clock() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def _tail(file: Path) -> list[str]:
-    return file.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]

@@ -1,7 +1,7 @@
-"""`runs.csv`: one row for each run below FOVLM_RUNS, and what is known of a run while it goes on.
+"""`runs.csv`: one row for each run below FOVLM_RUNS, kept up to date while it runs.
 
-The file is read, changed and replaced as a whole under a lock, so that two `fovlm run` side by side both leave their
-rows. Numbers come from the run folder (`checkpoint/run_folder.py` says what is in it).
+The file is read, changed and replaced as a whole under a lock, so that two `fovlm run` at once both leave their
+rows. Numbers come from the run folder (`fovlm/checkpoint/run_folder.py`).
 """
 
 import csv
@@ -18,16 +18,18 @@ from fovlm.fileio import locked, write_atomically
 from fovlm.sweep.select import PlannedRun
 
 FILE = "runs.csv"
-# In this order; the losses of each way of looking, and by source, come behind as they are met.
+# In this order; losses by mode and by source follow as they appear.
 COLUMNS = (
     *("name", "group", "seed", "status", "size", "visual", "ranks", "device", "step", "samples", "flops"),
     *("val_loss", "wall_seconds", "samples_per_second", "commit", "experiment_hash", "data_hash", "val_hash"),
     *("started", "ended"),
 )
+# Columns that come from the summary of a finished run.
+SUMMARY = ("ranks", "device", "samples", "flops", "wall_seconds", "commit", "experiment_hash", "data_hash", "val_hash")
 
 
 def read(root: Path) -> dict[str, dict[str, str]]:
-    """The rows of `root`/runs.csv by the run's name; none when there is no file. Raises UserError for a damaged one."""
+    """The rows of `root`/runs.csv by run; empty when there is no file. Raises UserError for a damaged one."""
     file = root / FILE
     if not file.is_file():
         return {}
@@ -35,11 +37,11 @@ def read(root: Path) -> dict[str, dict[str, str]]:
         with file.open(newline="", encoding="utf-8") as f:
             return {row["name"]: dict.fromkeys(COLUMNS, "") | row for row in csv.DictReader(f)}
     except (KeyError, ValueError, csv.Error) as error:
-        raise UserError(f"{file} is damaged ({error!r}): move it away; `fovlm run` writes it anew") from error
+        raise UserError(f"{file} is damaged ({error!r}): move it away; `fovlm run` writes a new one") from error
 
 
 def write(root: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put rows by name over those of `root`/runs.csv: whole, or not at all. A key that is not given keeps its value."""
+    """Update rows of `root`/runs.csv by name, atomically. A column that is not given keeps its value."""
     root.mkdir(parents=True, exist_ok=True)
     with locked(root / f"{FILE}.lock"):
         all_rows: dict[str, dict[str, Any]] = {name: dict(row) for name, row in read(root).items()}
@@ -53,8 +55,8 @@ def write(root: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
         write_atomically(root / FILE, text.getvalue())
 
 
-def row_of(run: PlannedRun, status: str, **known: Any) -> dict[str, Any]:
-    """The row of a run as its folder tells it. `known` are further columns."""
+def row_of(run: PlannedRun, status: str, **more: Any) -> dict[str, Any]:
+    """The row of a run, from its folder; `more` are further columns."""
     summary, metrics = read_summary(run.folder), read_metrics(run.folder)
     last = metrics[-1] if metrics else Row()
     speeds = [row["samples_per_second"] for row in metrics if "samples_per_second" in row]
@@ -70,11 +72,10 @@ def row_of(run: PlannedRun, status: str, **known: Any) -> dict[str, Any]:
         "wall_seconds": last.get("seconds", ""),
         "samples_per_second": round(statistics.median(speeds), 3) if speeds else "",
     }
-    told = ("ranks", "device", "samples", "flops", "wall_seconds", "commit", "experiment_hash", "data_hash", "val_hash")
     if status == "finished":
-        row |= {key: summary[key] for key in told if summary.get(key) is not None}
+        row |= {key: summary[key] for key in SUMMARY if summary.get(key) is not None}
         row |= {key: value for key, value in summary["final"].items() if key.startswith("val_loss")}
-    return row | known
+    return row | more
 
 
 def size_of(experiment: Experiment) -> str:

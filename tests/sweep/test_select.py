@@ -9,7 +9,7 @@ from fovlm.data.dataset import open_dataset
 from fovlm.data.shards import write_shards
 from fovlm.errors import UserError
 from fovlm.sweep import cost
-from fovlm.sweep.progress import span
+from fovlm.sweep.progress import duration
 from fovlm.sweep.select import plan, select
 from helpers import tiny
 
@@ -175,7 +175,7 @@ def test_only_what_is_left_is_counted(bare):
     append_metrics(run.folder, {"step": 10, "seconds": 1, "progress": 0.75})
     append_metrics(run.folder, {"step": 20, "seconds": 2})
     (rest,) = cost.estimates([run], {}, 1, False, 1e12)
-    assert (rest.status, rest.samples, rest.flops) == ("begun", 50_000, pytest.approx(whole.flops / 4))
+    assert (rest.status, rest.samples, rest.flops) == ("resumable", 50_000, pytest.approx(whole.flops / 4))
 
 
 def test_sizes_are_those_of_the_shards_where_they_are_indexed(shards, bare, monkeypatch):
@@ -186,12 +186,12 @@ def test_sizes_are_those_of_the_shards_where_they_are_indexed(shards, bare, monk
     open_dataset(run.experiment, tiny.tokenizer(), run.experiment.data.mixture)
     (exact,) = cost.estimates([run], {}, 1, False, None)
     (guess,) = cost.estimates(plan(select(["LR1"]), []), {}, 1, False, None)
-    assert exact.why_at_most == ""
+    assert exact.upper_bound_since == ""
     assert exact.flops < guess.flops / 10
 
 
 def test_spans():
-    assert [span(s) for s in (4.6, 75, 3700)] == ["0:05", "1:15", "1:01:40"]
+    assert [duration(s) for s in (4.6, 75, 3700)] == ["0:05", "1:15", "1:01:40"]
 
 
 @pytest.mark.parametrize(

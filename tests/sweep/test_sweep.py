@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from fovlm.errors import EXIT_STOPPED, UserError
-from fovlm.sweep import table as many_table
+from fovlm.launch import SCRIPT
+from fovlm.sweep import table
 from fovlm.sweep.progress import SweepProgress
-from fovlm.sweep.runner import LAUNCH, LOG, Slot, SweepRunner, cpu_slots, exit_status, gpu_slots
+from fovlm.sweep.runner import LOG, Slot, SweepRunner, cpu_slots, exit_status, gpu_slots
 from fovlm.sweep.select import plan, run_status, select
 from helpers.launch import RECORDER
 
@@ -93,9 +94,9 @@ class Place:
         planned = plan(select([w for w in words if "=" not in w], folder=folder), overrides, seeds, folder)
         (self.home / "hashes.json").write_text(json.dumps({run.name: run.experiment.hash for run in planned}))
         said = StringIO()
-        with SweepProgress(len(planned), said) as watch:
-            results = SweepRunner(planned, slots or [Slot()], watch, self.launcher).work(again)
-        status = exit_status(results, planned, watch.say)
+        with SweepProgress(len(planned), said) as progress:
+            results = SweepRunner(planned, slots or [Slot()], progress, self.launcher).work(again)
+        status = exit_status(results, planned, progress.say)
         return results, status, said.getvalue()
 
     def events(self) -> list[str]:
@@ -106,7 +107,7 @@ class Place:
         return lines
 
     def table(self) -> dict[str, dict[str, str]]:
-        return many_table.read(self.home / "runs")
+        return table.read(self.home / "runs")
 
     def asked(self, name: str) -> tuple[list[str], dict[str, str]]:
         """The words and the environment of a run."""
@@ -176,7 +177,7 @@ def test_other_settings_are_refused_unless_asked_for(place):
     place.work("two")
     place.events()
     results, status, said = place.work("two", "one", "train.steps=20")
-    assert (results, status) == ({"two": "changed", "one": "finished"}, 1)
+    assert (results, status) == ({"two": "stale", "one": "finished"}, 1)
     assert "under other settings" in said
     assert "--again" in said
     results, status, _ = place.work("two", "one", "train.steps=20", again=True)
@@ -195,9 +196,9 @@ def test_a_run_folder_is_known_by_its_settings_and_not_by_how_it_was_run(place):
     assert run_status(run) == "new"
     (run.folder / "checkpoints").mkdir(parents=True)
     (run.folder / "experiment.yaml").write_text(logged.experiment.dump())
-    assert (run_status(run), run_status(logged), run_status(other)) == ("begun", "begun", "changed")
+    assert (run_status(run), run_status(logged), run_status(other)) == ("resumable", "resumable", "stale")
     (run.folder / "run_summary.json").write_text('{"status": "finished", "final": {}}')
-    assert (run_status(run), run_status(other)) == ("finished", "changed")
+    assert (run_status(run), run_status(other)) == ("finished", "stale")
 
 
 def when_started(place: Place, count: int, number: int) -> threading.Thread:
@@ -231,7 +232,7 @@ def test_a_signal_reaches_every_run_and_the_same_command_goes_on(place, number):
     place.behave()
     _, status, said = place.work("trio/*")
     assert (status, place.table()["two"]["started"]) == (0, began)
-    assert "two goes on" in said
+    assert "two resumes" in said
     assert "next starts" in said
 
 
@@ -256,9 +257,9 @@ def test_what_another_command_is_at_is_left_to_it(place):
             time.sleep(0.02)
         run = plan([("trio", "two")], [], folder=place.home / "experiments")
         said = StringIO()
-        many = SweepRunner(run, [Slot()], SweepProgress(1, said), place.launcher)
-        many._fill_slots()
-        inner.append((many.results, said.getvalue()))
+        other = SweepRunner(run, [Slot()], SweepProgress(1, said), place.launcher)
+        other._fill_slots()
+        inner.append((other.results, said.getvalue()))
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=beside)
@@ -291,7 +292,7 @@ def test_launch_sh_keeps_two_runs_to_their_gpus(place, monkeypatch):
                        "FOVLM_CACHE": str(place.home / "cache")}.items():  # fmt: skip
         monkeypatch.setenv(key, value)
     planned = plan(select(["LR1", "A1"]), ["optim.clip=0.5"])
-    results = SweepRunner(planned, gpu_slots(["1", "3"], 1), SweepProgress(2, StringIO()), LAUNCH).work()
+    results = SweepRunner(planned, gpu_slots(["1", "3"], 1), SweepProgress(2, StringIO()), SCRIPT).work()
     assert results == {"LR1": "failed", "A1": "failed"}
     logs = [(run.folder / LOG).read_text().splitlines() for run in planned]
     for log, run, gpu in zip(logs, planned, (1, 3), strict=True):

@@ -7,9 +7,7 @@ Both are pure functions of the position, the shards and the settings, on any ran
 replaced by the next good one of its source that is no larger than what was planned for it, and reported.
 """
 
-import io
 import json
-import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +22,7 @@ from fovlm.config.schema import DataSource, Experiment
 from fovlm.data.chat import ChatTokenizer
 from fovlm.data.index import MEDIA, Index, index_hash, open_indices
 from fovlm.data.packing import EMPTY, PackSize, Sample, SampleIssue
-from fovlm.data.sample_format import Member, contents, list_members, parse_json
+from fovlm.data.sample_format import Member, contents, parse_json, read_members
 from fovlm.data.sampling import MixtureSampler, ShardShuffle
 from fovlm.data.shards import find_shards
 from fovlm.data.token_counts import TokenCounts, open_token_counts
@@ -257,5 +255,4 @@ def _read_members(index: Index, row: int) -> dict[Member, bytes]:
         raise SampleError("truncated tar")
     if zlib.crc32(data) != index.crc32[row]:
         raise SampleError("checksum mismatch")
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        return {m: data[m.offset : m.offset + m.length] for m in list_members(tar)}
+    return read_members(data)

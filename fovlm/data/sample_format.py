@@ -5,6 +5,7 @@ picture; `000.jpg`, `001.jpg` ... the frames of a video; `mp4`, `webm`, `mkv` a 
 it is never opened, and above all never unpickled.
 """
 
+import io
 import json
 import re
 import tarfile
@@ -44,6 +45,12 @@ def list_members(tar: tarfile.TarFile) -> Iterator[Member]:
     for info in tar:
         if info.isreg():
             yield Member(*split_name(info.name), info.offset, info.offset_data, info.size)
+
+
+def read_members(data: bytes) -> dict[Member, bytes]:
+    """The files of one sample from its byte range."""
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        return {member: data[member.offset : member.offset + member.length] for member in list_members(tar)}
 
 
 def contents(members: list[Member]) -> tuple[str, list[Member]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,26 +70,11 @@ class InputFormat:
         return max(len(text.tokens) for text in texts) + looks * self.tokens_per_look <= self.context
 
 
-class EvalSet(Protocol):
-    """A set of numbered items. `hash` identifies what is asked, whatever the model; `skipped` counts by reason."""
-
-    name: str
-    hash: str
-    protocol: str
-    skipped: dict[str, int]
-
-    def __len__(self) -> int: ...
-    def item(self, number: int) -> EvalItem | str:
-        """An item, or the reason why it is skipped. Raises UserError."""
-
-    def hash_without(self, numbers: Collection[int]) -> str:
-        """The hash of the set without some of its items."""
-
-
 class QuestionSet:
-    """A multiple-choice benchmark. Raises UserError for an empty set, and for missing media unless `skip_missing`.
+    """The items of a multiple-choice benchmark.
 
-    Unreadable media are found when their item is read, and treated alike.
+    `hash` identifies what is asked, whatever the model; `skipped` counts questions without their media. Raises
+    UserError for an empty set, and for missing media unless `skip_missing`.
     """
 
     def __init__(self, name: str, where: Path, form: InputFormat, limit: int | None, skip_missing: bool, log: Log):
@@ -116,6 +101,7 @@ class QuestionSet:
         return len(self.questions)
 
     def item(self, number: int) -> EvalItem | str:
+        """An item, or the reason why it is skipped. Raises UserError for unreadable media, like for missing ones."""
         q, form = self.questions[number], self.form
         try:
             frames = frames_of(q, form.frame_size, form.max_frames)
@@ -139,6 +125,7 @@ class QuestionSet:
         return EvalItem(number, q.id, q.category, self.name, modality, *shown, q.answer, q.extra)
 
     def hash_without(self, numbers: Collection[int]) -> str:
+        """The hash of the set without some of its items."""
         return hash_questions([q for n, q in enumerate(self.questions) if n not in numbers])
 
 
@@ -147,7 +134,7 @@ def _still(media: Path | bytes) -> bool:
 
 
 class ShardSet:
-    """Samples of shards, of any kind, whose answer's loss is measured.
+    """The samples of shards, of any kind, whose answer's loss is measured. `hash` and methods as of QuestionSet.
 
     Raises UserError for shards that are tokenized for a loss on every token.
     """
@@ -229,6 +216,9 @@ def _by_kind(sources: dict[str, DataSource]) -> dict[str, DataSource]:
 
 def _rank(position: int) -> bytes:
     return hashlib.blake2b(str(position).encode(), digest_size=8).digest()
+
+
+EvalSet = QuestionSet | ShardSet
 
 
 def open_eval_set(

@@ -26,35 +26,15 @@ from fovlm.model.modeling import FoveatedVLM
 
 @dataclass
 class Encoding:
-    """Encoded frames: the cache and what the static query sees [F, D], or the pooled tokens [F, T, E]."""
+    """Encoded frames. `static` is what the static query sees in each [F, D], or the pooled tokens [F, T, E]."""
 
-    cache: Cache | None
-    seen: Tensor | None
-    pooled: Tensor | None
+    cache: Cache | None  # None for multi_token
+    static: Tensor
 
     def of(self, start: int, end: int) -> "Encoding":
         """The frames from `start` to `end`."""
         part = slice(start, end)
-        cache = None if self.cache is None else self.cache.frames(part)
-        return Encoding(cache, *(None if x is None else x[part] for x in (self.seen, self.pooled)))
-
-    @classmethod
-    def join(cls, parts: list["Encoding"]) -> "Encoding":
-        """Concatenate encodings."""
-        if len(parts) == 1:
-            return parts[0]
-
-        def concatenated(tensors: list[Tensor | None]) -> Tensor | None:
-            present = [t for t in tensors if t is not None]
-            return torch.cat(present) if present else None
-
-        caches = [part.cache for part in parts if part.cache is not None]
-        layers = [
-            tuple(torch.cat(tensors) for tensors in zip(*layer, strict=True))
-            for layer in zip(*(cache.layers for cache in caches), strict=True)
-        ]
-        seen, pooled = concatenated([part.seen for part in parts]), concatenated([part.pooled for part in parts])
-        return cls(Cache(layers) if caches else None, seen, pooled)
+        return Encoding(self.cache and self.cache.frames(part), self.static[part])
 
 
 @dataclass
@@ -68,14 +48,23 @@ class View:
 
 
 @torch.no_grad()
-def encode(model: FoveatedVLM, frames: Tensor) -> Encoding:
-    """Encode frames u8 [F, 3, s, s], F >= 1."""
+def encode(model: FoveatedVLM, frames: Tensor, together: int = 32) -> Encoding:
+    """Encode frames u8 [F, 3, s, s], F >= 1, `together` at a time."""
+    parts = [_encode(model, part) for part in frames.split(together)]
+    caches = [part.cache for part in parts if part.cache]
+    layers = [
+        tuple(torch.cat(tensors) for tensors in zip(*layer, strict=True))
+        for layer in zip(*(cache.layers for cache in caches), strict=True)
+    ]
+    return Encoding(Cache(layers) if caches else None, torch.cat([part.static for part in parts]))
+
+
+def _encode(model: FoveatedVLM, frames: Tensor) -> Encoding:
     if model.config.visual == "multi_token":
         clip = Sample("", "", frames, len(frames), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
         batch = collate_tight([clip], model.config.tokens_per_look).to(frames.device)
-        return Encoding(None, None, model.looks(batch).tokens.unflatten(0, (len(frames), -1)))
-    cache, seen = model.encode(frames)
-    return Encoding(cache, seen, None)
+        return Encoding(None, model.looks(batch).tokens.unflatten(0, (len(frames), -1)))
+    return Encoding(*model.encode(frames))
 
 
 @torch.no_grad()
@@ -84,13 +73,11 @@ def visual_tokens(model: FoveatedVLM, view: View | None, mode: str) -> Tensor:
     if view is None or not len(view.looks):
         return model.connector.q_static.new_zeros(0, model.config.llm_config.hidden_size)
     encoding = view.encoding
-    if encoding.pooled is not None:
-        return encoding.pooled[view.looks].flatten(0, 1)
-    assert encoding.cache is not None
-    assert encoding.seen is not None
+    if encoding.cache is None:
+        return encoding.static[view.looks].flatten(0, 1)
     coarse = mode == "coarse_only" or (mode == "coarse_fine" and model.config.query_rounds == 0)
     if coarse or model.config.visual == "coarse":
-        return model.connector.token(encoding.seen[view.looks])
+        return model.connector.token(encoding.static[view.looks])
     queries = (_frame_by_frame if mode == "autoregressive" else _parallel)(model, view.gaze_of or view)
     return model.connector.token(model.look(queries, encoding.cache, view.looks))
 
@@ -102,8 +89,7 @@ def _parallel(model: FoveatedVLM, view: View) -> Tensor:
     sample = Sample("", "", blank, K, view.prompt.cpu(), torch.zeros(p), p)
     batch = collate([sample], sample.size, 1).to(view.looks.device)
     assert view.encoding.cache is not None
-    assert view.encoding.seen is not None
-    encoded = (view.encoding.cache, view.encoding.seen)
+    encoded = (view.encoding.cache, view.encoding.static)
     queries = model.looks(replace(batch, frame_of_look=view.looks), encoded=encoded).queries
     assert queries is not None
     return queries

@@ -20,7 +20,7 @@ from fovlm.errors import UserError, did_you_mean
 from fovlm.eval.controls import applies, apply_control
 from fovlm.eval.controls import check as check_controls
 from fovlm.eval.eval_sets import UNCUT, EvalItem, EvalSet, InputFormat, open_eval_set
-from fovlm.eval.likelihood import Encoding, View, encode, score, visual_tokens
+from fovlm.eval.likelihood import View, encode, score, visual_tokens
 from fovlm.eval.metrics import compute_metrics, score_options
 from fovlm.eval.results import ResultFile, SampleResult, check_or_write
 from fovlm.eval.target import Target
@@ -28,7 +28,6 @@ from fovlm.fileio import write_atomically
 from fovlm.model.modes import MODES
 from fovlm.progress import track
 
-ENCODED = 32  # frames that the encoder gets at once
 NEAR = 64  # items among which another clip is looked for
 Result = dict[str, Any]
 Files = dict[tuple[str, str], ResultFile]  # by control and mode
@@ -193,14 +192,14 @@ def score_chunk(target: Target, eval_set: EvalSet, chunk: Chunk, files: Files) -
 
 
 def views_of(target: Target, items: list[EvalItem]) -> dict[int, View | None]:
-    """The view of each item by number, None without frames; every clip is encoded once, ENCODED frames at a time."""
+    """The view of each item by number, None without frames; every clip is encoded once."""
     model = target.model
     views: dict[int, View | None] = {item.number: None for item in items}
     clips: dict[str, Tensor] = {item.clip: item.frames for item in items if len(item.frames)}
     if not clips:
         return views
     frames = torch.cat(list(clips.values())).to(model.device)
-    encoding = Encoding.join([encode(model, part) for part in frames.split(ENCODED)])
+    encoding = encode(model, frames)
     encodings, at = {}, 0
     for clip, shown in clips.items():
         encodings[clip] = encoding.of(at, at := at + len(shown))

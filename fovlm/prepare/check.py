@@ -5,8 +5,6 @@ training and evaluation data, are found by these hashes, whatever the keys and s
 """
 
 import glob
-import io
-import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 from braceexpand import braceexpand
 
 from fovlm.data.index import make_index
-from fovlm.data.sample_format import Member, contents, list_members, parse_json
+from fovlm.data.sample_format import contents, parse_json, read_members
 from fovlm.data.workers import each
 from fovlm.errors import SampleError, UserError, did_you_mean
 from fovlm.media import decode
@@ -137,12 +135,6 @@ def scan_shard(path: Path, decode: bool) -> ShardScan:
             except SampleError as error:
                 entry.cause = str(error)
     return scan
-
-
-def read_members(data: bytes) -> dict[Member, bytes]:
-    """The files in a sample's byte range."""
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        return {member: data[member.offset : member.offset + member.length] for member in list_members(tar)}
 
 
 def _check_sample(entry: SampleEntry, data: bytes, decode_pictures: bool) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fovlm.data.sample_format import read_members
 from fovlm.data.shards import write_shard
 from fovlm.errors import UserError
 from fovlm.fileio import digest, digest_file, write_atomically
-from fovlm.prepare.check import SampleEntry, ShardScan, list_shards, read_members, scan_shards
+from fovlm.prepare.check import SampleEntry, ShardScan, list_shards, scan_shards
 from fovlm.prepare.manifest import Manifest, ShardEntry, exclusive, load_manifest, resume_or_new
 
 TAKEN = "taken.jsonl"

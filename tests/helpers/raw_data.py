@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fovlm.data.index import make_index
-from fovlm.prepare.check import read_members
+from fovlm.data.sample_format import read_members
 from fovlm.prepare.job import Job
 from fovlm.prepare.manifest import Manifest
 from fovlm.prepare.pipeline import prepare

@@ -8,6 +8,7 @@ import yaml
 from fovlm.checkpoint.store import State
 from fovlm.config.experiments import Dumper
 from fovlm.config.schema import Experiment, ModelSettings
+from fovlm.model.modes import MODE_NOTES
 from fovlm.redact import redact
 from fovlm.tables import Rows, markdown_table
 
@@ -23,12 +24,6 @@ print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64))[0])
 ```
 
 From the command line: `fovlm ask clip.mp4 "What happens?" --model {name}`; `fovlm look` shows where the model looks."""
-MODES = {
-    "coarse_only": "the static query alone",
-    "coarse_fine": "coarse pass, then fine looks, as trained",
-    "autoregressive": "frame by frame, as deployed",
-    "multi_token": "sixteen pooled tokens per frame, as trained",
-}
 
 
 def card(name: str, experiment: Experiment, state: State, summary: dict[str, Any], dtype: str, checked: str) -> str:
@@ -120,6 +115,6 @@ def _scores(state: State, summary: dict[str, Any], best: str) -> str:
         rows = [("mode", "all", *sources)]
         for mode, score in scores.items():
             values = [score["loss"], *(score["by_source"][source] for source in sources)]
-            rows.append((f"`{mode}`: {MODES[mode]}", *(f"{value:.4f}" for value in values)))
+            rows.append((f"`{mode}`: {MODE_NOTES[mode]}", *(f"{value:.4f}" for value in values)))
         parts += [f"Validation loss (nats per token) at step {summary['step']}:", _table(rows)]
     return "\n\n".join(parts) or "Not measured yet: the run was converted before it ended."

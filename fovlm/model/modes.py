@@ -7,11 +7,14 @@ from fovlm.config.schema import ModelSettings
 VISUALS: tuple[str, ...] = get_args(ModelSettings.model_fields["visual"].annotation)
 QUESTIONS: tuple[str, ...] = get_args(ModelSettings.model_fields["question"].annotation)
 
-# Evaluation modes of each `visual`; the last one is what deployment does and the default of `generate`.
-#   coarse_only      tokens of the static query; a foveated model was trained on fine ones
-#   coarse_fine      as trained: coarse pass, queries, fine looks
-#   autoregressive   frame by frame, queries from fine tokens
-#   multi_token      the one mode of a multi_token model
+# The ways to look, of evaluation, `generate` and the gaze; a foveated model was trained on fine tokens.
+MODE_NOTES = {
+    "coarse_only": "the static query alone",
+    "coarse_fine": "coarse pass, queries, fine looks: as trained",
+    "autoregressive": "frame by frame, queries from fine tokens: as deployed",
+    "multi_token": "sixteen pooled tokens per frame: as trained",
+}
+# Those of each `visual`; the last one is what deployment does and the default of `generate`.
 MODES: dict[str, tuple[str, ...]] = {
     "foveated": ("coarse_only", "coarse_fine", "autoregressive"),
     "coarse": ("coarse_only",),

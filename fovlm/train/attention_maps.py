@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -22,17 +21,12 @@ from fovlm.data.dataset import Dataset
 from fovlm.data.packing import Batch, PackSize, Sample, collate, pack_samples
 from fovlm.media import decode
 from fovlm.model.modeling import FoveatedVLM
-from fovlm.viz.heatmap import draw_heatmap, maps
-
-matplotlib.use("Agg")  # draws into files; needs no screen
-
-from matplotlib import pyplot as plt
+from fovlm.viz.contact_sheet import Strip, draw_sheet
+from fovlm.viz.heatmap import maps
 
 CLIPS = 10
 MOST_LOOKS = 8  # of a clip, evenly spaced
 SEARCHED = 1000  # positions among which clips are looked for: a set may hold text or images for the most part
-DRAWN = (112, 224)  # pixels of a drawn frame: at least, at most
-GAP = 4  # pixels between two
 
 
 def watched_samples(val_set: Dataset, clips: int = CLIPS) -> list[Sample]:
@@ -94,7 +88,11 @@ def save_maps(
     folder.mkdir(parents=True, exist_ok=True)
     texts = [_text(sample, tokenizer) for sample in samples]
     path = folder / f"step-{step:08d}.png"
-    _draw(weights, frames, texts, path)
+    strips = [
+        Strip(shown, {name: maps(parts[n]) for name, parts in weights.items()}, texts[n])
+        for n, shown in enumerate(frames)
+    ]
+    draw_sheet(strips, path, columns=max(1, MOST_LOOKS // max(map(len, frames))))
     arrays: dict[str, Any] = {name: torch.cat(parts, dim=1).half().numpy() for name, parts in weights.items()}
     arrays |= {"clip": np.array(clip), "look": np.array(look)}
     arrays |= {"keys": np.array([sample.key for sample in samples]), "texts": np.array(texts)}
@@ -107,33 +105,6 @@ def _text(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
     """What a sample says, without the system message that all share."""
     said = tokenizer.decode(sample.tokens.tolist(), skip_special_tokens=True)
     return " ".join(said.partition(SYSTEM)[2].split())[:100]
-
-
-def _draw(weights: dict[str, list[torch.Tensor]], frames: list[torch.Tensor], texts: list[str], path: Path) -> None:
-    size = max(min(frames[0].shape[-1], DRAWN[1]), DRAWN[0])
-    looks = max(map(len, frames))
-    columns = max(1, MOST_LOOKS // looks)  # of clips
-    rows = -(-len(texts) // columns)
-    wide, high = looks * size + (looks - 1) * GAP, len(weights) * (size + GAP) - GAP
-    figure, axes = plt.subplots(rows, columns, squeeze=False)
-    figure.set_size_inches(11, 11 / columns * high / wide * rows + 0.3 * rows)
-    for axis in axes.flat:
-        axis.axis("off")
-    for number, axis in enumerate(axes.flat[: len(texts)]):
-        # One picture for a whole clip: an axis for each frame takes seconds.
-        picture = np.full((high, wide, 3), 255, np.uint8)
-        for row, w in enumerate(weights.values()):
-            for column, painted in enumerate(draw_heatmap(frames[number], maps(w[number]), size)):
-                top, left = row * (size + GAP), column * (size + GAP)
-                picture[top : top + size, left : left + size] = painted
-        axis.imshow(picture, interpolation="antialiased")
-        axis.set_title(texts[number], fontsize=8, loc="left", pad=3, parse_math=False)
-    figure.text(0.01, 0.002, f"rows of a clip: {', then '.join(weights)}; means over layers and heads", fontsize=7)
-    # Fixed margins: a layout that makes room for a long question would shrink the frames.
-    top = 1 - 0.25 / figure.get_figheight()
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=top, wspace=0.04, hspace=0.3 * rows / 11)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 INDEX = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -1,4 +1,4 @@
-"""One question about one clip, and the answer piece by piece: what `fovlm ask` and the demo have in common."""
+"""Stream the answer to one question about one clip, for `fovlm ask` and the demo."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -12,12 +12,12 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 
 from fovlm.media.clip import Clip
 
-# What two questions to a model with `question: after_frames` show.
-ALIKE = "this model was trained with the question behind the frames: it looks alike whatever is asked"
+# Of two questions to a model with `question: after_frames`.
+ALIKE = "this model was trained with the question after the frames: its looks do not depend on the question"
 
 
 class Stopped(StoppingCriteria):
-    """Ends `generate` at its next token once nobody reads on."""
+    """Ends `generate` at its next token once the reader is gone."""
 
     def __init__(self) -> None:
         self.event = Event()
@@ -27,7 +27,7 @@ class Stopped(StoppingCriteria):
 
 
 def inputs_for(model: Any, processor: Any, clip: Clip, question: str) -> Any:
-    """The model's inputs for a question about a clip, where the model is."""
+    """The model's inputs for a question about a clip, on the model's device."""
     shown = {"type": "image", "image": clip.frames[0]} if clip.still else {"type": "video", "video": clip.frames}
     content = [shown, {"type": "text", "text": question}]
     return processor(messages=[{"role": "user", "content": content}]).to(model.device)
@@ -42,7 +42,7 @@ def answer(
     on_progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Iterator[str]:
-    """The answer in pieces; `on_progress` and `options` go to `generate`. Raises UserError, as that does."""
+    """The answer in pieces; `on_progress` and `options` go to `generate`. Raises UserError as `generate` does."""
     inputs = inputs_for(model, processor, clip, question)
     work = partial(model.generate, **inputs, max_new_tokens=max_new_tokens, **options)
     return stream_answer(processor, work, on_progress)
@@ -51,24 +51,24 @@ def answer(
 def stream_answer(
     processor: Any, work: Callable[..., Any], on_progress: Callable[[int, int], None] | None = None
 ) -> Iterator[str]:
-    """The answer of `work(streamer=..., stopping_criteria=..., on_progress=...)` in pieces; raises as it does.
+    """The answer of `work(streamer=..., stopping_criteria=..., on_progress=...)` in pieces; raises what it raises.
 
-    Closing the iterator ends the work at its next frame or token. `on_progress(done, total)` follows each frame.
+    Closing the iterator ends the work at its next frame or token. `on_progress(done, total)` counts frames.
     """
     streamer, stopped = TextIteratorStreamer(processor.tokenizer, skip_special_tokens=True), Stopped()
 
-    def seen(done: int, of: int) -> None:
+    def report(done: int, total: int) -> None:
         if stopped.event.is_set():
-            raise CancelledError  # nobody reads on
+            raise CancelledError
         if on_progress:
-            on_progress(done, of)
+            on_progress(done, total)
 
     pool = ThreadPoolExecutor(1)
-    made = pool.submit(work, streamer=streamer, stopping_criteria=[stopped], on_progress=seen)
-    made.add_done_callback(lambda _: streamer.end())  # also when it fails
+    future = pool.submit(work, streamer=streamer, stopping_criteria=[stopped], on_progress=report)
+    future.add_done_callback(lambda _: streamer.end())  # also when it fails
     try:
         yield from streamer
-        made.result()
+        future.result()
     finally:
         stopped.event.set()
         pool.shutdown(wait=False)

@@ -1,77 +1,106 @@
-"""A gaze for papers: a contact sheet, frames in rows with coarse looks above fine ones; and the raw weights."""
+"""Contact sheets of heat maps for papers, and the raw attention weights."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-import torch
+from matplotlib.figure import Figure
+from torch import Tensor
 
 from fovlm.errors import UserError
 from fovlm.media import decode
 from fovlm.viz.gaze import Gaze
-from fovlm.viz.heatmap import draw_heatmap, maps
+from fovlm.viz.heatmap import draw_heatmap, maps, tile
 from fovlm.viz.html import clock
-
-matplotlib.use("Agg")  # draws into files; needs no screen
-
-from matplotlib import pyplot as plt
 
 COLUMNS = 8
 MOST = 24  # looks on a sheet, evenly spaced
-LONGEST = 200  # letters of the title
+LONGEST = 180  # characters of the title
+SIDE = (112, 224)  # pixels of a drawn frame: at least, at most
+GAP = 4  # pixels between two frames
+MARGIN = 0.25  # inches at the left, for the names of the rows
+LINE = 0.18  # inches of a line of text
 AXES = (
     "coarse, fine f16 [layers, looks, heads, 1 + patches]: attention weights, CLS first, then the patches by row; "
-    "entropy_* f32 [looks]: mean over layers and heads, over its most; frames u8 [looks, 3, height, width]; "
-    "seconds f64 [looks]"
+    "entropy_* f32 [looks]: mean over layers and heads, relative to the maximum; "
+    "frames u8 [looks, 3, height, width]; seconds f64 [looks]"
 )
+
+
+@dataclass
+class Strip:
+    """Frames u8 [k, 3, s, s] and their maps [k, side, side] by name: a row of frames for each name."""
+
+    frames: Tensor
+    maps: Mapping[str, Tensor]
+    title: str = ""
+    labels: Sequence[str] = ()  # one above each frame
+
+    def draw(self, side: int) -> np.ndarray:
+        """u8 [h, w, 3], with frames of `side` pixels."""
+        return tile(np.stack([draw_heatmap(self.frames, grid, side) for grid in self.maps.values()]), GAP, 255)
+
+
+def draw_sheet(strips: Sequence[Strip], path: Path, title: str = "", columns: int = 1, width: float = 11) -> None:
+    """Write strips with the same names, in `columns`, to a PNG or PDF of `width` inches."""
+    side = max(min(strips[0].frames.shape[-1], SIDE[1]), SIDE[0])
+    names = list(strips[0].maps)
+    longest = max(len(strip.frames) for strip in strips)
+    w, h = longest * (side + GAP) - GAP, len(names) * (side + GAP) - GAP
+    rows = -(-len(strips) // columns)
+    above = LINE * any(strip.title for strip in strips) + LINE * any(strip.labels for strip in strips)
+    inches = (width / columns - MARGIN) * h / w  # of a strip's height
+    top = LINE * 1.5 if title else 0.05
+    figure = Figure((width, rows * (inches + above) + top + 0.05))
+    height = figure.get_figheight()
+    for number, strip in enumerate(strips):
+        row, column = divmod(number, columns)
+        left, bottom = column / columns + MARGIN / width, 1 - (top + (row + 1) * (inches + above)) / height
+        axis = figure.add_axes((left, bottom, 1 / columns - MARGIN / width - 0.005, inches / height))
+        axis.axis("off")
+        axis.imshow(strip.draw(side), interpolation="antialiased")
+        axis.set(xlim=(0, w), ylim=(h, 0), anchor="NW")
+        for n, name in enumerate(names):
+            axis.text(-GAP, n * (side + GAP) + side / 2, name, rotation=90, ha="right", va="center", fontsize=8)
+        for k, label in enumerate(strip.labels):
+            axis.text(k * (side + GAP) + side / 2, -GAP, label, ha="center", va="bottom", fontsize=7)
+        if strip.title:
+            axis.set_title(strip.title, fontsize=8, loc="left", pad=3, parse_math=False)
+    figure.text(MARGIN / width, 1 - 0.05 / height, title, fontsize=8, va="top", parse_math=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 def write_contact_sheet(
     gaze: Gaze, path: str | Path, layer: int | None = None, head: int | None = None, most: int = MOST
 ) -> Path:
-    """Write a PNG (or PDF, by the path's ending) and return its path; of one layer and head, else their means.
+    """Write a PNG (or PDF, by the path's suffix) of a layer and head, by default their means, and return its path.
 
-    Raises UserError for a layer or head that is not there.
+    Raises UserError for a layer or head that does not exist.
     """
     check(gaze, layer, head)
     shown = decode.spread(len(gaze.frames), most)
-    columns = min(COLUMNS, len(shown))
-    blocks = -(-len(shown) // columns)
-    rows = blocks * len(gaze.weights)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.4 * rows + 0.5), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for n, (name, weights) in enumerate(gaze.weights.items()):
-        painted = draw_heatmap(gaze.frames[shown], maps(torch.from_numpy(weights[:, shown]), layer, head), 224)
-        for i, (k, picture) in enumerate(zip(shown, painted, strict=True)):
-            axis = axes[i // columns * len(gaze.weights) + n, i % columns]
-            axis.imshow(picture)
-            if n == 0:
-                axis.set_title(clock(gaze.seconds[k]), fontsize=7, pad=2)
-            if i % columns == 0:
-                axis.text(-0.04, 0.5, name, rotation=90, ha="right", va="center", fontsize=8, transform=axis.transAxes)
-    what = (
-        "mean over layers and heads" if layer is None and head is None else f"layer {_told(layer)}, head {_told(head)}"
-    )
+    grids = {name: maps(weights, layer, head) for name, weights in gaze.weights.items()}
+    strips = []
+    for start in range(0, len(shown), COLUMNS):
+        row = shown[start : start + COLUMNS]
+        times = [clock(gaze.seconds[k]) for k in row]
+        strips.append(Strip(gaze.frames[row], {name: grid[row] for name, grid in grids.items()}, labels=times))
+    which = f"layer {'mean' if layer is None else layer}, head {'mean' if head is None else head}"
     title = f"{gaze.question}  {gaze.answer}" if gaze.question else gaze.clip
-    title = f"{' '.join(title.split())[:LONGEST]}  ({what})"
-    top = 1 - 0.4 / figure.get_figheight()
-    figure.subplots_adjust(left=0.035, right=0.995, bottom=0.01, top=top, wspace=0.04, hspace=0.12)
-    figure.text(0.035, 1 - 0.06 / figure.get_figheight(), title, fontsize=8, va="top", parse_math=False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
-    return path
+    title = f"{' '.join(title.split())[:LONGEST]}  ({which})"
+    draw_sheet(strips, Path(path), title, width=max(4, 1.3 * len(strips[0].frames) + MARGIN))
+    return Path(path)
 
 
 def save_weights(gaze: Gaze, path: str | Path) -> Path:
-    """Write the weights as an .npz and return its path; its `axes` says what the arrays are."""
+    """Write the weights as an .npz and return its path; its `axes` describes the arrays."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {name: w.astype(np.float16) for name, w in gaze.weights.items()}
-    arrays |= {f"entropy_{name}": spread for name, spread in gaze.entropy.items()}
+    arrays |= {f"entropy_{name}": values for name, values in gaze.entropy.items()}
     arrays |= {name: np.array(getattr(gaze, name)) for name in ("question", "answer", "clip", "model", "mode")}
     arrays |= {"frames": gaze.frames.numpy(), "seconds": np.array(gaze.seconds), "axes": np.array(AXES)}
     np.savez_compressed(path, **arrays)
@@ -79,17 +108,13 @@ def save_weights(gaze: Gaze, path: str | Path) -> Path:
 
 
 def check(gaze: Gaze, layer: int | None, head: int | None) -> None:
-    """Refuse a layer or head that is not there; they count from 0. Raises UserError."""
+    """Raise UserError for a layer or head, counted from 0, that the gaze does not have."""
     layers, _, heads, _ = gaze.weights["coarse"].shape
     check_choice(layers, heads, layer, head)
 
 
 def check_choice(layers: int, heads: int, layer: int | None, head: int | None) -> None:
-    """The same for a model of so many layers and heads, ahead of any look."""
+    """The same for a model with so many layers and heads, before any look."""
     for what, number, count in (("layer", layer, layers), ("head", head, heads)):
         if number is not None and not 0 <= number < count:
             raise UserError(f"{what} {number}: this model has {what}s 0 to {count - 1}")
-
-
-def _told(number: int | None) -> str:
-    return "mean" if number is None else str(number)

@@ -1,7 +1,7 @@
-"""`fovlm demo`: choose a clip, ask, read the answer as it is made, see where the model looked. The one door to Gradio.
+"""`fovlm demo`: choose a clip, ask, read the answer as it is generated, see where the model looked. The door to Gradio.
 
-Nothing goes out to the network: no analytics, no fonts or scripts from elsewhere, and the gaze is the page of
-`fovlm look` inside a frame of its own.
+Nothing uses the network: no analytics, no fonts or scripts from elsewhere. The gaze is the page of `fovlm look` in an
+iframe.
 """
 
 import base64
@@ -26,7 +26,7 @@ from fovlm.viz.gaze import Gaze, gaze_of
 from fovlm.viz.html import write_page
 
 LARGEST = "1gb"  # of an uploaded file
-# The gaze's frame gets the height of what is in it.
+# Gives the iframe the height of its content.
 FIT = "this.style.height = this.contentDocument.documentElement.scrollHeight + 8 + 'px'"
 CSS = """
 .fovlm-strip {display: flex; gap: 4px; overflow-x: auto; padding-bottom: 6px}
@@ -41,7 +41,7 @@ footer {display: none !important}
 def app(
     model: Any, processor: Any, title: str, examples: list[Path], tokens: int, frames: int, mode: str | None
 ) -> gr.Blocks:
-    """The page. A clip is read when it is chosen; the answer streams, and the gaze follows it."""
+    """The page. A clip is read when it is chosen; the answer is streamed, then the gaze is shown."""
     size = model.config.frame_size
     shown = [(path, thumb) for path in examples if (thumb := _thumb(path, size)) is not None]
     examples = [path for path, _ in shown]
@@ -70,29 +70,29 @@ def app(
         def look(question: str, **options: Any) -> None:
             gazes.append(gaze_of(model, processor, clip, question, tokens, mode, **options))
 
-        blind = model.config.visual == "multi_token"  # it sees all of every frame alike
+        has_gaze = model.config.visual != "multi_token"
         yield "…", ""
         try:
-            if blind:
-                said = answer(model, processor, clip, questions[0], tokens, mode=mode)
+            if has_gaze:
+                pieces = stream_answer(processor, partial(look, questions[0]))
             else:
-                said = stream_answer(processor, partial(look, questions[0]))
-            for piece in said:
+                pieces = answer(model, processor, clip, questions[0], tokens, mode=mode)
+            for piece in pieces:
                 text += piece
                 yield text, ""
-            if blind:
-                yield text, "<small>this model sees all of every frame alike: it has no gaze to show</small>"
+            if not has_gaze:
+                yield text, "<small>this model reads all patches of every frame alike: it has no gaze to show</small>"
                 return
             yield text, "<small>drawing where it looked …</small>"
-            for each in questions[1:]:
-                look(each)
+            for other_question in questions[1:]:
+                look(other_question)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
         alike = len(gazes) == 2 and model.config.question == "after_frames"
         yield text, (f"<small>{ALIKE}</small>" if alike else "") + framed(gazes)
 
     with gr.Blocks(title=f"fovlm · {title}", analytics_enabled=False) as page:
-        gr.Markdown(f"## Where does it look?\n**{title}** spends one token on each frame, and decides where to look.")
+        gr.Markdown(f"## Where does it look?\n**{title}** spends one token on each frame and decides where to look.")
         with gr.Row():
             with gr.Column(scale=2):
                 file = gr.File(label="A video, animation or picture", elem_id="clip", height=150)
@@ -112,13 +112,13 @@ def app(
                 question = gr.Textbox(label="Question", value="What happens in this video?", elem_id="question")
                 with gr.Accordion("More", open=False):
                     other = gr.Textbox(label="Another question, to see both gazes side by side", elem_id="other")
-                    fps = gr.Slider(0.5, 8, value=1, step=0.5, label="Frames a second (training takes one)")
+                    fps = gr.Slider(0.5, 8, value=1, step=0.5, label="Frames per second (training uses 1)")
                 go = gr.Button("Ask", variant="primary", elem_id="ask")
-                said = gr.Textbox(label="Answer", lines=3, interactive=False, elem_id="answer")
+                answered = gr.Textbox(label="Answer", lines=3, interactive=False, elem_id="answer")
         seen = gr.HTML(elem_id="frames")
         gaze = gr.HTML(elem_id="gaze")
         gr.on([file.change, fps.release], chosen, [file, fps], seen)
-        gr.on([go.click, question.submit], asked, [file, question, other, fps], [said, gaze])
+        gr.on([go.click, question.submit], asked, [file, question, other, fps], [answered, gaze])
     return page
 
 
@@ -135,7 +135,7 @@ def serve(
 ) -> str:
     """Serve the page on this machine until Ctrl-C (or return at once, unless `wait`) -> its address.
 
-    `port` 0 is the first that is free from 7860 on. Raises UserError when the port is taken.
+    `port` 0 is the first free one from 7860. Raises UserError if the port is taken.
     """
     page = app(model, processor, title, examples, tokens, frames, mode)
     theme = gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"])
@@ -149,12 +149,12 @@ def serve(
             ssr_mode=False,
             footer_links=[],
             max_file_size=LARGEST,
-            allowed_paths=[str(path.absolute()) for path in examples],  # which may lie anywhere
+            allowed_paths=[str(path.absolute()) for path in examples],
             theme=theme,
             css=CSS,
         )
     except OSError as error:
-        raise UserError(f"port {port or '7860 and those behind it'} is taken: give another --port") from error
+        raise UserError(f"port {port or '7860 and those after it'} is taken: give another --port") from error
     if wait:
         print(f"fovlm: open {address} in a browser on this machine; Ctrl-C ends", flush=True)
         page.block_thread()
@@ -173,7 +173,7 @@ def strip(clip: Clip) -> str:
 
 
 def framed(gazes: list[Any]) -> str:
-    """The page of `fovlm look` in a frame of its own: its styles and scripts stay inside."""
+    """The page of `fovlm look` in an iframe, which isolates its styles and scripts."""
     with tempfile.TemporaryDirectory() as folder:
         text = write_page(gazes, Path(folder) / "look.html").read_text(encoding="utf-8")
     return f'<iframe class="fovlm-gaze" height="860" onload="{FIT}" srcdoc="{html.escape(text)}"></iframe>'
@@ -184,9 +184,9 @@ def _jpeg(frame: Any) -> str:
 
 
 def _thumb(path: Path, size: int) -> Any:
-    """The first frame u8 [size, size, 3], or None where nothing decodes: that clip is not on offer."""
+    """The first frame u8 [size, size, 3]; None, with a warning, if nothing decodes: the clip is not offered."""
     try:
         return read_clip(path, size, 1).frames[0].permute(1, 2, 0).numpy()
     except UserError as error:
-        print(f"fovlm: left out: {error}", file=sys.stderr, flush=True)
+        print(f"fovlm: skipped: {error}", file=sys.stderr, flush=True)
         return None

@@ -1,7 +1,7 @@
-"""Attention as light on a picture: smooth, dark where nobody looks, from violet over orange to pale yellow.
+"""Attention as light on a frame: dark without attention, then violet, orange and pale yellow.
 
-The picture is darkened, and light is laid over it in proportion to the weight, so that it reads on any picture. Page,
-film and sheet paint alike; the page gets the same `STOPS`.
+The frame is darkened and the light added in proportion to the weight, which is visible on any frame. The page, the
+video, the contact sheet and the maps of training all draw this way; the page gets the same `STOPS`.
 """
 
 import math
@@ -12,19 +12,20 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 STOPS = ((46, 8, 120), (170, 32, 128), (250, 90, 60), (255, 185, 40), (255, 255, 170))  # evenly spaced, red green blue
-DARKEN = 0.45  # of the picture's light that is taken away
-ALPHA = 0.75  # how much of the picture the brightest light hides
+DARKEN = 0.45  # share of the frame's light that is removed
+ALPHA = 0.75  # share of the frame that the brightest light hides
 
 
-def maps(weights: Tensor, layer: int | None = None, head: int | None = None) -> Tensor:
-    """Attention weights [layers, K, H, N] -> f32 [K, side, side] over the patches: one layer and head, or their means.
+def maps(weights: Tensor | np.ndarray, layer: int | None = None, head: int | None = None) -> Tensor:
+    """Attention weights [layers, K, H, N] -> f32 [K, side, side] over the patches, of a layer and head or their means.
 
-    CLS and registers, which come before the patches, have no place in the picture and are left out.
+    CLS and registers, which come before the patches, have no place in the frame and are left out.
     """
-    chosen = weights.mean(0) if layer is None else weights[layer]
-    rows = chosen.mean(1) if head is None else chosen[:, head]
-    side = side_of(rows.shape[1])
-    return rows[:, -side * side :].float().unflatten(1, (side, side))
+    weights = torch.as_tensor(weights)
+    weights = weights.mean(0) if layer is None else weights[layer]
+    weights = weights.mean(1) if head is None else weights[:, head]
+    side = side_of(weights.shape[1])
+    return weights[:, -side * side :].float().unflatten(1, (side, side))
 
 
 def side_of(rows: int) -> int:
@@ -33,28 +34,35 @@ def side_of(rows: int) -> int:
 
 
 def smooth(grid: Tensor, size: int) -> Tensor:
-    """Maps [K, side, side] -> f32 [K, size, size] >= 0, interpolated between the middles of the patches."""
+    """Maps [K, side, side] -> f32 [K, size, size] >= 0, interpolated between the centers of the patches."""
     return nnf.interpolate(grid[:, None].float(), (size, size), mode="bicubic", align_corners=False)[:, 0].clamp(min=0)
 
 
 def draw_heatmap(frames: Tensor, grid: Tensor, size: int | None = None) -> np.ndarray:
-    """Frames u8 [K, 3, s, s] and their maps [K, side, side] -> u8 [K, size, size, 3]; each map's most is the brightest.
+    """Frames u8 [K, 3, s, s] and their maps [K, side, side] -> u8 [K, size, size, 3], `size` is s by default.
 
-    `size` is s unless told.
+    The largest weight of each map has full brightness.
     """
     size = size or frames.shape[-1]
-    pictures = nnf.interpolate(frames.float(), (size, size), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+    pixels = nnf.interpolate(frames.float(), (size, size), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
     maps = smooth(grid, size)
     light = (maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)).numpy()
     at = np.linspace(0, 1, len(STOPS))
-    colour = np.stack([np.interp(light, at, [stop[c] for stop in STOPS]) for c in range(3)], axis=-1)
+    color = np.stack([np.interp(light, at, [stop[c] for stop in STOPS]) for c in range(3)], axis=-1)
     alpha = ALPHA * light[..., None]
-    painted = pictures.numpy() * (1 - DARKEN) * (1 - alpha) + colour * alpha
-    return painted.round().clip(0, 255).astype(np.uint8)
+    drawn = pixels.numpy() * (1 - DARKEN) * (1 - alpha) + color * alpha
+    return drawn.round().clip(0, 255).astype(np.uint8)
 
 
-def entropy(weights: Tensor) -> Tensor:
-    """How spread out attention is: the entropy of weights [..., N] over its most, ln N -> f32 [...]; 1 is uniform."""
-    weights = weights.float()
-    spread = -(weights * weights.clamp(min=1e-12).log()).sum(-1)
-    return spread / torch.log(torch.tensor(float(weights.shape[-1])))
+def tile(pictures: np.ndarray, gap: int, color: int) -> np.ndarray:
+    """Pictures u8 [rows, columns, s, s, 3] -> one, u8 [h, w, 3], with `gap` pixels of a gray between them."""
+    rows, columns, s = pictures.shape[:3]
+    padded = np.pad(pictures, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=color)
+    return padded.swapaxes(1, 2).reshape(rows * (s + gap), columns * (s + gap), 3)[:-gap, :-gap]
+
+
+def entropy(weights: Tensor | np.ndarray) -> Tensor:
+    """The entropy of attention weights [..., N] relative to its maximum ln N -> f32 [...]; 1 is uniform."""
+    weights = torch.as_tensor(weights).float()
+    nats = -(weights * weights.clamp(min=1e-12).log()).sum(-1)
+    return nats / math.log(weights.shape[-1])

@@ -1,8 +1,8 @@
-"""One HTML page that shows a gaze, or two side by side, and needs nothing else: no network, no other file.
+"""One HTML file that shows a gaze, or two side by side, without network or other files.
 
-Pictures are JPEGs in it, and weights one byte a patch. `page.html` is the page, `page.js` what moves in it.
-Questions and answers are strangers' words: they reach the page as JSON without a `<`, are shown as text, and only our
-own script may run (by its hash).
+It holds frames as JPEGs and weights as one byte per patch. `page.html` is the page, `page.js` its script. Questions and
+answers are untrusted: they reach the page as JSON without a `<`, are shown as text, and only this script may run (by
+its hash).
 """
 
 import base64
@@ -17,6 +17,7 @@ import torch
 
 from fovlm.errors import UserError
 from fovlm.media import encode
+from fovlm.model.modes import MODE_NOTES
 from fovlm.viz.gaze import Gaze
 from fovlm.viz.heatmap import DARKEN, STOPS, entropy, side_of
 
@@ -24,14 +25,14 @@ QUALITY = 85  # of the JPEGs
 
 
 def write_page(gazes: list[Gaze], path: str | Path) -> Path:
-    """Write the page of one gaze, or of two at one clip, and return its path. Raises UserError for anything else."""
+    """Write the page of one gaze, or of two at the same clip, and return its path. Raises UserError otherwise."""
     first = gazes[0]
     if len(gazes) > 2:
         raise UserError(f"{len(gazes)} gazes: a page shows one or two")
     for other in gazes[1:]:
         same = first.frames.shape == other.frames.shape and torch.equal(first.frames, other.frames)
         if not same or first.weights["coarse"].shape != other.weights["coarse"].shape:
-            raise UserError("two gazes on one page look at the same clip, with models of one shape")
+            raise UserError("two gazes on one page need the same clip, and models of the same shape")
     pieces = files("fovlm.viz")
     script = pieces.joinpath("page.js").read_text(encoding="utf-8")
     parts = {
@@ -39,7 +40,7 @@ def write_page(gazes: list[Gaze], path: str | Path) -> Path:
         "DATA": json.dumps(_data(gazes), separators=(",", ":")).replace("<", "\\u003c"),
         "SCRIPT": script,
     }
-    # Cut first: no part is searched for the marks of another.
+    # The template is split before inserting, so that no inserted text is searched for placeholders.
     page, rest = "", pieces.joinpath("page.html").read_text(encoding="utf-8")
     for name, part in parts.items():
         before, _, rest = rest.partition(f"%{name}%")
@@ -53,23 +54,18 @@ def write_page(gazes: list[Gaze], path: str | Path) -> Path:
 def _data(gazes: list[Gaze]) -> dict[str, Any]:
     first = gazes[0]
     layers, K, H, N = first.weights["coarse"].shape
-    frames, frame_of_look = [], []  # a picture that is looked at several times is stored once
+    frames, frame_of_look = [], []  # a picture with several looks is stored once
     for k, frame in enumerate(first.frames):
         if not k or not torch.equal(frame, first.frames[k - 1]):
             jpeg = encode.encode_jpeg(frame.permute(1, 2, 0).numpy(), QUALITY)
             frames.append("data:image/jpeg;base64," + base64.b64encode(jpeg).decode())
         frame_of_look.append(len(frames) - 1)
-    still = len(set(first.seconds)) < K  # looks at one picture share its time; equal frames of a film do not
-    count = (
-        f"{K} looks at {len(frames)} picture{'' if len(frames) == 1 else 's'}"
-        if still
-        else f"{K} frame{'' if K == 1 else 's'}"
-    )
+    still = len(set(first.seconds)) < K  # looks at one picture share its time; equal frames of a video do not
+    shown = f"{K} looks at {len(frames)} picture{'s'[: len(frames) != 1]}" if still else f"{K} frame{'s'[: K != 1]}"
     models = " and ".join(dict.fromkeys(gaze.model for gaze in gazes))
-    ways = {"autoregressive": "frame by frame, as deployed", "coarse_fine": "in two passes, as trained"}
-    how = ways.get(first.mode, "the same way at every frame")
+    facts = [first.clip, shown, f"model {models}", MODE_NOTES[first.mode], f"{layers} layers, {H} heads"]
     return {
-        "about": f"{first.clip} · {count} · model {models}, looking {how} · {layers} layers, {H} heads",
+        "about": " · ".join(facts),
         "K": K,
         "H": H,
         "layers": layers,
@@ -93,7 +89,7 @@ def _data(gazes: list[Gaze]) -> dict[str, Any]:
 
 
 def _weights(weights: np.ndarray) -> dict[str, Any]:
-    """[layers, K, H, N] -> u8 of the patches; for each layer, look and head what 255 means, CLS and entropy."""
+    """[layers, K, H, N] -> the patches as u8; of each layer, look and head the weight of 255, CLS and entropy."""
     n = side_of(weights.shape[-1]) ** 2  # patches; CLS and registers come before them
     patches = weights[..., -n:].astype(np.float32)
     most = patches.max(-1).clip(1e-12)
@@ -101,7 +97,7 @@ def _weights(weights: np.ndarray) -> dict[str, Any]:
         "u8": base64.b64encode((patches / most[..., None] * 255).round().astype(np.uint8).tobytes()).decode(),
         "most": base64.b64encode(most.astype("<f4").tobytes()).decode(),
         "cls": [round(float(x), 4) for x in weights[..., :-n].sum(-1).flat],
-        "entropy": [round(float(x), 3) for x in entropy(torch.from_numpy(weights)).flatten()],
+        "entropy": [round(float(x), 3) for x in entropy(weights).flatten()],
     }
 
 

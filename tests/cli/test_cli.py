@@ -177,7 +177,9 @@ def test_looks_are_written_as_page_film_sheet_and_weights(capsys, saved_model, f
     out = tmp_path / "look"
     assert main(["look", film, *questions, "--tokens", "3", "--layer", "1", "--out", str(out), "-m", saved_model]) == 0
     said, told = capsys.readouterr()
-    assert ("it looks alike whatever is asked" in told) == (len(questions) == 2)  # the question is behind the frames
+    assert ("its looks do not depend on the question" in told) == (
+        len(questions) == 2
+    )  # the question is behind the frames
     names = ["look-1", "look-2"] if len(questions) == 2 else ["look"]
     assert {path.name for path in out.iterdir()} == {
         "look.html",
@@ -213,7 +215,7 @@ def test_a_camera_is_watched_frame_by_frame(capsys, saved_model, film, monkeypat
     told = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in told if line.startswith("frame ")] == ["frame 1", "frame 2", "frame 3"]
     assert told[1].startswith("what ?  ")
-    assert told[-1].startswith("3 frames seen, 3 tokens kept")
+    assert told[-1].startswith("3 frames seen, 3 tokens in the cache")
     monkeypatch.setattr(camera, "camera", lambda *_: iter(()))
     assert "nothing in it decodes" in mistake(capsys, "look", "--live", film, "-m", saved_model)
 

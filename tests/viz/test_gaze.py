@@ -160,7 +160,7 @@ def test_files(tmp_path):
         write_contact_sheet(found, tmp_path / "s.png", layer=3)
 
 
-def test_the_same_clips_are_watched_samples_whatever_the_packs(tmp_path):
+def test_the_same_clips_are_watched_whatever_the_packs(tmp_path):
     sources = {"clips": DataSource(shards=tiny.clips(tmp_path, "v", [3, 2, 4, 3, 1, 2]), kind="video")}
     sources["words"] = DataSource(shards=tiny.clips(tmp_path, "w", [0, 0, 0]), kind="text")
     chat = ChatTokenizer(tiny.tokenizer(), "before_frames", "all_text", 48)

@@ -26,7 +26,7 @@ def gaze(question: str = "what is it?", seed: int = 0, K: int = 5, layers: int =
     frames = torch.from_numpy(np.random.default_rng(9).integers(0, 256, (K, 3, 14 * side, 14 * side), dtype=np.uint8))
     tokens = [Token("question", question), *(Token("frame", "", k) for k in range(K)), Token("answer", question)]
     return Gaze(
-        frames, [float(k) for k in range(K)], question, question, weights, {}, tokens, "film", "m", "autoregressive"
+        frames, [float(k) for k in range(K)], question, question, weights, tokens, "film", "m", "autoregressive"
     )
 
 

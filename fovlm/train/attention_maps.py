@@ -1,14 +1,15 @@
-"""Watching attention sharpen: at every evaluation, where the model looks in the same ten validation clips.
+"""Attention maps during training: where the model looks in the same ten validation clips, at every evaluation.
 
     maps/step-00000200.png   a row of frames for each clip, coarse looks above fine ones
     maps/step-00000200.npz   the weights behind it: see `save_maps`
     maps/index.html          all of them, with a slider over the steps
 
-The clips are the first ten of the validation order that have frames: the same at every evaluation, on any number of
-ranks and whatever a pack holds.
+The clips are the first ten of the validation order that have frames: the same at every evaluation and on any number of
+ranks.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ from fovlm.viz.heatmap import maps
 
 CLIPS = 10
 MOST_LOOKS = 8  # of a clip, evenly spaced
-SEARCHED = 1000  # positions among which clips are looked for: a set may hold text or images for the most part
+SEARCHED = 1000  # positions that are searched for clips: a set may be mostly text
 
 
 def watched_samples(val_set: Dataset, clips: int = CLIPS) -> list[Sample]:
-    """The first samples of a validation set that have frames, the first of each pair; fewer when there are not so many.
+    """The first `clips` samples of a validation set that have frames (the first of each pair), or as many as there are.
 
-    A pure function of the set: no rank, step or pack comes into it.
+    A pure function of the set, independent of rank, step and packs.
     """
     once = min(len(val_set.samples) * max(val_set.samples.values()), SEARCHED)  # sources are mixed evenly
     found: dict[tuple[str, str], Sample] = {}
@@ -62,7 +63,7 @@ def save_maps(
     step: int,
     device: torch.device | str = "cpu",
 ) -> Path | None:
-    """Draw where a model of `step` steps looks in the samples -> the picture's path in `folder`; None without samples.
+    """Draw where the model looks in the samples after `step` steps -> the PNG's path in `folder`; None without samples.
 
     Beside it an .npz: `coarse` and (foveated) `fine` f16 [layers, k, H, N] (N: CLS, then the patches by row); of each
     of the k looks `clip` i64 [k], the number of its clip, and `look` i64 [k], its number there; `keys` and `texts` name
@@ -102,13 +103,13 @@ def save_maps(
 
 
 def _text(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a sample says, without the system message that all share."""
-    said = tokenizer.decode(sample.tokens.tolist(), skip_special_tokens=True)
-    return " ".join(said.partition(SYSTEM)[2].split())[:100]
+    """Question and answer of a sample, without the system message and the roles."""
+    text = tokenizer.decode(sample.tokens.tolist(), skip_special_tokens=True).partition(SYSTEM)[2]
+    return " ".join(re.sub(r"(^|\n)\s*(user|assistant)\s*\n", " ", text).split())[:100]
 
 
 INDEX = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Where it looked while it learnt</title>
+<title>Attention maps during training</title>
 <style>body{font:15px system-ui,sans-serif;margin:0 auto;max-width:70rem;padding:1rem;color-scheme:light dark}
 header{position:sticky;top:0;padding:.6rem 0;background:Canvas}input{width:100%}img{width:100%;background:#fff}</style>
 <header><label for="at">after <output id="step"></output> steps (arrow keys)</label>
@@ -122,6 +123,6 @@ at.max = at.value = steps.length - 1;
 
 
 def _write_index(folder: Path) -> None:
-    """A page that slides over the pictures of all evaluations so far."""
+    """Write the page with a slider over the pictures of all evaluations so far."""
     steps = [[int(p.stem.removeprefix("step-")), p.name] for p in sorted(folder.glob("step-*.png"))]
     (folder / "index.html").write_text(INDEX.replace("STEPS", json.dumps(steps)), encoding="utf-8")

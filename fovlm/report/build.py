@@ -43,7 +43,7 @@ def write_report(words: Iterable[str], out: Path, title: str = "What the runs sa
         blocks += [block for answer in found for block in _answer(evidence, answer, out)]
         blocks += _training(evidence, out) + _gaze(evidence, out)
         blocks += _grid(cells, seeing_loss(evidence), out) if cells else []
-        text = "\n\n".join(blocks + _sources(evidence)) + "\n"
+        text = "\n\n".join(filter(None, blocks + _sources(evidence))) + "\n"
         (out / "report.md").write_text(text, encoding="utf-8")
         html = out / "report.html"
         html.write_text(page(title, text, out), encoding="utf-8")
@@ -110,11 +110,10 @@ def _losses(evidence: Evidence, out: Path) -> list[str]:
 def _answer(evidence: Evidence, answer: Answer, out: Path) -> list[str]:
     """An answer with its numbers, and a figure where FLOPs are compared."""
     blocks = [heading(answer.title), verdict(answer.verdict.text, answer.decided), table(answer.head, answer.rows)]
-    blocks += [points(answer.notes)] if answer.notes else []
-    blocks += [escape(f"Rule: {answer.rule}")] if answer.rule != RULE else []
+    blocks += [points(answer.notes), escape(f"Rule: {answer.rule}") if answer.rule != RULE else ""]
     if answer.at_equal_flops:
         drawn = figures.over_flops(evidence, answer.labels, out / f"equal_flops-{answer.labels[1]}.svg")
-        blocks += [figure(drawn, "Validation loss over the compute spent; bands: all seeds.")] if drawn else []
+        blocks.append(figure(drawn, "Validation loss over the compute spent; bands: all seeds."))
     return blocks
 
 
@@ -159,8 +158,8 @@ def _gaze(evidence: Evidence, out: Path) -> list[str]:
                 f"{evidence.title(label)}: {pictures[-1].stem} of {runs[0].name}, validation clips; attention in red."
             )
             blocks.append(figure(copy, caption))
-    numbers = [table(("side", *(f"{key}, by seed" for key in LOOKS)), rows)] if rows else []
-    return [heading("Where it looks"), *numbers, *blocks] if numbers or blocks else []
+    numbers = table(("side", *(f"{key}, by seed" for key in LOOKS)), rows)
+    return [heading("Where it looks"), numbers, *blocks] if numbers or blocks else []
 
 
 def _grid(cells: Grid, seeing: float | None, out: Path) -> list[str]:
@@ -180,8 +179,7 @@ def _grid(cells: Grid, seeing: float | None, out: Path) -> list[str]:
         heading("Scale: loss as a law of size and data"), *_laws(cells),
     ]  # fmt: skip
     drawn = figures.law(cells, out / "law.svg")
-    blocks += [figure(drawn, "Measured losses against the fitted law.")] if drawn else []
-    blocks += [escape(f"Rule: {LAW_RULE}"), escape(CHECKED)]
+    blocks += [figure(drawn, "Measured losses against the fitted law."), escape(f"Rule: {LAW_RULE}"), escape(CHECKED)]
     drawn = figures.one_or_sixteen(cells, out / "one_or_sixteen.svg")
     if drawn:
         text = trend_text(cells, seeing)
@@ -219,14 +217,13 @@ def _laws(cells: Grid) -> list[str]:
     head = ("architecture", "points", "E", "A", "alpha", "B", "beta", "best N grows as C to the", "residual")
     texts = {arch: law_text(cells, arch) for arch in cells.archs}
     blocks = [verdict(f"{SHORT[a]}: {text}", not text.startswith("not decided")) for a, text in texts.items()]
-    return blocks + ([table(head, rows)] if rows else [])
+    return [*blocks, table(head, rows)]
 
 
 def _sources(evidence: Evidence) -> list[str]:
     """The rule, what was left out, and where the runs came from."""
-    blocks = [heading("How it was decided"), escape(RULE)]
-    if evidence.left_out:
-        blocks += [heading("Left out"), table(("run", "why"), evidence.left_out)]
+    blocks = [heading("How it was decided"), escape(RULE), heading("Left out") if evidence.left_out else ""]
+    blocks.append(table(("run", "why"), evidence.left_out))
     facts = []
     for val_set in dict.fromkeys(run.val_set for run in evidence.runs):
         runs = [run for run in evidence.runs if run.val_set == val_set]

@@ -31,17 +31,21 @@ def verdict(text: str, decided: bool) -> str:
 
 
 def points(items: Sequence[str]) -> str:
+    """A list; "" without items."""
     return "\n".join(f"- {escape(item)}" for item in items)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; "" without rows."""
+    if not rows:
+        return ""
     cells = [[escape(cell) for cell in row] for row in (head, *rows)]
     return markdown_table(cells, range(len(head)))
 
 
-def figure(file: Path, caption: str) -> str:
-    """A picture beside the page, and its caption in italics."""
-    return f"![{escape(caption)}]({file.name})\n\n*{escape(caption)}*"
+def figure(file: Path | None, caption: str) -> str:
+    """A picture beside the page, and its caption in italics; "" without a picture."""
+    return "" if file is None else f"![{escape(caption)}]({file.name})\n\n*{escape(caption)}*"
 
 
 def page(title: str, text: str, folder: Path) -> str:

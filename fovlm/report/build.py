@@ -230,8 +230,6 @@ def _sources(evidence: Evidence) -> list[str]:
         scored = sorted({run.summary["val_samples"] for run in runs if run.summary.get("val_samples")})
         samples = f", {'/'.join(map(str, scored))} samples scored" if scored else ""
         facts.append(f"Validation set {'+'.join(runs[0].experiment.data.val)} ({val_set}): {len(runs)} runs{samples}.")
-    if any(run.val_set.startswith("unrecorded") for run in evidence.runs):
-        facts.append("An unrecorded set is identified by the settings; that its shards were the same is not checked.")
     commits = sorted({str(run.summary.get("commit"))[:12] for run in evidence.runs})
     facts.append(f"Commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}.")
     seconds = sum(float(run.summary.get("wall_seconds", 0)) for run in evidence.runs)

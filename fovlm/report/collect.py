@@ -105,6 +105,8 @@ def _read(folder: Path, experiment: Experiment) -> RunRecord | str:
         return f"not finished ({status}, last row at step {int(rows[-1]['step']) if rows else 0})"
     if not isinstance(summary.get("final"), dict) or "val_loss" not in summary["final"]:
         return "has no validation loss"
+    if not summary.get("val_hash"):
+        return "has no val_hash: its validation set is unknown"
     label = SEED.sub("", experiment.name)
     cell = CELL.match(label)
     if cell is None:

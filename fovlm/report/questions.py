@@ -125,8 +125,6 @@ def _at_equal_flops(evidence: Evidence, question: str, baseline: str, label: str
         "decayed: this is to its disadvantage. The other is called better only when it also beats that side's final "
         "losses, which took more FLOPs. In the grid every run has a whole schedule for its budget."
     ]
-    if not all(run.summary.get("flops") for runs in pair.values() for run in runs):
-        notes.append("FLOPs of a sample were not recorded: upper bounds from the settings are used.")
     head = ("side", "seeds", "loss there (nats)", "FLOPs", "FLOPs a sample", _more(verdict))
     title = f"{question} ({label}, at equal FLOPs)"
     return Answer(title, [baseline, label], verdict, head, rows, notes, at_equal_flops=True)

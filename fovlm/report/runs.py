@@ -1,7 +1,6 @@
 """A finished run, and the evidence that a set of runs makes."""
 
-import hashlib
-import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 from fovlm.checkpoint.run_folder import Row
 from fovlm.config import experiments
 from fovlm.config.schema import Experiment, Versus
-from fovlm.estimate import flops
 from fovlm.estimate.shapes import geometry, parameters
 
 ARCH = {"foveated": "F", "multi_token": "B"}  # the letter that a grid's names have for `model.visual`
@@ -59,8 +57,8 @@ class RunRecord:
 
     @property
     def flops(self) -> float:
-        """FLOPs of the whole run, forward and backward: as recorded, or an upper bound from the settings."""
-        return float(self.summary.get("flops") or _bound(self.experiment) * self.samples)
+        """FLOPs of the whole run, forward and backward; nan where they were not known."""
+        return float(self.summary.get("flops") or math.nan)
 
     @property
     def flops_per_sample(self) -> float:
@@ -74,15 +72,8 @@ class RunRecord:
 
     @property
     def val_set(self) -> str:
-        """Identifies the validation set: its recorded hash, or `unrecorded-` and a hash of the settings."""
-        recorded = self.summary.get("val_hash")
-        if recorded:
-            return str(recorded)
-        data, train = self.experiment.data, self.experiment.train
-        settings = [[s, data.sources[s].model_dump()] for s in data.val] + [
-            [data.generate and data.generate.model_dump(), data.pack_frames, data.pack_tokens, train.eval_packs]
-        ]
-        return "unrecorded-" + hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        """The recorded hash of the validation set."""
+        return str(self.summary["val_hash"])
 
     def curve(self, column: str) -> list[tuple[float, float]]:
         """(samples seen, value) of every row that has the column. A row's samples are those of its step."""
@@ -157,11 +148,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return " and ".join(map(_shown, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _bound(experiment: Experiment) -> float:
-    """FLOPs of a sample when each is as large as the settings allow, by the mixture."""
-    largest, shapes = flops.largest(experiment), geometry(experiment.model)
-    weights = experiment.data.mixture
-    cost = {s: flops.total(flops.sample_cost(experiment, shapes, largest[s])).total for s in weights}
-    return sum(cost[s] * weights[s] for s in weights) / sum(weights.values())

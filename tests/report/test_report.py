@@ -213,12 +213,19 @@ def test_runs_are_found_by_folder_glob_name_and_group(tmp_path, monkeypatch):
         collect([str(tmp_path / "nowhere")])
 
 
-def test_an_unrecorded_set_is_identified_by_the_settings(tmp_path):
-    write_seeds(tmp_path, "LR1", [0.5], val_hash=None)
+def test_a_run_whose_validation_set_is_unknown_is_left_out(tmp_path):
+    write_seeds(tmp_path, "LR1", [0.5])
     write_seeds(tmp_path, "A1", [0.5], val_hash=None)
-    runs = collect([str(tmp_path)]).runs
-    assert runs[0].val_set == runs[1].val_set
-    assert runs[0].val_set.startswith("unrecorded")
+    assert "no val_hash" in dict(collect([str(tmp_path)]).left_out)["nano-A1"]
+
+
+def test_unknown_flops_decide_nothing_at_equal_flops(tmp_path):
+    write_seeds(tmp_path, "LR1", [0.30, 0.30, 0.31])
+    write_seeds(tmp_path, "B1", [0.50, 0.51, 0.50], flops=None)
+    found = verdicts(tmp_path)
+    assert found["One token against sixteen"].decided
+    assert found["One token against sixteen, at equal FLOPs"].verdict.text.startswith("not decided")
+    write_report([str(tmp_path)], tmp_path / "out")
 
 
 # -- the page --------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ DOORS = {
     "scipy": {"fovlm.eval.metrics", "fovlm.report.scaling_law", "fovlm.report.statistics"},
     "markdown_it": {"fovlm.report.document"},
     "lmms_eval": {"fovlm.eval.lmms_eval", "fovlm.eval.lmms_plugin"},
-    "tokenizers": {"fovlm.data.synthetic_shards"},
+    "tokenizers": {"fovlm.data.synthetic"},
     "typer": {f"fovlm.cli.{name}" for name in ("convert", "data", "evaluate", "main", "run", "use")},
 }
 FAMILIES = "fovlm.model.encoders"

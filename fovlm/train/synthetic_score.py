@@ -9,7 +9,7 @@ import torch
 from fovlm import distributed
 from fovlm.config.schema import SyntheticTask
 from fovlm.data.packing import Batch
-from fovlm.data.synthetic_shards import TRUTH, folder
+from fovlm.data.synthetic import TRUTH, folder
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.viz.heatmap import maps
 

@@ -24,7 +24,7 @@ from fovlm.checkpoint.locate import load_weights
 from fovlm.checkpoint.reference import choose_reference_batch
 from fovlm.config import deepspeed, schema
 from fovlm.config.schema import Experiment
-from fovlm.data import synthetic_shards
+from fovlm.data import synthetic
 from fovlm.data.chat import load_tokenizer
 from fovlm.data.dataloader import PackLoader, StepBatches, plan_steps
 from fovlm.data.dataset import open_dataset, pack_budget, tokenizer_path
@@ -60,7 +60,7 @@ class Trainer:
         self.experiment, self.device, self.folder = experiment, device, experiment.run_folder
         self.stop_requested = False
         if task := data.generate:
-            distributed.rank_zero_first(lambda: synthetic_shards.make(task))
+            distributed.rank_zero_first(lambda: synthetic.make(task))
         tokenizer = distributed.collective_call(lambda: load_tokenizer(tokenizer_path(experiment)))
         self.tokenizer = tokenizer
         self.train_set = distributed.rank_zero_first(lambda: open_dataset(experiment, tokenizer, data.mixture))

@@ -9,7 +9,7 @@ import torch
 
 from fovlm.config import schema
 from fovlm.config.schema import SyntheticTask
-from fovlm.data import synthetic, synthetic_shards
+from fovlm.data import synthetic
 from fovlm.data.chat import ChatTokenizer, load_tokenizer
 from fovlm.data.dataset import open_dataset
 from fovlm.data.packing import PackSize, Sample, collate
@@ -49,7 +49,7 @@ def read(frames: np.ndarray, task: SyntheticTask) -> np.ndarray:
 
 
 def files(task: SyntheticTask) -> dict[str, bytes]:
-    folder = synthetic_shards.folder(task)
+    folder = synthetic.folder(task)
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -118,11 +118,9 @@ def test_all_names_and_marks_are_read_back_from_jpeg():
 
 
 def test_every_question_and_answer_survives_the_tokenizer():
-    tokenizer = synthetic_shards.tokenizer(TASK)
+    tokenizer = synthetic.tokenizer(TASK)
     said = [synthetic.QUESTION.format(name=name) for name in synthetic.names(24)] + ["0 1 2 3 4 5 6 7 8 9"]
-    said += [
-        text[key] for s in synthetic_shards._texts(TASK, 40) for text in (s["json"],) for key in ("user", "assistant")
-    ]
+    said += [text[key] for s in synthetic._texts(TASK, 40) for text in (s["json"],) for key in ("user", "assistant")]
     for text in said:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.unk_token_id not in ids
@@ -130,7 +128,7 @@ def test_every_question_and_answer_survives_the_tokenizer():
 
 
 def test_the_frames_stand_right_behind_the_question():
-    tokenizer = synthetic_shards.tokenizer(TASK)
+    tokenizer = synthetic.tokenizer(TASK)
     chat = ChatTokenizer(tokenizer, "before_frames", "answer", 64)
     text = chat.text({"user": "what does the red gate show?", "assistant": "3 1 5"}, None, frames=True)
     assert tokenizer.decode(text.tokens[: text.prompt]).endswith("the red gate show?")
@@ -139,10 +137,10 @@ def test_the_frames_stand_right_behind_the_question():
 
 
 def test_text_alone_counts_on():
-    for sample in synthetic_shards._texts(TASK, 30):
+    for sample in synthetic._texts(TASK, 30):
         _, many, _, first = sample["json"]["user"].split()
         answer = [int(word) for word in sample["json"]["assistant"].split()]
-        assert synthetic_shards.NUMBERS[len(answer)] == many
+        assert synthetic.NUMBERS[len(answer)] == many
         assert answer == [(int(first) + n) % TASK.marks for n in range(len(answer))]
 
 
@@ -150,25 +148,25 @@ def test_text_alone_counts_on():
 
 
 def test_the_same_settings_give_the_same_bytes_and_are_written_once():
-    synthetic_shards.make(TASK)
+    synthetic.make(TASK)
     first = files(TASK)
-    stamp = synthetic_shards.folder(TASK).stat().st_mtime_ns
-    synthetic_shards.make(TASK)
-    assert synthetic_shards.folder(TASK).stat().st_mtime_ns == stamp
+    stamp = synthetic.folder(TASK).stat().st_mtime_ns
+    synthetic.make(TASK)
+    assert synthetic.folder(TASK).stat().st_mtime_ns == stamp
 
     again = TASK.model_copy(update={"folder": "again"})
-    synthetic_shards.make(again)
+    synthetic.make(again)
     differing = {name for name, data in files(again).items() if data != first[name]}
     assert differing == {"task.json"}  # it names the folder
 
 
 def test_other_settings_replace_the_files_and_a_broken_off_attempt_is_no_hindrance():
-    synthetic_shards.make(TASK)
+    synthetic.make(TASK)
     before = files(TASK)
-    left = synthetic_shards.folder(TASK).with_name(f".{TASK.folder}.killed.unfinished")
+    left = synthetic.folder(TASK).with_name(f".{TASK.folder}.killed.unfinished")
     left.mkdir()
     (left / "video-000.tar").write_bytes(b"half")
-    synthetic_shards.make(TASK.model_copy(update={"seed": 1}))
+    synthetic.make(TASK.model_copy(update={"seed": 1}))
     after = files(TASK)
     assert set(after) == set(before)
     assert all(after[name] != before[name] for name in after if name.endswith(".tar"))
@@ -179,10 +177,10 @@ def test_what_a_run_reads_is_what_the_truth_says():
     """From the settings to the shards, the index, the decoder and the tokens; then read off the asked cell."""
     experiment = schema.load("quickstart", ["data.generate.train_clips=24", "data.generate.val_clips=16"])
     task = experiment.data.generate
-    synthetic_shards.make(task)
-    tokenizer = load_tokenizer(str(synthetic_shards.folder(task) / "tokenizer"))
+    synthetic.make(task)
+    tokenizer = load_tokenizer(str(synthetic.folder(task) / "tokenizer"))
     data = open_dataset(experiment, tokenizer, {"val": 1.0})
-    truth = json.loads((synthetic_shards.folder(task) / synthetic_shards.TRUTH).read_text())
+    truth = json.loads((synthetic.folder(task) / synthetic.TRUTH).read_text())
     assert data.samples == {"val": 16}
     assert len(truth) == 32  # 16 clips, and 16 pictures of `val_image`
     for position in range(16):
@@ -199,8 +197,8 @@ def test_what_a_run_reads_is_what_the_truth_says():
 
 def test_training_has_every_source_in_its_share():
     experiment = schema.load("quickstart", ["data.generate.train_clips=24", "data.generate.val_clips=5"])
-    synthetic_shards.make(experiment.data.generate)
-    tokenizer = load_tokenizer(str(synthetic_shards.folder(experiment.data.generate) / "tokenizer"))
+    synthetic.make(experiment.data.generate)
+    tokenizer = load_tokenizer(str(synthetic.folder(experiment.data.generate) / "tokenizer"))
     data = open_dataset(experiment, tokenizer, experiment.data.mixture)
     assert data.samples == {"video": 24, "image": 3, "words": 3}
     looks = [sample.looks for position in range(20) for sample in data.read(position)[0]]
@@ -216,7 +214,7 @@ def test_the_named_runs_fit_their_task(name):
     assert model.encoder["patch_size"] == task.patch, "one object, one patch"
     assert max(task.objects) <= min(task.names, task.grid**2)
     assert task.names <= len(synthetic.names(99))
-    tokenizer = synthetic_shards.tokenizer(task)
+    tokenizer = synthetic.tokenizer(task)
     assert len(tokenizer) <= model.llm["vocab_size"]
     longest = ChatTokenizer(tokenizer, "before_frames", "answer", 1000).text(
         {"user": synthetic.QUESTION.format(name="red gate"), "assistant": "1 " * task.frames}, None, frames=True
@@ -253,8 +251,8 @@ class Gaze:
 
 def judged(weights_of, kinds=("val", "val_image")) -> dict[str, float]:
     """The verdict on looks at these kinds, whose weights over CLS and the patches come from (cell, patches)."""
-    synthetic_shards.make(TASK)
-    truth = json.loads((synthetic_shards.folder(TASK) / synthetic_shards.TRUTH).read_text())
+    synthetic.make(TASK)
+    truth = json.loads((synthetic.folder(TASK) / synthetic.TRUTH).read_text())
     side, count = TASK.grid * TASK.patch, TASK.grid**2
     samples, weights = [], []
     for key, cells in truth.items():

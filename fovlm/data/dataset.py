@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fovlm.config.schema import DataSource, Experiment
@@ -214,7 +213,8 @@ class Dataset:
         kind, pictures = contents(list(files))
         record = parse_json(next(files[m] for m in files if m.extension == "json"))
         texts = self.chat.texts(record, shelf.source.prompt, bool(pictures), shelf.source.kind == "preference")
-        frames = self._decode([(m.extension, files[m]) for m in pictures], int(index.frames[row]))
+        media = [(m.extension.rpartition(".")[2], files[m]) for m in pictures]
+        frames = decode.decode_media(media, int(index.frames[row]), self.frame_size, self.max_frames)
         looks = self.image_frames if kind == "image" else len(frames)
         return [
             Sample(
@@ -229,14 +229,6 @@ class Dataset:
             )
             for text, role in zip(texts, ("chosen", "rejected") if len(texts) == 2 else ("",), strict=True)
         ]
-
-    def _decode(self, pictures: list[tuple[str, bytes]], count: int) -> Tensor:
-        """(extension, bytes) of each picture, or of the one video, of `count` seconds -> u8 [f, 3, size, size]."""
-        if pictures and pictures[0][0] in decode.VIDEOS:
-            ((extension, data),) = pictures
-            return decode.decode_video(data, extension, self.frame_size, count, self.max_frames)
-        chosen = [pictures[number] for number in decode.spread(count, self.max_frames)]
-        return decode.decode_pictures([(name.rpartition(".")[2], data) for name, data in chosen], self.frame_size)
 
 
 def _hash(identity: dict[str, Any]) -> str:

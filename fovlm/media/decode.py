@@ -47,6 +47,17 @@ def decoder_errors(cause: str, errors: tuple[type[BaseException], ...]) -> Itera
         raise SampleError(cause) from error
 
 
+def decode_media(media: list[tuple[str, bytes]], count: int, size: int, most: int) -> Tensor:
+    """`count` pictures, or one video of `count` seconds, with their extensions -> u8 [f, 3, size, size], f <= most.
+
+    Raises SampleError.
+    """
+    if media and media[0][0] in VIDEOS:
+        ((extension, data),) = media
+        return decode_video(data, extension, size, count, most)
+    return decode_pictures([media[n] for n in spread(count, most)], size)
+
+
 def decode_pictures(pictures: list[tuple[str, bytes]], size: int) -> Tensor:
     """f pictures, each with its extension -> u8 [f, 3, size, size]: short side resized to `size`, then center crop.
 

@@ -16,7 +16,7 @@ from fovlm.data.index import make_index
 from fovlm.data.sample_format import contents, parse_json, read_members
 from fovlm.data.workers import each
 from fovlm.errors import SampleError, UserError, did_you_mean
-from fovlm.media import decode
+from fovlm.media.decode import decode_media
 from fovlm.prepare.job import content_hashes
 from fovlm.prepare.manifest import load_manifest
 from fovlm.progress import track
@@ -131,27 +131,23 @@ def scan_shard(path: Path, decode: bool) -> ShardScan:
                 continue
             file.seek(entry.offset)
             try:
-                _check_sample(entry, file.read(entry.length), decode)
+                _check_sample(entry, file.read(entry.length), int(index.frames[row]), decode)
             except SampleError as error:
                 entry.cause = str(error)
     return scan
 
 
-def _check_sample(entry: SampleEntry, data: bytes, decode_pictures: bool) -> None:
-    """Fill in an entry from the sample's bytes. Raises SampleError."""
+def _check_sample(entry: SampleEntry, data: bytes, frames: int, decode: bool) -> None:
+    """Fill in an entry from the sample's bytes; `frames` as the index counts them. Raises SampleError."""
     files = read_members(data)
     _, pictures = contents(list(files))
     record = parse_json(next(content for member, content in files.items() if member.extension == "json"))
     entry.source, entry.frames = str(record.get("source") or ""), len(pictures)
     entry.sample, entry.pictures = content_hashes(record, [files[member] for member in pictures])
     _check_record(record)
-    for member in pictures if decode_pictures else ():
-        extension = member.extension.rpartition(".")[2]
-        if extension in decode.VIDEOS:
-            seconds = decode.video_seconds(files[member], extension)
-            decode.decode_video(files[member], extension, SIZE, seconds, most=64)
-        else:
-            decode.decode_pictures([(extension, files[member])], SIZE)
+    if decode:
+        media = [(member.extension.rpartition(".")[2], files[member]) for member in pictures]
+        decode_media(media, frames, SIZE, most=max(64, len(pictures)))
 
 
 def _check_record(record: dict[str, Any]) -> None:

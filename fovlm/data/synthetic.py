@@ -7,9 +7,9 @@ its middle is its mark. Objects change places and marks from frame to frame, so 
 frame, and the gaze must follow the object rather than a place. With enough objects one token cannot hold all marks of a
 frame: then a model that looks where the question points does better than one whose look is always the same.
 
-`make` writes shards, tokenizer and the places of the asked objects below FOVLM_DATA, once; all is a pure function of the
-settings and the seed. `train/synthetic_score.py` scores a model on it. Letters: C clips, f frames of a clip, G patches
-on a side, O objects, p pixels of a patch.
+`make` writes shards, tokenizer and the places of the asked objects below FOVLM_DATA, once, from the settings and the
+seed alone. `train/synthetic_score.py` scores a model on it. Letters: C clips, f frames of a clip, G patches on a side,
+O objects, p pixels of a patch.
 """
 
 import json

@@ -3,8 +3,8 @@ ENV := . scripts/env.sh && use_python dev && use_caches
 # One thread: the matrices of the tests are small.
 RUN := $(ENV) && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=$$PWD
 
-.PHONY: test pins lint format unit real docs
-test: lint unit
+.PHONY: test pins lint format unit lines real docs
+test: lint unit lines
 
 # Do the pinned versions resolve on other machines? Needs the package index.
 pins:
@@ -16,13 +16,17 @@ lint:
 unit:
 	@$(RUN) && python -m pytest $(ARGS)
 
-# Real weights and data; tests/test_real.py says what it wants. About 25 minutes on two cores.
+# Lines of source by package, and of the core.
+lines:
+	@$(RUN) && python scripts/count_lines.py
+
+# Real weights and data; tests/test_real.py says what it needs. About 25 minutes on two cores.
 real:
 	@$(RUN) && python -m pytest -m real -o faulthandler_timeout=3600 $(ARGS)
 
 format:
 	@$(RUN) && ruff check --fix . && ruff format .
 
-# The site, into site/; tests/test_docs.py holds it to the same.
+# The site, into site/; tests/test_docs.py builds it in the same way.
 docs:
 	@$(RUN) && python -m mkdocs build --strict

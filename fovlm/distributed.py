@@ -1,4 +1,4 @@
-"""What the ranks tell each other. Without a process group there is one rank, and every function still works."""
+"""Collectives that also work without a process group: then there is one rank."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -13,21 +13,23 @@ T = TypeVar("T")
 
 
 def rank() -> int:
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait for every rank."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def sum_over_ranks(values: list[float] | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Each value summed over the ranks, in fp64 [n] on `device`."""
+    """Each value summed over the ranks: f64 [n] on `device`."""
     tensor = torch.as_tensor(values, dtype=torch.float64, device=device).clone()
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -40,7 +42,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's picklable value, in the order of ranks, on every rank."""
+    """The picklable values of all ranks, in the order of ranks, on every rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world()
@@ -57,11 +59,11 @@ def broadcast(value: Any) -> Any:
 
 
 class SharedError(UserError):
-    """A mistake that every rank knows of: rank 0 tells it, the others end in silence."""
+    """A user error that every rank has: rank 0 prints it, the others exit silently."""
 
 
 def collective_call(work: Callable[[], T]) -> T:
-    """Do `work` on every rank; a UserError on any of them is raised as SharedError on all."""
+    """Call `work` on every rank; a UserError on any of them is raised as SharedError on all."""
     result, problem = None, ""
     try:
         result = work()
@@ -73,9 +75,9 @@ def collective_call(work: Callable[[], T]) -> T:
 
 
 def rank_zero_first(work: Callable[[], T]) -> T:
-    """Do `work` on rank 0 and then on the others, so that what it makes on disk is made once and found by the rest.
+    """Call `work` on rank 0, then on the others, which find what it wrote to disk.
 
-    A UserError on any rank is raised as SharedError on all: nobody is left waiting at a barrier.
+    A UserError on any rank is raised as SharedError on all: no rank is left waiting at a barrier.
     """
     result = collective_call(lambda: work() if rank() == 0 else None)
     return cast(T, collective_call(lambda: result if rank() == 0 else work()))

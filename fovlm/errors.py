@@ -1,18 +1,18 @@
-"""What a person did wrong, said in one line: what is wrong, where, and what to do. And the statuses a run ends with."""
+"""User-facing errors (what is wrong, where, how to fix it), errors of samples, and process exit codes."""
 
 import difflib
 import errno
 from collections.abc import Iterable
 
-EXIT_USER_ERROR = 2  # something to mend first; nothing was started, or nothing was lost
-EXIT_STOPPED = 75  # stopped by a signal after saving: the same command goes on from there (EX_TEMPFAIL of sysexits.h)
+EXIT_USER_ERROR = 2  # something to fix first; nothing was started, or nothing was lost
+EXIT_STOPPED = 75  # stopped by a signal, nothing lost: the same command resumes (EX_TEMPFAIL of sysexits.h)
 
-# What the system says of a path that somebody gave: such an error is theirs to mend, any other is a bug.
-OF_A_PATH = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS, errno.ENOSPC}
+# System errors that a path from the user can cause; any other is a bug.
+PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS, errno.ENOSPC}
 
 
 class UserError(Exception):
-    """A mistake in a command, a file or the surroundings. Commands print it without a traceback and exit with 2."""
+    """A mistake in a command, a file or the environment, in one line. Commands print it and exit with status 2."""
 
 
 class SampleError(ValueError):
@@ -23,7 +23,7 @@ class SampleError(ValueError):
 
 
 def did_you_mean(word: str, words: Iterable[object]) -> str:
-    """` (did you mean 'x'?)` with the closest of `words`, or an empty string when none is close."""
+    """` (did you mean 'x'?)` with the closest of `words`; empty when none is close."""
     candidates = [str(w) for w in words]
     lower = {w.lower(): w for w in candidates}
     close = difflib.get_close_matches(str(word).lower(), list(lower), n=1, cutoff=0.5)
@@ -31,7 +31,7 @@ def did_you_mean(word: str, words: Iterable[object]) -> str:
 
 
 def format_error(error: UserError | OSError) -> str:
-    """The line to tell of an error, or an empty string when it is a bug and wants its traceback."""
+    """The line to print for an error; empty when it is a bug and needs its traceback."""
     if isinstance(error, UserError):
         return str(error)
-    return f"{str(error.filename)[:100]}: {error.strerror}" if error.filename and error.errno in OF_A_PATH else ""
+    return f"{str(error.filename)[:100]}: {error.strerror}" if error.filename and error.errno in PATH_ERRORS else ""

@@ -1,4 +1,4 @@
-"""Takes out of a text what must not leave the machine: secrets, and the home folder's path."""
+"""Removes secrets and the path of the home folder from text that leaves the machine."""
 
 import os
 import re
@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 HIDDEN = "[hidden]"
-# Names of environment variables whose values are secrets: a word of the name ends so (PGPASSWORD, not TOKENIZER_DIR).
+# Environment variables whose values are secrets: a word of the name ends like this (PGPASSWORD, not TOKENIZER_DIR).
 SECRET_NAME = re.compile(r"(?:KEY|TOKEN|SECRET|PASS(?:WORD|WD|PHRASE)?|CREDENTIAL)S?(?![A-Z])", re.IGNORECASE)
-# Secrets by their looks: user:password@ in a URL, a signature or token in its query, Hugging Face's and AWS's keys.
+# Secrets by their form: user:password@ in a URL, a signature or token in its query, keys of Hugging Face, AWS, wandb.
 SECRETS = (
     re.compile(r"(?<=://)[^/\s@]+(?=@)"),
     re.compile(r"(?<=[?&])[\w.-]*(?:key|token|secret|signature|credential|sig)[\w.-]*=[^&\s]+", re.IGNORECASE),
@@ -17,7 +17,7 @@ SECRETS = (
 
 
 def redact(value: Any) -> Any:
-    """The same value (text, or lists and mappings of it) with secrets hidden and the home folder as `~`."""
+    """A copy of text, or of lists and mappings of it, with secrets hidden and the home folder as `~`."""
     if isinstance(value, dict):
         return {redact(key): redact(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

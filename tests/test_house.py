@@ -27,27 +27,22 @@ FILES = sorted([*(ROOT / "fovlm").rglob("*.py"), *(ROOT / "kernels").rglob("*.py
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
 
-LONGEST = 400  # lines; about 300 is the aim
+LONGEST = 400  # lines; 350 is the aim
 
-# Every module and package, in an order to read them in: a module imports only from its own entry and from those above.
-# A module belongs to its longest entry. The package `fovlm` itself imports nothing of ours until asked for a name.
+# The packages in reading order: a module imports only from its own entry and from those above.
+# The package `fovlm` itself imports nothing of ours until asked for a name.
 READING_ORDER = """
 kernels
 fovlm.errors fovlm.paths fovlm.fileio fovlm.redact fovlm.tables fovlm.progress fovlm.distributed
 fovlm.config
 fovlm.launch
-fovlm.checkpoint.run_folder
 fovlm.media
-fovlm.data.chat fovlm.data.sampling fovlm.data.packing fovlm.data.sample_format fovlm.data.index fovlm.data.shards
-fovlm.data.token_counts fovlm.data.dataset fovlm.data.dataloader fovlm.data.synthetic
 fovlm.data
 fovlm.model
 fovlm.estimate
-fovlm.viz
-fovlm.checkpoint.store fovlm.checkpoint.zero_reader fovlm.checkpoint.locate fovlm.checkpoint.reference
-fovlm.train.schedule fovlm.train.losses fovlm.train.engine
 fovlm.checkpoint
-fovlm.train
+fovlm.viz
+fovlm.train fovlm.checkpoint.convert fovlm.checkpoint.import_nanosmol
 fovlm.eval
 fovlm.sweep
 fovlm.prepare
@@ -189,6 +184,10 @@ def test_nothing_goes_in_a_circle(module):
     assert module not in set().union(*(reached(name) & MODULES.keys() for name in ours(module)))
 
 
+def test_the_top_has_few_files():
+    assert len(list((ROOT / "fovlm").glob("*.py"))) <= 10
+
+
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_what_must_be_light_is(module):
     heavy = {"torch", "deepspeed", "transformers", "triton"} & packages(reached(module))
@@ -242,8 +241,8 @@ print("fine")
 @pytest.mark.parametrize("file", FILES + TESTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_no_file_is_too_long_and_every_one_says_what_it_is(file):
     text = file.read_text(encoding="utf-8")
-    assert text.count("\n") <= LONGEST, "one idea each: split it"
-    assert ast.get_docstring(ast.parse(text)) or file.name == "__init__.py", "wants a docstring: what it is, and why"
+    assert text.count("\n") <= LONGEST, "one idea per file: split it"
+    assert ast.get_docstring(ast.parse(text)) or file.name == "__init__.py", "needs a docstring: what it is for"
 
 
 @pytest.mark.skipif(tomllib is None, reason="needs tomllib")

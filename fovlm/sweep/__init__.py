@@ -1,1 +1,1 @@
-"""Many runs in one command."""
+"""Many runs in one command: select, run, watch, tabulate, estimate the cost."""

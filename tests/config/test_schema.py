@@ -7,15 +7,15 @@ from pydantic import ValidationError
 from yaml import YAMLError
 
 from fovlm.config import experiments
-from fovlm.config.deepspeed import OWNED, merge, read, resolve
+from fovlm.config.deepspeed import resolve
 from fovlm.config.schema import INSTEAD, NOT_HASHED, Experiment, load
 from fovlm.errors import UserError
 from fovlm.paths import data_root
 from helpers import ROOT
+from helpers.experiments import small
 
 GOLDEN = ROOT / "tests" / "golden" / "names.txt"
 NAMES = list(experiments.names())
-ENGINES = ("zero1", "zero2", "zero2_offload", "zero3")
 
 # The smallest legal experiment, as a file.
 SMALL = """
@@ -37,15 +37,6 @@ def folder(tmp_path):
         return tmp_path
 
     return write
-
-
-def small(**changes) -> Experiment:
-    values = {
-        "sources": {"clips": {"shards": "clips.tar", "kind": "video"}},
-        "mixture": {"clips": 1.0},
-        "val": ["clips"],
-    }
-    return Experiment.model_validate({"name": "small", "data": values, "train": {"steps": 10}, **changes})
 
 
 # -- the runs of this project -----------------------------------------------------------------------------------------
@@ -321,73 +312,3 @@ def test_folders_come_from_the_environment(monkeypatch):
     assert small().run_folder == Path("/elsewhere/small")
     assert small(logger={"folder": "here"}).run_folder == Path("here")
     assert data_root() == Path("/shards")
-
-
-# -- engines ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_engines_accumulate_in_fp32_and_leave_the_experiment_its_own(engine):
-    content = read(engine)
-    assert content["data_types"]["grad_accum_dtype"] == "fp32"
-    assert not set(OWNED) & set(content)
-    merged = merge(small(deepspeed=engine), content, 2, "cpu")
-    assert merged["zero_optimization"]["stage"] == int(engine[4])
-    assert merged["zero_optimization"]["overlap_comm"] is False
-    assert content == read(engine), "merging must not change what it was given"
-
-
-@pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_precision(precision, device):
-    merged = resolve(small(train={"steps": 1, "precision": precision}), 1, device)
-    assert merged["bf16"]["enabled"] == (precision == "bf16" or (precision == "auto" and device == "cuda"))
-
-
-BAD_ENGINES = {
-    "zero_optimisation": (
-        {"zero_optimisation": {"stage": 2}},
-        "zero_optimisation: unknown key (did you mean 'zero_optimization'?)",
-    ),
-    "nested": (
-        {"zero_optimization": {"stage": 2, "overlap": True}},
-        "zero_optimization.overlap: unknown key (did you mean 'overlap_comm'?)",
-    ),
-    "auto": (
-        {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}},
-        "reduce_bucket_size: 'auto' is not supported",
-    ),
-    "clipping": ({"gradient_clipping": 1.0}, "gradient_clipping: belongs to the experiment: optim.clip"),
-    "optimizer": ({"optimizer": {"type": "Adam"}}, "optimizer: belongs to the experiment"),
-    "batch": ({"train_batch_size": 8}, "train_batch_size: belongs to the experiment: train.packs_per_step"),
-    "type": (
-        {"zero_optimization": {"stage": "2"}},
-        "zero_optimization.stage: input should be a valid integer, not '2'",
-    ),
-    "null": (
-        {"zero_optimization": {"stage": 2, "overlap_comm": None}},
-        "overlap_comm: input should be a valid boolean",
-    ),
-    "no object": ({"bf16": True}, "bf16: must be a mapping of keys, not True"),
-    "no ZeRO": ({"bf16": {"enabled": True}}, "zero_optimization: is missing"),
-    "no stage": ({"bf16": {"enabled": True}, "zero_optimization": {}}, "zero_optimization.stage: is missing"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_ENGINES)
-def test_engines_are_checked_key_by_key(case):
-    content, expected = BAD_ENGINES[case]
-    with pytest.raises(UserError) as error:
-        merge(small(), content, 1, "cpu")
-    assert str(error.value).startswith("ds_configs/zero2.json: ")
-    assert expected in str(error.value)
-
-
-def test_a_world_that_does_not_divide_the_batch_is_refused():
-    with pytest.raises(UserError, match=r"packs_per_step=8 packs cannot be shared evenly by 3 ranks"):
-        resolve(small(), 3, "cpu")
-
-
-def test_an_unknown_engine_names_the_nearest():
-    with pytest.raises(UserError, match="did you mean 'zero2'"):
-        resolve(small(deepspeed="zer2"), 1, "cpu")

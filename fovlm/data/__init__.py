@@ -16,17 +16,16 @@
    full; pack j belongs to rank j % world.
 7. **Batch** (`packing`). `collate` lays the samples of a pack out in tensors; `PackLoader` does it in worker processes.
 
-An example, with the data of `quickstart` (400 clips in place of 8000), position 1 of the run:
+An example, with the data of `quickstart` (400 clips instead of 8000) and position 1 of the run:
 
     dataset = open_dataset(experiment, tokenizer, experiment.data.mixture)
-    dataset.mix(1)                     (0, 1): source 0 is `video`, and it is the second sample of that source
+    dataset.mix(1)                     (0, 1): source 0 is `video`, and this is its second sample
     dataset.size(1)                    PackSize(frames=4, looks=4, text=25, prompt=17)
-    sample, issue = dataset.read(1)    sample.key is "video-000.tar/clip000330", row 330 of the first shard; issue is None:
-                                       nothing was broken
+    sample, issue = dataset.read(1)    sample.key is "video-000.tar/clip000330"; issue is None: nothing was broken
     plan = next(plan_steps(dataset, pack_budget(experiment), packs=8, cursor=0))
     plan.packs[0]                      [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13]: position 1 is in the first pack of the step
     plan.cursor                        85: the next step starts there, on any number of ranks
 
-`synthetic` generates the data of `quickstart`; `tables` reads Parquet, CSV and JSON tables, and `workers` runs a function
-over many items in processes, for `fovlm prepare` and the evaluation.
+`synthetic` generates the data of `quickstart`. `tables` reads Parquet, CSV and JSON tables, and `workers` runs functions
+in processes, both for `fovlm prepare` and the evaluation.
 """

@@ -6,12 +6,12 @@
    `clip000330.000.jpg` ... `clip000330.003.jpg` are four frames, `clip000330.json` holds question and answer.
 2. **Index** (`index`). Each shard is read once; the index beside it has every sample's byte range, checksum, kind and
    number of frames. From then on samples are read by position.
-3. **Token counts** (`chat`, `token_counts`). Each conversation is tokenized once and its length stored, so that packs can
-   be planned without decoding a picture.
-4. **Order** (`sampling`). `MixtureSampler` says which source a position of the run belongs to, `ShardShuffle` which sample
-   of that source it is. Both are pure functions of the seed and the position, so the cursor of a run is one integer.
-5. **Sample** (`dataset`). `Dataset.size(position)` is what the sample takes of a pack, `Dataset.read(position)` decodes it.
-   A broken sample is replaced by a later one of its source, and reported.
+3. **Token counts** (`chat`, `token_counts`). Each conversation is tokenized once and its length stored, so that packs
+   are planned without decoding a picture.
+4. **Order** (`sampling`). `MixtureSampler` says which source a position of the run belongs to, `ShardShuffle` which
+   sample of that source it is. Both are pure functions of seed and position: the cursor of a run is one integer.
+5. **Sample** (`dataset`). `Dataset.size(position)` is what a sample takes of a pack, `Dataset.read(position)` decodes
+   it. A broken sample is replaced by a later one of its source, and reported.
 6. **Pack** (`packing`, `dataloader`). `plan_steps` puts consecutive positions into the packs of a step until they are
    full; pack j belongs to rank j % world.
 7. **Batch** (`packing`). `collate` lays the samples of a pack out in tensors; `PackLoader` does it in worker processes.
@@ -21,11 +21,12 @@ An example, with the data of `quickstart` (400 clips instead of 8000) and positi
     dataset = open_dataset(experiment, tokenizer, experiment.data.mixture)
     dataset.mix(1)                     (0, 1): source 0 is `video`, and this is its second sample
     dataset.size(1)                    PackSize(frames=4, looks=4, text=25, prompt=17)
-    sample, issue = dataset.read(1)    sample.key is "video-000.tar/clip000330"; issue is None: nothing was broken
+    samples, issue = dataset.read(1)   one sample (a preference pair has two), with the key "video-000.tar/clip000330";
+                                       issue is None: nothing was broken
     plan = next(plan_steps(dataset, pack_budget(experiment), packs=8, cursor=0))
     plan.packs[0]                      [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13]: position 1 is in the first pack of the step
     plan.cursor                        85: the next step starts there, on any number of ranks
 
-`synthetic` generates the data of `quickstart`. `tables` reads Parquet, CSV and JSON tables, and `workers` runs functions
-in processes, both for `fovlm prepare` and the evaluation.
+`synthetic` generates the data of `quickstart`. `tables` reads Parquet, CSV and JSON tables, and `workers` runs
+functions in processes, both for `fovlm prepare` and the evaluation.
 """

@@ -17,8 +17,8 @@ def test_the_way_of_one_sample(tmp_path, monkeypatch):
     dataset = open_dataset(experiment, tokenizer, experiment.data.mixture)
     assert dataset.mix(1) == (0, 1)
     assert dataset.size(1) == PackSize(frames=4, looks=4, text=25, prompt=17)
-    sample, issue = dataset.read(1)
-    assert (sample.key, issue) == ("video-000.tar/clip000330", None)
+    samples, issue = dataset.read(1)
+    assert ([sample.key for sample in samples], issue) == (["video-000.tar/clip000330"], None)
     plan = next(plan_steps(dataset, pack_budget(experiment), packs=8, cursor=0))
     assert plan.packs[0] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13]
     assert plan.cursor == 85

@@ -9,6 +9,7 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -171,21 +172,15 @@ def _line_blocks(file: Path, kind: str) -> tuple[list[str], list[Block]]:
     """(columns, blocks) of a CSV or JSONL file, from one pass over it."""
     blocks: list[Block] = []
     columns: list[str] = []
-    rows = place = 0
+    rows = start = 0
     with open(file, "rb") as data:
         ends = _csv_ends(data, file) if kind == "csv" else _jsonl_ends(data)
         if kind == "csv":
             columns = _header(file)
-            place = next(ends, 0)
-        start = place
-        for end in ends:
-            rows += 1
-            if rows % LINES == 0:
-                blocks.append(Block(file, kind, rows - LINES, LINES, start, end - start, tuple(columns)))
-                start = end
-            place = end
-    if rows % LINES:
-        blocks.append(Block(file, kind, rows - rows % LINES, rows % LINES, start, place - start, tuple(columns)))
+            start = next(ends, 0)
+        while some := list(islice(ends, LINES)):
+            blocks.append(Block(file, kind, rows, len(some), start, some[-1] - start, tuple(columns)))
+            rows, start = rows + len(some), some[-1]
     if kind == "jsonl" and blocks:
         columns = _keys(read_block(blocks[0], ()))
         if not columns:

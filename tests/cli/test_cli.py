@@ -1,4 +1,4 @@
-"""The command line as a person meets it: help at once, answers, and one line with status 2 for every mistake."""
+"""The command line: fast help, answers, and one line with status 2 for every user error."""
 
 import subprocess
 import sys
@@ -24,9 +24,6 @@ def plain(monkeypatch):
     monkeypatch.delenv("FOVLM_MODEL", raising=False)
 
 
-# -- help -----------------------------------------------------------------------------------------------------------
-
-
 def test_help_needs_neither_torch_nor_a_second():
     code = (
         "import sys; from fovlm.cli.main import main; status = main(['--help']);"
@@ -41,7 +38,7 @@ def test_help_needs_neither_torch_nor_a_second():
 
 
 @pytest.mark.parametrize("name", ["ask", "look", "demo", "convert", "import", "bench"])
-def test_every_command_teaches_by_an_example(name, capsys):
+def test_every_command_shows_an_example(name, capsys):
     assert main([name, "--help"]) == 0
     assert f"Example: fovlm {name} " in " ".join(capsys.readouterr().out.split())
 
@@ -51,49 +48,48 @@ def test_no_command_shows_the_help(capsys):
     assert "Usage: fovlm" in capsys.readouterr().out
 
 
-# -- mistakes -------------------------------------------------------------------------------------------------------
-
-
-def mistake(capsys, *words: str) -> str:
-    """The one line that a mistake gets."""
+def user_error(capsys, *words: str) -> str:
+    """The line that a user error prints."""
     assert main(list(words)) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith("fovlm: ")
-    assert told.err.count("\n") == 1
-    return told.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("fovlm: ")
+    assert printed.err.count("\n") == 1
+    return printed.err
 
 
-def test_misspelt_words_are_told_with_the_nearest(capsys, film, saved_model):
-    assert "no command 'lok' (did you mean 'look'?)" in mistake(capsys, "lok")
-    assert "--tokens" in mistake(capsys, "ask", film, "what", "--token", "3")
-    assert "see fovlm ask --help" in mistake(capsys, "ask", film)
-    assert "see fovlm ask --help" in mistake(capsys, "ask", film, "what", "--tokens", "many")
-    assert "did you mean 'coarse_fine'?" in mistake(
+def test_misspelt_words_get_the_closest_name(capsys, film, saved_model):
+    assert "no command 'lok' (did you mean 'look'?)" in user_error(capsys, "lok")
+    assert "--tokens" in user_error(capsys, "ask", film, "what", "--token", "3")
+    assert "see fovlm ask --help" in user_error(capsys, "ask", film)
+    assert "see fovlm ask --help" in user_error(capsys, "ask", film, "what", "--tokens", "many")
+    assert "did you mean 'coarse_fine'?" in user_error(
         capsys, "ask", film, "what", "-m", saved_model, "--mode", "coarsefine"
     )
 
 
 def test_a_folder_that_is_no_model(capsys, film, saved_model, tmp_path):
-    assert "no model: give --model" in mistake(capsys, "ask", film, "what")
-    assert "did you mean 'tiny'?" in mistake(capsys, "ask", film, "what", "-m", saved_model[:-1] + "i")
+    assert "no model: give --model" in user_error(capsys, "ask", film, "what")
+    assert "did you mean 'tiny'?" in user_error(capsys, "ask", film, "what", "-m", saved_model[:-1] + "i")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    assert f"fovlm convert {tmp_path / 'run'} OUT" in mistake(capsys, "ask", film, "what", "-m", str(tmp_path / "run"))
-    assert "no model" in mistake(capsys, "look", film, "-m", str(tmp_path))
+    assert f"fovlm convert {tmp_path / 'run'} OUT" in user_error(
+        capsys, "ask", film, "what", "-m", str(tmp_path / "run")
+    )
+    assert "no model" in user_error(capsys, "look", film, "-m", str(tmp_path))
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in Path(saved_model).iterdir():
         if file.name != "model.safetensors":
             (broken / file.name).write_bytes(file.read_bytes())
-    assert "weights are missing" in mistake(capsys, "ask", film, "what", "-m", str(broken))
+    assert "weights are missing" in user_error(capsys, "ask", film, "what", "-m", str(broken))
     (broken / "model.safetensors").write_bytes(Path(saved_model, "model.safetensors").read_bytes()[:-1000])
-    assert "does not load" in mistake(capsys, "ask", film, "what", "-m", str(broken))
+    assert "does not load" in user_error(capsys, "ask", film, "what", "-m", str(broken))
 
 
 @pytest.mark.parametrize("name", ["ask", "look"])
-def test_a_file_that_cannot_be_watched(capsys, saved_model, film, tmp_path, name):
+def test_a_file_that_cannot_be_decoded(capsys, saved_model, film, tmp_path, name):
     question = ["what is this"]
-    words = lambda path: mistake(capsys, name, str(path), *question, "-m", saved_model)  # noqa: E731
+    words = lambda path: user_error(capsys, name, str(path), *question, "-m", saved_model)  # noqa: E731
     assert "did you mean 'film.mp4'?" in words(film[:-5] + ".mp4")
     (tmp_path / "letter.mp4").write_text("Dear Sir or Madam")
     assert "is no video or picture" in words(tmp_path / "letter.mp4")
@@ -108,12 +104,9 @@ def test_a_file_that_cannot_be_watched(capsys, saved_model, film, tmp_path, name
 @pytest.mark.parametrize("name", ["ask", "look"])
 def test_a_question_longer_than_the_context(capsys, saved_model, film, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where `look` makes its folder
-    assert "no room for an answer in the context of 2048" in mistake(
+    assert "no room for an answer in the context of 2048" in user_error(
         capsys, name, film, "is it " * 1100, "-m", saved_model
     )
-
-
-# -- answers --------------------------------------------------------------------------------------------------------
 
 
 def test_an_answer_is_printed_and_nothing_else(capsys, saved_model, film, monkeypatch):
@@ -145,9 +138,9 @@ def test_a_damaged_video_is_answered_with_a_note(capsys, saved_model, tmp_path):
     whole, cut = (tmp_path / "whole.mp4").read_bytes(), tmp_path / "cut.mp4"
     cut.write_bytes(whole[: len(whole) // 2])
     assert main(["ask", str(cut), "what ?", "--tokens", "3", "-m", saved_model]) == 0
-    told = capsys.readouterr()
-    assert told.err.startswith("fovlm: cut.mp4: the file is cut short: read ")
-    assert told.out.strip()
+    printed = capsys.readouterr()
+    assert printed.err.startswith("fovlm: cut.mp4: the file is cut short: read ")
+    assert printed.out.strip()
 
 
 def test_an_interrupt_is_quiet(capsys, monkeypatch, saved_model):
@@ -159,7 +152,7 @@ def test_an_interrupt_is_quiet(capsys, monkeypatch, saved_model):
     assert capsys.readouterr().err == ""
 
 
-def test_the_status_reaches_the_shell_and_a_reader_that_has_enough_is_no_error():
+def test_the_status_reaches_the_shell_and_a_closed_pipe_is_no_error():
     done = subprocess.run(
         f"{sys.executable} -m fovlm lok; echo $?; {sys.executable} -m fovlm --help | head -n 1",
         shell=True,
@@ -176,8 +169,8 @@ def test_the_status_reaches_the_shell_and_a_reader_that_has_enough_is_no_error()
 def test_looks_are_written_as_page_film_sheet_and_weights(capsys, saved_model, film, tmp_path, questions):
     out = tmp_path / "look"
     assert main(["look", film, *questions, "--tokens", "3", "--layer", "1", "--out", str(out), "-m", saved_model]) == 0
-    said, told = capsys.readouterr()
-    assert ("its looks do not depend on the question" in told) == (
+    said, printed = capsys.readouterr()
+    assert ("its looks do not depend on the question" in printed) == (
         len(questions) == 2
     )  # the question is behind the frames
     names = ["look-1", "look-2"] if len(questions) == 2 else ["look"]
@@ -187,12 +180,12 @@ def test_looks_are_written_as_page_film_sheet_and_weights(capsys, saved_model, f
     }
     assert all(question in said for question in [*questions, str(out / "look.html")])
     new = str(tmp_path / "new")
-    assert "this model has layers 0 to 2" in mistake(
+    assert "this model has layers 0 to 2" in user_error(
         capsys, "look", film, "what ?", "--layer", "3", "--out", new, "-m", saved_model
     )
     assert not Path(new).exists()
-    assert "cannot be created" in mistake(capsys, "look", film, "what ?", "--out", f"{film}/new", "-m", saved_model)
-    assert "is a file" in mistake(capsys, "look", film, "--out", film, "-m", saved_model)
+    assert "cannot be created" in user_error(capsys, "look", film, "what ?", "--out", f"{film}/new", "-m", saved_model)
+    assert "is a file" in user_error(capsys, "look", film, "--out", film, "-m", saved_model)
 
 
 def test_the_command_runs_from_any_folder(tmp_path):
@@ -212,12 +205,12 @@ def test_the_command_runs_from_any_folder(tmp_path):
 
 def test_a_camera_is_watched_frame_by_frame(capsys, saved_model, film, monkeypatch):
     assert main(["look", "--live", film, "what ?", "--tokens", "3", "-m", saved_model]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert [line.split(",")[0] for line in told if line.startswith("frame ")] == ["frame 1", "frame 2", "frame 3"]
-    assert told[1].startswith("what ?  ")
-    assert told[-1].startswith("3 frames seen, 3 tokens in the cache")
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in printed if line.startswith("frame ")] == ["frame 1", "frame 2", "frame 3"]
+    assert printed[1].startswith("what ?  ")
+    assert printed[-1].startswith("3 frames seen, 3 tokens in the cache")
     monkeypatch.setattr(camera, "camera", lambda *_: iter(()))
-    assert "nothing in it decodes" in mistake(capsys, "look", "--live", film, "-m", saved_model)
+    assert "nothing in it decodes" in user_error(capsys, "look", "--live", film, "-m", saved_model)
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -227,21 +220,21 @@ def test_a_camera_is_watched_frame_by_frame(capsys, saved_model, film, monkeypat
     assert main(["look", "--live", "0", "-m", saved_model]) == 0
     assert "0 frames seen" in capsys.readouterr().out
     monkeypatch.undo()
-    assert "no camera 97" in mistake(capsys, "look", "--live", "97", "-m", saved_model)
+    assert "no camera 97" in user_error(capsys, "look", "--live", "97", "-m", saved_model)
 
 
 @pytest.mark.parametrize("option", ["--out", "--layer", "--mode"])
 def test_options_without_an_effect_on_a_camera_are_refused(capsys, film, saved_model, option):
-    told = mistake(capsys, "look", "--live", film, option, "1", "-m", saved_model)
-    assert told == f"fovlm: {option} has no effect with --live: a camera is shown in the terminal, without files\n"
+    printed = user_error(capsys, "look", "--live", film, option, "1", "-m", saved_model)
+    assert printed == f"fovlm: {option} has no effect with --live: a camera is shown in the terminal, without files\n"
 
 
 def test_a_universal_checkpoint_takes_no_type(capsys, tmp_path):
     words = ("convert", "run", str(tmp_path / "out"), "--to", "universal")
-    assert "--shard-size has no effect with --to universal" in mistake(capsys, *words, "--shard-size", "1GB")
+    assert "--shard-size has no effect with --to universal" in user_error(capsys, *words, "--shard-size", "1GB")
 
 
-def test_what_is_no_folder_at_all_is_told_in_a_line(capsys, film):
+def test_a_name_that_is_too_long_is_one_line(capsys, film):
     long = "x" * 300
     for words in (
         ("ask", film, "what ?", "-m", long),
@@ -251,10 +244,10 @@ def test_what_is_no_folder_at_all_is_told_in_a_line(capsys, film):
         ("import", film, long),
         ("eval", long),
     ):
-        assert "File name too long" in mistake(capsys, *words)
+        assert "File name too long" in user_error(capsys, *words)
 
 
-def test_the_demo_tells_what_it_needs(capsys, saved_model, monkeypatch):
+def test_the_demo_asks_for_gradio(capsys, saved_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "fovlm.viz.demo", raising=False)
-    assert "pip install 'fovlm[demo]'" in mistake(capsys, "demo", "-m", saved_model)
+    assert "pip install 'fovlm[demo]'" in user_error(capsys, "demo", "-m", saved_model)

@@ -1,7 +1,7 @@
-"""What `./launch.sh NAME --dry-run` prints: all that can be known about a run before it starts.
+"""The text of `./launch.sh NAME --dry-run`: all that can be computed about a run before it starts.
 
-Nothing is downloaded, indexed or built: shapes come from `geometry.py`, costs from `scaling.py`, bytes from
-`memory.py`, and the samples' sizes from the index of the shards where that has been made.
+Nothing is downloaded or indexed, and no weights are made: shapes come from `shapes.py`, FLOPs from `flops.py`, bytes
+from `memory.py`, and the samples' sizes from the index of the shards where there is one.
 """
 
 import json
@@ -28,11 +28,11 @@ from fovlm.estimate.shapes import Geometry, geometry, parameters
 from fovlm.paths import data_root
 from fovlm.tables import text_table
 
-SIZED = 2000  # samples whose sizes stand for all
+SIZED = 2000  # samples whose mean size is taken for all
 
 
 def describe(experiment: Experiment, world_size: int, device: str | None = None) -> str:
-    """The text of the dry run, for `world_size` ranks on `device` ("cuda" or "cpu"; None: what there is).
+    """The dry run for `world_size` ranks on `device` ("cuda" or "cpu"; None: a GPU if there is one).
 
     Raises UserError for settings that cannot run, as the run itself would.
     """
@@ -57,7 +57,7 @@ def known_sizes(experiment: Experiment) -> tuple[list[PackSize], str]:
     """The sizes of the first training samples; or none, and why, when the shards have not been indexed."""
     task = experiment.data.generate
     if task and not (data_root() / task.folder / "task.json").is_file():
-        return [], "the embedded task has no shards yet; the run itself makes them"
+        return [], "the synthetic task has no shards yet (the run makes them)"
     try:
         for name in experiment.data.mixture:
             pattern = experiment.data.sources[name].shards
@@ -65,10 +65,10 @@ def known_sizes(experiment: Experiment) -> tuple[list[PackSize], str]:
                 return [], f"the shards of {name} are behind a URL"
             shard = next((s for s in find_shards(name, pattern) if not _index_of(s).is_file()), None)
             if shard:
-                return [], f"{shard.name} of {name} has no index yet; the run itself makes it"
+                return [], f"{shard.name} of {name} has no index yet (the run makes it)"
         tokenizer = tokenizer_path(experiment)
         if not Path(tokenizer).is_dir():
-            return [], "the tokenizer is not here yet"
+            return [], "the tokenizer is not local yet"
         dataset = open_dataset(experiment, load_tokenizer(tokenizer), experiment.data.mixture)
     except UserError as error:
         return [], str(error)
@@ -80,7 +80,7 @@ def _index_of(shard: Path) -> Path:
 
 
 def largest_sizes(experiment: Experiment) -> Iterator[PackSize]:
-    """The samples of the run in their order, each as large as the settings let those of its source be. Without end."""
+    """The samples of the run in order, each of its source's largest size. Endless."""
     shapes = largest(experiment)
     mix = MixtureSampler(experiment.data.mixture)
     position = 0
@@ -134,7 +134,7 @@ class Length(NamedTuple):
 
 
 def length(experiment: Experiment, shapes: Geometry, sizes: list[PackSize]) -> Length:
-    """The length of a run whose samples have these sizes; with none, of the largest that there may be."""
+    """The length of a run whose samples have these sizes; without sizes, of one with the largest samples."""
     train = experiment.train
     sizes = sizes or list(islice(largest_sizes(experiment), SIZED))
     per_sample = total(mean_cost(experiment, shapes, sizes)).total
@@ -158,7 +158,7 @@ def _length(experiment: Experiment, shapes: Geometry, sizes: list[PackSize]) -> 
 
 
 def samples_per_step(experiment: Experiment, sizes: Iterable[PackSize]) -> float:
-    """How many samples a step takes on average: these sizes packed as the run packs them."""
+    """How many samples of these sizes a step takes on average."""
     budget = pack_budget(experiment)
     left, steps, packed = list(sizes), 0, 0
     while left:
@@ -179,7 +179,7 @@ def _memory(experiment: Experiment, shapes: Geometry, deepspeed: dict, world_siz
     rows[5] = [
         "all",
         rows[5][1],
-        "beside the CUDA context and the allocator's rest: 1-2 GB" if device == "cuda" else "",
+        "without the CUDA context and the allocator's slack: 1-2 GB" if device == "cuda" else "",
     ]
     if said.host:
         rows.append(["in main memory", f"{said.host / 1e9:.2f} GB", "offloaded"])

@@ -17,7 +17,7 @@ from transformers import (
 from fovlm.config.schema import ModelSettings
 from fovlm.errors import UserError
 from fovlm.model.configuration import FoveatedConfig, backbone_config
-from fovlm.model.encoders.families import FAMILIES, vision_config
+from fovlm.model.encoders.families import FAMILIES, patch_of, vision_config
 from fovlm.model.modeling import FoveatedVLM, check_report
 from fovlm.paths import local_folder
 
@@ -44,7 +44,11 @@ def configuration(
     visual_scale: float,
     image_frames: int = 1,
 ) -> FoveatedConfig:
-    """The configuration of an experiment's model with these backbones."""
+    """The configuration of an experiment's model with these backbones. Raises UserError for a frame size that is not a
+    whole number of patches."""
+    size, patch = settings.frame_size, patch_of(encoder)
+    if size % patch:
+        raise UserError(f"model.frame_size={size}: not a multiple of the encoder's patches of {patch} pixels")
     return FoveatedConfig(
         llm_config=llm,
         encoder_config=encoder,

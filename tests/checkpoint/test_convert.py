@@ -71,6 +71,18 @@ def test_converted_and_loaded_it_answers_the_same(tmp_path, stage, world, frozen
     assert again.llm.lm_head.weight is again.llm.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize(
+    "families", [("dinov2_with_registers", "llama"), ("dinov3_vit", "qwen3"), ("siglip_vision_model", "smollm3")]
+)
+def test_every_family_converts(tmp_path, families):
+    encoder, llm = families
+    model = tiny_model(seed=3, encoder=encoder, llm=llm)
+    write_run(tmp_path / "run", model)
+    again = FoveatedVLM.from_pretrained(convert.convert(tmp_path / "run", tmp_path / "out", dtype="fp32"))
+    assert again.state_dict().keys() == model.state_dict().keys()
+    same(again, model)
+
+
 def test_a_model_with_a_head_of_its_own_keeps_it(tmp_path):
     model = tiny_model(seed=3)
     model.config.llm_config.tie_word_embeddings = False

@@ -108,6 +108,11 @@ def test_another_encoder_is_refused(tmp_path):
     assert "1 unexpected weights, like embeddings.register_tokens" in refused(dino=tmp_path / "registers")
 
 
+def test_a_frame_that_is_no_whole_number_of_patches_is_refused():
+    with pytest.raises(UserError, match=r"model\.frame_size=30: not a multiple of the encoder's patches of 7 pixels"):
+        build(settings().model_copy(update={"frame_size": 30}))
+
+
 def test_the_scale_of_visual_tokens_can_be_that_of_the_embeddings(tmp_path):
     model = build(settings().model_copy(update={"visual_scale": None}))
     assert model.config.visual_scale == pytest.approx(model.llm.get_input_embeddings().weight.detach().std().item())

@@ -18,6 +18,12 @@ WAYS = {
     "video": [],
     "coarse": ["model.visual=coarse"],
     "multi_token": ["model.visual=multi_token"],
+    "qwen3_dinov3": [
+        "model.llm.model_type=qwen3",
+        "model.encoder={model_type: dinov3_vit, hidden_size: 32, num_hidden_layers: 3, num_attention_heads: 2, "
+        "intermediate_size: 64, image_size: 28, patch_size: 7, num_register_tokens: 2}",
+        "model.visual_scale=null",
+    ],
     "pictures": [*PICTURES, "data.pack_frames=8", "data.max_frames=4"],
     "dpo": ["data.mixture={pairs: 1}", "train.objective=dpo", "model.question=before_frames", "data.image_frames=2"],
 }

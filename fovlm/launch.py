@@ -37,17 +37,12 @@ FORWARDED = re.compile(r"(FOVLM|HF|TORCH|TRITON|WANDB|OMP|MPL)[A-Z_]*$")
 
 @dataclass(frozen=True)
 class Request:
-    """A parsed command line. `options` are for the launcher."""
+    """A parsed command line: `words` are the run's name and its overrides, `options` are for the launcher."""
 
-    name: str
-    overrides: tuple[str, ...]
+    words: tuple[str, ...]
     options: tuple[str, ...] = ()
     list_runs: bool = False
     dry_run: bool = False
-
-    @property
-    def words(self) -> list[str]:
-        return [self.name, *self.overrides]
 
     @property
     def chooses(self) -> bool:
@@ -96,7 +91,7 @@ def parse(words: list[str]) -> Request:
         raise UserError(f"'{names[1]}': one run at a time, and '{names[0]}' was given (fovlm run starts several)")
     if not names and not known.list:
         raise UserError("which run? ./launch.sh --list shows all; ./launch.sh quickstart is a good first")
-    return Request("".join(names), tuple(overrides), tuple(words[split + 1 :]), known.list, known.dry_run)
+    return Request((*names, *overrides), tuple(words[split + 1 :]), known.list, known.dry_run)
 
 
 def visible_gpus() -> tuple[str, ...]:
@@ -224,9 +219,14 @@ class Run:
 
     def __init__(self, command: list[str], env: dict[str, str], remote: bool):
         self.remote, self.stop_asked = remote, False
+        early: list[int] = []
+        for number in SIGNALS:
+            signal.signal(number, lambda number, frame: early.append(number))
         self.launcher = subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True)
         for number in SIGNALS:
             signal.signal(number, self._pass_on)
+        for number in early[:1]:
+            self._pass_on(number, None)
 
     def wait(self) -> int:
         """Wait until every process has ended; returns the exit status as a shell counts it (128 + signal)."""
@@ -295,9 +295,9 @@ def last_line(request: Request, status: int) -> str:
     if status in (0, EXIT_USER_ERROR):
         return ""
     if status == EXIT_STOPPED:
-        return f"{request.name} saved and stopped; {again}"
+        return f"{words[0]} saved and stopped; {again}"
     cause = ": a rank was killed by signal 9, often because memory ran out" if status == 137 else ", see above"
-    return f"{request.name} failed (status {status}){cause}; from the last good checkpoint, {again}"
+    return f"{words[0]} failed (status {status}){cause}; from the last good checkpoint, {again}"
 
 
 def launch(request: Request) -> int:
@@ -305,7 +305,7 @@ def launch(request: Request) -> int:
     from fovlm.config import deepspeed, schema
 
     where = find_resources(request.chooses)
-    deepspeed.resolve(schema.load(request.name, list(request.overrides)), where.world, where.device)
+    deepspeed.resolve(schema.load(request.words[0], list(request.words[1:])), where.world, where.device)
     if where.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     if request.dry_run:
@@ -326,10 +326,9 @@ def main(words: list[str] | None = None) -> int:
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise Stopped
 
-    name = ""
+    words = sys.argv[1:] if words is None else words
     try:
-        request = parse(sys.argv[1:] if words is None else words)
-        name = request.name
+        request = parse(words)
         if request.list_runs:
             notes = experiments.names().items()
             print("\n".join(f"{run:{max(len(run) for run, _ in notes)}}  {note}" for run, note in notes))
@@ -338,7 +337,7 @@ def main(words: list[str] | None = None) -> int:
             signal.signal(number, stop)
         return launch(request)
     except Stopped:
-        say(f"{name} stopped before the first step; the same command starts it again")
+        say(f"{request.words[0]} stopped before the first step; the same command starts it again")
         return EXIT_STOPPED
     except UserError as error:
         say(str(error))

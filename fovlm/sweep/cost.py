@@ -5,6 +5,7 @@ validation and checkpoints included, of the same size and visual mode if there a
 and other load on that machine are not included.
 """
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,13 +41,13 @@ class Estimate:
     ranks: int
 
     @property
-    def rank_seconds(self) -> float | None:
-        """Seconds times ranks."""
-        return self.flops / self.speed.flops_per_second if self.speed else None
+    def rank_seconds(self) -> float:
+        """Seconds times ranks; NaN when the speed is unknown."""
+        return self.flops / self.speed.flops_per_second if self.speed else math.nan
 
     @property
-    def seconds(self) -> float | None:
-        return None if self.rank_seconds is None else self.rank_seconds / self.ranks
+    def seconds(self) -> float:
+        return self.rank_seconds / self.ranks
 
 
 def estimates(
@@ -102,10 +103,11 @@ def describe(found: list[Estimate], slots: int, price: float | None, on_gpu: boo
     for e in found:
         rows.append([e.run.name, e.status, *_cells(e.samples, e.flops, e.seconds, e.rank_seconds, price)])
     left = [e for e in found if e.status != "finished"]
-    time, rank_seconds = _scheduled([e.seconds for e in left], slots), _sum([e.rank_seconds for e in left])
-    total = _cells(sum(e.samples for e in left), sum(e.flops for e in left), time, rank_seconds, price)
+    time = _scheduled([e.seconds for e in left], slots)
+    sums = (sum(e.samples for e in left), sum(e.flops for e in left), time, sum(e.rank_seconds for e in left))
+    total = _cells(*sums, price)
     lines = [text_table([*rows, ["all", "to do", *total]])]
-    if slots > 1 and time is not None:
+    if slots > 1 and not math.isnan(time):
         lines.append(f"{slots} runs at a time")
     if bounded := [e for e in left if e.upper_bound_since]:
         lines.append(
@@ -122,29 +124,18 @@ def describe(found: list[Estimate], slots: int, price: float | None, on_gpu: boo
     return "\n".join(lines)
 
 
-def _cells(
-    samples: float, flops: float, seconds: float | None, rank_seconds: float | None, price: float | None
-) -> list[str]:
-    hours = None if rank_seconds is None else rank_seconds / 3600
-    times = ["?", "?"] if seconds is None or hours is None else [duration(seconds), f"{hours:,.2f}"]
-    costs = [] if price is None else ["?" if hours is None else f"{hours * price:,.2f}"]
-    return [f"{samples:,.0f}", metric(flops), *times, *costs]
+def _cells(samples: float, flops: float, seconds: float, rank_seconds: float, price: float | None) -> list[str]:
+    hours = rank_seconds / 3600
+    known = [duration(seconds), f"{hours:,.2f}", f"{hours * (price or 0):,.2f}"] if hours == hours else ["?"] * 3
+    return [f"{samples:,.0f}", metric(flops), *known[: 2 if price is None else 3]]
 
 
-def _scheduled(seconds: list[float | None], slots: int) -> float | None:
-    """Time until all end when each run, in order, takes the slot that is free first; None when one is unknown."""
+def _scheduled(seconds: list[float], slots: int) -> float:
+    """Time until all end when each run, in order, takes the slot that is free first; NaN when one is unknown."""
     ends = [0.0] * slots
     for one in seconds:
-        if one is None:
-            return None
-        first = ends.index(min(ends))
-        ends[first] += one
-    return max(ends)
-
-
-def _sum(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if len(known) == len(values) else None
+        ends[ends.index(min(ends))] += 0.0 if math.isnan(one) else one
+    return math.nan if any(map(math.isnan, seconds)) else max(ends)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ from fovlm.sweep.select import PlannedRun, run_status
 
 LOG = "launch.log"  # in the run folder: the output of launch.sh and of the run
 TAIL = 15  # lines of it that are printed when a run failed
-EVERY = 0.2  # seconds between two looks at the runs
+EVERY = 0.2  # seconds between two checks of the runs
 NOT_INHERITED = ("SLURM_JOB_ID", "HOSTFILE")  # with them a run would spread beyond its slot
 
 

@@ -225,8 +225,8 @@ class Run:
         self.launcher = subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True)
         for number in SIGNALS:
             signal.signal(number, self._pass_on)
-        for number in early[:1]:
-            self._pass_on(number, None)
+        if early:
+            self._pass_on(early[0], None)
 
     def wait(self) -> int:
         """Wait until every process has ended; returns the exit status as a shell counts it (128 + signal)."""

@@ -1,14 +1,14 @@
-"""A conversation -> tokens, their loss weights, and where the frames stand. The one door to the tokenizer's methods.
+"""Turn a conversation into tokens, their loss weights and the place of the frames.
 
-The text is the tokenizer's own chat template, rendered with one system message and tokenized as a whole; the pieces
-(question, answer) are then found in it by their character offsets. Tokenizing the pieces apart would give other tokens
-at their seams, and could not be trusted to equal what generation sees.
+The text is the tokenizer's own chat template, rendered with one system message and tokenized as a whole; question and
+answer are then found in it by their character offsets. Tokenized separately, they would have other tokens at their
+boundaries than the text that generation sees.
 
     <|im_start|>system\\nYou are a helpful AI assistant.<|im_end|>\\n<|im_start|>user\\nQUESTION<|im_end|>\\n
     <|im_start|>assistant\\nANSWER<|im_end|>
 
-Prompt order `before` puts the frames right behind QUESTION, `after` (the frames come first, the text after them) puts
-them at the start. The tokens are the same for both.
+`model.question: before_frames` puts the frames right after QUESTION, `after_frames` puts them at the start. The tokens
+are the same for both.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from fovlm.errors import SampleError, UserError
 from fovlm.fileio import digest
 
 SYSTEM = "You are a helpful AI assistant."
-SHOWN, ANSWER = "\ue000shown\ue000", "\ue000answer\ue000"  # marks that no one types, to find places in rendered text
+SHOWN, ANSWER = "\ue000shown\ue000", "\ue000answer\ue000"  # private-use characters, to find places in rendered text
 
 
 @dataclass
 class TokenizedText:
-    """tokens i64 [s], weight f32 [s] (the share of each in the loss), and the number of tokens ahead of the frames."""
+    """tokens i64 [s], weight f32 [s] (the share of each in the loss), and the number of tokens before the frames."""
 
     tokens: Tensor
     weight: Tensor
@@ -57,9 +57,9 @@ class ChatTokenizer:
         return [self.text({"user": user, "assistant": record[s]}, question, frames) for s in ("chosen", "rejected")]
 
     def text(self, record: dict[str, Any], question: str | None, frames: bool) -> TokenizedText:
-        """A record with `assistant` (and `user`, else `question` is asked), or `token_ids` and `loss_mask`.
+        """The tokens of a record with `assistant` and `user` (by default `question`), or `token_ids` and `loss_mask`.
 
-        `frames` says whether the sample has any. Raises BadSample.
+        `frames` says whether the sample has any. Raises SampleError.
         """
         if "token_ids" in record:
             ids, weight, frames_at = self._ready_made(record)
@@ -68,19 +68,11 @@ class ChatTokenizer:
             weight = [1.0 if self.loss_on == "all_text" or i >= answer_from else 0.0 for i in range(len(ids))]
         prompt = frames_at if frames and self.question == "before_frames" else 0
         if prompt or not frames:
-            weight[0] = 0.0  # nothing stands ahead of this token to predict it from
+            weight[0] = 0.0  # nothing comes before this token from which it could be predicted
         ids, weight = ids[: self.most], weight[: self.most]
         if not any(weight):
             raise SampleError("nothing to learn within max_tokens")
         return TokenizedText(torch.tensor(ids), torch.tensor(weight), min(prompt, self.most))
-
-    def ask(self, user: str, frames: bool) -> TokenizedText:
-        """A question up to the place where its answer starts, for generation; no token has a weight."""
-        head, middle, _ = self.pieces
-        asked = head + user.strip()
-        ids, spans = _tokenize(asked + middle, self.tokenizer)
-        prompt = _tokens_up_to(spans, len(asked)) if frames and self.question == "before_frames" else 0
-        return TokenizedText(torch.tensor(ids), torch.zeros(len(ids)), prompt)
 
     def _ready_made(self, record: dict[str, Any]) -> tuple[list[int], list[float], int]:
         ids: Any = record["token_ids"]
@@ -107,12 +99,12 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
-    """What the tokenizer's chat template puts before the question, between it and the answer, and after the answer.
+    """The parts of the tokenizer's chat template before the question, between it and the answer, and after the answer.
 
-    Raises UserError when there is no template, or one that changes the messages it is given.
+    Raises UserError when there is no template, or one that changes the messages.
     """
     if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template: take that of an -Instruct model as model.tokenizer")
+        raise UserError("the tokenizer has no chat template: set model.tokenizer to that of an -Instruct model")
 
     def render(user: str, answer: str) -> str:
         turns = [("system", SYSTEM), ("user", user), ("assistant", answer)]
@@ -123,25 +115,25 @@ def template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
     head, _, rest = rendered.partition(SHOWN)
     middle, _, tail = rest.partition(ANSWER)
     if render("Is it?", "It is.") != f"{head}Is it?{middle}It is.{tail}":
-        raise UserError("the tokenizer's chat template changes the messages it is given: take another model.tokenizer")
+        raise UserError("the tokenizer's chat template changes the messages: set model.tokenizer to another one")
     return head, middle, tail
 
 
 def conversation(
     turns: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, shown: int | None, before: bool
 ) -> TokenizedText:
-    """(role, words) of each turn, the last one a user's -> the tokens up to the place where the answer starts.
+    """The tokens of a conversation up to the place where the answer starts; no token has a weight.
 
-    The system message of training is added when there is none. Frames belong to turn `shown`; `before` puts them
-    behind its words, else they stand at the start. Of one user turn this is what `Chat.ask` gives. Raises UserError.
+    `turns` are (role, words), the last one a user's. The system message of training is added when there is none. Frames
+    belong to turn `shown`: after its words with `before`, otherwise at the start. Raises UserError.
     """
     if turns[:1] and turns[0][0] != "system":
         turns, shown = [("system", SYSTEM), *turns], None if shown is None else shown + 1
     if not turns or turns[-1][0] != "user":
-        raise UserError("a conversation ends with what the user says, so that there is something to answer")
+        raise UserError("the last turn of a conversation must be the user's")
     messages = [{"role": role, "content": words.strip()} for role, words in turns]
     if not all(message["content"] for message in messages):
-        raise UserError("a turn without words: say or ask something beside the frames")
+        raise UserError("a turn has no text: add a question or an instruction to the frames")
     if shown is not None:
         messages[shown]["content"] += SHOWN
     messages.append({"role": "assistant", "content": ANSWER})
@@ -157,7 +149,7 @@ def encode(
 ) -> tuple[list[int], int, int]:
     """(token ids, the first token of the answer, the number of tokens up to the question's end) of a conversation.
 
-    `pieces` are those of `template(tokenizer)`. Raises BadSample.
+    `pieces` are those of `template(tokenizer)`. Raises SampleError.
     """
     head, middle, tail = pieces
     user = _words(record.get("user")) or (question or "").strip()
@@ -169,30 +161,26 @@ def encode(
     asked = head + user
     answer_at = len(asked + middle)
     ids, spans = _tokenize(asked + middle + answer + tail, tokenizer)
-    # The turn's closing token belongs to the answer: it is how the model learns to stop. White space behind it, which
+    # The closing token of the turn belongs to the answer: with it the model learns to stop. White space after it, which
     # some templates add, does not belong to the sample.
     end = 1 + _tokens_up_to(spans, answer_at + len(answer))
     return ids[:end], _tokens_up_to(spans, answer_at), _tokens_up_to(spans, len(asked))
 
 
-def tokenize_stage1(sample: dict[str, Any], tokenizer: PreTrainedTokenizerBase, question: str | None = None) -> dict:
-    """What a shard's JSON needs to be pre-tokenized for stage 1: a loss on every text token.
+def tokenize_stage1(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, question: str | None = None) -> dict:
+    """The pre-tokenized form of a record for a shard's JSON, with a loss on every text token: for stage 1.
 
-    `sample` has `user` (or `question` is asked) and `assistant`. Returns token_ids, loss_mask and frames_at, lists and
-    a number ready for JSON; reading them gives what reading `sample` gives. Raises BadSample.
+    `record` has `assistant` and `user` (by default `question`). Returns token_ids, loss_mask and frames_at; reading
+    them gives the same tokens as reading `record`. Raises SampleError.
     """
-    return _tokenize_ahead(sample, tokenizer, question, "all_text")
+    ids, _, frames_at = encode(record, question, tokenizer, template(tokenizer))
+    return {"token_ids": ids, "loss_mask": [1] * len(ids), "frames_at": frames_at}
 
 
-def tokenize_sft(sample: dict[str, Any], tokenizer: PreTrainedTokenizerBase, question: str | None = None) -> dict:
-    """The same for stages 2 and 3: a loss on the answer and the token that ends it."""
-    return _tokenize_ahead(sample, tokenizer, question, "answer")
-
-
-def _tokenize_ahead(sample: dict, tokenizer: PreTrainedTokenizerBase, question: str | None, loss: str) -> dict:
-    ids, answer_from, frames_at = encode(sample, question, tokenizer, template(tokenizer))
-    mask = [int(loss == "all_text" or i >= answer_from) for i in range(len(ids))]
-    return {"token_ids": ids, "loss_mask": mask, "frames_at": frames_at}
+def tokenize_sft(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, question: str | None = None) -> dict:
+    """The same for stages 2 and 3, with a loss on the answer and the token that ends it."""
+    ids, answer_from, frames_at = encode(record, question, tokenizer, template(tokenizer))
+    return {"token_ids": ids, "loss_mask": [int(i >= answer_from) for i in range(len(ids))], "frames_at": frames_at}
 
 
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
@@ -207,10 +195,10 @@ def _tokens_up_to(spans: list[tuple[int, int]], end: int) -> int:
 
 
 def _words(value: object) -> str:
-    """A message without white space around it; a value that is no string counts as none. Raises BadSample."""
+    """A message without surrounding white space; "" for a value that is no string. Raises SampleError."""
     if not isinstance(value, str):
         return ""
-    if any("\ud800" <= letter <= "\udfff" for letter in value):  # JSON can spell halves of a surrogate pair
+    if any("\ud800" <= letter <= "\udfff" for letter in value):  # JSON can hold half a surrogate pair
         raise SampleError("text is not Unicode")
     return value.strip()
 

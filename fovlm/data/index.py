@@ -1,9 +1,8 @@
-"""What is in a tar shard, made once: where every sample lies, how long it is, its checksum, its kind, its frames.
+"""The index of a tar shard, made once: the byte range, checksum, kind and number of frames of every sample.
 
-With the index, samples are read by position instead of in tar order, so the order of a run is a pure function of
-numbers. One JSON file lies beside each shard (or in the cache folder where the shard's folder is read-only). It is
-written whole under another name and then renamed, so that several processes may make it at the same time, and it is
-made again when the shard's size or modification time has changed.
+With it samples are read by position instead of in tar order. It is a JSON file beside the shard, or in the cache where
+the shard's folder is read-only. It is written atomically, so several processes may make it at the same time, and made
+again when the shard's size or modification time has changed.
 """
 
 import hashlib
@@ -27,7 +26,7 @@ from fovlm.fileio import digest, write_atomically
 from fovlm.media import decode as media
 from fovlm.progress import track
 
-VERSION = 1  # of the file's content; another version is made again
+VERSION = 1  # of the file format; an index of another version is made again
 MEDIA = ("text", "image", "video")
 ARRAYS = {
     "offset": np.int64,
@@ -49,7 +48,7 @@ class Index:
     `checksum` is the shard's BLAKE2b. `offset` and `length` [n] are the byte range of a sample's members, headers
     included, and `crc32` [n] that range's checksum; `json_offset`, `json_length` [n] locate its JSON. `frames` [n]
     counts its pictures, or a video's seconds, before any limit. `media` [n] numbers MEDIA. `broken` names the cause
-    for each sample that cannot be used.
+    for each unusable sample.
     """
 
     path: Path
@@ -76,7 +75,7 @@ class Index:
 
 
 def open_index(shard: Path, cache: Path) -> Index:
-    """The shard's index, read from its file or made now. Raises UserError for a file that is no readable tar."""
+    """The shard's index, read from its file or made now. Raises UserError for a file that is not a tar."""
     stat = shard.stat()
     for file in _places(shard, cache):
         index = _read(file, shard)
@@ -88,14 +87,14 @@ def open_index(shard: Path, cache: Path) -> Index:
 
 
 def open_indices(shards: list[Path], cache: Path) -> list[Index]:
-    """The indices of a set of shards, with a progress bar when it takes long; those already made are kept."""
+    """The indices of a set of shards, with a progress bar when it takes long."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         indices = pool.map(lambda shard: open_index(shard, cache), shards)
         return list(track(indices, "indexing shards", len(shards)))
 
 
 def index_hash(indices: Iterable[Index]) -> str:
-    """One hash of a set of shards in its order; where they lie does not enter into it."""
+    """One hash of the content of shards in their order; their paths are not part of it."""
     return digest("\n".join(i.checksum for i in indices))
 
 
@@ -120,8 +119,8 @@ def make_index(shard: Path) -> Index:
             rows.append((start, length, zlib.crc32(data), *where_json, what[1], MEDIA.index(what[0]), what[2]))
         _hash_until(file, stat.st_size, hashed)
     if damaged_at is not None:
-        log.warning("%s: damaged from byte %d on; what follows there is lost", shard, damaged_at)
-        if keys:  # files of the last sample may be among what is lost
+        log.warning("%s: damaged from byte %d on; the samples after it are lost", shard, damaged_at)
+        if keys:  # files of the last sample may be lost too
             broken[len(keys) - 1] = "truncated tar"
     table = np.array(rows, dtype=np.int64).reshape(-1, len(ARRAYS)).T
     arrays: dict[str, Any] = {name: table[i].astype(kind) for i, (name, kind) in enumerate(ARRAYS.items())}
@@ -129,7 +128,7 @@ def make_index(shard: Path) -> Index:
 
 
 def describe(members: list[Member], data: bytes) -> tuple[str, int, bool]:
-    """(`text` | `image` | `video`, frames, is a preference pair) of the sample in `data`. Raises BadSample."""
+    """(`text` | `image` | `video`, frames, is a preference pair) of the sample in `data`. Raises SampleError."""
 
     def bytes_of(member: Member) -> bytes:
         start = member.offset - members[0].start
@@ -150,7 +149,7 @@ def describe(members: list[Member], data: bytes) -> tuple[str, int, bool]:
 
 
 def _scan(shard: Path) -> tuple[list[list[Member]], int | None]:
-    """The members of each sample, and the byte from which on the tar is damaged (None: it ends as it should)."""
+    """The members of each sample, and the byte at which damage begins (None: undamaged)."""
     members: list[Member] = []
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -158,7 +157,7 @@ def _scan(shard: Path) -> tuple[list[list[Member]], int | None]:
             if damaged_at is None and not _ends_well(shard, tar.offset):
                 damaged_at = tar.offset
     except tarfile.ReadError as error:
-        raise UserError(f"shard {shard} is not a plain tar ({error}): decompress it, or make it again") from error
+        raise UserError(f"shard {shard} is not a plain tar ({error}): decompress it or write it again") from error
     samples = [list(group) for _, group in groupby(members, key=lambda m: m.key)]
     seen = set()
     for sample in samples:
@@ -182,14 +181,14 @@ def _list_all(tar: tarfile.TarFile, members: list[Member]) -> int | None:
 
 
 def _ends_well(shard: Path, offset: int) -> bool:
-    """True when the end mark of a tar stands at `offset`. tarfile takes a damaged header for the end, in silence."""
+    """True when `offset` has the end mark of a tar. tarfile silently takes a damaged header for the end."""
     with open(shard, "rb") as file:
         file.seek(offset)
         return file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
 
 
 def _hash_until(file: BinaryIO, end: int, digest) -> None:
-    """Hash from where the file stands up to `end`: headers of folders, the end mark, damaged parts."""
+    """Hash from the file's position up to `end`: headers of folders, the end mark, damaged parts."""
     while (left := end - file.tell()) > 0:
         if not (data := file.read(min(left, 1 << 20))):
             return
@@ -197,7 +196,7 @@ def _hash_until(file: BinaryIO, end: int, digest) -> None:
 
 
 def _places(shard: Path, cache: Path) -> list[Path]:
-    """Where the index may lie, best first."""
+    """Possible paths of the index, best first."""
     name = digest(str(shard.resolve()), 8)
     return [shard.with_name(shard.name + ".index"), cache / "index" / f"{shard.name}.{name}.index"]
 
@@ -212,14 +211,14 @@ def _read(file: Path, shard: Path) -> Index | None:
         broken = {int(row): cause for row, cause in stored.pop("broken").items()}
         return Index(shard, **stored, **arrays, broken=broken)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # not there, or a file of another kind: the index is made again
+        return None  # missing or damaged: the index is made again
 
 
 def _write(index: Index, places: list[Path]) -> None:
-    """Write the index at the first place that can be written to."""
+    """Write the index at the first writable place."""
     arrays = {name: getattr(index, name).tolist() for name in ARRAYS}
-    kept = {name: getattr(index, name) for name in ("size", "mtime_ns", "checksum", "key", "broken")}
-    text = json.dumps({"version": VERSION, **kept, **arrays})
+    facts = {name: getattr(index, name) for name in ("size", "mtime_ns", "checksum", "key", "broken")}
+    text = json.dumps({"version": VERSION, **facts, **arrays})
     for file in places:
         try:
             write_atomically(file, text)

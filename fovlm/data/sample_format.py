@@ -1,8 +1,8 @@
-"""What a sample is: a run of tar members whose names are equal up to the first dot of the base name.
+"""The format of a sample: consecutive tar members whose names are equal up to the first dot of the base name.
 
-That is WebDataset's rule. What follows that dot is the *extension*: `json` is the record; `jpg`, `png`, `webp` a
-picture; `000.jpg`, `001.jpg` ... the frames of a video; `mp4`, `webm`, `mkv` a video. Everything else is passed over:
-it is never opened, and above all never unpickled.
+This is WebDataset's rule. The rest of the name is the *extension*: `json` is the record; `jpg`, `png`, `webp` a
+picture; `000.jpg`, `001.jpg` ... the frames of a video; `mp4`, `webm`, `mkv` a video. Everything else is ignored: it is
+never opened or unpickled.
 """
 
 import io
@@ -41,7 +41,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def list_members(tar: tarfile.TarFile) -> Iterator[Member]:
-    """The regular files of an open tar. Links, devices and folders are passed over: nothing in a sample needs them."""
+    """The regular files of an open tar. Links, devices and folders are ignored."""
     for info in tar:
         if info.isreg():
             yield Member(*split_name(info.name), info.offset, info.offset_data, info.size)
@@ -54,7 +54,7 @@ def read_members(data: bytes) -> dict[Member, bytes]:
 
 
 def contents(members: list[Member]) -> tuple[str, list[Member]]:
-    """What a sample's members are: (`text` | `image` | `video`, its media members in frame order). Raises BadSample."""
+    """(`text` | `image` | `video`, the media members in frame order) of a sample's members. Raises SampleError."""
     numbered: list[Member] = []
     single: list[Member] = []
     for member in members:
@@ -79,7 +79,7 @@ def contents(members: list[Member]) -> tuple[str, list[Member]]:
 
 
 def parse_json(data: bytes) -> dict:
-    """A sample's record. Raises BadSample."""
+    """A sample's record. Raises SampleError."""
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:

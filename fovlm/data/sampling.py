@@ -1,12 +1,12 @@
-"""The order of a run: position -> (source, epoch, shard, row), as pure functions of numbers. numpy only.
+"""The order of a run: position -> (source, epoch, shard, row), as pure functions of numbers. Only numpy.
 
 Two parts. `MixtureSampler` decides which source a position belongs to: Tijdeman's chairman assignment rule keeps every
 source within one sample of its exact share in every prefix of the run. `ShardShuffle` decides which sample of that
 source it is: each epoch visits the shards in a new order, a few at a time, and the rows of those few in a new order; so
-reads stay near each other on disk, and every epoch reads every sample exactly once.
+reads stay close together on disk, and every epoch reads every sample exactly once.
 
-Random numbers are raw Philox words, which numpy keeps the same in all releases, under keys hashed from what they are
-for; nothing here has a state that could be lost.
+Random numbers are raw Philox words, which are the same in all releases of numpy, under keys hashed from their purpose;
+nothing here has a state that must be saved.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ BLOCK = 8  # shards whose rows are shuffled together
 class MixtureSampler:
     """Which source each position of the run belongs to, by weight and per sample.
 
-    Weights are read as the decimal fractions that a person wrote, so the pattern is exact and repeats with a period;
-    within it, a position's source and its number among that source's samples are looked up.
-    Raises UserError when the period would be longer than LONGEST_PERIOD samples.
+    Weights are taken as the decimal fractions in the YAML, so the pattern is exact and periodic: the source of a
+    position, and its number among that source's samples, are looked up in one period. Raises UserError when the period
+    would be longer than LONGEST_PERIOD samples.
     """
 
     def __init__(self, weights: dict[str, float]):
@@ -40,8 +40,8 @@ class MixtureSampler:
         period = lcm(*(share.denominator for share in shares))
         if period > LONGEST_PERIOD:
             raise UserError(
-                f"data.mixture: the weights {', '.join(map(str, weights.values()))} repeat only after {period} samples"
-                ": round them so that they add up to 1 with at most four decimals"
+                f"data.mixture: the weights {', '.join(map(str, weights.values()))} have no common period below "
+                f"{LONGEST_PERIOD:,} samples: use at most four decimals and a sum of 1"
             )
         self.names = list(exact)
         self.counts = np.array([int(share * period) for share in shares])
@@ -58,10 +58,10 @@ class MixtureSampler:
 
 
 def spread_evenly(counts: list[int]) -> list[int]:
-    """Spread counts[i] turns of each i over sum(counts) places; i has had n * share within less than 1 after n places.
+    """A sequence of sum(counts) numbers with each i counts[i] times; a prefix of n has n * share of i, within less than 1.
 
-    R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32 (1980): of those who are owed enough, the
-    one who must be served first. In whole numbers throughout: `owed` is n * count - period * turns so far.
+    R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32 (1980): of the numbers that are due, the
+    most urgent comes next. Integers throughout: `owed` is n * count - period * (turns so far).
     """
     k, period = len(counts), sum(counts)
     if k == 1:
@@ -80,7 +80,7 @@ def spread_evenly(counts: list[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Place:
-    """One sample of a source: in which epoch it is read, its shard's number and its row in the shard."""
+    """One sample of a source: the epoch in which it is read, its shard's number and its row in the shard."""
 
     epoch: int
     shard: int
@@ -94,14 +94,14 @@ class ShardShuffle:
         self.rows = np.array(rows, np.int64)
         self.total = int(self.rows.sum())
         self.seed, self.source, self.block = seed, source, block
-        self._kept: dict[tuple, tuple] = {}  # the last few results of _epoch and _block, which their keys determine
+        self._cache: dict[tuple, tuple] = {}  # the last results of _epoch and _block
 
     def __call__(self, number: int) -> Place:
         """The source's `number`-th sample, counted through all epochs."""
         epoch, number = divmod(number, self.total)
-        _, ends = self._remember(self._epoch, epoch)
+        _, ends = self._cached(self._epoch, epoch)
         block = int(np.searchsorted(ends, number, side="right"))
-        shard, row = self._remember(self._block, epoch, block)
+        shard, row = self._cached(self._block, epoch, block)
         at = number - (int(ends[block - 1]) if block else 0)
         return Place(epoch, int(shard[at]), int(row[at]))
 
@@ -113,22 +113,22 @@ class ShardShuffle:
 
     def _block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """(shards, rows) of the block's samples in their order."""
-        shards = self._remember(self._epoch, epoch)[0][block * self.block : (block + 1) * self.block]
+        shards = self._cached(self._epoch, epoch)[0][block * self.block : (block + 1) * self.block]
         shard = np.repeat(shards, self.rows[shards])
         row = np.concatenate([np.arange(n) for n in self.rows[shards]])
         order = permutation(len(shard), self.seed, self.source, epoch, block)
         return shard[order], row[order]
 
-    def _remember(self, make: Callable[..., tuple], *key: int) -> tuple:
-        if key not in self._kept:
-            if len(self._kept) >= 8:
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = make(*key)
-        return self._kept[key]
+    def _cached(self, make: Callable[..., tuple], *key: int) -> tuple:
+        if key not in self._cache:
+            if len(self._cache) >= 8:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[key] = make(*key)
+        return self._cache[key]
 
 
 def permutation(n: int, *key: object) -> np.ndarray:
-    """The numbers 0 .. n - 1 in an order that follows from the key alone, whatever the numpy."""
+    """The numbers 0 .. n - 1 in an order that depends on the key alone, in every release of numpy."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
     words = np.random.Philox(key=np.frombuffer(digest, "<u8")).random_raw(n)
     return np.argsort(words, kind="stable")

@@ -1,10 +1,10 @@
-"""Shards as files: found by pattern, fetched from a URL, written. The one door to webdataset.
+"""Find shards by pattern, fetch them from a URL, write them. The only module that imports webdataset.
 
     find_shards("news", "${FOVLM_DATA}/news-{000..041}.tar")   the local files of a source, in order
     write_shards(folder / "news-%03d.tar", samples)            samples are {"__key__", "json", "jpg" | "mp4" | ...}
 
-A shard behind http(s) is fetched whole into the cache once and is a local file from then on. webdataset would also run
-shell commands (`pipe:`) and unpickle members; neither is reachable from here.
+A shard at an http(s) URL is fetched into the cache once and is a local file from then on. webdataset can also run shell
+commands (`pipe:`) and unpickle members; neither is reachable from here.
 """
 
 import http.client
@@ -25,28 +25,28 @@ from fovlm.paths import cache_root, data_root
 from fovlm.progress import track
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-TIMEOUT = 60  # seconds without a byte from a server
+TIMEOUT = 60  # seconds without a byte from the server
 
 
 def find_shards(source: str, pattern: str) -> list[Path]:
-    """The local files that a source's pattern stands for: braces first, then wildcards; URLs are fetched.
+    """The local files of a source's pattern: braces are expanded first, then wildcards; URLs are fetched.
 
-    Raises UserError naming the source, the pattern and where it looked when something is missing.
+    Raises UserError with the source, the pattern and the path when something is missing.
     """
     found: list[Path] = []
     where = f"data.sources.{source}.shards: '{pattern}'"
     try:
         names = list(braceexpand(pattern))
     except ValueError:
-        raise UserError(f"{where} has a brace without its other half") from None
+        raise UserError(f"{where} has an unbalanced brace") from None
     for name in names:
-        name = name.replace("${FOVLM_DATA}", str(data_root()))  # behind the expansion: a folder's name may hold braces
+        name = name.replace("${FOVLM_DATA}", str(data_root()))  # after the expansion: a folder's name may have braces
         if URL.match(name):
             found.append(_fetch(name, where))
         elif re.search(r"[*?\[]", name):
             matches = sorted(Path(path) for path in _glob(data_root() / name))
             if not matches:
-                raise UserError(f"{where} matches no file (looked for {data_root() / name}): {_HELP}")
+                raise UserError(f"{where} matches no file (searched {data_root() / name}): {_HELP}")
             found += matches
         elif not (path := data_root() / name).is_file():
             raise UserError(f"{where}: no file {path}: {_HELP}")
@@ -55,7 +55,7 @@ def find_shards(source: str, pattern: str) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-_HELP = "make or copy the shards, or set FOVLM_DATA"
+_HELP = "write or copy the shards, or set FOVLM_DATA"
 
 
 def _glob(path: Path) -> Iterable[Path]:
@@ -63,9 +63,9 @@ def _glob(path: Path) -> Iterable[Path]:
 
 
 def _fetch(url: str, where: str) -> Path:
-    """A shard behind http(s), whole, in the cache."""
+    """The cached copy of a shard at an http(s) URL."""
     if not url.lower().startswith(("http://", "https://")):
-        raise UserError(f"{where}: '{url}' is neither a file nor http(s), and nothing else is opened or run")
+        raise UserError(f"{where}: '{url}' is neither a file nor an http(s) URL")
     name = url.partition("?")[0].rpartition("/")[2]
     file = cache_root() / "shards" / digest(url, 8) / name
     if file.is_file():
@@ -75,10 +75,10 @@ def _fetch(url: str, where: str) -> Path:
             blocks = iter(lambda: answer.read(1 << 20), b"")
             for block in track(blocks, f"fetching {name}, MiB", (answer.length or 0) >> 20 or None):
                 out.write(block)
-            if answer.length:  # counts down what is still to come
-                raise OSError(f"the connection broke off {answer.length} bytes before the end")
+            if answer.length:  # the number of bytes that are missing
+                raise OSError(f"the connection ended {answer.length} bytes too early")
     except (http.client.HTTPException, OSError) as error:  # URLError is an OSError
-        raise UserError(f"{where}: {url} could not be fetched into {file.parent} ({error})") from error
+        raise UserError(f"{where}: {url} cannot be fetched into {file.parent} ({error})") from error
     return file
 
 

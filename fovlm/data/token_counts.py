@@ -1,7 +1,7 @@
-"""How many tokens each sample of a shard has, so that packs are planned without reading pictures.
+"""The number of tokens of each sample of a shard, so that packs are planned without reading pictures.
 
-Made once for a shard and everything that tokenization depends on, and kept in the cache folder. A record without a
-usable conversation gets its cause here, beside those that the index found.
+Counted once for a shard and everything that tokenization depends on, and stored in the cache folder. Records without a
+usable conversation are marked as broken, with the cause, like those that the index found.
 """
 
 import json
@@ -21,8 +21,8 @@ from fovlm.progress import track
 
 @dataclass
 class TokenCounts:
-    """Of a shard's n samples: text tokens i64 [n], those ahead of the frames i64 [n] (both answers of a preference pair
-    counted), and the cause for each broken sample, the index's included."""
+    """Of a shard's n samples: text tokens i64 [n], those before the frames i64 [n] (of both answers of a preference
+    pair), and the cause for each broken sample, including those of the index."""
 
     text: np.ndarray
     prompt: np.ndarray
@@ -30,7 +30,7 @@ class TokenCounts:
 
 
 def open_token_counts(indices: list[Index], source: DataSource, chat: ChatTokenizer, cache: Path) -> list[TokenCounts]:
-    """The lengths of a source's shards, read from their files or made now."""
+    """The token counts of a source's shards, read from their files or made now."""
     return [_open(index, source, chat, cache) for index in track(indices, "counting tokens, shards")]
 
 
@@ -39,26 +39,26 @@ def _open(index: Index, source: DataSource, chat: ChatTokenizer, cache: Path) ->
     file = cache / "lengths" / (digest(settings) + ".json")
     try:
         stored = json.loads(file.read_bytes())
-    except (OSError, ValueError):  # not there, or half a file of a copied cache
-        lengths = _count(index, source, chat)
-        stored = {"text": lengths.text.tolist(), "prompt": lengths.prompt.tolist(), "broken": lengths.broken}
+    except (OSError, ValueError):  # missing or damaged
+        counts = _count(index, source, chat)
+        stored = {"text": counts.text.tolist(), "prompt": counts.prompt.tolist(), "broken": counts.broken}
         try:
             write_atomically(file, json.dumps(stored))
         except OSError as error:
             raise UserError(
-                f"token counts can't be kept in {cache} ({error}): set FOVLM_CACHE to another folder"
+                f"token counts can't be written to {cache} ({error}): set FOVLM_CACHE to a writable folder"
             ) from None
-        return lengths
+        return counts
     broken = {int(row): cause for row, cause in stored["broken"].items()}
     return TokenCounts(np.array(stored["text"], np.int64), np.array(stored["prompt"], np.int64), broken)
 
 
 def _count(index: Index, source: DataSource, chat: ChatTokenizer) -> TokenCounts:
     n = len(index)
-    lengths = TokenCounts(np.zeros(n, np.int64), np.zeros(n, np.int64), dict(index.broken))
+    counts = TokenCounts(np.zeros(n, np.int64), np.zeros(n, np.int64), dict(index.broken))
     with open(index.path, "rb") as file:
         for row in range(n):
-            if row in lengths.broken:
+            if row in counts.broken:
                 continue
             file.seek(int(index.json_offset[row]))
             try:
@@ -66,9 +66,9 @@ def _count(index: Index, source: DataSource, chat: ChatTokenizer) -> TokenCounts
                     raise SampleError(f"a sample of kind {index.kind(row)} in a source of kind {source.kind}")
                 record = parse_json(file.read(int(index.json_length[row])))
                 for text in chat.texts(record, source.prompt, bool(index.frames[row]), source.kind == "preference"):
-                    lengths.text[row] += len(text.tokens)
-                    lengths.prompt[row] += text.prompt
+                    counts.text[row] += len(text.tokens)
+                    counts.prompt[row] += text.prompt
             except SampleError as error:
-                lengths.broken[row] = str(error)
-                lengths.text[row] = lengths.prompt[row] = 0
-    return lengths
+                counts.broken[row] = str(error)
+                counts.text[row] = counts.prompt[row] = 0
+    return counts

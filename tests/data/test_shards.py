@@ -45,13 +45,13 @@ def test_a_missing_pattern_names_source_pattern_and_place(tmp_path, pattern):
 
 
 def test_braces_without_their_half():
-    with pytest.raises(UserError, match="brace without its other half"):
+    with pytest.raises(UserError, match="unbalanced brace"):
         find_shards("news", "news/a-{00..02.tar")
 
 
 @pytest.mark.parametrize("pattern", ["pipe:echo hello", "pipe:rm -rf x |", "s3://bucket/a.tar", "file:///etc/passwd"])
 def test_nothing_but_files_and_http_is_opened(pattern):
-    with pytest.raises(UserError, match="nothing else is opened or run"):
+    with pytest.raises(UserError, match=r"neither a file nor an http\(s\) URL"):
         find_shards("news", pattern)
 
 
@@ -71,7 +71,7 @@ def test_shards_behind_a_url_are_fetched_once(tmp_path):
             assert [path.name for path in found] == ["a-00.tar", "a-01.tar"]
         assert asked == ["/news/a-00.tar", "/news/a-01.tar"]
         assert found[0].read_bytes() == (tmp_path / "data" / "news" / "a-00.tar").read_bytes()
-        with pytest.raises(UserError, match="could not be fetched"):
+        with pytest.raises(UserError, match="cannot be fetched"):
             find_shards("news", url + "/gone.tar")
         server.shutdown()
     assert sorted(path.name for path in (tmp_path / "cache").rglob("*.*")) == ["a-00.tar", "a-01.tar"]
@@ -90,7 +90,7 @@ def test_a_connection_that_breaks_off_leaves_nothing(tmp_path):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(UserError, match="500 bytes before the end"):
+        with pytest.raises(UserError, match="500 bytes too early"):
             find_shards("news", f"http://127.0.0.1:{server.server_port}/a.tar")
         server.shutdown()
     assert not list((tmp_path / "cache").rglob("*.tar"))

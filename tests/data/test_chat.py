@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from fovlm.data.chat import SYSTEM, ChatTokenizer, load_tokenizer, template, tokenize_sft, tokenize_stage1
+from fovlm.data.chat import SYSTEM, ChatTokenizer, conversation, load_tokenizer, template, tokenize_sft, tokenize_stage1
 from fovlm.errors import SampleError, UserError
 from fovlm.paths import model_root
 from helpers import tiny
@@ -54,7 +54,7 @@ def test_pieces_tokenized_apart_give_the_whole(tokenizer, user, answer):
     pieces = [head + user.strip(), middle, answer.strip() + "<|im_end|>"]
     ids = [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
     assert text.tokens.tolist() == ids
-    asked = chat(tokenizer, "before_frames").ask(user, frames=True)
+    asked = conversation([("user", user)], tokenizer, 0, True)
     assert text.tokens.tolist()[: len(asked.tokens)] == asked.tokens.tolist()
     assert asked.prompt == text.prompt == len(tokenizer(pieces[0], add_special_tokens=False)["input_ids"])
 

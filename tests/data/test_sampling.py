@@ -47,7 +47,7 @@ def test_weights_need_not_add_up_to_one():
 
 
 def test_weights_without_a_short_period_are_refused():
-    with pytest.raises(UserError, match="round them"):
+    with pytest.raises(UserError, match="no common period below 100,000 samples: use at most four decimals"):
         MixtureSampler({"a": 0.3333333333, "b": 0.7654321})
 
 

@@ -58,7 +58,7 @@ class MixtureSampler:
 
 
 def spread_evenly(counts: list[int]) -> list[int]:
-    """A sequence of sum(counts) numbers with each i counts[i] times; of the first n, n * share within less than 1 are i.
+    """A sequence of sum(counts) numbers, each i counts[i] times; of the first n, n * share are i, within less than 1.
 
     R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32 (1980): of the numbers that are due, the
     most urgent comes next. Integers throughout: `owed` is n * count - period * (turns so far).

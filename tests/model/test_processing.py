@@ -100,13 +100,13 @@ def test_a_batch_is_padded_on_the_left():
 @pytest.mark.parametrize(
     ("call", "says_so"),
     [
-        ({"messages": says("", video=frames(1))}, "without words"),
+        ({"messages": says("", video=frames(1))}, "a turn has no text"),
         ({"messages": says(QUESTION, vidoe=frames(1))}, "did you mean 'video'"),
         ({"messages": says(QUESTION, video=frames(0))}, "no frames"),
         ({"messages": says(QUESTION, video="nowhere.mp4")}, "no such file"),
         ({"messages": says(QUESTION, video=torch.zeros(1, 4, 9, 9))}, "a frame is"),
         ({"messages": says(QUESTION, video=frames(1).int())}, "pixels are u8"),
-        ({"messages": [{"role": "assistant", "content": "red"}]}, "ends with what the user says"),
+        ({"messages": [{"role": "assistant", "content": "red"}]}, "the last turn of a conversation must be"),
         ({"messages": says(QUESTION, image=frames(1)[0]) * 2}, "one turn"),
         ({"text": [QUESTION, QUESTION], "videos": [frames(1)]}, "2 texts and 1 videos"),
         ({}, "either messages, or text"),

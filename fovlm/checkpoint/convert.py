@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -25,6 +25,7 @@ from fovlm.checkpoint.run_folder import read_summary
 from fovlm.checkpoint.safetensors_writer import WeightPlan, byte_size, write_tensors
 from fovlm.checkpoint.store import UNIVERSAL
 from fovlm.checkpoint.verify import check
+from fovlm.checkpoint.zero_reader import Weights
 from fovlm.data.chat import template
 from fovlm.errors import UserError, did_you_mean
 from fovlm.fileio import staged_dir
@@ -84,19 +85,6 @@ def refuse_occupied(out: Path) -> None:
     """Raise UserError when `out` is there and not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already and not empty: remove it, or give another folder")
-
-
-class Weights(Protocol):
-    """Named weights of a model: ZeroWeights, or those of an imported file."""
-
-    shapes: dict[str, tuple[int, ...]]
-    ties: dict[str, str]
-    origin: str
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def dtype(self, name: str) -> torch.dtype: ...
-    def read(self, name: str) -> torch.Tensor: ...
-    def close(self) -> None: ...
 
 
 def write_weights(

@@ -26,7 +26,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from fovlm.checkpoint.convert import DTYPES, OnProgress, refuse_occupied, write_settings, write_weights
 from fovlm.checkpoint.model_card import imported_card
 from fovlm.checkpoint.safetensors_writer import byte_size
-from fovlm.checkpoint.zero_reader import load_pickled
+from fovlm.checkpoint.zero_reader import Weights, load_pickled
 from fovlm.data.chat import load_tokenizer
 from fovlm.errors import UserError, did_you_mean
 from fovlm.fileio import staged_dir
@@ -38,6 +38,7 @@ from fovlm.model.processing import load_model
 from fovlm.paths import local_folder
 
 DINO, ENCODER, LLM = "encoder.dino.", "encoder.backbone.", "llm."
+EMBEDDINGS, HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
 NESTS = ("model", "state_dict", "model_state_dict", "module")  # keys under which training scripts store weights
 PICKLED = ("pt", "pth", "bin")
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DataParallel and torch.compile add to every name
@@ -50,68 +51,67 @@ SMOLLM2 = {
 EXACT = 1e-5  # the largest remainder of the bias, relative to it, after the queries were changed
 
 
-class Published:
-    """The weights of a published state dict under our names (a `convert.Weights`).
+class Published(Weights):
+    """The weights of a published state dict under our names.
 
     Raises UserError for other names than those above, and for shapes that do not fit together.
     """
 
     def __init__(self, state: dict[str, Tensor], origin: str):
-        self.origin = origin
-        self.ties: dict[str, str] = {}
-        self._weights: dict[str, Tensor] = {}
+        super().__init__(origin)
         rest = dict(state)
+        weights: dict[str, Tensor] = {}
         for name in state:
             if name.startswith(DINO):
-                self._weights[ENCODER + released_name(name.removeprefix(DINO))] = rest.pop(name)
+                weights[ENCODER + released_name(name.removeprefix(DINO))] = rest.pop(name)
             elif name.startswith(LLM):
                 below = name.removeprefix(LLM)
                 if below.startswith(("layers.", "embed_tokens.", "norm.")):  # a Llama without its head
                     below = f"model.{below}"
-                self._weights[LLM + below] = rest.pop(name)
-        self._connect(rest)
+                weights[LLM + below] = rest.pop(name)
+        weights |= {f"connector.{name}": weight.float() for name, weight in self._connector(rest).items()}
         if rest:
             raise UserError(f"{origin}: unknown weight '{min(rest)}': not a checkpoint of the nanoSmol fVLM release")
-        embedded, head = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
-        if head not in self._weights or torch.equal(self._weights[head], self._of(embedded)):
-            self._of(embedded)
-            self._weights.pop(head, None)
-            self.ties[head] = embedded
-        self.shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
+        head = weights.get(HEAD)
+        if head is None or torch.equal(head, weights.get(EMBEDDINGS, head.new_zeros(0))):
+            weights.pop(HEAD, None)
+            self.ties[HEAD] = EMBEDDINGS
+        for name, weight in weights.items():
+            self.add(name, tuple(weight.shape), [weight.flatten()])
+        self.shape(EMBEDDINGS)
 
-    def _connect(self, rest: dict[str, Tensor]) -> None:
-        """Move the connector's weights out of `rest`, with the folding above, in fp64."""
+    def _connector(self, rest: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The connector's weights f64, folded as above, moved out of `rest`."""
+        names = list(rest)
 
         def take(name: str, default: Tensor | None = None) -> Tensor:
             if name not in rest and default is None:
-                raise UserError(f"{self.origin}: '{name}' is missing{did_you_mean(name, state)}")
+                raise UserError(f"{self.origin}: '{name}' is missing{did_you_mean(name, names)}")
             value = rest.pop(name, default)
             assert value is not None
             return value.double()
 
-        state = list(rest)
-        ours: dict[str, Tensor] = {}
-        query_in = ours["query_in.weight"] = take("encoder.query_input_proj.weight")
-        D, Q = query_in.shape
-        static, first = (take(name).reshape(-1) for name in ("q_static", "q_init"))
-        to_query = ours["to_query.weight"] = take("llm_to_query.weight")
-        to_query_bias = take("llm_to_query.bias", torch.zeros(len(to_query)))
-        bias = take("encoder.query_input_proj.bias", torch.zeros(D))
-        for name, tensor in (("q_static", static), ("q_init", first), ("llm_to_query", to_query_bias)):
-            if len(tensor) != Q:
-                raise UserError(f"{self.origin}: {name} has {len(tensor)} numbers, queries have {Q}")
-        shift = self._shift(query_in, bias)
-        ours |= {"q_static": static + shift, "q_first": first + shift, "to_query.bias": to_query_bias + shift}
-
-        to_llm = take("dino_to_llm.weight")
+        query_in, to_query, to_llm = (
+            take(f"{n}.weight") for n in ("encoder.query_input_proj", "llm_to_query", "dino_to_llm")
+        )
+        (D, Q), E = query_in.shape, len(to_llm)
+        queries = {"q_static": take("q_static").flatten(), "q_first": take("q_init").flatten()}
+        queries["to_query.bias"] = take("llm_to_query.bias", torch.zeros(len(to_query)))
         out = take("encoder.output_proj.weight", torch.eye(D))
+        out_bias = take("encoder.output_proj.bias", torch.zeros(D))
+        for name, query in zip(("q_static", "q_init", "llm_to_query"), queries.values(), strict=True):
+            if len(query) != Q:
+                raise UserError(f"{self.origin}: {name} has {len(query)} numbers, queries have {Q}")
         if to_llm.shape[1] != D or tuple(out.shape) != (D, D):
             raise UserError(f"{self.origin}: output_proj and dino_to_llm do not take an encoder of width {D}")
-        ours["to_llm.weight"] = to_llm @ out
-        ours["to_llm.bias"] = to_llm @ take("encoder.output_proj.bias", torch.zeros(D)) + take(
-            "dino_to_llm.bias", torch.zeros(len(to_llm))
-        )
-        self._weights |= {f"connector.{name}": weight.float() for name, weight in ours.items()}
+        shift = self._shift(query_in, take("encoder.query_input_proj.bias", torch.zeros(D)))
+        return {
+            "query_in.weight": query_in,
+            "to_query.weight": to_query,
+            **{name: query + shift for name, query in queries.items()},
+            "to_llm.weight": to_llm @ out,
+            "to_llm.bias": to_llm @ out_bias + take("dino_to_llm.bias", torch.zeros(E)),
+        }
 
     def _shift(self, query_in: Tensor, bias: Tensor) -> Tensor:
         """d f64 [Q] with query_in d = bias. Raises UserError when there is none."""
@@ -124,11 +124,6 @@ class Published:
                 "queries replaces it: it cannot be imported exactly"
             )
         return shift
-
-    def _of(self, name: str) -> Tensor:
-        if name not in self._weights:
-            raise UserError(f"{self.origin}: '{name}' is missing")
-        return self._weights[name]
 
     @property
     def dino(self) -> Dinov2Config:
@@ -143,19 +138,7 @@ class Published:
     def size(self) -> tuple[int, int]:
         """Width and layers of its language model."""
         layers = {name.split(".")[3] for name in self.shapes if name.startswith("llm.model.layers.")}
-        return self._of("llm.model.embed_tokens.weight").shape[1], len(layers)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.shapes[self.ties.get(name, name)]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._weights[self.ties.get(name, name)].dtype
-
-    def read(self, name: str) -> Tensor:
-        return self._weights[self.ties.get(name, name)]
-
-    def close(self) -> None:
-        self._weights = {}
+        return self.shape(EMBEDDINGS)[1], len(layers)
 
 
 def import_published(

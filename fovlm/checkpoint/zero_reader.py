@@ -39,40 +39,64 @@ ZIP = b"PK\x03\x04"  # the first bytes of a zip archive (APPNOTE.TXT 6.3, sectio
 RELEASE_AFTER = 256 << 20  # bytes read from the mapped files before they are mapped again, which frees their memory
 
 
-class ZeroWeights:
-    """The weights of the checkpoint files in `folder`: names and shapes at once, values by `read`.
+class Weights:
+    """Named weights of a model, read one at a time.
 
-    `shapes` has every stored parameter and buffer; `ties` maps other names to the one of these that they share. With
-    `trust`, files are unpickled without restrictions, which can run code. Raises UserError if a file is missing (it is
-    named), damaged, or holds more than tensors and plain values.
+    `shapes` has every stored weight; `ties` maps other names to the one of these that they share.
     """
 
-    def __init__(self, folder: Path, trust: bool = False):
-        self.folder, self.origin, self.trust = folder, str(folder), trust
+    def __init__(self, origin: str):
+        self.origin = origin
         self.shapes: Shapes = {}
         self.ties: dict[str, str] = {}
-        self._pieces: dict[str, list[Tensor]] = {}  # name -> flat pieces of the mapped files, in order
-        self._read = 0  # bytes read since the files were mapped
-        self._open()
-
-    def read(self, name: str) -> Tensor:
-        """A copy of one weight: fp32 if it was trained, else in its stored type."""
-        if self._read > RELEASE_AFTER:
-            self._open()
-        pieces, shape = self._pieces[self.ties.get(name, name)], self.shape(name)
-        whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone()
-        self._read += whole.nbytes
-        return whole[: math.prod(shape)].view(shape)
+        self._pieces: dict[str, list[Tensor]] = {}  # name -> flat pieces, in order
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.shapes[self.ties.get(name, name)]
+        """The shape of a weight. Raises UserError if there is none of this name."""
+        stored = self.ties.get(name, name)
+        if stored not in self.shapes:
+            raise UserError(f"{self.origin}: '{name}' is missing")
+        return self.shapes[stored]
 
     def dtype(self, name: str) -> torch.dtype:
         return self._pieces[self.ties.get(name, name)][0].dtype
 
+    def read(self, name: str) -> Tensor:
+        """A copy of one weight, in its stored type. Raises UserError if there is none of this name."""
+        shape, pieces = self.shape(name), self._pieces[self.ties.get(name, name)]
+        whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone()
+        return whole[: math.prod(shape)].view(shape)
+
     def close(self) -> None:
         """Release the files."""
         self._pieces = {}
+
+    def add(self, name: str, shape: tuple[int, ...], pieces: list[Tensor]) -> None:
+        """Add a weight. Raises UserError if the flat pieces together are too short."""
+        if sum(len(piece) for piece in pieces) < math.prod(shape):
+            raise UserError(f"{self.origin}: the shards end before the end of {name}")
+        self.shapes[name], self._pieces[name] = shape, pieces
+
+
+class ZeroWeights(Weights):
+    """The weights of the checkpoint files in `folder`; trained ones are fp32.
+
+    With `trust`, files are unpickled without restrictions, which can run code. Raises UserError if a file is missing
+    (it is named), damaged, or holds more than tensors and plain values.
+    """
+
+    def __init__(self, folder: Path, trust: bool = False):
+        super().__init__(str(folder))
+        self.folder, self.trust = folder, trust
+        self._read = 0  # bytes read since the files were mapped
+        self._open()
+
+    def read(self, name: str) -> Tensor:
+        if self._read > RELEASE_AFTER:
+            self._open()
+        weight = super().read(name)
+        self._read += weight.nbytes
+        return weight
 
     def _open(self) -> None:
         """Map the files, after releasing those mapped before."""
@@ -112,16 +136,16 @@ class ZeroWeights:
             rest = [name for name in _field(path, head, "buffer_names") if name in module]
             for name, shape in (head.get("frozen_param_shapes") or {}).items():
                 parts = [_field(path, file, "frozen_param_fragments")[name].flatten() for file in files]
-                self._add(name, tuple(shape), parts)
+                self.add(name, tuple(shape), parts)
         for name in rest:
-            self._add(name, tuple(module[name].shape), [module[name].flatten()])
+            self.add(name, tuple(module[name].shape), [module[name].flatten()])
 
     def _add_group(self, shapes: Shapes, parts: list[Tensor], paddings: list[int], count: int) -> None:
         """Stages 1 and 2: the ranks' parts in a row are the parameters of the group in a row."""
         at = 0
         for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
             n = math.prod(shape)
-            self._add(name, shape, _slice(parts, at, at + n))
+            self.add(name, shape, _slice(parts, at, at + n))
             at += n + int(padding)
         have, align = sum(len(part) for part in parts), 2 * count  # a group is padded to a multiple of 2 W
         if math.ceil(at / align) != math.ceil(have / align):
@@ -132,15 +156,10 @@ class ZeroWeights:
         at = 0
         for name, shape in shapes.items():
             n = math.ceil(math.prod(shape) / count)
-            self._add(name, shape, [piece for flat in flats for piece in _slice(list(flat), at, at + n)])
+            self.add(name, shape, [piece for flat in flats for piece in _slice(list(flat), at, at + n)])
             at += n
         if (have := sum(len(part) for part in flats[0])) != at:
             raise UserError(f"{self.folder}: a rank's shard holds {have} numbers, the parameters need {at}")
-
-    def _add(self, name: str, shape: tuple[int, ...], pieces: list[Tensor]) -> None:
-        if sum(len(piece) for piece in pieces) < math.prod(shape):
-            raise UserError(f"{self.folder}: the shards end before the end of {name}")
-        self.shapes[name], self._pieces[name] = shape, pieces
 
     def _load(self, path: Path, field: str) -> dict[str, Any]:
         state = load_pickled(path, self.trust)

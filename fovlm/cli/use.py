@@ -123,8 +123,9 @@ def look(
         from fovlm.viz.video import write_video
 
         net, processor = open_(model, frames)
-    dino = net.config.encoder_config
-    check_choice(dino.num_hidden_layers if net.config.deep_query else 1, dino.num_attention_heads, layer, head)
+    encoder = net.config.encoder_config
+    layers = encoder.num_hidden_layers if net.config.deep_query else 1
+    check_choice((layers, 0, encoder.num_attention_heads), layer, head)
     with progress(f"reading {Path(video).name}") as update:
         clip = read_clip(video, net.config.frame_size, frames, fps, update)
     warn(clip)

@@ -9,7 +9,6 @@ ranks.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fovlm.data.chat import SYSTEM
+from fovlm.data.chat import template
 from fovlm.data.dataset import Dataset
 from fovlm.data.packing import Batch, PackSize, Sample, collate, pack_samples
 from fovlm.media import decode
@@ -93,7 +92,7 @@ def save_maps(
         Strip(shown, {name: maps(parts[n]) for name, parts in weights.items()}, texts[n])
         for n, shown in enumerate(frames)
     ]
-    draw_sheet(strips, path, columns=max(1, MOST_LOOKS // max(map(len, frames))))
+    draw_sheet(strips, path, columns=max(1, MOST_LOOKS // max(map(len, frames))), dpi=100)
     arrays: dict[str, Any] = {name: torch.cat(parts, dim=1).half().numpy() for name, parts in weights.items()}
     arrays |= {"clip": np.array(clip), "look": np.array(look)}
     arrays |= {"keys": np.array([sample.key for sample in samples]), "texts": np.array(texts)}
@@ -104,8 +103,11 @@ def save_maps(
 
 def _text(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
     """Question and answer of a sample, without the system message and the roles."""
-    text = tokenizer.decode(sample.tokens.tolist(), skip_special_tokens=True).partition(SYSTEM)[2]
-    return " ".join(re.sub(r"(^|\n)\s*(user|assistant)\s*\n", " ", text).split())[:100]
+    head, middle, _ = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in template(tokenizer))
+    text, n = sample.tokens.tolist()[len(head) :], len(middle)
+    at = next((i for i in range(len(text)) if text[i : i + n] == middle), len(text))
+    parts = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (text[:at], text[at + n :]))
+    return " ".join(" → ".join(parts).split())[:100]
 
 
 INDEX = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">

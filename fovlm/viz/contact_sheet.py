@@ -20,7 +20,7 @@ MOST = 24  # looks on a sheet, evenly spaced
 LONGEST = 180  # characters of the title
 SIDE = (112, 224)  # pixels of a drawn frame: at least, at most
 GAP = 4  # pixels between two frames
-MARGIN = 0.25  # inches at the left, for the names of the rows
+LEFT, RIGHT = 0.25, 0.08  # inches beside a strip; the names of its rows are at the left
 LINE = 0.18  # inches of a line of text
 AXES = (
     "coarse, fine f16 [layers, looks, heads, 1 + patches]: attention weights, CLS first, then the patches by row; "
@@ -43,7 +43,9 @@ class Strip:
         return tile(np.stack([draw_heatmap(self.frames, grid, side) for grid in self.maps.values()]), GAP, 255)
 
 
-def draw_sheet(strips: Sequence[Strip], path: Path, title: str = "", columns: int = 1, width: float = 11) -> None:
+def draw_sheet(
+    strips: Sequence[Strip], path: Path, title: str = "", columns: int = 1, width: float = 11, dpi: int = 150
+) -> None:
     """Write strips with the same names, in `columns`, to a PNG or PDF of `width` inches."""
     side = max(min(strips[0].frames.shape[-1], SIDE[1]), SIDE[0])
     names = list(strips[0].maps)
@@ -51,14 +53,15 @@ def draw_sheet(strips: Sequence[Strip], path: Path, title: str = "", columns: in
     w, h = longest * (side + GAP) - GAP, len(names) * (side + GAP) - GAP
     rows = -(-len(strips) // columns)
     above = LINE * any(strip.title for strip in strips) + LINE * any(strip.labels for strip in strips)
-    inches = (width / columns - MARGIN) * h / w  # of a strip's height
-    top = LINE * 1.5 if title else 0.05
-    figure = Figure((width, rows * (inches + above) + top + 0.05))
-    height = figure.get_figheight()
+    top = LINE * 1.5 if title else RIGHT
+    wide = width / columns - LEFT - RIGHT  # inches of a strip
+    high = wide * h / w
+    height = rows * (high + above) + top + RIGHT
+    figure = Figure((width, height))
     for number, strip in enumerate(strips):
         row, column = divmod(number, columns)
-        left, bottom = column / columns + MARGIN / width, 1 - (top + (row + 1) * (inches + above)) / height
-        axis = figure.add_axes((left, bottom, 1 / columns - MARGIN / width - 0.005, inches / height))
+        left, bottom = column / columns + LEFT / width, 1 - (top + (row + 1) * (high + above)) / height
+        axis = figure.add_axes((left, bottom, wide / width, high / height))
         axis.axis("off")
         axis.imshow(strip.draw(side), interpolation="antialiased")
         axis.set(xlim=(0, w), ylim=(h, 0), anchor="NW")
@@ -68,9 +71,9 @@ def draw_sheet(strips: Sequence[Strip], path: Path, title: str = "", columns: in
             axis.text(k * (side + GAP) + side / 2, -GAP, label, ha="center", va="bottom", fontsize=7)
         if strip.title:
             axis.set_title(strip.title, fontsize=8, loc="left", pad=3, parse_math=False)
-    figure.text(MARGIN / width, 1 - 0.05 / height, title, fontsize=8, va="top", parse_math=False)
+    figure.text(LEFT / width, 1 - 0.05 / height, title, fontsize=8, va="top", parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=dpi)
 
 
 def write_contact_sheet(
@@ -80,7 +83,7 @@ def write_contact_sheet(
 
     Raises UserError for a layer or head that does not exist.
     """
-    check(gaze, layer, head)
+    check_choice(gaze.weights["coarse"].shape, layer, head)
     shown = decode.spread(len(gaze.frames), most)
     grids = {name: maps(weights, layer, head) for name, weights in gaze.weights.items()}
     strips = []
@@ -89,9 +92,9 @@ def write_contact_sheet(
         times = [clock(gaze.seconds[k]) for k in row]
         strips.append(Strip(gaze.frames[row], {name: grid[row] for name, grid in grids.items()}, labels=times))
     which = f"layer {'mean' if layer is None else layer}, head {'mean' if head is None else head}"
-    title = f"{gaze.question}  {gaze.answer}" if gaze.question else gaze.clip
+    title = f"{gaze.question} → {gaze.answer}" if gaze.question else gaze.clip
     title = f"{' '.join(title.split())[:LONGEST]}  ({which})"
-    draw_sheet(strips, Path(path), title, width=max(4, 1.3 * len(strips[0].frames) + MARGIN))
+    draw_sheet(strips, Path(path), title, width=max(4, 1.3 * len(strips[0].frames) + LEFT + RIGHT))
     return Path(path)
 
 
@@ -107,14 +110,8 @@ def save_weights(gaze: Gaze, path: str | Path) -> Path:
     return path
 
 
-def check(gaze: Gaze, layer: int | None, head: int | None) -> None:
-    """Raise UserError for a layer or head, counted from 0, that the gaze does not have."""
-    layers, _, heads, _ = gaze.weights["coarse"].shape
-    check_choice(layers, heads, layer, head)
-
-
-def check_choice(layers: int, heads: int, layer: int | None, head: int | None) -> None:
-    """The same for a model with so many layers and heads, before any look."""
-    for what, number, count in (("layer", layer, layers), ("head", head, heads)):
+def check_choice(shape: Sequence[int], layer: int | None, head: int | None) -> None:
+    """Raise UserError for a layer or head, counted from 0, that weights [layers, looks, heads, ...] do not have."""
+    for what, number, count in (("layer", layer, shape[0]), ("head", head, shape[2])):
         if number is not None and not 0 <= number < count:
             raise UserError(f"{what} {number}: this model has {what}s 0 to {count - 1}")

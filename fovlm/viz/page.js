@@ -1,24 +1,24 @@
 "use strict";
-// Draws what page.py put into #data. Letters: K looks, layers x H heads, side x side patches.
+// Draws what html.py put into #data. Letters: K looks, layers x H heads, side x side patches.
 const data = JSON.parse(document.getElementById("data").textContent);
 const { K, H, layers, side, stops, darken, gazes } = data;
-const N = side * side, MEAN = -1, UP = 8;  // UP: steps between two patches when maps are made smooth
+const N = side * side, MEAN = -1, UP = 8;  // UP: pixels per patch of the smooth maps
 const $ = id => document.getElementById(id);
 const make = (tag, attributes = {}, text = "") => {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.textContent = text;  // never as HTML: questions and answers are strangers' words
+  node.textContent = text;  // never as HTML: questions and answers are untrusted
   return node;
 };
 const bytes = text => Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
 const colours = ["var(--a)", "var(--b)"];
 
-// One pane for each gaze's fine looks, one for the coarse ones, which are the same for every question.
+// A pane for the fine looks of each gaze, and one for the coarse looks, which are the same for every question.
 const panes = gazes.filter(g => g.fine).map((g, i) => ({ name: "fine", gaze: g, colour: colours[i], map: g.fine }));
 panes.push({ name: "coarse", gaze: gazes.length === 1 || !gazes[0].fine ? gazes[0] : null, colour: "var(--coarse)", map: data.coarse });
 for (const pane of panes) {
   pane.u8 = bytes(pane.map.u8);  // [layers, K, H, N]
-  pane.most = new Float32Array(bytes(pane.map.most).buffer);  // [layers, K, H]: what 255 stands for
+  pane.most = new Float32Array(bytes(pane.map.most).buffer);  // [layers, K, H]: the weight of 255
 }
 const images = data.frames.map(source => { const image = new Image(); image.src = source; return image });
 let look = 0, timer = null;
@@ -27,7 +27,7 @@ const chosen = () => {
   const l = +$("layer").value, h = +$("head").value, range = (n, all) => n === MEAN ? [...Array(all).keys()] : [n];
   return { ls: range(l, layers), hs: range(h, H) };
 };
-// The mean over the chosen layers and heads of what `f` tells of each.
+// The mean of `f` over the chosen layers and heads.
 const mean = f => {
   const { ls, hs } = chosen();
   let sum = 0;
@@ -44,7 +44,7 @@ const mapOf = (pane, k) => {
 };
 const numberOf = (pane, what, k) => mean((l, h) => pane.map[what][(l * K + k) * H + h]);
 
-// Catmull-Rom between the middles of the patches, never below 0: smooth, and true at every middle.
+// Catmull-Rom between the centers of the patches, exact at every center.
 const taps = Array.from({ length: side * UP }, (_, i) => {
   const x = (i + .5) / UP - .5, base = Math.floor(x), t = x - base;
   const w = [-.5 * t + t * t - .5 * t ** 3, 1 - 2.5 * t * t + 1.5 * t ** 3, .5 * t + 2 * t * t - 1.5 * t ** 3, -.5 * t * t + .5 * t ** 3];
@@ -83,7 +83,7 @@ const draw = pane => {
   pane.facts.textContent = `brightest patch ${percent(Math.max(...map))} · CLS ${percent(cls)} · entropy ${numberOf(pane, "entropy", look).toFixed(2)}`;
   canvas.setAttribute("aria-label", `${pane.name} look at frame ${look + 1}: ${pane.facts.textContent}`);
 };
-// The clip's brightest patch in any pane, so that panes compare; found when layer or head change.
+// The clip's brightest patch in any pane, so that panes are comparable; changes with layer and head.
 const measure = () => {
   let most = 0;
   for (const pane of panes) for (let k = 0; k < K; k++) most = Math.max(most, ...mapOf(pane, k));
@@ -145,15 +145,15 @@ for (const pane of panes) {
   pane.canvas = make("canvas", { width: 448, height: 448, role: "img" });
   pane.facts = make("p", { class: "facts" });
   const says = make("div", { class: "says" });
-  const told = pane.name === "fine"
-    ? [["b", "Fine"], ["span", " · where the model asked to look"]]
-    : [["b", "Coarse"], ["span", " · the same query for every frame"]];
+  const [name, note] = pane.name === "fine"
+    ? ["Fine", " · queries of the language model"]
+    : ["Coarse", " · one query for all frames"];
   const title = make("p");
-  for (const [tag, text] of told) title.append(make(tag, {}, text));
+  title.append(make("b", {}, name), make("span", {}, note));
   says.append(title);
-  const speaking = pane.name === "fine" ? [pane.gaze] : gazes.some(g => g.fine) ? [] : gazes;
-  for (const speaks of speaking.filter(gaze => gaze.question)) {
-    says.append(make("p", { class: "q" }, speaks.question), make("p", { class: "ans" }, speaks.answer || "(no words)"));
+  const shown = pane.name === "fine" ? [pane.gaze] : gazes.some(g => g.fine) ? [] : gazes;
+  for (const { question, answer } of shown.filter(gaze => gaze.question)) {
+    says.append(make("p", { class: "q" }, question), make("p", { class: "ans" }, answer || "(empty answer)"));
   }
   box.append(pane.canvas, pane.facts, says);
   $("panes").append(box);

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from fovlm.media import encode
-from fovlm.viz.contact_sheet import check
+from fovlm.viz.contact_sheet import check_choice
 from fovlm.viz.gaze import Gaze
 from fovlm.viz.heatmap import draw_heatmap, maps, tile
 from fovlm.viz.html import clock
@@ -24,7 +24,7 @@ def write_video(
 
     Raises UserError for a layer or head that does not exist.
     """
-    check(gaze, layer, head)
+    check_choice(gaze.weights["coarse"].shape, layer, head)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encode.encode_video(_frames(gaze, layer, head, max(1, round(RATE / fps))), max(RATE, fps)))
@@ -38,7 +38,7 @@ def _frames(gaze: Gaze, layer: int | None, head: int | None, times: int) -> Iter
     texts = [gaze.question, gaze.answer] if gaze.question else [gaze.clip]
     below = encode.lettering([text[:LONGEST] for text in texts], width)
     for k, second in enumerate(gaze.seconds):
-        above = encode.lettering([f"{' | '.join(grids)}   {clock(second)}"], width)
+        above = np.hstack([encode.lettering([f"{name}  {clock(second)}"], SIDE + GAP) for name in grids])[:, :width]
         drawn = [draw_heatmap(gaze.frames[k : k + 1], grid[k : k + 1], SIDE) for grid in grids.values()]
         frame = np.vstack([above, tile(np.stack(drawn, axis=1), GAP, 20), below])
         for _ in range(times):

@@ -1,17 +1,16 @@
 # shellcheck shell=bash
 # Sourced by launch.sh and the Makefile, in the project's folder: the Python environment and the caches.
 #
-#   use_python [dev]   sets PYTHON, making .venv from the pinned requirements if there is none (or they changed), and
-#                      the command .venv/bin/fovlm
-#   use_caches         sets cache, and keeps compiled helpers inside the project, or below FOVLM_CACHE
+#   use_python [dev]   sets PYTHON; makes or updates .venv from the pinned requirements, and the command .venv/bin/fovlm
+#   use_caches         keeps compiled helpers inside the project, or below FOVLM_CACHE
 #
-# FOVLM_PYTHON names the Python of an environment that exists already: then nothing is installed.
+# FOVLM_PYTHON names the Python of an existing environment: then nothing is installed.
 
 say() { printf 'fovlm: %s\n' "$*" >&2; }
 
 use_python() {
   if [ -n "${FOVLM_PYTHON:-}" ]; then
-    PYTHON=$(command -v "$FOVLM_PYTHON") || { say "FOVLM_PYTHON=$FOVLM_PYTHON is no program"; return 2; }
+    PYTHON=$(command -v "$FOVLM_PYTHON") || { say "FOVLM_PYTHON=$FOVLM_PYTHON is not a program"; return 2; }
   else
     mkdir -p .cache
     # Two starts at once install one after the other, where the system has a lock.
@@ -36,8 +35,8 @@ _make_venv() {
   _install requirements.txt && { [ "${1:-}" != dev ] || _install requirements-dev.txt; } && _make_command
 }
 
-# .venv/bin/fovlm, the command, from wherever it is typed. No package is installed: then transformers would find the
-# folder `kernels` as one, and take it for Hugging Face's of that name.
+# .venv/bin/fovlm works from any folder. No package is installed: transformers would find the folder `kernels` as a
+# package and take it for Hugging Face's of that name.
 _make_command() {
   [ -x .venv/bin/fovlm ] && return
   cat >.venv/bin/fovlm <<'SH' && chmod +x .venv/bin/fovlm
@@ -47,7 +46,7 @@ PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} exec "$here/.venv/bin/python" -m fov
 SH
 }
 
-# python3.11 is what the pins were tried with; a name on the PATH may be a stub that doesn't run.
+# The pins are tested on python3.11; a name on the PATH may be a stub that does not run.
 _find_python() {
   local candidate seen=""
   for candidate in python3.11 python3.12 python3.10 python3.13 python3 python; do
@@ -57,11 +56,11 @@ _find_python() {
     fi
     seen="$seen$("$candidate" -c 'import platform; print(", found", platform.python_version())' 2>/dev/null)"
   done
-  say "Python 3.10 or newer is needed (3.11 is best)${seen:-, found none}: install it, or set FOVLM_PYTHON"
+  say "requires Python 3.10 or newer (3.11 is best)${seen:-, found none}: install it, or set FOVLM_PYTHON"
   return 1
 }
 
-# Installs a file of pins once: its checksum is left in .venv, so that a change installs again.
+# Installs a file of pins once; a checksum in .venv tells when it changed.
 _install() {
   local stamp=.venv/$1.installed sum
   sum=$(cksum <"$1")
@@ -75,9 +74,8 @@ _install() {
 }
 
 use_caches() {
-  local compiled
-  cache=${FOVLM_CACHE:-$PWD/.cache}
-  mkdir -p "$cache" || { say "FOVLM_CACHE=$cache cannot be written"; return 2; }
+  local cache=${FOVLM_CACHE:-$PWD/.cache} compiled
+  mkdir -p "$cache" || { say "cannot write FOVLM_CACHE=$cache"; return 2; }
   cache=$(cd "$cache" && pwd)
   # What one environment compiled must not be loaded by another.
   compiled=$cache/compiled-$( (echo "$PYTHON"; cat requirements.txt) | cksum | cut -d' ' -f1)

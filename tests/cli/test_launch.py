@@ -314,7 +314,7 @@ def test_a_python_that_is_too_old_is_told(fresh):
     status, said, asked = fresh("--list", old=1, says=", found 3.9.18")
     assert (status, asked) == (2, [])
     assert (
-        said == "fovlm: Python 3.10 or newer is needed (3.11 is best), found 3.9.18: install it, or set FOVLM_PYTHON\n"
+        said == "fovlm: requires Python 3.10 or newer (3.11 is best), found 3.9.18: install it, or set FOVLM_PYTHON\n"
     )
 
 

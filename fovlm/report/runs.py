@@ -134,7 +134,7 @@ class Evidence:
         run, base = self.side(label)[0], self.side(versus.baseline)
         paths = run.experiment.differs_from(base[0].experiment) if base else versus.changes
         values = experiments.flat(run.experiment.model_dump())
-        return f"{label} ({', '.join(_setting(path, values[path]) for path in paths)})"
+        return f"{label} ({', '.join(_setting(path, values.get(path)) for path in paths)})"
 
 
 def _setting(path: str, value: Any) -> str:
@@ -145,6 +145,8 @@ def _setting(path: str, value: Any) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items())
+    if value is None:
+        return "none"
     if isinstance(value, list):
         return " and ".join(map(_shown, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)

@@ -2,8 +2,13 @@
 
 from fovlm.config import schema
 from fovlm.report.build import write_report
+from fovlm.report.collect import collect
 from helpers.run_folders import write_experiment
 
+MORE = """
+  fewer: {{note: n, versus: {{baseline: mixed, question: "Fewer sources?"}}}}
+  mixed: {{note: n, data: {{sources: {{more: {{kind: text, shards: more.tar}}}}}}}}
+"""
 FILE = """
 base: {base}
 train: {{steps: 8}}
@@ -27,3 +32,14 @@ def test_a_line_of_yaml_is_a_comparison_in_the_report_and_in_the_figures(tmp_pat
     assert "| wider (model.query\\_dim: 96) | 3 | 0.5100 |" in text, "what the settings differ in"
     assert "wider (model.query_dim: 96)" in figure
     assert "Does width help?" in html.read_text()
+
+
+def test_a_side_that_lacks_a_setting_of_its_baseline_is_named_by_it(tmp_path):
+    experiments, runs = tmp_path / "experiments", tmp_path / "runs"
+    experiments.mkdir()
+    base = schema.experiments.EXPERIMENTS / "quickstart.yaml"
+    (experiments / "mine.yaml").write_text((FILE + MORE.removeprefix("\n")).format(base=base))
+    for name in ("mixed", "fewer"):
+        write_experiment(runs, schema.load(name, [], experiments), 0.5)
+    title = collect([str(runs)]).title("fewer")
+    assert title.startswith("fewer (data.sources.more.kind: none, ")

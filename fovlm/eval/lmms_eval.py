@@ -5,7 +5,7 @@ lmms-eval finds it through the entry point `lmms_eval.models` of pyproject.toml.
 own process imports this module.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
-from rich.progress import track
 
 from fovlm.data.chat import ChatTokenizer
 from fovlm.errors import UserError, did_you_mean
@@ -21,6 +20,7 @@ from fovlm.eval.likelihood import View, encode, score, visual_tokens
 from fovlm.media import decode
 from fovlm.model.modes import MODES
 from fovlm.model.processing import open_model
+from fovlm.progress import track
 
 SAMPLING = ("temperature", "top_p", "top_k", "num_beams", "do_sample")
 Visuals = Sequence[Any]
@@ -134,8 +134,8 @@ class Fovlm(lmms):
         parts = [{"type": kind, kind: media} for media in visuals for kind in [_kind(media)]]
         return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
-    def _with_bar(self, work: Any) -> Iterator[Any]:
-        return iter(track(list(work), description=f"fovlm, {self.mode}", disable=self.rank != 0, transient=True))
+    def _with_bar(self, work: Collection[Any]) -> Iterable[Any]:
+        return track(work, f"fovlm, {self.mode}") if self.rank == 0 else work
 
 
 class _Pair(tuple[float, bool]):

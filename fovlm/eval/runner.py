@@ -170,9 +170,7 @@ def score_chunk(target: Target, eval_set: EvalSet, chunk: Chunk, files: Files) -
     others: dict[int, View | None] = {}
     if any(control == "foreign" for control, _ in files):
         last = chunk[-1][0]
-        others = {
-            item.number: _other_view(item, items, views) or _next_view(target, eval_set, item, last) for item in items
-        }
+        others = {item.number: _other_view(target, eval_set, item, items, views, last) for item in items}
     blind: dict[int, SampleResult] = {}  # without frames all modes are the same
     for (control, mode), file in files.items():
         for number, item in chunk:
@@ -211,22 +209,22 @@ def views_of(target: Target, items: list[EvalItem]) -> dict[int, View | None]:
     return views
 
 
-def _other_view(item: EvalItem, items: list[EvalItem], views: dict[int, View | None]) -> View | None:
-    """The view of the next item of the chunk, cyclically, with another clip."""
-    at = items.index(item)
-    others = [*items[at + 1 :], *items[:at]]
-    return next((views[other.number] for other in others if len(other.frames) and other.clip != item.clip), None)
-
-
-def _next_view(target: Target, eval_set: EvalSet, item: EvalItem, last: int) -> View | None:
-    """The view of an item behind the chunk with another clip, which costs another encoding."""
+def _other_view(
+    target: Target, eval_set: EvalSet, item: EvalItem, items: list[EvalItem], views: dict[int, View | None], last: int
+) -> View | None:
+    """The view of the next item with another clip: of its chunk, cyclically, or behind it, which costs an encoding."""
     if not len(item.frames):
         return None
-    for step in range(1, min(len(eval_set), NEAR) + 1):
-        other = eval_set.item((last + step) % len(eval_set))
-        if isinstance(other, EvalItem) and len(other.frames) and other.clip != item.clip:
-            return views_of(target, [other])[other.number]
-    return None
+
+    def differs(other: EvalItem | str) -> bool:
+        return isinstance(other, EvalItem) and bool(len(other.frames)) and other.clip != item.clip
+
+    at = items.index(item)
+    if other := next(filter(differs, [*items[at + 1 :], *items[:at]]), None):
+        return views[other.number]
+    behind = (eval_set.item((last + n) % len(eval_set)) for n in range(1, min(len(eval_set), NEAR) + 1))
+    found = next(filter(differs, behind), None)
+    return views_of(target, [found])[found.number] if isinstance(found, EvalItem) else None
 
 
 def _score_item(target: Target, item: EvalItem, view: View | None, mode: str) -> SampleResult:

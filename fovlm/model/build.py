@@ -113,7 +113,8 @@ def unsupported_llm(config: PreTrainedConfig) -> str:
     """Why a language model of this configuration cannot be used; empty when it can.
 
     Every layer must be full attention: what a window, a convolution or a recurrent state sees of a pack, or of a stream
-    with a cache, is not what it saw in training.
+    with a cache, is not what it saw in training. The loss takes logits as the output embeddings give them, and FLOPs
+    and memory are counted for dense layers.
     """
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model is None or config.get_text_config() is not config:
@@ -125,13 +126,21 @@ def unsupported_llm(config: PreTrainedConfig) -> str:
         return f"'{config.model_type}' with a sliding window of {config.sliding_window} tokens {only}"
     if model._is_stateful or not model._supports_attention_backend:
         return f"'{config.model_type}' {only}"
+    if scaled := [name for name in ("logits_scaling", "logit_scale", "final_logit_softcapping") if _set(config, name)]:
+        return f"'{config.model_type}' with {scaled[0]} is not supported, only plain logits"
+    if any(_set(config, name) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return f"'{config.model_type}' with experts is not supported, only dense layers"
     if not hasattr(config, "num_key_value_heads"):
         return f"'{config.model_type}' is not supported: its layers are not laid out like those of Llama"
     return ""
 
 
+def _set(config: PreTrainedConfig, name: str) -> bool:
+    return getattr(config, name, None) not in (None, 0, 1)
+
+
 def check_vocabulary(model: FoveatedVLM, words: int) -> None:
-    """Refuse a tokenizer with more words than the model has embeddings for. Raises UserError."""
+    """Refuse a tokenizer with more tokens than the model has embeddings for. Raises UserError."""
     rows = model.config.llm_config.vocab_size
     if words > rows:
         raise UserError(
@@ -141,7 +150,7 @@ def check_vocabulary(model: FoveatedVLM, words: int) -> None:
 
 
 def find_weights(name: str) -> str:
-    """The folder of a model: as given, or below FOVLM_MODELS; anything else is passed on as a Hugging Face id."""
+    """The folder of a model: as given, or below FOVLM_MODELS; any other name is returned as a Hugging Face id."""
     folder = local_folder(name)
     if folder is None:
         return name

@@ -1,17 +1,17 @@
-"""The language model's keys and values of a stream: they grow in place, can forget a question, and can slide.
+"""The KV cache of a stream: it grows in place, can drop its last tokens, and can overwrite old ones.
 
-transformers' own cache concatenates: every token copies all that came before. Here a layer's buffers grow by CHUNK
-tokens at a time and a token is written into its place, so a frame costs the same at any length, and memory grows by
-2 * key heads * head width numbers a layer and frame.
+transformers' own cache concatenates: every token copies all earlier ones. Here a layer's buffers grow by CHUNK tokens
+at a time and a token is written into its place: a frame costs the same at any length, and memory grows by
+2 * key heads * head width numbers per layer and frame.
 
-Attention does not care in which order keys are stored: each carries its position inside (rotary embeddings). So a full
+Attention does not depend on the order in which keys are stored, since rotary embeddings are in the keys. So a full
 window slides by writing the newest frame over the oldest one.
 
-One token that asks a long memory is also where PyTorch's grouped attention is slow on a CPU: it repeats the keys, or
-walks them once for each head that shares them. `attend` takes the heads that share keys as so many rows of one query.
-In bf16 on a CPU two plain products are faster still, but the library below compiles them for every shape: `update` then
-hands out whole buffers, whose length changes once in CHUNK tokens, with a mask over the part without tokens. At 4,000
-tokens of SmolLM2-135M that is 0.4 ms a layer, against 0.8 for the rows in one fused call and 5 as transformers does it.
+For one query over many keys, PyTorch's grouped attention is slow on a CPU: it repeats the keys, or reads them once for
+each head that shares them. `attend` takes the heads that share keys as rows of one query. In bf16 on a CPU two plain
+products are faster still, but the library below compiles them for every shape: `update` then returns whole buffers,
+whose length changes once in CHUNK tokens, with a mask over the unused part. At 4,000 tokens of SmolLM2-135M a layer
+takes 0.4 ms this way, 0.8 with the rows in one fused call, and 5 in transformers.
 
 Letters: B conversations, G key heads, n tokens, d head width.
 """
@@ -31,7 +31,7 @@ from transformers.masking_utils import sdpa_mask
 from fovlm.model.attention import Segments, attend_by_sample
 
 CHUNK = 256  # tokens
-ATTENTION = "sdpa_rows"  # the name of `attend` for transformers
+ATTENTION = "sdpa_rows"  # the name of `attend` in transformers
 
 
 class Layer(DynamicLayer):
@@ -40,49 +40,49 @@ class Layer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()
         self.is_initialized: bool = False
-        self.rooms: list[Tensor] = []  # buffers of keys and of values, [B, G, at least n, d]
-        self.put_at: int | None = None  # where the next token is written over an old one
+        self.buffers: list[Tensor] = []  # of keys and of values, [B, G, at least n, d]
+        self.overwrite_at: int | None = None  # the stored token that the next one replaces
 
-    def handed_out(self, s: int) -> int:
-        """How many keys `update` gives back for s new tokens: those there are, or for one token a whole buffer."""
-        if self.put_at is not None:
+    def key_count(self, s: int) -> int:
+        """How many keys `update` returns for s new tokens: all so far, or for one token a whole buffer."""
+        if self.overwrite_at is not None:
             return self.get_seq_length()
         end = self.get_seq_length() + s
-        return _whole(end) if s == 1 and self.rooms and _by_products(self.keys) else end
+        return _round_up(end) if s == 1 and self.buffers and _by_products(self.keys) else end
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep the keys and values [B, G, s, d] of s new tokens; gives `handed_out` of them, all tokens first."""
-        give = self.handed_out(key_states.shape[2])
+        """Store the keys and values [B, G, s, d] of s new tokens -> the first `key_count(s)` keys and values."""
+        count = self.key_count(key_states.shape[2])
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
             self.keys, self.values = (torch.empty_like(x[:, :, :0]) for x in (key_states, value_states))
-            self.rooms, self.is_initialized = [self.keys, self.values], True
+            self.buffers, self.is_initialized = [self.keys, self.values], True
         new = (key_states, value_states)
-        if self.put_at is not None:
-            for room, x in zip(self.rooms, new, strict=True):
-                room[:, :, self.put_at : self.put_at + x.shape[2]] = x
+        if self.overwrite_at is not None:
+            for buffer, x in zip(self.buffers, new, strict=True):
+                buffer[:, :, self.overwrite_at : self.overwrite_at + x.shape[2]] = x
             return self.keys, self.values
         n = self.get_seq_length()
         end = n + key_states.shape[2]
-        if end > self.rooms[0].shape[2]:
+        if end > self.buffers[0].shape[2]:
             for i, x in enumerate((self.keys, self.values)):
                 B, G, _, d = x.shape
-                self.rooms[i] = x.new_zeros(B, G, _whole(end), d)  # what is masked must be a number all the same
-                self.rooms[i][:, :, :n] = x
-        for room, x in zip(self.rooms, new, strict=True):
-            room[:, :, n:end] = x
-        self.keep(end)
-        keys, values = (room[:, :, :give] for room in self.rooms)
+                self.buffers[i] = x.new_zeros(B, G, _round_up(end), d)  # masked entries must be finite too
+                self.buffers[i][:, :, :n] = x
+        for buffer, x in zip(self.buffers, new, strict=True):
+            buffer[:, :, n:end] = x
+        self.truncate(end)
+        keys, values = (buffer[:, :, :count] for buffer in self.buffers)
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(how many keys there will be, 0)."""
-        return self.handed_out(query_length), 0
+        return self.key_count(query_length), 0
 
-    def keep(self, n: int) -> None:
-        """The first n tokens are what there is."""
-        if self.rooms:  # there are none before the first token
-            self.keys, self.values = (room[:, :, :n] for room in self.rooms)
+    def truncate(self, n: int) -> None:
+        """Drop everything behind the first n tokens."""
+        if self.buffers:  # there are none before the first token
+            self.keys, self.values = (buffer[:, :, :n] for buffer in self.buffers)
 
 
 class ContextCache(Cache):
@@ -96,52 +96,52 @@ class ContextCache(Cache):
         return int(self.get_seq_length())
 
     def forget(self, n: int) -> None:
-        """Drop everything behind the first n tokens. Their buffers stay for what comes next."""
+        """Drop everything behind the first n tokens. The buffers stay."""
         for layer in self.layers:
-            layer.keep(n)
+            layer.truncate(n)
 
     @contextmanager
     def writing(self, place: int | None) -> Iterator[None]:
-        """The next token goes over the one stored at `place`; None: behind all others.
+        """The next token replaces the one stored at `place`; None: it goes behind all others.
 
-        When the body raises, all layers are as they were, whichever of them have the new token.
+        When the body raises, every layer is restored, whether or not it has the new token.
         """
-        n, over = len(self), [] if place is None else [room for layer in self.layers for room in layer.rooms]
-        old = [room[:, :, place].clone() for room in over]
+        n, over = len(self), [] if place is None else [buffer for layer in self.layers for buffer in layer.buffers]
+        old = [buffer[:, :, place].clone() for buffer in over]
         for layer in self.layers:
-            layer.put_at = place
+            layer.overwrite_at = place
         try:
             yield
         except BaseException:
             self.forget(n)
-            for room, x in zip(over, old, strict=True):
-                room[:, :, place] = x
+            for buffer, x in zip(over, old, strict=True):
+                buffer[:, :, place] = x
             raise
         finally:
             for layer in self.layers:
-                layer.put_at = None
+                layer.overwrite_at = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tokens that are stored."""
-        return sum(x.nbytes for layer in self.layers if layer.rooms for x in (layer.keys, layer.values))
+        return sum(x.nbytes for layer in self.layers if layer.buffers for x in (layer.keys, layer.values))
 
     def copies(self, times: int) -> Cache:
-        """An ordinary cache with every conversation `times` times, for beams."""
+        """A cache of transformers with every conversation `times` times, for beam search."""
         from transformers import DynamicCache
 
         copy = DynamicCache()
-        for number, layer in enumerate(layer for layer in self.layers if layer.rooms):
+        for number, layer in enumerate(layer for layer in self.layers if layer.buffers):
             copy.update(*(x.repeat_interleave(times, dim=0) for x in (layer.keys, layer.values)), number)
         return copy
 
 
 def _by_products(x: Tensor) -> bool:
-    """Whether plain products are faster than fused attention for one token that asks a long memory."""
+    """Whether plain products are faster than fused attention for one query over many keys."""
     return x.device.type == "cpu" and x.dtype == torch.bfloat16
 
 
-def _whole(n: int) -> int:
+def _round_up(n: int) -> int:
     return -(-n // CHUNK) * CHUNK
 
 
@@ -156,16 +156,16 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' "sdpa" for queries [B, H, s, d] over keys and values [B, G, n, d] -> ([B, s, H, d], None).
 
-    With `segments` the one sequence is a pack, see `attention.py`.
-    One token (s = 1) goes its own way, see the module; `attention_mask` is True [B, 1, s, n] where a key is seen.
+    With `segments` the one sequence is a pack, see `attention.py`. One token (s = 1) takes the way that the module
+    describes; `attention_mask` [B, 1, s, n] is True where a key is seen.
     """
     if segments is not None:
         return attend_by_sample(query, key, value, segments, options.get("scaling")), None
     B, H, s, d = query.shape
     G, n = key.shape[1:3]
     scale = options.get("scaling")
-    buffers = attention_mask is not None and n % CHUNK == 0 and _by_products(query)
-    if s > 1 or torch.is_grad_enabled() or (attention_mask is not None and not buffers):
+    whole_buffers = attention_mask is not None and n % CHUNK == 0 and _by_products(query)
+    if s > 1 or torch.is_grad_enabled() or (attention_mask is not None and not whole_buffers):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     rows = query.reshape(B, G, H // G, d)
     if attention_mask is None:
@@ -182,7 +182,7 @@ def _two_products(rows: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale:
 
 
 def mask_of(q_length: int, kv_length: int, q_offset: int = 0, **options: Any) -> Tensor | None:
-    """transformers' mask for "sdpa", which leaves none out where keys without a token are handed out."""
+    """transformers' mask for "sdpa", which is never left out where `update` returns unused keys."""
     if kv_length > q_offset + q_length:
         options["allow_is_causal_skip"] = False
     return sdpa_mask(q_length=q_length, kv_length=kv_length, q_offset=q_offset, **options)

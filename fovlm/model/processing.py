@@ -1,10 +1,10 @@
-"""Frames and chat messages -> what `FoveatedVLM.generate` takes. And `open_model`: both from one folder.
+"""Frames and chat messages -> the inputs of `FoveatedVLM.generate`. And `open_model`: model and processor of a folder.
 
     messages = [{"role": "user", "content": [{"type": "video", "video": "cat.mp4"}, {"type": "text", "text": "Why?"}]}]
     inputs = processor(messages=messages)
     print(processor.batch_decode(model.generate(**inputs))[0])
 
-Tokens are those of training (`text.py`), and so are the frames (`clips.py`): a video is a frame a second, looked at
+Tokens and frames are those of training (`data/chat.py`, `media/clip.py`): a video is one frame a second, each looked at
 once; an image is one frame, looked at `image_frames` times.
 
 Letters: B conversations, S text tokens, f frames of a conversation, s pixels of a frame's side.
@@ -35,7 +35,7 @@ NONE: tuple[Any, ...] = ()
 
 
 class FoveatedProcessor(ProcessorMixin):
-    """See the module. `tokenizer` needs a chat template; the rest are the model's settings, and `max_frames`.
+    """The processor of a FoveatedVLM. `tokenizer` needs a chat template; the rest are the model's settings and a limit.
 
     Call it with `messages` (one conversation or a list of them), or with `text` (a question, or one for each
     conversation) beside `videos` and `images`. A video is a path, frames [f, 3, h, w] or [f, h, w, 3] (a tensor, an
@@ -52,12 +52,8 @@ class FoveatedProcessor(ProcessorMixin):
         max_frames: int = 64,
         chat_template: str | None = None,
     ):
-        self.frame_size, self.question, self.image_frames, self.max_frames = (
-            frame_size,
-            question,
-            image_frames,
-            max_frames,
-        )
+        self.frame_size, self.question = frame_size, question
+        self.image_frames, self.max_frames = image_frames, max_frames
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     @classmethod
@@ -92,11 +88,13 @@ class FoveatedProcessor(ProcessorMixin):
         padding: bool = True,
     ) -> BatchFeature:
         """Model inputs: input_ids and attention_mask i64 [B, S], padded on the left; frames u8 [B, f, 3, s, s] and
-        looks i64 [B, f] (0 where padded), both left out when nobody shows any; prompt i64 [B], the tokens ahead of the
-        frames. They are always padded, and always tensors of torch. Raises UserError.
+        looks i64 [B, f] (0 where padded), both left out when there are none; prompt i64 [B], the tokens ahead of the
+        frames. Always padded, always torch tensors. Raises UserError.
         """
         if return_tensors != "pt" or not padding:
-            raise UserError(f"return_tensors is 'pt' and padding on here, not {return_tensors!r} and {padding}")
+            raise UserError(
+                f"only return_tensors='pt' and padding=True are supported, not {return_tensors!r} and {padding}"
+            )
         if (messages is None) == (text is None):
             raise UserError("give either messages, or text beside videos and images")
         if messages is None:
@@ -110,7 +108,7 @@ class FoveatedProcessor(ProcessorMixin):
         return self._padded([self._conversation(turns) for turns in messages])
 
     def apply_chat_template(self, conversation: Any, *args: Any, tokenize: bool = False, **kwargs: Any) -> Any:
-        """With `tokenize`, what calling the processor on the messages gives; else the text, without the frames."""
+        """With `tokenize` the model inputs, as by calling the processor; else the text, without the frames."""
         if tokenize:
             return self(messages=conversation)
         many = conversation if isinstance(conversation[0], list) else [conversation]
@@ -129,7 +127,7 @@ class FoveatedProcessor(ProcessorMixin):
     # -- one conversation --------------------------------------------------------------------------------------------
 
     def _conversation(self, turns: Sequence[dict[str, Any]]) -> tuple[TokenizedText, Seen]:
-        """The messages of a conversation -> its text and what is seen. Frames belong to the first turn with any."""
+        """The messages of a conversation -> its text and its frames, which all belong to one turn."""
         spoken: list[tuple[str, str]] = []
         seen: list[Seen] = []
         shown = None
@@ -146,7 +144,7 @@ class FoveatedProcessor(ProcessorMixin):
         return text, (torch.cat(frames), looks)
 
     def _turn(self, turn: dict[str, Any]) -> tuple[str, list[Seen]]:
-        """One message -> its words and what it shows."""
+        """One message -> its words and its frames."""
         if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
             raise UserError("a message is {'role': 'user', 'content': words or a list of parts}")
         if isinstance(turn["content"], str):
@@ -238,7 +236,7 @@ def _settings(config: FoveatedConfig) -> dict[str, Any]:
 
 
 def _is_frames(given: Sequence[Any]) -> bool:
-    """Whether a list is the frames of one video, not a list of videos: its entries are pictures, not paths or clips."""
+    """Whether a list is one video, not several: its entries are pictures, not paths or clips."""
     return all(hasattr(x, "convert") or (hasattr(x, "ndim") and x.ndim == 3) for x in given)
 
 
@@ -277,7 +275,7 @@ def load_model(folder: Path, dtype: str | torch.dtype) -> FoveatedVLM:
     """The model of a folder in a type of torch ("auto": as stored), for inference. Raises UserError as `open_model`."""
     try:
         check_folder(folder)
-    except OSError as error:  # no permission, or a name that is none
+    except OSError as error:  # no permission, or not a possible name
         raise UserError(f"{str(folder)[:100]} cannot be read: {error.strerror or error}") from error
     try:
         model, report = FoveatedVLM.from_pretrained(
@@ -299,7 +297,7 @@ def check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         if (folder / "checkpoints").is_dir() or (folder / "manifest.json").is_file():
             raise UserError(f"{folder} is a run, not a model yet: fovlm convert {folder} OUT")
-        raise UserError(f"{folder} is no model (no config.json in it)")
+        raise UserError(f"{folder} is not a model (no config.json in it)")
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:

@@ -85,8 +85,8 @@ def test_a_question_that_fails_leaves_no_trace():
     assert stream.tokens == 1
 
 
-def rooms_of(stream) -> list[torch.Tensor]:
-    return [room for layer in stream._stream.memory.layers for room in layer.rooms]
+def buffers_of(stream) -> list[torch.Tensor]:
+    return [room for layer in stream._stream.memory.layers for room in layer.buffers]
 
 
 def reached(thing, seen=None) -> list[torch.Tensor]:
@@ -114,11 +114,11 @@ def test_memory_grows_by_one_token_a_frame_and_nothing_else():
     assert sizes[0] == 2 * llm.num_hidden_layers * llm.num_key_value_heads * head * 4
     assert sizes == [sizes[0] * (i + 1) for i in range(6)]
     stream._last = None  # the newest frame and its look, to show where it went
-    assert sum(x.numel() for x in reached(stream)) == sum(r.numel() for r in rooms_of(stream)) + llm.hidden_size
+    assert sum(x.numel() for x in reached(stream)) == sum(r.numel() for r in buffers_of(stream)) + llm.hidden_size
     for _ in range(CHUNK):
         stream.see(frames(1)[0])
     for layer in stream._stream.memory.layers:
-        assert [room.shape[2] for room in layer.rooms] == [2 * CHUNK] * 2
+        assert [room.shape[2] for room in layer.buffers] == [2 * CHUNK] * 2
 
 
 def test_a_full_context_says_so_with_numbers():
@@ -242,7 +242,7 @@ def test_an_interrupt_leaves_a_stream_as_it_was(monkeypatch, part, full, prompt)
             settings = {"max_new_tokens": 4, "min_new_tokens": 4}
             assert i == 0 or broken.ask(OTHER, **settings) == quiet.ask(OTHER, **settings)
         assert torch.equal(quiet.see(shown[i % 5]), broken.see(shown[i % 5])), i
-    for a, b in zip(rooms_of(quiet), rooms_of(broken), strict=True):
+    for a, b in zip(buffers_of(quiet), buffers_of(broken), strict=True):
         assert torch.equal(a[:, :, : quiet.tokens], b[:, :, : quiet.tokens])
 
 

@@ -17,11 +17,11 @@ def test_the_cache_is_an_ordinary_one_that_does_not_copy(monkeypatch):
     random = torch.Generator().manual_seed(0)
     for n in (5, 1, CHUNK, 1, 2 * CHUNK, 1):
         new = [torch.randn(2, 3, n, 4, generator=random) for _ in range(2)]
-        before = ours.layers[0].rooms[0] if n == 1 else None
+        before = ours.layers[0].buffers[0] if n == 1 else None
         for mine, other in zip(ours.update(*new, 0), theirs.update(*new, 0), strict=True):
             assert torch.equal(mine, other)
         if before is not None:
-            assert ours.layers[0].rooms[0] is before, "there was room for it"
+            assert ours.layers[0].buffers[0] is before, "there was room for it"
         assert len(ours) == theirs.get_seq_length()
     ours.forget(4)
     assert len(ours) == 4

@@ -1,1 +1,1 @@
-"""The command `fovlm`: thin; every command says what it wants and calls one function elsewhere."""
+"""The command `fovlm`: each command parses its options and calls one function of another package."""

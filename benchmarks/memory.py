@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from fovlm.config.deepspeed import resolve
 from fovlm.config.schema import DataSettings, DataSource, Experiment, ModelSettings, OptimSettings, TrainSettings
-from fovlm.data.packing import Batch, PackSize, Sample, collate
+from fovlm.data.packing import Batch, Sample, collate
 from fovlm.estimate.memory import estimate
 from fovlm.estimate.shapes import geometry
 
@@ -110,8 +110,8 @@ def experiment(name: str) -> Experiment:
         data=DataSettings(
             sources={"a": DataSource(shards="a.tar", kind="video")},
             mixture={"a": 1.0},
-            pack_frames=frames,
-            pack_tokens=text,
+            pack_cost=frames + text,
+            frame_cost=1,
             max_frames=frames,
             max_tokens=text,
         ),
@@ -122,12 +122,12 @@ def experiment(name: str) -> Experiment:
 
 def pack(e: Experiment, vocabulary: int, tokens_per_look: int) -> Batch:
     """One video that fills the budget."""
-    F, S, size = e.data.pack_frames, e.data.pack_tokens, e.model.frame_size
+    F, S, size = e.data.max_frames, e.data.max_tokens, e.model.frame_size
     ahead = S // 2 if e.model.question == "before_frames" else 0
     frames = torch.randint(0, 256, (F, 3, size, size), dtype=torch.uint8)
     tokens = torch.randint(0, vocabulary, (S,))
     sample = Sample("one", "a", frames, F, tokens, torch.ones(S), ahead)
-    return collate([sample], PackSize(F, F, S, S if ahead else 0), size, tokens_per_look)
+    return collate([sample], size, tokens_per_look)
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def measure(name: str) -> dict[str, Any]:
     config = resolve(e, 1, "cpu")
     config["zero_optimization"]["reduce_bucket_size"] = 2_000_000  # in proportion to the small models
     shapes = geometry(e.model)
-    said = estimate(e, shapes, config, 1)
+    said = estimate(e, shapes, config, 1, (e.data.max_frames, e.data.max_tokens))
     live = Live()
     with live:
         torch.manual_seed(0)

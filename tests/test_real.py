@@ -18,7 +18,7 @@ from fovlm.checkpoint.run_folder import Row, read_metrics
 from fovlm.config.schema import ModelSettings, load
 from fovlm.data.chat import load_tokenizer
 from fovlm.data.dataset import open_dataset
-from fovlm.data.packing import PackSize, collate
+from fovlm.data.packing import collate
 from fovlm.model.build import build, find_weights
 from fovlm.model.modeling import FoveatedVLM
 from helpers import ROOT
@@ -55,7 +55,7 @@ def test_a_text_alone_scores_as_the_language_model_alone(model):
     text = replace(sample("text", text=40), frames=torch.zeros(0, 3, 224, 224, dtype=torch.uint8))
     llm = AutoModelForCausalLM.from_pretrained(find_weights(LLM), dtype=torch.float32)
     with torch.no_grad():
-        nll = model(collate([text], PackSize(1, 1, 40, 0), 224))
+        nll = model(collate([text], 224))
         logits = llm(text.tokens[None]).logits[0]
     expected = torch.nn.functional.cross_entropy(logits[:-1], text.tokens[1:], reduction="none")
     torch.testing.assert_close(nll[1:], expected, rtol=1e-4, atol=1e-4)

@@ -7,7 +7,7 @@ are stored and not the pack.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fovlm.data.dataset import Dataset
-from fovlm.data.packing import EMPTY, PADDING, Batch, PackSize, Sample, collate
+from fovlm.data.packing import EMPTY, PADDING, Batch, PackBudget, Sample, collate
 from fovlm.errors import UserError
 
 FILE = "reference.safetensors"
@@ -79,30 +79,25 @@ class ReferenceBatch:
         return ReferenceOutputs(self.samples, split_nll(nll, self.batch, len(self.samples)), str(dtype).split(".")[1])
 
 
-def choose_reference_batch(dataset: Dataset, budget: PackSize, tokens_per_look: int) -> ReferenceBatch | None:
+def choose_reference_batch(dataset: Dataset, budget: PackBudget, tokens_per_look: int) -> ReferenceBatch | None:
     """The first samples of a dataset that fit into one pack, at most SAMPLES and FRAMES; None if none can be read."""
     chosen: list[Sample] = []
     used = EMPTY
     for position in range(SAMPLES):
         samples, _ = dataset.read(position)
         size = sum((sample.size for sample in samples), EMPTY)
-        if chosen and (not (used + size).fits(budget) or (used + size).frames > FRAMES):
+        if chosen and (not budget.holds(used + size) or (used + size).frames > FRAMES):
             break
         chosen += samples
         used += size
-    return ReferenceBatch(chosen, collate(chosen, budget, dataset.frame_size, tokens_per_look)) if chosen else None
+    return ReferenceBatch(chosen, collate(chosen, dataset.frame_size, tokens_per_look)) if chosen else None
 
 
 def collate_tight(samples: Sequence[Sample], tokens_per_look: int) -> Batch:
     """A pack of these samples with as little padding as possible."""
     used = sum((sample.size for sample in samples), EMPTY)
-    frames, looks = max(used.frames, 1), max(used.looks, 1)
-    if all(sample.looks == len(sample.frames) for sample in samples):
-        looks = frames
-    elif looks == frames:  # as many looks as frames would mean one look at each
-        looks += 1
-    side = samples[0].frames.shape[-1]
-    return collate(list(samples), PackSize(frames, looks, used.text, used.prompt), side, tokens_per_look)
+    size = replace(used, frames=max(used.frames, 1), looks=max(used.looks, 1))
+    return collate(list(samples), samples[0].frames.shape[-1], tokens_per_look, size=size)
 
 
 def split_nll(nll: Tensor, batch: Batch, samples: int) -> list[Tensor]:

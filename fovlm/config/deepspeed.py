@@ -114,17 +114,10 @@ def read(name: str, folder: Path = FOLDER) -> dict[str, Any]:
 def merge(experiment: Experiment, ds_json: dict[str, Any], world_size: int, device: str) -> dict[str, Any]:
     """`ds_json` completed by what the experiment decides; `device` is "cuda" or "cpu".
 
-    One micro batch is one pack, so the global batch of `packs_per_step` is accumulated over packs_per_step / world
-    micro steps. Raises UserError for unknown keys, wrong types, "auto", keys that belong to the experiment, and a
-    number of ranks that does not divide the batch.
+    One micro batch is one pack: the global batch of `packs_per_step` is accumulated over packs_per_step / world micro
+    steps, rounded up. Raises UserError for unknown keys, wrong types, "auto", and keys that belong to the experiment.
     """
     merged = _checked(ds_json, experiment.deepspeed)
-    packs = experiment.train.packs_per_step
-    if world_size < 1 or packs % world_size:
-        raise UserError(
-            f"train.packs_per_step={packs} packs cannot be shared evenly by {world_size} ranks: "
-            f"make it a multiple, e.g. train.packs_per_step={max(1, round(packs / world_size)) * world_size}"
-        )
     precision = experiment.train.precision
     if precision == "auto":
         precision = "bf16" if merged["bf16"]["enabled"] and device != "cpu" else "fp32"
@@ -137,7 +130,7 @@ def merge(experiment: Experiment, ds_json: dict[str, Any], world_size: int, devi
             if part in merged["zero_optimization"]:
                 merged["zero_optimization"][part]["pin_memory"] = False
     merged["train_micro_batch_size_per_gpu"] = 1
-    merged["gradient_accumulation_steps"] = packs // world_size
+    merged["gradient_accumulation_steps"] = -(-experiment.train.packs_per_step // world_size)
     merged["gradient_clipping"] = experiment.optim.clip
     return merged
 

@@ -78,13 +78,13 @@ class SyntheticTask(Strict):
 
 
 class DataSettings(Strict):
-    """Sources, their mixture, and the size of a pack."""
+    """Sources, their mixture, and the budget of a pack."""
 
     sources: dict[str, DataSource] = {}
     mixture: dict[str, Rate] = {}  # source -> weight: its share of the samples, relative to the others
     val: list[str] = []  # validation sources, each read from its start
-    pack_frames: Count = 64  # F: unique frames in a pack
-    pack_tokens: Count = 1024  # S: text tokens in a pack
+    pack_cost: Count = 4096  # budget of a pack in text tokens: the memory and the work of one micro step
+    frame_cost: Count = 32  # text tokens that one frame counts as: about the ratio of their FLOPs
     max_frames: Count = 64  # of one sample; longer videos are subsampled evenly
     max_tokens: Count = 512  # of one sample; longer texts are truncated
     image_frames: Count = 1  # looks at the single frame of an image
@@ -118,7 +118,7 @@ class TrainSettings(Strict):
     samples: Count | None = None  # to train on
     steps: Count | None = None  # optimizer steps
     flops: Rate | None = None  # budget, forward and backward; it determines the number of samples
-    packs_per_step: Count = 8  # global batch size; must be a multiple of the number of ranks
+    packs_per_step: Count = 8  # global batch: samples that fill so many packs, on any number of ranks
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     seed: Whole = 0  # of the initial weights
     objective: Literal["text", "dpo"] = "text"
@@ -154,6 +154,7 @@ class Versus(Strict):
     changes: list[str] = []  # the settings that the comparison is about; `load` fills it in from the two runs' YAML
 
 
+BUDGET = "data.pack_cost (in text tokens; a frame counts as data.frame_cost)"
 # What settings were called before 0.2.
 RENAMED = {
     "model.dino": "model.encoder",
@@ -162,8 +163,10 @@ RENAMED = {
     "model.checkpoint_llm": "model.grad_checkpoint: [llm]",
     "model.checkpoint_dino": "model.grad_checkpoint: [encoder]",
     "data.train": "data.mixture",
-    "data.frames": "data.pack_frames",
-    "data.text": "data.pack_tokens",
+    "data.frames": BUDGET,
+    "data.text": BUDGET,
+    "data.pack_frames": BUDGET,
+    "data.pack_tokens": BUDGET,
     "data.max_text": "data.max_tokens",
     "data.loss": "data.loss_on",
     "optim.lr_dino": "optim.lr_encoder (null is now optim.freeze: [encoder])",
@@ -265,10 +268,6 @@ def _problems(e: Experiment) -> list[tuple[str, str]]:
     if len(lengths) != 1:
         given = " and ".join(lengths) or "none of them"
         found.append(("train", f"exactly one of samples, steps and flops sets the length of the run, not {given}"))
-    for budget, most in (("pack_frames", "max_frames"), ("pack_tokens", "max_tokens")):
-        if getattr(d, budget) < getattr(d, most):
-            found.append((f"data.{budget}", f"{getattr(d, budget)} is too small for one sample of data.{most}="
-                          f"{getattr(d, most)}: raise the former or lower the latter"))  # fmt: skip
     for key, used in (("mixture", list(d.mixture)), ("val", d.val)):
         for source in used:
             if source not in d.sources:
@@ -285,6 +284,11 @@ def _problems(e: Experiment) -> list[tuple[str, str]]:
         if source in d.sources and (d.sources[source].kind == "preference") != (t.objective == "dpo"):
             found.append(("data.mixture", f"'{source}' is of kind {d.sources[source].kind}, and train.objective is "
                           f"{t.objective}: preference data and dpo belong together"))  # fmt: skip
+    answers = 2 if t.objective == "dpo" else 1  # a preference pair shares a pack
+    if d.pack_cost < (most := answers * (d.max_frames * d.frame_cost + d.max_tokens)):
+        found.append(("data.pack_cost", f"{d.pack_cost} is too small for one sample, which may cost {most} with data."
+                      f"max_frames={d.max_frames} of {d.frame_cost} each and data.max_tokens={d.max_tokens}: raise "
+                      "data.pack_cost or lower one of the others"))  # fmt: skip
     if e.optim.schedule == "converging" and e.optim.lr_common is None:
         found.append(("optim.lr_common", "converging needs the learning rate where all groups end"))
     if isinstance(e.model.llm, dict) and e.model.tokenizer is None and d.generate is None:

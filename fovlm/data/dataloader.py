@@ -1,8 +1,9 @@
 """The steps of a run: consecutive samples -> packs -> this rank's batches, decoded by worker processes.
 
-A step takes the samples from the cursor on and spreads them over all packs of the step (`batch.fill_step`); pack j goes
-to rank j % world. The plan depends on the cursor alone: not on ranks, nor on workers, nor on what turns out broken. So
-the cursor, one integer, says all that a resumed run needs, on any number of ranks.
+A step takes the samples from the cursor on and deals them to its packs (`packing.pack_samples`); pack j goes to rank
+j % world. The samples of a step depend on the cursor alone: not on ranks, nor on workers, nor on what turns out broken.
+So the cursor, one integer, is all that a resumed run needs, on any number of ranks. Ranks that do not divide
+`packs_per_step` share a few packs more, so that all of them have the same number.
 
 Workers start from a fork server: a plain fork would copy the locks of CUDA's, gloo's and the tokenizer's threads in
 whatever state they are in. They leave signals to their parent, which has a checkpoint to save first.
@@ -20,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
@@ -29,10 +30,11 @@ from typing import Any
 import torch.utils.data
 
 from fovlm.data.dataset import Dataset
-from fovlm.data.packing import Batch, PackSize, collate, pack_samples
+from fovlm.data.packing import Batch, PackBudget, collate, pack_samples
 from fovlm.errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+WINDOW = 16  # samples for each pack that are looked at to plan a step; twice as many where they do not fill it
 log = logging.getLogger(__name__)
 
 
@@ -53,18 +55,27 @@ class StepBatches:
     samples: int
 
 
+def packs_of_each(packs: int, world: int) -> int:
+    """How many packs of a step each of `world` ranks has."""
+    return -(-packs // world)
+
+
 def plan_steps(
-    dataset: Dataset, budget: PackSize, packs: int, cursor: int, stop: int | None = None
+    dataset: Dataset, budget: PackBudget, packs: int, cursor: int, stop: int | None = None, world: int = 1
 ) -> Iterator[StepPlan]:
     """The steps from `cursor` on, without end, or up to the position `stop` (the last step may then hold less)."""
+    deal_to, ahead = world * packs_of_each(packs, world), packs * WINDOW
     while stop is None or cursor < stop:
-        positions = count(cursor) if stop is None else range(cursor, stop)
-        contents, taken = pack_samples((dataset.size(p) for p in positions), packs, budget)
+        sizes = dataset.sizes(cursor, cursor + ahead if stop is None else min(cursor + ahead, stop))
+        if budget.of(sizes).sum() <= packs * budget.cost and len(sizes) == ahead:
+            ahead *= 2  # the step goes beyond them
+            continue
+        contents, taken = pack_samples(sizes, packs, budget, deal_to)
         yield StepPlan([[cursor + number for number in pack] for pack in contents], cursor + taken)
         cursor += taken
 
 
-def samples_that_fill(packs: int, dataset: Dataset, budget: PackSize) -> int:
+def samples_that_fill(packs: int, dataset: Dataset, budget: PackBudget) -> int:
     """How many samples, from the first on and each at most once, fill so many packs."""
     once = min(dataset.samples.values()) * len(dataset.samples)
     return next(plan_steps(dataset, budget, packs, 0, once)).cursor
@@ -73,15 +84,14 @@ def samples_that_fill(packs: int, dataset: Dataset, budget: PackSize) -> int:
 class PackLoader:
     """Iterates over the steps of a run from `cursor`, as rank `rank` of `world`.
 
-    `packs` are all packs of a step, over all ranks; the world size divides it. `pin` puts batches into page-locked
-    memory. `bad` counts the broken samples of the steps handed out so far, by (source, cause), of this rank alone.
-    Raises UserError when the budget cannot hold the largest sample.
+    `packs` are all packs of a step, over all ranks. `pin` puts batches into page-locked memory. `bad` counts the broken
+    samples of the steps handed out so far, by (source, cause), of this rank alone.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        budget: PackSize,
+        budget: PackBudget,
         packs: int,
         *,
         rank: int = 0,
@@ -92,27 +102,19 @@ class PackLoader:
         tokens_per_look: int = 1,
         pin: bool = False,
     ):
-        if packs % world:
-            raise UserError(f"train.packs_per_step={packs} does not divide among {world} ranks: make it a multiple")
-        if not (largest := dataset.largest()).fits(budget):
-            raise UserError(
-                f"the largest samples need {largest.frames} frames, {largest.looks} looks and {largest.text} text "
-                f"tokens ({largest.prompt} ahead of the frames), but a pack has {budget.frames}, {budget.looks} and "
-                f"{budget.text} ({budget.prompt}): raise data.pack_frames or data.pack_tokens"
-            )
         self.dataset, self.budget, self.packs = dataset, budget, packs
         self.rank, self.world, self.cursor, self.stop = rank, world, cursor, stop
         self.workers, self.tokens_per_look, self.pin = workers, tokens_per_look, pin
         self.bad: Counter[tuple[str, str]] = Counter()
         if workers:
-            _check_shared_memory(workers, budget.frames * 3 * dataset.frame_size**2)
+            _check_shared_memory(workers, budget.cost // budget.frame * 3 * dataset.frame_size**2)
             _start_server()  # it imports torch meanwhile
 
     def __iter__(self) -> Iterator[StepBatches]:
         planned: deque[StepPlan] = deque()  # the steps that workers were asked for and that were not yet handed out
 
         def packs_of_rank() -> Iterator[list[int]]:
-            for step in plan_steps(self.dataset, self.budget, self.packs, self.cursor, self.stop):
+            for step in plan_steps(self.dataset, self.budget, self.packs, self.cursor, self.stop, self.world):
                 planned.append(step)
                 yield from step.packs[self.rank :: self.world]
 
@@ -121,7 +123,7 @@ class PackLoader:
             batches = iter(self._batches(packs_of_rank()))
         # multiprocessing ends daemons with a SIGTERM, which ours ignore, and then waits for them for ever.
         atexit.register(_kill, [process for process in multiprocessing.active_children() if process not in others])
-        share = self.packs // self.world
+        share = packs_of_each(self.packs, self.world)
         while mine := list(islice(batches, share)):
             step = planned.popleft()
             self._report(mine)
@@ -133,7 +135,7 @@ class PackLoader:
         if self.workers:
             options = {"multiprocessing_context": "forkserver", "worker_init_fn": _follow_parent}
         return torch.utils.data.DataLoader(
-            _Packs(self.dataset, self.budget, self.tokens_per_look),
+            _Packs(self.dataset, self.tokens_per_look),
             sampler=packs,
             batch_size=None,
             collate_fn=_as_is,
@@ -153,7 +155,6 @@ class _Packs(torch.utils.data.Dataset):
     """The positions in a pack -> the pack as a Batch."""
 
     dataset: Dataset
-    budget: PackSize
     tokens_per_look: int
 
     def __getitem__(self, positions: list[int]) -> Batch:
@@ -162,7 +163,7 @@ class _Packs(torch.utils.data.Dataset):
             found, problem = self.dataset.read(position)
             samples += found
             bad += [problem] if problem else []
-        return collate(samples, self.budget, self.dataset.frame_size, self.tokens_per_look, bad)
+        return collate(samples, self.dataset.frame_size, self.tokens_per_look, bad)
 
 
 def _as_is(batch: Any) -> Any:

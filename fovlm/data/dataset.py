@@ -1,7 +1,7 @@
 """The samples of a run by position: position -> source -> shard and row -> bytes -> frames and tokens.
 
-    size(position)   what the sample takes of a pack, from the index and the token counts; nothing is decoded
-    read(position)   the sample itself
+    sizes(start, stop)   frames, looks and tokens of the samples, from index and token counts; nothing is decoded
+    read(position)       the sample itself
 
 Both are pure functions of the position, the shards and the settings, on any rank and in any worker. A broken sample is
 replaced by the next good one of its source that is no larger than what was planned for it, and reported.
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from fovlm.config.schema import DataSource, Experiment
 from fovlm.data.chat import ChatTokenizer
 from fovlm.data.index import MEDIA, Index, index_hash, open_indices
-from fovlm.data.packing import EMPTY, PackSize, Sample, SampleIssue
+from fovlm.data.packing import PackBudget, PackSize, Sample, SampleIssue
 from fovlm.data.sample_format import Member, contents, parse_json, read_members
 from fovlm.data.sampling import MixtureSampler, ShardShuffle
 from fovlm.data.shards import find_shards
@@ -37,12 +37,12 @@ IMAGE = MEDIA.index("image")
 def open_dataset(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, weights: dict[str, float]) -> "Dataset":
     """The sources named in `weights` (`data.mixture`, or one of `data.val` with any weight), indexed and counted.
 
-    The first time this reads every shard once. Raises UserError for missing shards and for sources without a usable
-    sample.
+    The first time this reads every shard once. Raises UserError for missing shards, a source without a usable sample,
+    and a sample larger than a pack.
     """
     data, model = experiment.data, experiment.model
     chat = ChatTokenizer(tokenizer, model.question, data.loss_on, data.max_tokens)
-    return Dataset(
+    dataset = Dataset(
         {name: data.sources[name] for name in weights},
         weights,
         chat,
@@ -51,13 +51,13 @@ def open_dataset(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, wei
         image_frames=data.image_frames,
         seed=data.seed,
     )
+    dataset.check_fits(pack_budget(experiment))
+    return dataset
 
 
-def pack_budget(experiment: Experiment) -> PackSize:
-    """What one pack holds. Looks follow from frames; text ahead of the frames has no limit of its own."""
-    data = experiment.data
-    prompt = data.pack_tokens if experiment.model.question == "before_frames" else 0
-    return PackSize(data.pack_frames, data.pack_frames * data.image_frames, data.pack_tokens, prompt)
+def pack_budget(experiment: Experiment) -> PackBudget:
+    """The budget of one pack of a run."""
+    return PackBudget(experiment.data.pack_cost, experiment.data.frame_cost)
 
 
 def tokenizer_path(experiment: Experiment) -> str:
@@ -80,6 +80,10 @@ class SourceShards:
     lengths: list[TokenCounts]
     order: ShardShuffle
     first: np.ndarray  # i64 [shards]: the number of each shard's first sample in the source
+    sizes: np.ndarray  # i32 [samples, 4]: frames, looks, text, prompt; of its substitute for a broken sample
+
+    def size(self, shard: int, row: int) -> PackSize:
+        return PackSize(*self.sizes[self.first[shard] + row].tolist())
 
     def following(self, shard: int, row: int) -> Iterator[tuple[int, int]]:
         """The (shard, row) of a sample and then of those behind it in the source, round and round."""
@@ -131,29 +135,50 @@ class Dataset:
             why = causes.most_common(1)[0][0] if causes else "the shards are empty"
             raise UserError(f"data.sources.{name}: no sample of '{source.shards}' can be used; mostly: {why}")
         first = np.concatenate([[0], np.cumsum(rows)[:-1]])
-        return SourceShards(name, source, indices, lengths, ShardShuffle(rows, seed, name), first)
+        sizes = np.concatenate([self._sizes(*both) for both in zip(indices, lengths, strict=True)])
+        shelf = SourceShards(name, source, indices, lengths, ShardShuffle(rows, seed, name), first, sizes)
+        for shard, one in enumerate(lengths):
+            for row in one.broken:
+                good = (at for at in shelf.following(shard, row) if at[1] not in lengths[at[0]].broken)
+                at = next(good, None)
+                sizes[first[shard] + row] = sizes[first[at[0]] + at[1]] if at else 0
+        return shelf
 
     @property
     def samples(self) -> dict[str, int]:
         """How many samples each source has: the length of its epoch."""
         return {shelf.name: shelf.order.total for shelf in self.shelves}
 
-    def largest(self) -> PackSize:
-        """The largest of each part of a size, over all samples; a budget must hold it."""
-        parts = [
-            np.stack(self._sizes(index, lengths)).max(axis=1, initial=0)
-            for shelf in self.shelves
-            for index, lengths in zip(shelf.indices, shelf.lengths, strict=True)
-        ]
-        return PackSize(*np.max(parts, axis=0).tolist())
+    def check_fits(self, budget: PackBudget) -> None:
+        """Raise UserError, with its name, for a sample that exceeds the budget of a pack."""
+        for shelf in self.shelves:
+            costs = budget.of(shelf.sizes)
+            number = int(costs.argmax())
+            if costs[number] > budget.cost:
+                shard = int(np.searchsorted(shelf.first, number, side="right")) - 1
+                index, row = shelf.indices[shard], number - int(shelf.first[shard])
+                frames, looks, text, _ = shelf.sizes[number]
+                raise UserError(
+                    f"data.sources.{shelf.name}: sample {index.key[row]} in {index.path.name} has {frames} frames, "
+                    f"{looks} looks and {text} text tokens and costs {costs[number]}, more than a pack: raise "
+                    f"data.pack_cost={budget.cost}, or lower data.max_frames or data.max_tokens"
+                )
+
+    def sizes(self, start: int, stop: int) -> np.ndarray:
+        """Frames, looks, text tokens and tokens ahead of the frames i32 [n, 4] of the samples, or their substitutes, at
+        the positions from `start` to before `stop`."""
+        sources, numbers = self.mix.window(start, stop)
+        sizes = np.zeros((len(sources), 4), np.int32)
+        for source, shelf in enumerate(self.shelves):
+            mine = sources == source
+            if mine.any():
+                shard, row = shelf.order.window(int(numbers[mine][0]), int(numbers[mine][-1]) + 1)
+                sizes[mine] = shelf.sizes[shelf.first[shard] + row]
+        return sizes
 
     def size(self, position: int) -> PackSize:
-        """What the sample at `position`, or its substitute, takes of a pack."""
-        shelf, shard, row = self._find(position)
-        for at in shelf.following(shard, row):
-            if size := self._size(shelf, *at):
-                return size
-        return EMPTY
+        """The size of the sample at `position`, or of its substitute."""
+        return PackSize(*self.sizes(position, position + 1)[0].tolist())
 
     def read(self, position: int) -> tuple[list[Sample], SampleIssue | None]:
         """The sample at `position`; two for a preference pair; none when neither it nor a substitute can be used.
@@ -161,13 +186,12 @@ class Dataset:
         With it comes the report, when the sample at that position itself was broken.
         """
         shelf, shard, row = self._find(position)
-        planned, bad = self.size(position), None
+        planned, bad = shelf.size(shard, row), None
         for at in shelf.following(shard, row):
-            size = self._size(shelf, *at)
             try:
-                if size is None:
-                    raise SampleError(shelf.lengths[at[0]].broken[at[1]])
-                if size.fits(planned):
+                if cause := shelf.lengths[at[0]].broken.get(at[1]):
+                    raise SampleError(cause)
+                if shelf.size(*at).fits(planned):
                     return self._load(shelf, *at), bad
             except SampleError as error:
                 index = shelf.indices[shard]
@@ -192,19 +216,12 @@ class Dataset:
         place = shelf.order(number)
         return shelf, place.shard, place.row
 
-    def _size(self, shelf: SourceShards, shard: int, row: int) -> PackSize | None:
-        """The size of one sample; None when it is known to be broken."""
-        lengths = shelf.lengths[shard]
-        if row in lengths.broken:
-            return None
-        return PackSize(*(int(part) for part in self._sizes(shelf.indices[shard], lengths, row)))
-
-    def _sizes(self, index: Index, lengths: TokenCounts, rows: int | slice = slice(None)) -> tuple[np.ndarray, ...]:
-        """Frames, looks, text tokens and tokens ahead of the frames of some rows; a pair has its frames twice."""
-        frames = np.minimum(index.frames[rows], self.max_frames)
-        looks = np.where(index.media[rows] == IMAGE, self.image_frames, frames)
-        texts = 1 + index.preference[rows].astype(np.int64)
-        return texts * frames, texts * looks, lengths.text[rows], lengths.prompt[rows]
+    def _sizes(self, index: Index, lengths: TokenCounts) -> np.ndarray:
+        """The sizes i32 [n, 4] of a shard's samples; a pair has its frames twice."""
+        frames = np.minimum(index.frames, self.max_frames)
+        looks = np.where(index.media == IMAGE, self.image_frames, frames)
+        texts = 1 + index.preference.astype(np.int64)
+        return np.stack([texts * frames, texts * looks, lengths.text, lengths.prompt], axis=1).astype(np.int32)
 
     def _load(self, shelf: SourceShards, shard: int, row: int) -> list[Sample]:
         """Read, check, decode and tokenize one sample. Raises BadSample."""

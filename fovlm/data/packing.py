@@ -1,20 +1,21 @@
-"""Samples packed to a fixed budget: what goes in, and where every token stands.
+"""Packs: which samples share one, and the position of every token.
 
-A pack holds several samples. Its shape never changes from step to step (F frames, K looks, S text tokens), so a
-compiled step compiles once and memory holds no surprises; what is left over is padding. Inside a sample the order is
+A pack holds the samples of one micro step. Samples are dealt to packs by cost, and a pack's tensors are as large as its
+samples, rounded up by at most one part in 32, so that a run has a short list of shapes. Inside a sample the order is
 
     prompt text | one visual token for each look | the rest of the text
 
-with an empty prompt part for the prompt order `after`. Positions restart at every sample and attention never crosses
-samples: `Layout.segment` says who belongs together, and padding is a segment of its own (-1).
+with an empty prompt part for the question `after_frames`. Positions restart at every sample and attention never crosses
+samples: `Layout.lengths` divides the sequence, and padding at its end is a segment of its own (-1).
 
 Letters: F unique frames, K looks, S text tokens, P text tokens ahead of the frames, T visual tokens of one look
-(1, or 16 for `multi_token`), L = K * T + S positions of the packed sequence.
+(1, or 16 for `multi_token`), L positions of the packed sequence.
 """
 
-from collections.abc import Iterable
+import heapq
 from dataclasses import dataclass, field, fields, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -23,11 +24,12 @@ from fovlm.errors import UserError
 
 PADDING = -1
 BOUNDS = 32  # cu_seqlens has a multiple of so many entries, so that its length hardly changes
+BITS = 6  # significant bits of a pack's dimensions
 
 
 @dataclass(frozen=True)
 class PackSize:
-    """What one sample takes of a pack: unique frames, looks, text tokens, and text tokens ahead of the frames."""
+    """Size of a sample or a pack: unique frames, looks, text tokens, and text tokens ahead of the frames."""
 
     frames: int
     looks: int
@@ -37,12 +39,32 @@ class PackSize:
     def __add__(self, other: "PackSize") -> "PackSize":
         return PackSize(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(PackSize)))
 
-    def fits(self, budget: "PackSize") -> bool:
-        """True when every part is within the budget's."""
-        return all(getattr(self, f.name) <= getattr(budget, f.name) for f in fields(PackSize))
+    def fits(self, other: "PackSize") -> bool:
+        """True when no part is larger than the other's."""
+        return all(getattr(self, f.name) <= getattr(other, f.name) for f in fields(PackSize))
 
 
 EMPTY = PackSize(0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class PackBudget:
+    """What a pack may cost, in text tokens, and how many of them one frame counts as.
+
+    A function of the data alone, so that runs which differ in the model, in what is frozen or in the number of looks
+    take the same samples in a step, and are scored on the same validation samples.
+    """
+
+    cost: int
+    frame: int
+
+    def of(self, sizes: np.ndarray) -> np.ndarray:
+        """The costs i64 [n] of samples of sizes [n, 4]: frames, looks, text, prompt."""
+        return sizes[:, 0].astype(np.int64) * self.frame + sizes[:, 2]
+
+    def holds(self, size: PackSize) -> bool:
+        """Whether samples of this size together fit into one pack."""
+        return size.frames * self.frame + size.text <= self.cost
 
 
 @dataclass
@@ -50,8 +72,8 @@ class Sample:
     """One conversation over f frames, decoded and tokenized.
 
     `looks` is f for a video, `image_frames` for an image (f = 1) and 0 for text. `weight` is each token's share in the
-    loss (0 or 1), `prompt` the number of tokens that stand ahead of the frames. `role` is "chosen" or "rejected" in a
-    preference pair, whose two samples follow each other in one pack.
+    loss (0 or 1), `prompt` the number of tokens ahead of the frames. `role` is "chosen" or "rejected" in a
+    preference pair, whose two samples are neighbours in one pack.
     """
 
     key: str
@@ -86,10 +108,10 @@ class Layout:
 
 @dataclass
 class Batch:
-    """One pack. Every tensor has the shape that the budget gives it, whatever the pack holds.
+    """One pack, see `collate` for its shape.
 
-    `sequence` is the whole pack [L]; `prefix` [K + P] holds each sample only up to its last look, which is all that
-    the coarse pass needs. Index tensors point to "none" with -1.
+    `sequence` is the whole pack [L]; `prefix` holds each sample only up to its last look, which is all that the coarse
+    pass needs. Index tensors point to "none" with -1.
     """
 
     frames: Tensor  # u8 [F, 3, height, width]
@@ -98,7 +120,7 @@ class Batch:
     weight: Tensor  # f32 [S]; 0 where padded
     text_segment: Tensor  # i64 [S]; the sample of each text token, -1 where padded
     predict_from: Tensor  # i64 [S] -> [L]: the position before each text token; -1 at a sample's first position
-    query_from: Tensor  # i64 [K] -> [K + P]: the prefix position before each look; -1: use q_first
+    query_from: Tensor  # i64 [K] -> prefix: the position before each look; -1: use q_first
     look_segment: Tensor  # i64 [K]; the sample of each look, -1 where padded
     sequence: Layout
     prefix: Layout
@@ -110,7 +132,7 @@ class Batch:
 
     @property
     def used(self) -> PackSize:
-        """What the samples took of the budget."""
+        """The size of its samples together."""
         return sum(self.sizes, EMPTY)
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -134,7 +156,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class SampleIssue:
-    """A broken sample that was replaced or left out: for the journal's counts and the log."""
+    """A broken sample that was replaced or left out: for the counts and the log."""
 
     cause: str
     source: str
@@ -142,52 +164,82 @@ class SampleIssue:
     key: str
 
 
-def pack_samples(sizes: Iterable[PackSize], packs: int, budget: PackSize) -> tuple[list[list[int]], int]:
-    """Spread consecutive samples over the packs of one step, first fit.
+def pack_samples(sizes: np.ndarray, packs: int, budget: PackBudget, deal_to: int = 0) -> tuple[list[list[int]], int]:
+    """Deal consecutive samples of sizes [n, 4] to the packs of one step -> the samples of each pack, how many in all.
 
-    Takes sizes in order; sample i goes into the first pack with room. The step closes at the first sample that fits
-    nowhere, so a step always holds a run of consecutive samples and the cursor stays one integer.
-
-    Returns the sample numbers (counted from the first size given) of each pack, and how many samples were taken.
-    Raises UserError when a sample does not fit into an empty pack.
+    A step takes samples, in their order, up to the budget of `packs` packs together, and ends before one that would
+    make a pack exceed its budget. `deal_to` packs (default: `packs`), at least as many, share them: the number of packs
+    changes with the number of ranks, the samples of a step do not.
+    Raises UserError when a sample exceeds the budget by itself.
     """
-    contents: list[list[int]] = [[] for _ in range(packs)]
-    filled = [EMPTY] * packs
-    taken = 0
-    for size in sizes:
-        if not size.fits(budget):
-            raise UserError(
-                f"a sample of {size.frames} frames, {size.looks} looks and {size.text} text tokens ({size.prompt} "
-                f"ahead of the frames) does not fit into a pack of {budget.frames} frames, {budget.looks} looks and "
-                f"{budget.text} text tokens ({budget.prompt}): raise data.pack_frames or data.pack_tokens"
-            )
-        home = next((j for j in range(packs) if (filled[j] + size).fits(budget)), None)
-        if home is None:
+    costs = budget.of(sizes)
+    if len(costs) and costs.max() > budget.cost:
+        frames, _, text, _ = sizes[costs.argmax()]
+        raise UserError(
+            f"a sample of {frames} frames and {text} text tokens costs {costs.max()}, more than a pack "
+            f"(data.pack_cost={budget.cost}, data.frame_cost={budget.frame}): raise data.pack_cost"
+        )
+    ends = costs.cumsum()
+    limit = packs * budget.cost
+    while True:
+        taken = int(np.searchsorted(ends, limit, side="right"))
+        contents, largest = _deal(sizes[:taken], costs, packs)
+        if largest <= budget.cost:
             break
-        contents[home].append(taken)
-        filled[home] += size
-        taken += 1
+        limit = int(ends[taken - 1]) * budget.cost // largest  # at least one sample less
+    if deal_to > packs:
+        contents, _ = _deal(sizes[:taken], costs, deal_to)
     return contents, taken
+
+
+def _deal(sizes: np.ndarray, costs: np.ndarray, packs: int) -> tuple[list[list[int]], int]:
+    """Each sample to the pack that costs least so far, those with most frames first -> contents, the largest cost."""
+    contents: list[list[int]] = [[] for _ in range(packs)]
+    heap = [(0, j) for j in range(packs)]
+    for i in np.lexsort((-sizes[:, 2], -sizes[:, 0])).tolist():
+        cost, j = heap[0]
+        contents[j].append(i)
+        heapq.heapreplace(heap, (cost + int(costs[i]), j))
+    for content in contents:
+        content.sort()
+    return contents, max(cost for cost, _ in heap)
+
+
+def round_up(n: int) -> int:
+    """n rounded up to BITS significant bits: 32 values between two powers of two, at most n / 32 more."""
+    step = 1 << max(0, n.bit_length() - BITS)
+    return -(-n // step) * step
+
+
+def pack_shape(used: PackSize, one_look_each: bool) -> PackSize:
+    """The dimensions of a pack's tensors, for samples that take `used`."""
+    frames = round_up(max(used.frames, 1))  # the vision path runs in every pack: ranks wait for its gradients
+    looks = frames if one_look_each else round_up(max(used.looks, 1))
+    return PackSize(frames, looks, round_up(max(used.text, 1)), round_up(used.prompt))
 
 
 def collate(
     samples: list[Sample],
-    budget: PackSize,
     frame_size: int,
     tokens_per_look: int = 1,
     bad: list[SampleIssue] | None = None,
+    size: PackSize | None = None,
 ) -> Batch:
-    """Lay the samples out in one pack, in the order given, and pad it to the budget.
+    """Lay the samples out in one pack, in the order given; every frame must be [3, frame_size, frame_size].
 
-    Raises ValueError when they do not fit; every frame must be [3, frame_size, frame_size].
+    The pack has the samples' own size, rounded up, or `size`. Raises ValueError when that is too small.
     """
-    F, K, S, P, T = budget.frames, budget.looks, budget.text, budget.prompt, tokens_per_look
+    T = tokens_per_look
     used = sum((s.size for s in samples), EMPTY)
-    if not used.fits(budget):
-        raise ValueError(f"{used} does not fit into {budget}")
-    one_look_each = K == F
-    if one_look_each and any(s.looks != len(s.frames) for s in samples):
-        raise ValueError("a budget with as many looks as frames needs one look for every frame")
+    one_look_each = all(s.looks == len(s.frames) for s in samples)
+    shape = size or pack_shape(used, one_look_each)
+    if not used.fits(shape):
+        raise ValueError(f"{used} does not fit into {shape}")
+    F, K, S = shape.frames, shape.looks, shape.text
+    one_look_each &= K == F
+    whole, ahead = used.looks * T + used.text, used.looks * T + used.prompt
+    if size:
+        whole, ahead = K * T + S, K * T + shape.prompt
 
     batch = Batch(
         frames=torch.zeros(F, 3, frame_size, frame_size, dtype=torch.uint8),
@@ -199,8 +251,8 @@ def collate(
         predict_from=torch.full((S,), PADDING),
         query_from=torch.full((K,), PADDING),
         look_segment=torch.full((K,), PADDING),
-        sequence=_padding(K * T + S),
-        prefix=_padding(K * T + P),
+        sequence=_padding(round_up(max(whole, 1))),
+        prefix=_padding(round_up(max(ahead, 1))),
         keys=[s.key for s in samples],
         sources=[s.source for s in samples],
         roles=[s.role for s in samples],
@@ -229,11 +281,10 @@ def collate(
         batch.text_segment[text : text + s] = number
         batch.look_segment[look : look + k] = number
         frame, look, text, at = frame + f, look + k, text + s, at + k * T + s
-    # Every slot must stand somewhere: what no sample took fills the padded end.
-    left = torch.cat([torch.arange(look * T, K * T), K * T + torch.arange(text, S)])
-    batch.sequence.slot[at:] = left
-    _close(batch.sequence)
-    _close(batch.prefix)
+    # Padded positions read the slots that no sample took, as far as there are any.
+    free = torch.cat([torch.arange(look * T, K * T), K * T + torch.arange(text, S)])
+    for layout in (batch.sequence, batch.prefix):
+        _close(layout, free if len(free) else torch.arange(K * T))
     return batch
 
 
@@ -254,13 +305,15 @@ def _padding(length: int) -> Layout:
     return Layout(zeros, zeros.clone(), torch.full((length,), PADDING), [], zeros.int())
 
 
-def _close(layout: Layout) -> None:
-    """Count the segments once everything is in its place; what is left is one more segment."""
-    left = len(layout.slot) - sum(layout.lengths)
+def _close(layout: Layout, slots: Tensor) -> None:
+    """Make one segment of the positions behind the samples, which read the slots in turn, and count the segments."""
+    M = len(layout.slot)
+    left = M - sum(layout.lengths)
     layout.lengths += [left] if left else []
-    layout.position[len(layout.slot) - left :] = torch.arange(left)
+    layout.position[M - left :] = torch.arange(left)
+    layout.slot[M - left :] = slots[torch.arange(left) % len(slots)]
     ends = torch.tensor([0, *layout.lengths]).cumsum(0).int()
-    layout.cu_seqlens = nnf.pad(ends, (0, -len(ends) % BOUNDS), value=len(layout.slot))
+    layout.cu_seqlens = nnf.pad(ends, (0, -len(ends) % BOUNDS), value=M)
 
 
 def _place(layout: Layout, at: int, slots: Tensor, segment: int) -> None:

@@ -52,9 +52,14 @@ class MixtureSampler:
 
     def __call__(self, position: int) -> tuple[int, int]:
         """Position -> (source, number among the samples of that source), both from 0."""
-        round, at = divmod(position, len(self.pattern))
-        source = int(self.pattern[at])
-        return source, round * int(self.counts[source]) + int(self.number[at])
+        source, number = self.window(position, position + 1)
+        return int(source[0]), int(number[0])
+
+    def window(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same for the positions from `start` to before `stop` -> i64 [n] each."""
+        period, at = np.divmod(np.arange(start, stop), len(self.pattern))
+        source = self.pattern[at]
+        return source, period * self.counts[source] + self.number[at]
 
 
 def spread_evenly(counts: list[int]) -> list[int]:
@@ -98,12 +103,22 @@ class ShardShuffle:
 
     def __call__(self, number: int) -> Place:
         """The source's `number`-th sample, counted through all epochs."""
-        epoch, number = divmod(number, self.total)
-        _, ends = self._cached(self._epoch, epoch)
-        block = int(np.searchsorted(ends, number, side="right"))
-        shard, row = self._cached(self._block, epoch, block)
-        at = number - (int(ends[block - 1]) if block else 0)
-        return Place(epoch, int(shard[at]), int(row[at]))
+        shard, row = self.window(number, number + 1)
+        return Place(number // self.total, int(shard[0]), int(row[0]))
+
+    def window(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards and rows i64 [n] of the source's samples from number `start` to before `stop`."""
+        found = []
+        while start < stop:
+            epoch, number = divmod(start, self.total)
+            _, ends = self._cached(self._epoch, epoch)
+            block = int(np.searchsorted(ends, number, side="right"))
+            first = int(ends[block - 1]) if block else 0
+            shard, row = self._cached(self._block, epoch, block)
+            some = slice(number - first, number - first + stop - start)
+            found.append((shard[some], row[some]))
+            start += len(shard[some])
+        return np.concatenate([s for s, _ in found]), np.concatenate([r for _, r in found])
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(the shards in the epoch's order, the number of samples up to the end of each block)."""

@@ -8,10 +8,12 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import astuple
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from fovlm.config.deepspeed import resolve
@@ -160,8 +162,9 @@ def _length(experiment: Experiment, shapes: Geometry, sizes: list[PackSize]) -> 
 def samples_per_step(experiment: Experiment, sizes: Iterable[PackSize]) -> float:
     """How many samples of these sizes a step takes on average."""
     budget = pack_budget(experiment)
-    left, steps, packed = list(sizes), 0, 0
-    while left:
+    left = np.array([astuple(size) for size in sizes])
+    steps = packed = 0
+    while len(left):
         _, taken = pack_samples(left, experiment.train.packs_per_step, budget)
         if taken == len(left) and steps:  # the last step may not be full
             break

@@ -44,8 +44,17 @@ class Estimate:
         return self.weights + self.gradients + self.optimizer + self.buckets + self.activations
 
 
-def estimate(experiment: Experiment, shapes: Geometry, ds_config: dict[str, Any], world: int) -> Estimate:
-    """The bytes of one of `world` ranks; `ds_config` is the resolved DeepSpeed dict (`deepspeed_config.merge`)."""
+def estimate(
+    experiment: Experiment,
+    shapes: Geometry,
+    ds_config: dict[str, Any],
+    world: int,
+    pack: tuple[int, int] | None = None,
+) -> Estimate:
+    """The bytes of one of `world` ranks; `ds_config` is the resolved DeepSpeed dict (`deepspeed_config.merge`).
+
+    `pack` is (frames, text tokens); by default the pack within the budget that takes most.
+    """
     zero = ds_config["zero_optimization"]
     stage, bf16 = zero["stage"], ds_config["bf16"]["enabled"]
     offload = _on_host(zero, "offload_optimizer")
@@ -88,21 +97,31 @@ def estimate(experiment: Experiment, shapes: Geometry, ds_config: dict[str, Any]
     bucket = zero.get("reduce_bucket_size", 5 * 10**8)
     buckets = w * bucket * (2 if zero.get("overlap_comm") else 1)
     buckets += min(big, n) * ((2 * w if big > bucket else w) + FP32 + (w if offload else 0))
-    return Estimate(weights, gradients, optimizer, buckets, sum(activations(experiment, shapes, w).values()), host)
+    moving = sum(activations(experiment, shapes, w, pack).values())
+    return Estimate(weights, gradients, optimizer, buckets, moving, host)
 
 
 def _on_host(zero: dict[str, Any], key: str) -> bool:
     return key in zero and zero[key]["device"] != "none"
 
 
-def activations(experiment: Experiment, shapes: Geometry, w: int) -> dict[str, int]:
+def activations(
+    experiment: Experiment, shapes: Geometry, w: int, pack: tuple[int, int] | None = None
+) -> dict[str, int]:
     """Bytes at the worst moment of a micro step, by the part that keeps them; `working` is the running part's own.
 
-    `w` is the bytes of an activation: 2 in bf16, 4 in fp32.
+    `w` is the bytes of an activation: 2 in bf16, 4 in fp32. `pack` as for `estimate`.
     """
+    data = experiment.data
+    # Bytes grow with frames and with text, and a budget buys one or the other, so one of its two ends takes most.
+    ends = [(data.pack_cost // data.frame_cost, 1), (1, data.pack_cost)]
+    worst = [_activations(experiment, shapes, w, *one) for one in ([pack] if pack else ends)]
+    return max(worst, key=lambda parts: sum(parts.values()))
+
+
+def _activations(experiment: Experiment, shapes: Geometry, w: int, F: int, S: int) -> dict[str, int]:
     model, data = experiment.model, experiment.data
     vit, llm = "encoder" not in experiment.optim.freeze, "llm" not in experiment.optim.freeze
-    F, S = data.pack_frames, data.pack_tokens
     K, P = F * data.image_frames, S if model.question == "before_frames" else 0
     L = K * shapes.T + S
     d, asks, deep = shapes.encoder, model.visual != "multi_token", model.deep_query

@@ -87,7 +87,7 @@ def _parallel(model: FoveatedVLM, view: View) -> Tensor:
     K, p = len(view.looks), len(view.prompt)
     blank = torch.zeros(K, 3, 1, 1, dtype=torch.uint8)  # the frames are encoded already
     sample = Sample("", "", blank, K, view.prompt.cpu(), torch.zeros(p), p)
-    batch = collate([sample], sample.size, 1).to(view.looks.device)
+    batch = collate([sample], 1, size=sample.size).to(view.looks.device)
     assert view.encoding.cache is not None
     encoded = (view.encoding.cache, view.encoding.static)
     queries = model.looks(replace(batch, frame_of_look=view.looks), encoded=encoded).queries

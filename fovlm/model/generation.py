@@ -127,7 +127,8 @@ class FoveatedGenerationMixin(GenerationMixin):
             return [self.llm.get_input_embeddings().weight[:0] for _ in samples]
         T = self.config.tokens_per_look
         flat = [_one_frame_a_look(sample, times) for sample, times in samples]
-        batch = collate(flat, sum((s.size for s in flat), EMPTY), self.config.frame_size, T).to(self.llm.device)
+        size = sum((s.size for s in flat), EMPTY)
+        batch = collate(flat, self.config.frame_size, T, size=size).to(self.llm.device)
         looks = self.looks(batch, "coarse" if mode == "coarse_only" else None)
         return list(looks.tokens.split([s.looks * T for s in flat]))
 

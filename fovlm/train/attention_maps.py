@@ -9,6 +9,7 @@ ranks.
 """
 
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fovlm.data.chat import template
 from fovlm.data.dataset import Dataset
-from fovlm.data.packing import Batch, PackSize, Sample, collate, pack_samples
+from fovlm.data.packing import Batch, PackBudget, Sample, collate, pack_samples
 from fovlm.media import decode
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.viz.contact_sheet import Strip, draw_sheet
@@ -43,12 +44,13 @@ def watched_samples(val_set: Dataset, clips: int = CLIPS) -> list[Sample]:
     return list(found.values())
 
 
-def packs(samples: list[Sample], budget: PackSize) -> list[Batch]:
-    """The samples in packs of the run's own shape, for which its model is compiled and has the memory."""
+def packs(samples: list[Sample], budget: PackBudget) -> list[Batch]:
+    """The samples in packs of the run's own budget, for which it has the memory."""
     batches, left = [], samples
     while left:
-        _, taken = pack_samples((sample.size for sample in left), 1, budget)
-        batches.append(collate(left[:taken], budget, left[0].frames.shape[-1]))
+        sizes = np.array([astuple(sample.size) for sample in left])
+        _, taken = pack_samples(sizes, 1, budget)
+        batches.append(collate(left[:taken], left[0].frames.shape[-1]))
         left = left[taken:]
     return batches
 
@@ -56,7 +58,7 @@ def packs(samples: list[Sample], budget: PackSize) -> list[Batch]:
 def save_maps(
     model: FoveatedVLM,
     samples: list[Sample],
-    budget: PackSize,
+    budget: PackBudget,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     step: int,

@@ -28,7 +28,7 @@ from fovlm.data import synthetic
 from fovlm.data.chat import load_tokenizer
 from fovlm.data.dataloader import PackLoader, StepBatches, plan_steps
 from fovlm.data.dataset import open_dataset, pack_budget, tokenizer_path
-from fovlm.data.packing import Batch, PackSize
+from fovlm.data.packing import Batch, PackBudget
 from fovlm.distributed import SharedError
 from fovlm.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from fovlm.estimate.flops import mean_cost, samples_of, total
@@ -204,7 +204,7 @@ class Trainer:
         steps = self.experiment.train.steps
         return min(self.state.step / steps if steps else self.state.samples / self.total_samples, 1.0)
 
-    def _estimate_steps(self, budget: PackSize) -> int:
+    def _estimate_steps(self, budget: PackBudget) -> int:
         """The length in steps of a run whose length is given in samples, from its first steps."""
         packs = self.experiment.train.packs_per_step
         first = list(islice(plan_steps(self.train_set, budget, packs, 0, self.total_samples), 20))

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fovlm import distributed
 from fovlm.data.dataloader import PackLoader, samples_that_fill
 from fovlm.data.dataset import Dataset
-from fovlm.data.packing import Batch, PackSize
+from fovlm.data.packing import Batch, PackBudget
 from fovlm.model.autoregressive import autoregressive
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.model.modes import AS_TRAINED, MODES
@@ -42,7 +42,7 @@ class Validator:
     def __init__(
         self,
         dataset: Dataset,
-        budget: PackSize,
+        budget: PackBudget,
         packs: int,
         engine: "Engine",
         tokenizer: PreTrainedTokenizerBase,

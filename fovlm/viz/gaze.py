@@ -155,7 +155,7 @@ def _frame_by_frame(
 def _parallel(model: Any, frames: Tensor, ids: Tensor, prompt: int, mode: str) -> tuple[Tensor, Weights]:
     """The same with the parallel passes of training, or in mode `coarse_only` with the static query; a frame a look."""
     sample = Sample("", "", frames.cpu(), len(frames), ids.cpu(), torch.zeros(len(ids)), prompt)
-    batch = collate([sample], sample.size, frames.shape[-1]).to(frames.device)
+    batch = collate([sample], frames.shape[-1], size=sample.size).to(frames.device)
     looks = model.looks(batch, "coarse" if mode == "coarse_only" else None)
     queries = {"coarse": _static(model, len(frames))} | ({"fine": looks.queries} if mode == "coarse_fine" else {})
     return looks.tokens, {name: _weights(model, query, looks.cache) for name, query in queries.items()}

@@ -66,9 +66,9 @@ def test_engines_are_checked_key_by_key(case):
     assert expected in str(error.value)
 
 
-def test_a_world_that_does_not_divide_the_batch_is_refused():
-    with pytest.raises(UserError, match=r"packs_per_step=8 packs cannot be shared evenly by 3 ranks"):
-        resolve(small(), 3, "cpu")
+@pytest.mark.parametrize(("world", "micro_steps"), [(1, 8), (3, 3), (5, 2), (8, 1), (16, 1)])
+def test_any_number_of_ranks_shares_the_packs_of_a_step(world, micro_steps):
+    assert resolve(small(), world, "cpu")["gradient_accumulation_steps"] == micro_steps
 
 
 def test_an_unknown_engine_names_the_nearest():

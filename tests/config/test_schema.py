@@ -183,17 +183,17 @@ MISTAKES = {
         [],
         "exactly one of samples, steps and flops",
     ),
-    "too small for frames": (
+    "too small for a sample": (
         "runs: {a: {note: x}}",
         "a",
-        ["data.pack_frames=8"],
-        "command line: data.pack_frames: 8 is too small for one sample of data.max_frames=64",
+        ["data.pack_cost=800"],
+        "command line: data.pack_cost: 800 is too small for one sample, which may cost 2560",
     ),
-    "too small for text": (
+    "the two budgets of before": (
         "runs: {a: {note: x}}",
         "a",
         ["data.pack_tokens=8"],
-        "data.pack_tokens: 8 is too small for one sample",
+        "data.pack_tokens: renamed to data.pack_cost (in text tokens; a frame counts as data.frame_cost)",
     ),
     "unknown source": (
         "runs: {a: {note: x, data: {mixture: {clip: 1}}}}",

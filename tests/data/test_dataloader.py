@@ -19,12 +19,12 @@ from fovlm.config.schema import DataSource
 from fovlm.data.chat import ChatTokenizer
 from fovlm.data.dataloader import PackLoader, plan_steps
 from fovlm.data.dataset import Dataset
-from fovlm.data.packing import PackSize
+from fovlm.data.packing import PackBudget
 from fovlm.data.shards import write_shards
 from fovlm.errors import UserError
 from helpers import ROOT, tiny
 
-BUDGET = PackSize(12, 12, 160, 160)
+BUDGET = PackBudget(cost=240, frame=8)
 PACKS = 12
 
 
@@ -125,9 +125,10 @@ def test_broken_samples_are_counted_once_they_are_handed_out(data, caplog):
 
 def test_packs_keep_to_the_budget_and_waste_little(data):
     used = [batch.used for step in islice(PackLoader(data, BUDGET, PACKS), 4) for batch in step.batches]
-    assert all(size.fits(BUDGET) for size in used)
-    fullest = [max(size.frames / BUDGET.frames, size.text / BUDGET.text) for size in used]
-    assert sum(fullest) / len(fullest) > 0.8
+    costs = [size.frames * BUDGET.frame + size.text for size in used]
+    assert all(BUDGET.holds(size) for size in used)
+    assert sum(costs) / len(costs) > 0.9 * BUDGET.cost
+    assert max(costs) < 1.1 * sum(costs) / len(costs)
 
 
 def test_an_epoch_of_validation_ends_with_the_same_steps_on_all_ranks(data):
@@ -138,6 +139,22 @@ def test_an_epoch_of_validation_ends_with_the_same_steps_on_all_ranks(data):
     assert all(len(step.batches) == PACKS // 4 for steps in ranks for step in steps)
 
 
+@pytest.mark.parametrize("world", [5, 7, 8, 24])
+def test_any_number_of_ranks_takes_the_same_steps_in_as_many_packs_each(data, world):
+    """Also where the ranks do not divide the packs of a step: the samples of a step are those of one rank."""
+    alone = list(islice(plan_steps(data, BUDGET, PACKS, 0), 5))
+    shared = list(islice(plan_steps(data, BUDGET, PACKS, 0, world=world), 5))
+    assert [step.cursor for step in shared] == [step.cursor for step in alone]
+    for one, other in zip(alone, shared, strict=True):
+        assert len(other.packs) % world == 0
+        assert len(other.packs) - len(one.packs) < world
+        assert sorted(p for pack in other.packs for p in pack) == sorted(p for pack in one.packs for p in pack)
+    ranks = [list(islice(PackLoader(data, BUDGET, PACKS, rank=r, world=world), 2)) for r in range(world)]
+    for same in zip(*ranks, strict=True):
+        assert len({len(step.batches) for step in same}) == 1
+        assert sum(len(batch.keys) for step in same for batch in step.batches) == same[0].samples
+
+
 def test_the_plan_needs_no_decoding(data, monkeypatch):
     monkeypatch.setattr(data, "read", None)
     planned = list(islice(plan_steps(data, BUDGET, PACKS, 0), 3))
@@ -145,11 +162,12 @@ def test_the_plan_needs_no_decoding(data, monkeypatch):
     assert positions == list(range(planned[-1].cursor))
 
 
-def test_what_does_not_fit_is_said_before_the_run(data):
-    with pytest.raises(UserError, match=r"need 9 frames.*raise data\.pack_frames or data\.pack_tokens"):
-        PackLoader(data, PackSize(8, 8, 160, 160), PACKS)
-    with pytest.raises(UserError, match="packs_per_step=12 does not divide among 5 ranks"):
-        PackLoader(data, BUDGET, PACKS, world=5)
+def test_a_sample_larger_than_a_pack_is_named(data):
+    with pytest.raises(UserError, match=r"sample video5 in video-01.tar has 9 frames, .* raise data\.pack_cost=80"):
+        data.check_fits(PackBudget(80, 8))
+    data.check_fits(BUDGET)
+    with pytest.raises(UserError, match=r"a sample of 9 frames .* more than a pack \(data.pack_cost=80"):
+        next(plan_steps(data, PackBudget(80, 8), PACKS, 0))
 
 
 def test_workers_leave_signals_to_their_parent(data):
@@ -178,11 +196,11 @@ def test_workers_end_with_a_run_that_fails_or_is_killed(tmp_path, end):
         import multiprocessing, os, signal, sys
         from pathlib import Path
         sys.path.insert(0, {str(ROOT / "tests")!r})
-        from fovlm.data.packing import PackSize
+        from fovlm.data.packing import PackBudget
         from fovlm.data.dataloader import PackLoader
         from helpers import tiny
         data = tiny.dataset(Path({str(tmp_path)!r}))
-        steps = iter(PackLoader(data, PackSize(12, 12, 160, 160), 2, workers=1))
+        steps = iter(PackLoader(data, PackBudget(240, 8), 2, workers=1))
         next(steps)
         print(*(process.pid for process in multiprocessing.active_children()), flush=True)
         {end}

@@ -6,6 +6,7 @@ import os
 import pickle
 import tarfile
 from collections import Counter
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,9 @@ def test_sizes_known_ahead_are_those_of_the_samples(mixed):
         (sample,), bad = data.read(position)
         assert bad is None
         assert sample.size == data.size(position)
-        assert sample.size.fits(data.largest())
-    assert data.largest().looks == 5
+    sizes = [data.size(position) for position in range(60)]
+    assert data.sizes(7, 60).tolist() == [list(astuple(size)) for size in sizes[7:]]
+    assert max(size.looks for size in sizes) == 5
 
 
 def test_a_run_holds_every_sample_once_an_epoch_and_the_mix_to_one_sample(mixed):
@@ -279,7 +281,7 @@ def test_counts_are_made_once(mixed, monkeypatch):
 
 
 def test_an_experiment_opens_its_sources(mixed):
-    data = {"sources": mixed, "mixture": {"video": 0.7, "text": 0.3}, "val": ["image"], "pack_frames": 64}
+    data = {"sources": mixed, "mixture": {"video": 0.7, "text": 0.3}, "val": ["image"]}
     experiment = Experiment(name="x", data=data, model={"frame_size": 16}, train={"steps": 1})
     assert open_dataset(experiment, TOKENIZER, experiment.data.mixture).samples == {"video": 12, "text": 5}
     assert open_dataset(experiment, TOKENIZER, {"image": 1.0}).samples == {"image": 4}

@@ -265,7 +265,7 @@ def judged(weights_of, kinds=("val", "val_image")) -> dict[str, float]:
         samples.append(Sample("text-000.tar/text000000", "words", frames[:0], 0, torch.ones(2).long(), torch.ones(2)))
     looks = len(weights) + 4  # and padding, which must not count
     weights += [torch.eye(count + 1)[1]] * 4
-    batch = collate(samples, PackSize(looks, looks, 2 * len(samples), 0), side)
+    batch = collate(samples, side, size=PackSize(looks, looks, 2 * len(samples), 0))
     return synthetic_score.score_looks(TASK, Gaze(torch.stack(weights)), [batch], "cpu")
 
 

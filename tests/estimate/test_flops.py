@@ -86,7 +86,7 @@ def counted(e: Experiment, size: PackSize, monkeypatch) -> int:
     monkeypatch.setattr(kernels.absorbed_attention, "absorbed_pooling", lambda *a, implementation: pooling(*a))
     model = model_of(e)
     one = sample("one", frames=size.frames, looks=size.looks, text=size.text, prompt=size.prompt)
-    batch = collate([one], size, FRAME, model.config.tokens_per_look)
+    batch = collate([one], FRAME, model.config.tokens_per_look)
     aten = torch.ops.aten  # the counter leaves out attention on the CPU: it gets torch's own formulas for it
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),

@@ -31,8 +31,8 @@ def experiment(frames=32, text=64, frozen=(), **model) -> Experiment:
         data=DataSettings(
             sources={"a": DataSource(shards="a.tar", kind="video")},
             mixture={"a": 1.0},
-            pack_frames=frames,
-            pack_tokens=text,
+            pack_cost=frames + text,
+            frame_cost=1,
             max_frames=frames,
             max_tokens=text,
         ),
@@ -66,7 +66,7 @@ def test_activations_are_near_what_is_measured(settings):
         live.leave_out(p, p.grad)
     with live:
         model(batch).sum().backward()
-    said = sum(activations(e, shapes, 4).values())
+    said = sum(activations(e, shapes, 4, (e.data.max_frames, e.data.max_tokens)).values())
     assert 0.95 * live.peak < said < 1.4 * live.peak
 
 
@@ -100,9 +100,10 @@ def test_frozen_parts_need_no_gradients_and_no_optimizer():
 
 
 def test_the_largest_model_fits_a_24_gb_gpu_with_offload():
-    """All of SmolLM2-1.7B and DINOv2-base trained, at the default budget of 128 frames and 2048 tokens."""
+    """All of SmolLM2-1.7B and DINOv2-base trained, in packs of the default cost: 128 frames, or 4096 text tokens."""
     e = load("1.7B-C1-F", ["deepspeed=zero2_offload"])
-    assert (e.data.pack_frames, e.data.pack_tokens, e.model.grad_checkpoint) == (128, 2048, ["encoder", "llm"])
+    assert (e.data.pack_cost // e.data.frame_cost, e.data.pack_cost) == (128, 4096)
+    assert e.model.grad_checkpoint == ["encoder", "llm"]
     said = estimate(e, geometry(e.model), resolve(e, 1, "cuda"), 1)
     assert said.device < 21 * GB  # leaves room for the context, the allocator and the formula's error
     without = load("1.7B-C1-F")
@@ -113,4 +114,5 @@ def test_gradients_of_weights_used_twice_wait_for_each_other():
     """Checkpointed, with few tokens: then they are most of what moves."""
     e = experiment(frames=2, text=8, **CHECKPOINT)
     shapes = geometry(e.model)
-    assert activations(e, shapes, 4)["waiting gradients"] > 0.5 * sum(activations(e, shapes, 4).values())
+    parts = activations(e, shapes, 4, (2, 8))
+    assert parts["waiting gradients"] > 0.5 * sum(parts.values())

@@ -69,8 +69,8 @@ def sample(
     )
 
 
-def pack(samples: list[Sample], budget: PackSize = BUDGET, **options) -> Batch:
-    return collate(samples, budget, FRAME, **options)
+def pack(samples: list[Sample], size: PackSize | None = BUDGET, **options) -> Batch:
+    return collate(samples, FRAME, size=size, **options)
 
 
 def nll_of(model: FoveatedVLM, batch: Batch, number: int, **options) -> torch.Tensor:

@@ -16,8 +16,8 @@ SETTINGS = [
     "data.mixture={video: 80, words: 14, broken: 6}",
     *(
         "data.val=[video]",
-        "data.pack_frames=12",
-        "data.pack_tokens=200",
+        "data.pack_cost=300",
+        "data.frame_cost=16",
         "data.max_frames=4",
         "data.max_tokens=48",
         "data.workers=1",

@@ -138,7 +138,7 @@ def test_the_first_token_is_the_likeliest_by_the_scored_model(mode, prompt):
             tokens = torch.cat([inputs["input_ids"][0], torch.tensor([word])])
             sample = Sample("", "", seen, looks, tokens, torch.ones(len(tokens)), int(inputs["prompt"]))
             size = PackSize(max(1, len(seen)), max(1, looks), len(tokens), sample.prompt)  # a pack has a frame at least
-            batch = collate([sample], size, FRAME)
+            batch = collate([sample], FRAME, size=size)
             if mode == "autoregressive":
                 scores = autoregressive(model, batch)
             else:

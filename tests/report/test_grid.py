@@ -63,7 +63,7 @@ def test_a_grid_without_seeds_or_with_few_cells_decides_nothing(tmp_path):
         ("*-S-C1-F", {"train": {"flops": 1e15}}, r"the cells of C1 are not of one train.flops \("),
         ("*-C1-?", {"train": {"flops": 1.6e12}}, "C1 and C2 have the same train.flops"),
         ("*-B", {"optim": {"lr_connector": 7e-3}}, "the cells also differ in optim.lr_connector"),
-        ("*-S-C2-B", {"data": {"pack_frames": 60}}, "the cells also differ in data.pack_frames"),
+        ("*-S-C2-B", {"data": {"pack_cost": 4000}}, "the cells also differ in data.pack_cost"),
         ("*-S-C2-B", {"model": {"query_dim": 96}}, "the cells of S are not of one model"),
     ],
 )

@@ -115,7 +115,7 @@ def test_what_a_run_was_scored_on_is_its_questions_and_answers(shards, monkeypat
         experiment = schema.load("LR1", [*overrides, *more])
         return open_dataset(experiment, tiny.tokenizer(), {"val": 1.0}).scored_hash(samples)
 
-    assert val() == val("data.image_frames=16") == val("train.seed=3") == val("data.max_frames=4", "data.pack_frames=4")
+    assert val() == val("data.image_frames=16") == val("train.seed=3") == val("data.max_frames=4")
     assert len({val(), val(samples=6), val("data.loss_on=answer"), val("data.seed=1"), val("data.max_tokens=100")}) == 5
 
 

@@ -24,7 +24,7 @@ WAYS = {
         "intermediate_size: 64, image_size: 28, patch_size: 7, num_register_tokens: 2}",
         "model.visual_scale=null",
     ],
-    "pictures": [*PICTURES, "data.pack_frames=8", "data.max_frames=4"],
+    "pictures": PICTURES,
     "dpo": ["data.mixture={pairs: 1}", "train.objective=dpo", "model.question=before_frames", "data.image_frames=2"],
 }
 HUNT = ["data.generate.folder=golden", "data.generate.train_clips=200", "data.generate.val_clips=4"]

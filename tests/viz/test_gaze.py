@@ -11,7 +11,7 @@ import torch
 from fovlm.config.schema import DataSource
 from fovlm.data.chat import ChatTokenizer
 from fovlm.data.dataset import Dataset
-from fovlm.data.packing import PackSize
+from fovlm.data.packing import PackBudget
 from fovlm.errors import UserError
 from fovlm.media import decode
 from fovlm.media.clip import Clip
@@ -170,7 +170,7 @@ def test_the_same_clips_are_watched_whatever_the_packs(tmp_path):
     assert len(watched_samples(val)) == 6
     assert all(len(s.frames) for s in samples)
     stored = []
-    for n, budget in enumerate((PackSize(4, 4, 48, 48), PackSize(20, 20, 200, 200))):
+    for n, budget in enumerate((PackBudget(60, 4), PackBudget(400, 4))):
         assert sum(len(batch.keys) for batch in packs(samples, budget)) == 4
         path = save_maps(tiny_model().eval(), samples, budget, chat.tokenizer, tmp_path / "maps", n)
         stored.append(np.load(path.with_suffix(".npz")))

@@ -55,6 +55,12 @@ class SavedRun:
         """The weights, read from the ranks' shards on demand. Raises UserError (see ZeroWeights)."""
         return ZeroWeights(self.path / ENGINE, trust)
 
+    def model(self) -> FoveatedVLM:
+        """The model with these weights, on the CPU. Raises UserError."""
+        model = FoveatedVLM(self.model_config())
+        self.load_into(model)
+        return model
+
     def load_into(self, model: FoveatedVLM) -> None:
         """Copy the weights into `model`: fp32, or the stored type of frozen ones. Raises UserError if they differ."""
         stored = self.weights()
@@ -72,7 +78,8 @@ def open_run(where: str | Path, which: str | None = None) -> SavedRun:
     try:
         experiment = Experiment.parse(file.read_text(encoding="utf-8"))
     except (OSError, ValidationError, ValueError) as error:
-        raise UserError(f"{file}: {' '.join(str(error).split())[:160]}") from error
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{file}: not the settings of a run of this version of fovlm ({reason})") from error
     run = path.resolve().parent.parent if path.resolve().parent.name == "checkpoints" else path
     return SavedRun(path, run, experiment, store.read_state(path))
 
@@ -83,7 +90,7 @@ def find_checkpoint(where: str | Path, which: str | None = None, verify: Callabl
     `which` is best, latest, newest or a step; by default the best, else the latest, else the newest that is whole, with
     a warning for each damaged one. `verify` says what is wrong with a checkpoint ("": nothing). Raises UserError.
     """
-    folder = _folder(Path(where))
+    folder = find_folder(Path(where))
     if (folder / MANIFEST).is_file():
         if which not in (None, "newest"):
             raise UserError(f"{folder} is one checkpoint: --step {which} is for a run's folder")
@@ -119,7 +126,7 @@ def load_weights(model: FoveatedVLM, where: str) -> None:
     Raises UserError when there are none, or they do not fit.
     """
     try:
-        folder = _folder(Path(where))
+        folder = find_folder(Path(where))
         if (folder / "config.json").is_file():
             _load_state(model, load_model(folder, torch.float32).state_dict(), str(folder))
         else:
@@ -136,7 +143,7 @@ def _load_state(model: FoveatedVLM, weights: dict[str, torch.Tensor], where: str
         raise UserError(f"{where}: its weights are not those of this model ({reason})") from error
 
 
-def _folder(where: Path) -> Path:
+def find_folder(where: Path) -> Path:
     """The folder `where`, as given or below FOVLM_RUNS. Raises UserError."""
     root = run_root()
     folder = next((f for f in (where, root / where) if f.is_dir()), None)

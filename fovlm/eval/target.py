@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fovlm.checkpoint.locate import open_run
+from fovlm.checkpoint.locate import find_folder, open_run
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.model.processing import open_model
-from fovlm.paths import run_root
 
 
 @dataclass
@@ -31,17 +30,14 @@ def open_target(where: str, device: torch.device | str = "cpu") -> Target:
     The model computes in fp32 on a CPU and in bf16 on a GPU, whatever the stored type.
     """
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    folder = next((f for f in (Path(where), run_root() / where) if f.is_dir()), Path(where))
-    val_sources: dict[str, dict[str, Any]] = {}
-    if (folder / "checkpoints").is_dir() or (folder / "manifest.json").is_file():
-        saved = open_run(folder)
-        model, tokenizer = FoveatedVLM(saved.model_config()), saved.tokenizer()
-        saved.load_into(model)
-        data = saved.experiment.data
-        val_sources = {name: data.sources[name].model_dump() for name in data.val}
-    else:
+    folder, val_sources = find_folder(Path(where)), {}
+    if (folder / "config.json").is_file():
         model, processor = open_model(folder, torch.float32)
         tokenizer = processor.tokenizer
+    else:
+        saved = open_run(folder)
+        model, tokenizer, data = saved.model(), saved.tokenizer(), saved.experiment.data
+        val_sources = {name: data.sources[name].model_dump() for name in data.val}
     hashed = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(model.state_dict().items()):
         hashed.update(name.encode() + weight.detach().float().contiguous().numpy().tobytes())

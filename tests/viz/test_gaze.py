@@ -176,5 +176,6 @@ def test_the_same_clips_are_watched_whatever_the_packs(tmp_path):
         stored.append(np.load(path.with_suffix(".npz")))
     assert np.allclose(stored[0]["fine"], stored[1]["fine"], atol=1e-3)
     assert stored[0]["clip"].tolist() == [n for n, s in enumerate(samples) for _ in s.frames]
+    assert all(" → " in text and "assistant" not in text for text in stored[0]["texts"].tolist())
     page = (tmp_path / "maps" / "index.html").read_text()
     assert json.dumps([[0, "step-00000000.png"], [1, "step-00000001.png"]]) in page

@@ -11,11 +11,11 @@ What stays for the whole step follows DeepSpeed 0.19.8 (n trainable and z frozen
 - Gradients are reduced in buckets, two of them with overlap_comm. A weight larger than a bucket passes on its own: its
   gradient, a clone and an fp32 copy.
 
-Activations are what autograd keeps for the backward pass, at its worst moment: parts are run forward in the order
-encoder, coarse pass, looks, fine pass, head, and freed in the other, while the running part needs room to work in and
-the gradients of the cached keys and values grow. A weight that is used twice (by both passes; by patches and looks)
-waits with the gradient of its second use for that of the first, and reaches DeepSpeed only then. Not in it: the CUDA
-context, the allocator's rest, NCCL: 1-2 GB.
+Activations are what autograd stores for the backward pass, at its peak: parts run forward in the order encoder, coarse
+pass, looks, fine pass, head, and are freed in reverse, while the running part needs working memory and the gradients of
+the cached keys and values grow. The gradient of a weight that is used twice (by both passes; by patches and looks)
+waits for its second half, and reaches DeepSpeed only then. Not included: the CUDA context, the allocator's slack, NCCL:
+1-2 GB.
 """
 
 from dataclasses import dataclass
@@ -108,7 +108,7 @@ def _on_host(zero: dict[str, Any], key: str) -> bool:
 def activations(
     experiment: Experiment, shapes: Geometry, w: int, pack: tuple[int, int] | None = None
 ) -> dict[str, int]:
-    """Bytes at the worst moment of a micro step, by the part that keeps them; `working` is the running part's own.
+    """Bytes at the peak of a micro step, by the part that stores them; `working` is the running part's own.
 
     `w` is the bytes of an activation: 2 in bf16, 4 in fp32. `pack` as for `estimate`.
     """
@@ -170,13 +170,13 @@ def _activations(experiment: Experiment, shapes: Geometry, w: int, F: int, S: in
 
 
 def _block_bytes(d: EncoderShape, w: int) -> int:
-    """What a row keeps in an encoder layer, keys and values aside: both norms' inputs and outputs, query, attention's
-    output, what the layer scales multiply, and the MLP's inside."""
+    """Bytes a row stores in an encoder layer, keys and values excluded: both norms' inputs and outputs, query,
+    attention's output, the layer scales' inputs, and the MLP's inside."""
     return w * (8 * d.D + (2 if d.matrices == 2 else 4) * d.mlp) + 4 * FP32 + FP32 * d.H
 
 
 def _walk(d: EncoderShape, rows: int, cached: int, w: int, learns: bool, checkpoint: bool) -> int:
-    """The patches' walk. A frozen one keeps the cache alone; a checkpointed one each layer's input, and the cache."""
+    """The patch walk. A frozen one stores the cache alone; a checkpointed one each layer's input and the cache."""
     if not learns:
         return cached
     pixels = w * (rows // d.N) * d.N * d.patch
@@ -186,13 +186,13 @@ def _walk(d: EncoderShape, rows: int, cached: int, w: int, learns: bool, checkpo
 
 
 def _layer_work(d: EncoderShape, rows: int, w: int, checkpoint: bool) -> int:
-    """What one encoder layer needs besides: gradients inside the MLP, and what a checkpointed one computes again."""
+    """Working memory of one encoder layer: gradients inside the MLP, and what a checkpointed layer recomputes."""
     again = _block_bytes(d, w) + 2 * w * d.D if checkpoint else 0
     return rows * (again + w * (2 * d.D + d.mlp))
 
 
 def _layer_bytes(m: LlmShape, M: int, w: int, learns: bool) -> int:
-    """What a layer of the language model keeps for M positions.
+    """Bytes a layer of the language model stores for M positions.
 
     Norms compute in fp32. Keys and values are repeated for every head. A frozen layer needs no inputs of its products.
     """
@@ -209,6 +209,6 @@ def _read(m: LlmShape, M: int, w: int, learns: bool, checkpoint: bool) -> int:
 
 
 def _read_work(m: LlmShape, M: int, w: int, learns: bool, checkpoint: bool) -> int:
-    """What one layer needs besides: gradients inside the MLP and of the residual."""
+    """Working memory of one layer: gradients inside the MLP and of the residual."""
     again = _layer_bytes(m, M, w, learns) if checkpoint else 0
     return again + w * M * (3 * m.inner + 3 * m.E)

@@ -66,21 +66,17 @@ def collect(words: Iterable[str]) -> Evidence:
 def _folders(word: str) -> list[Path]:
     """The run folders that a word means, including further seeds when it is a run's name."""
     roots = (Path(), run_root())
-    for root in roots:
-        path = root / word
+    for path in (root / word for root in roots):
         if (path / "experiment.yaml").is_file():
             return [path]
-        if path.is_dir():
-            inside = sorted(p.parent for p in path.glob("*/experiment.yaml"))
-            if inside:
-                return inside
+        if inside := sorted(p.parent for p in path.glob("*/experiment.yaml")):
+            return inside
         if path.is_file():
             return []  # a shell's `runs/*` also names runs.csv
-    for root in roots:
-        if any(c in word for c in "*?[") and not Path(word).is_absolute():
-            inside = sorted(p.parent for p in root.glob(f"{word}/experiment.yaml"))
-            if inside:
-                return inside
+    wildcard = any(c in word for c in "*?[") and not Path(word).is_absolute()
+    for root in roots if wildcard else ():
+        if inside := sorted(p.parent for p in root.glob(f"{word}/experiment.yaml")):
+            return inside
     if Path(word).is_absolute() or word.startswith("."):
         raise UserError(f"no run folder, and no folder of runs: {word}")
     try:

@@ -12,8 +12,8 @@
    sample of that source it is. Both are pure functions of seed and position: the cursor of a run is one integer.
 5. **Sample** (`dataset`). `Dataset.size(position)` is what a sample takes of a pack, `Dataset.read(position)` decodes
    it. A broken sample is replaced by a later one of its source, and reported.
-6. **Pack** (`packing`, `dataloader`). `plan_steps` puts consecutive positions into the packs of a step until they are
-   full; pack j belongs to rank j % world.
+6. **Pack** (`packing`, `dataloader`). `plan_steps` takes consecutive positions up to the cost that the packs of a step
+   hold, and deals them to the packs so that these cost about the same; every rank gets the same number of packs.
 7. **Batch** (`packing`). `collate` lays the samples of a pack out in tensors; `PackLoader` does it in worker processes.
 
 An example, with the data of `quickstart` (400 clips instead of 8000) and position 1 of the run:
@@ -24,7 +24,7 @@ An example, with the data of `quickstart` (400 clips instead of 8000) and positi
     samples, issue = dataset.read(1)   one sample (a preference pair has two), with the key "video-000.tar/clip000330";
                                        issue is None: nothing was broken
     plan = next(plan_steps(dataset, pack_budget(experiment), packs=8, cursor=0))
-    plan.packs[0]                      [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13]: position 1 is in the first pack of the step
+    plan.packs[1]                      [1, 7, 11, 21, 31, 41, 51, 61, 71, 77, 81]: position 1 is in the second pack
     plan.cursor                        85: the next step starts there, on any number of ranks
 
 `synthetic` generates the data of `quickstart`. `tables` reads Parquet, CSV and JSON tables, and `workers` runs

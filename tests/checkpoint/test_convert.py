@@ -1,4 +1,4 @@
-"""From ZeRO shards to a folder that transformers loads: the same weights, the same answers, or a clear refusal."""
+"""From ZeRO shards to a folder that transformers loads: the same weights and NLL, or a clear error."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def nll(model: FoveatedVLM) -> torch.Tensor:
 
 
 def same(model: FoveatedVLM, other: FoveatedVLM) -> None:
-    """The same answers, but for the last bits: kernels treat mapped and allocated memory differently."""
+    """The same NLL up to the last bits: kernels treat mapped and allocated memory differently."""
     torch.testing.assert_close(nll(model), nll(other), rtol=1e-6, atol=1e-6)
 
 
@@ -55,7 +55,7 @@ def run(tmp_path) -> Path:
 
 @pytest.mark.parametrize(("world", "frozen"), [(1, "nothing"), (3, "nothing"), (2, "backbones")])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_converted_and_loaded_it_answers_the_same(tmp_path, stage, world, frozen):
+def test_a_converted_model_gives_the_same_nll(tmp_path, stage, world, frozen):
     model = tiny_model(seed=3)
     if frozen == "backbones":
         model.freeze(["encoder", "llm"])
@@ -83,7 +83,7 @@ def test_every_family_converts(tmp_path, families):
     same(again, model)
 
 
-def test_a_model_with_a_head_of_its_own_keeps_it(tmp_path):
+def test_an_untied_head_is_converted(tmp_path):
     model = tiny_model(seed=3)
     model.config.llm_config.tie_word_embeddings = False
     model = FoveatedVLM(model.config)
@@ -108,8 +108,8 @@ def test_buffers_keep_their_type(tmp_path, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_all_is_still_there_when_the_files_were_mapped_anew(tmp_path, stage, monkeypatch):
-    """As happens every 256 MB; frozen weights and buffers are found in other places than the trained ones."""
+def test_weights_are_the_same_after_files_are_mapped_again(tmp_path, stage, monkeypatch):
+    """As happens every 256 MB; frozen weights and buffers are stored in other places than the trained ones."""
     weights = ZeroWeights(write_run(tmp_path / "run", tiny_model(seed=3), stage=stage) / "engine")
     before = {name: weights.read(name) for name in weights.shapes}
     monkeypatch.setattr(zero_reader, "RELEASE_AFTER", 0)
@@ -119,7 +119,7 @@ def test_all_is_still_there_when_the_files_were_mapped_anew(tmp_path, stage, mon
 
 @pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_each_type_is_held_against_what_was_recorded(tmp_path, dtype, trained):
+def test_each_type_is_checked_against_the_reference_outputs(tmp_path, dtype, trained):
     model = tiny_model(seed=3)
     path = write_run(tmp_path / "run", model, dtype=trained)
     out = convert.convert(tmp_path / "run", tmp_path / "out", dtype=dtype)
@@ -146,7 +146,7 @@ def test_rounding_to_bf16_hides_no_wrong_weight(tmp_path):
         verify.restore_weights(model, weights)
 
 
-def test_large_models_are_written_in_parts_with_an_index(run, tmp_path):
+def test_large_models_are_split_with_an_index(run, tmp_path):
     out = convert.convert(run, tmp_path / "out", dtype="fp32", shard_size="50KB")
     files = sorted(f.name for f in out.glob("*.safetensors"))
     assert len(files) > 3
@@ -158,7 +158,7 @@ def test_large_models_are_written_in_parts_with_an_index(run, tmp_path):
     same(FoveatedVLM.from_pretrained(out), tiny_model(seed=3))
 
 
-def test_what_else_a_model_folder_needs_is_there(run, tmp_path):
+def test_tokenizer_generation_config_and_card_are_written(run, tmp_path):
     (run / "run_summary.json").write_text(
         json.dumps(
             {"step": 5, "commit": "abc", "scores": {"coarse_fine": {"loss": 1.25, "by_source": {"clips": 1.25}}}}
@@ -175,7 +175,7 @@ def test_what_else_a_model_folder_needs_is_there(run, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name not in ("run", "out")], "nothing is left beside it"
 
 
-def test_which_checkpoint(tmp_path):
+def test_choosing_a_checkpoint_by_name_or_step(tmp_path):
     run = tmp_path / "run"
     for step, best in ((5, False), (10, True), (15, False)):
         write_run(run, tiny_model(seed=step), step=step, best=best)
@@ -273,7 +273,7 @@ def test_code_in_a_shard_is_not_run_unless_trusted(run, tmp_path):
     assert mark.exists(), "or the test's file could not have done harm"
 
 
-def test_mistakes_are_one_line_and_status_2(run, tmp_path, capsys, monkeypatch):
+def test_user_errors_are_one_line_with_status_2(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FOVLM_RUNS", str(tmp_path))
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
@@ -308,7 +308,7 @@ def test_mistakes_are_one_line_and_status_2(run, tmp_path, capsys, monkeypatch):
     assert "a model already" in capsys.readouterr().err
 
 
-def test_old_names_of_dinov2_are_written_that_every_transformers_reads(run, tmp_path):
+def test_weights_are_written_under_dinov2s_released_names(run, tmp_path):
     weights = stored(convert.convert(run, tmp_path / "out"))
     assert all(released_name(name) == name for name in weights if name.startswith("encoder."))
     assert any("llm." in name and "q_proj" in name for name in weights)

@@ -1,4 +1,4 @@
-"""Published foveated models: what is folded answers as it did unfolded, and what is no such model is refused."""
+"""Checkpoints of the nanoSmol fVLM release: the folded model gives the same NLL; other models are refused."""
 
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def published(model: FoveatedVLM, bias: bool = False) -> tuple[dict[str, Tensor]
 
 
 def like(model: FoveatedVLM, words: Path) -> dict:
-    """What shapes alone do not tell of the tiny model (its heads are narrower than anybody else's), and fp32."""
+    """What the shapes do not say about the tiny model (its heads are narrower than usual), and fp32."""
     sizes = {
         "llm": model.config.llm_config.to_dict(),
         "encoder": model.config.encoder_config.to_dict(),
@@ -78,7 +78,7 @@ def nll(model: FoveatedVLM) -> Tensor:
 
 @pytest.mark.parametrize("bias", [False, True], ids=["without", "with"])
 @pytest.mark.parametrize("form", ["safetensors", "pt", "nested", "wrapped"])
-def test_the_folded_model_answers_as_the_unfolded_one(tmp_path, words, form, bias):
+def test_the_folded_model_gives_the_nll_of_the_unfolded_one(tmp_path, words, form, bias):
     state, unfolded = published(tiny_model(seed=5), bias)
     file = tmp_path / f"model.{'safetensors' if form == 'safetensors' else 'pt'}"
     if form == "safetensors":
@@ -97,7 +97,7 @@ def test_the_folded_model_answers_as_the_unfolded_one(tmp_path, words, form, bia
     assert "model.pt" in (out / "README.md").read_text() or form == "safetensors"
 
 
-def test_names_from_before_transformers_renamed_them_are_read(tmp_path, words):
+def test_names_of_older_transformers_are_read(tmp_path, words):
     state, unfolded = published(tiny_model(seed=5))
     swaps = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}
     swaps |= {"o_proj": "output.dense"}
@@ -112,7 +112,7 @@ def test_names_from_before_transformers_renamed_them_are_read(tmp_path, words):
     torch.testing.assert_close(nll(FoveatedVLM.from_pretrained(out)), nll(unfolded), rtol=1e-5, atol=2e-5)
 
 
-def test_a_head_of_its_own_is_kept(tmp_path, words):
+def test_an_untied_head_is_imported(tmp_path, words):
     state, unfolded = published(tiny_model(seed=5))
     state["llm.lm_head.weight"] = torch.randn(state["llm.lm_head.weight"].shape)
     unfolded.llm.lm_head.weight = nn.Parameter(state["llm.lm_head.weight"].clone())
@@ -142,7 +142,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_such_model_is_refused_and_leaves_nothing(tmp_path, words, case):
+def test_other_models_are_refused_and_nothing_is_written(tmp_path, words, case):
     change, said = REFUSED[case]
     state, model = published(tiny_model(seed=5))  # D 32 over Q 24: not every bias can be moved into the queries
     torch.save(change(state), tmp_path / "model.pt")
@@ -151,14 +151,14 @@ def test_what_is_no_such_model_is_refused_and_leaves_nothing(tmp_path, words, ca
     assert [f.name for f in tmp_path.iterdir()] == ["model.pt"]
 
 
-def test_a_file_that_torch_did_not_write_is_called_so(tmp_path, words):
+def test_a_file_that_torch_did_not_write_is_refused(tmp_path, words):
     for data in (b"", b"epoch,loss\n"):
         (tmp_path / "model.pt").write_bytes(data)
         with pytest.raises(UserError, match=r"not a file that torch\.save"):
             import_published(tmp_path / "model.pt", tmp_path / "out", tokenizer=str(words))
 
 
-def test_where_the_question_stands_is_one_of_two_places(tmp_path, words):
+def test_an_unknown_question_position_is_refused(tmp_path, words):
     state, model = published(tiny_model())
     torch.save(state, tmp_path / "model.pt")
     with pytest.raises(UserError, match="did you mean 'before_frames'"):
@@ -185,7 +185,7 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path, words):
     assert not mark.exists()
 
 
-def test_without_the_language_models_folder_it_says_what_to_give(tmp_path, words):
+def test_an_unknown_language_model_or_file_is_refused(tmp_path, words):
     state, _ = published(tiny_model(seed=5))
     torch.save(state, tmp_path / "model.pt")
     with pytest.raises(UserError, match=r"width 32 and 2 layers.*--llm"):
@@ -195,8 +195,8 @@ def test_without_the_language_models_folder_it_says_what_to_give(tmp_path, words
 
 
 @pytest.mark.slow
-def test_shapes_of_dinov2_small_and_smollm2_135m_tell_the_configuration(tmp_path, words, monkeypatch):
-    """A random state dict at the real shapes; of the language model only its folder with a config.json is at hand."""
+def test_the_configuration_follows_from_the_shapes(tmp_path, words, monkeypatch):
+    """A random state dict at the real shapes; of the language model only its folder with a config.json exists."""
     llm = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there: whatever is interrupted, damaged or full, a good one stays loadable."""
+"""Checkpoints are complete or absent: after a kill, damage or a full disk, a good one stays loadable."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ def saved(tmp_path) -> Checkpoints:
 
 
 def ticks(monkeypatch, at: int | None) -> list[str]:
-    """Count the calls that touch the disk, and be killed at the `at`-th."""
+    """Count the calls that touch the disk, and raise Killed at the `at`-th."""
     calls: list[str] = []
 
     def counted(name: str, call):
@@ -85,7 +85,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_loadable_state(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["changed", "shorter", "gone", "manifest"])
-def test_a_damaged_checkpoint_is_passed_over_and_named(saved, damage, caplog):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(saved, damage, caplog):
     file = saved.folder / "step-00000002" / "engine" / "a.pt"
     if damage == "changed":
         file.write_text("A" + file.read_text()[1:])
@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(saved, damage, caplog):
     assert "a.pt" in caplog.text or "manifest" in caplog.text
 
 
-def test_ranks_share_out_the_verification(saved):
+def test_ranks_share_the_verification(saved):
     path = saved.folder / "step-00000002"
     (path / "engine" / "a.pt").unlink()
     assert sorted(bool(verify(path, rank, 3)) for rank in range(3)) == [False, False, True]
@@ -120,7 +120,7 @@ def test_saving_a_step_again_replaces_it(saved):
     assert read_state(saved.folder / "step-00000002").metric == 0.5
 
 
-def test_a_full_disk_is_told_before_anything_is_written(saved, monkeypatch):
+def test_a_full_disk_is_an_error_before_anything_is_written(saved, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10, 9, 10**6))
     saved.need_room(9 * 10**5)

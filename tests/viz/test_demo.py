@@ -1,4 +1,4 @@
-"""The demo in a real browser: a clip is uploaded, a question answered, the gaze moves; no errors, nothing from afar."""
+"""The demo in a real browser: upload a clip, ask, move the gaze; no errors, no requests to other hosts."""
 
 import shutil
 import tempfile
@@ -58,7 +58,7 @@ def page(address):
         browser.close()
 
 
-def test_a_clip_is_uploaded_and_asked_about(page, address, tmp_path):
+def test_upload_a_clip_and_ask(page, address, tmp_path):
     (tmp_path / "film.mp4").write_bytes(tiny.video(3, size=32))
     page.set_input_files("#clip input[type=file]", tmp_path / "film.mp4")
     page.wait_for_selector(".fovlm-strip img")
@@ -84,7 +84,7 @@ def test_a_clip_is_uploaded_and_asked_about(page, address, tmp_path):
     assert afar == []
 
 
-def test_a_port_that_is_taken_is_told(model, address):
+def test_a_taken_port_is_an_error(model, address):
     taken = int(address.rstrip("/").rsplit(":", 1)[1])
     with pytest.raises(UserError, match=f"port {taken} is taken"):
         demo.serve(*model, "tiny", [], port=taken, wait=False)

@@ -1,4 +1,4 @@
-"""Gaze: the weights are those of the looks that made the tokens, tokens are in order, files say the same."""
+"""The gaze: its weights are those of the looks that `generate` takes, its tokens are in order, and its files agree."""
 
 import json
 import time
@@ -73,13 +73,13 @@ def test_weights_and_entropy_are_in_their_range(mode):
         assert (found.entropy[name] <= 1).all()
 
 
-def test_deployed_and_parallel_queries_begin_alike_and_part():
+def test_deployed_and_parallel_queries_agree_at_first_and_then_differ():
     deployed, parallel = gaze().weights["fine"], gaze(mode="coarse_fine").weights["fine"]
     assert np.allclose(deployed[:, 0], parallel[:, 0], atol=1e-5)
     assert not np.allclose(deployed[:, 2:], parallel[:, 2:], atol=1e-4)
 
 
-def test_the_question_steers_the_gaze_only_ahead_of_the_frames():
+def test_the_question_steers_the_gaze_only_before_the_frames():
     other = "yes no red blue"
     for prompt, steers in (("before_frames", True), ("after_frames", False)):
         one, two = (gaze(question, question=prompt) for question in (QUESTION, other))
@@ -88,7 +88,7 @@ def test_the_question_steers_the_gaze_only_ahead_of_the_frames():
 
 
 @pytest.mark.parametrize("prompt", ["before_frames", "after_frames"])
-def test_tokens_stand_as_the_language_model_reads_them(prompt):
+def test_tokens_are_in_the_order_of_the_language_model(prompt):
     kinds = [token.kind for token in gaze(question=prompt).tokens]
     looks = [token.look for token in gaze(question=prompt).tokens if token.kind == "frame"]
     assert looks == list(range(FILM))
@@ -101,7 +101,7 @@ def test_tokens_stand_as_the_language_model_reads_them(prompt):
     assert said.replace(" ", "") == QUESTION.replace(" ", "")
 
 
-def test_an_answer_that_nobody_waits_for_ends_at_the_next_frame():
+def test_closing_an_answer_ends_it_at_the_next_frame():
     heard, begun, ended = [], Event(), Event()
 
     def work(streamer, stopping_criteria, on_progress):

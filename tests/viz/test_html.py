@@ -1,4 +1,4 @@
-"""The page of a gaze in a real Chromium: it opens without errors or requests, moves, and runs nobody else's words."""
+"""The page of a gaze in a real Chromium: no errors or requests, every control works, hostile text does not run."""
 
 import itertools
 import shutil
@@ -42,7 +42,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, tmp_path):
-    """Opens the page of gazes; complains of errors, of the console and of any request at the end."""
+    """Opens the page of gazes; fails at the end for errors, console messages and requests."""
     wrong: list[str] = []
     pages = []
 
@@ -69,7 +69,7 @@ def pixels(page, pane: int = 0) -> str:
     return page.evaluate(f"document.querySelectorAll('.pane canvas')[{pane}].toDataURL()")
 
 
-def test_everything_that_can_be_moved_moves_the_overlay(opened):
+def test_every_control_changes_the_overlay(opened):
     page = opened(gaze())
     seen = [pixels(page)]
     moves = [
@@ -102,13 +102,13 @@ def test_two_questions_have_two_panes_and_one_for_coarse(opened):
     assert "other?" in page.locator(".pane").nth(1).inner_text()
 
 
-def test_hostile_words_are_shown_and_not_run(opened):
+def test_hostile_text_is_shown_and_not_run(opened):
     page = opened(gaze(HOSTILE))
     assert page.locator(".q").text_content() == HOSTILE
     assert page.evaluate("window.hurt") is None
 
 
-def test_a_coarse_model_has_one_pane_and_a_phone_no_scrolling_to_the_side(opened):
+def test_a_coarse_model_has_one_pane_and_a_phone_needs_no_horizontal_scrolling(opened):
     blind = gaze("what " * 30)
     del blind.weights["fine"]
     page = opened(blind)
@@ -127,7 +127,7 @@ def test_two_questions_to_a_coarse_model_are_both_answered(opened):
     assert page.locator(".ans").all_text_contents() == ["one?", "other?"]
 
 
-def test_a_film_that_stands_still_keeps_its_times(opened):
+def test_equal_frames_of_a_video_keep_their_times(opened):
     still = gaze()
     still.frames[2] = still.frames[1]
     page = opened(still)
@@ -140,7 +140,7 @@ def test_a_film_that_stands_still_keeps_its_times(opened):
     assert page.locator("#now").text_content().startswith("look 1")
 
 
-def test_a_long_film_stays_small(tmp_path):
+def test_the_page_of_a_long_video_stays_small(tmp_path):
     page = write_page(
         [gaze(K=64, layers=12, H=6, side=16), gaze(seed=1, K=64, layers=12, H=6, side=16)], tmp_path / "p"
     )

@@ -161,10 +161,10 @@ def _linear(rows: int, width: int, out: int, learns: bool = True, flows: bool = 
     return Cost(product, product * (learns + flows))
 
 
-def _attention(rows: int, keys: int, width: int, kept: bool = True) -> Cost:
-    """Rows over keys; `kept`: keys and values want gradients too."""
+def _attention(rows: int, keys: int, width: int, gradients: bool = True) -> Cost:
+    """Rows over keys; `gradients`: keys and values need them too."""
     product = 2 * rows * keys * width
-    return Cost(2 * product, (5 if kept else 3) * product)
+    return Cost(2 * product, (5 if gradients else 3) * product)
 
 
 def _again(cost: Cost) -> Cost:
@@ -193,9 +193,9 @@ def _walk(shapes: Geometry, F: int, rides: bool, whole: bool, learns: bool, chec
 
 
 def _looks(shapes: Geometry, K: int, deep: bool, learns: bool) -> Cost:
-    """Queries through all layers over kept keys and values, or one attention over the features."""
+    """Queries through all layers over cached keys and values, or one attention over the features."""
     d = shapes.encoder
-    attention = _attention(K, d.N, d.D, kept=learns)
+    attention = _attention(K, d.N, d.D, gradients=learns)
     if not deep:
         return attention
     return (_block(shapes, K, learns) + attention) * (d.layers - 1) + _last_look(shapes, K, learns)
@@ -206,9 +206,9 @@ def _last_look(shapes: Geometry, K: int, learns: bool) -> Cost:
     where positions are rotary."""
     d = shapes.encoder
     if d.rotary:
-        return _block(shapes, K, learns) + _attention(K, d.N, d.D, kept=learns)
+        return _block(shapes, K, learns) + _attention(K, d.N, d.D, gradients=learns)
     projections = _linear(K, d.D, d.D, learns) * 2
-    return _block(shapes, K, learns) + projections + _attention(K * d.H, d.N, d.D, kept=learns)
+    return _block(shapes, K, learns) + projections + _attention(K * d.H, d.N, d.D, gradients=learns)
 
 
 def _read(shapes: Geometry, M: int, learns: bool, checkpoint: bool) -> Cost:

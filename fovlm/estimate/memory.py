@@ -128,18 +128,17 @@ def _activations(experiment: Experiment, shapes: Geometry, w: int, F: int, S: in
     separate = asks and not (deep and vit)  # the static look, when it does not ride along
 
     rows = F * (d.N + (asks and deep and vit))
-    cached = (
-        w * rows * d.D * (2 * d.layers - (not d.rotary) if deep else 1) if asks else 0
-    )  # the last layer caches rows
+    tensors = 2 * d.layers - (not d.rotary) if deep else 1  # the last layer caches rows, unless positions are rotary
+    cached = w * rows * d.D * tensors if asks else 0
     encoder = _walk(d, rows, cached, w, vit, "encoder" in model.grad_checkpoint)
     looks = _block_bytes(d, w) * d.layers if deep else 2 * w * d.D
     per_look = looks * K
     coarse = looks * F * separate
     prefix, whole = (_read(shapes.llm, M, w, llm, "llm" in model.grad_checkpoint) for M in (K + P, L))
-    kept = {"encoder": encoder, "coarse_looks": coarse}
+    stored = {"encoder": encoder, "coarse_looks": coarse}
     for turn in range(shapes.rounds):
-        kept |= {f"coarse_llm_{turn}": prefix, f"fine_looks_{turn}": per_look}
-    kept |= {"fine_llm": whole}
+        stored |= {f"coarse_llm_{turn}": prefix, f"fine_looks_{turn}": per_look}
+    stored |= {"fine_llm": whole}
 
     chunk = min(S, NLL_CHUNK)
     embedding = w * shapes.llm.V * shapes.llm.E * llm  # its gradient waits for its last use, and grows by copies
@@ -153,14 +152,14 @@ def _activations(experiment: Experiment, shapes: Geometry, w: int, F: int, S: in
         prefix_work = _read_work(shapes.llm, K + P, w, llm, "llm" in model.grad_checkpoint)
         working |= {f"coarse_llm_{turn}": prefix_work + embedding, f"fine_looks_{turn}": embedding}
 
-    order = [*kept, "head"]
+    order = [*stored, "head"]
     # Gradients of the cache exist from the last look's backward pass on.
     grown = cached if vit and (shapes.rounds or separate) else 0
     waiting_llm = w * (shapes.llm.parameters - shapes.llm.V * shapes.llm.E) if llm and shapes.rounds else 0
     waiting_vit = w * d.parameters if vit and deep and shapes.rounds else 0
     worst: dict[str, int] = {}
     for at, part in enumerate(order):
-        now = {name: kept[name] for name in order[: at + 1] if name in kept} | {"working": working[part]}
+        now = {name: stored[name] for name in order[: at + 1] if name in stored} | {"working": working[part]}
         if part not in ("head", "fine_llm"):
             now["working"] += grown
             now["waiting gradients"] = waiting_vit + (waiting_llm if part != "encoder" else 0)

@@ -107,7 +107,7 @@ class Geometry:
 
 def geometry(model: ModelSettings) -> Geometry:
     """The shapes of an experiment's model. Raises UserError for a backbone that is not supported, and for one whose
-    configuration is not at hand."""
+    configuration is not available without a download."""
     llm, encoder = _config("llm", model.llm), _config("encoder", model.encoder)
     config = configuration(model, llm, encoder, model.visual_scale or 1.0, 1)
     return _measured(config.to_json_string(use_diff=False))

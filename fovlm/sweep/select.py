@@ -48,12 +48,12 @@ def select(patterns: Iterable[str], only: str = "", folder: Path = experiments.E
         known = ", ".join(f"'{group}/*' ({len(names)})" for group, names in groups.items())
         raise UserError(f"which runs? Names, or groups: {known}")
     found = list(dict.fromkeys(pair for pattern in patterns for pair in _matches(pattern, groups)))
-    kept = [(group, name) for group, name in found if only in name or fnmatchcase(name, only)]
-    if not kept:
+    matching = [(group, name) for group, name in found if only in name or fnmatchcase(name, only)]
+    if not matching:
         names = [name for _, name in found]
         more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
         raise UserError(f"--filter {only}: none of {', '.join(names[:FEW])}{more}{did_you_mean(only, names)}")
-    return kept
+    return matching
 
 
 def _matches(pattern: str, groups: dict[str, list[str]]) -> list[tuple[str, str]]:
@@ -114,8 +114,8 @@ def _refuse_cycles(starts_from: dict[str, str | None]) -> None:
         while (before := starts_from.get(chain[-1])) and before not in chain:
             chain.append(before)
         if before == name:
-            told = ", which starts from ".join([*chain, name])
-            raise UserError(f"model.init_from goes in a circle: {told}; one of them must start without another")
+            cycle = ", which starts from ".join([*chain, name])
+            raise UserError(f"model.init_from goes in a circle: {cycle}; one of them must start without another")
 
 
 def run_status(run: PlannedRun) -> Status:

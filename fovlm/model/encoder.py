@@ -152,8 +152,8 @@ class Encoder(nn.Module):
 
     def compile(self, **options: Any) -> None:
         """Compile one layer's walk and one layer's look; all layers then share the two graphs."""
-        self._walk_layer = torch.compile(walk_layer, dynamic=False, **options)
-        self._look_layer = torch.compile(look_layer, dynamic=False, **options)
+        self._walk_layer = torch.compile(walk_layer, dynamic=True, **options)
+        self._look_layer = torch.compile(look_layer, dynamic=True, **options)
 
     @property
     def layers(self) -> nn.ModuleList:

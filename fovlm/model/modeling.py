@@ -238,7 +238,7 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         """torch.compile for both backbones, layer by layer: one graph serves all layers of a kind."""
         self.encoder.compile(**options)
         for layer in self.llm.base_model.layers:
-            layer.compile(dynamic=False, **options)
+            layer.compile(dynamic=True, **options)
 
 
 def check_report(report: dict[str, Any], where: str, skipped: tuple[str, ...] = ()) -> None:

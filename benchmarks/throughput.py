@@ -1,0 +1,139 @@
+"""Samples per CPU-second of this tree and of another one, alternating, by process time: `--against` is a worktree.
+
+    git worktree add /tmp/base 3f48945
+    python -m benchmarks.throughput --against /tmp/base
+
+One thread, fp32: forward, backward and a fused AdamW step over one pack of the default ablation mix (mean 5.7 frames,
+14 % text), drawn as in `benchmarks.packing`. The model has random weights and a ninth of the size of SmolLM2-135M with
+DINOv2-small, with the same ratio of the costs of a frame and a text token.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig
+
+FRAME = 224
+LLM = {
+    "vocab_size": 16384,
+    "hidden_size": 288,
+    "intermediate_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+ENCODER = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "image_size": FRAME, "patch_size": 14}
+
+
+def before(sizes: np.ndarray):
+    """The model and the packs of 3f48945: two budgets, of 128 frames and of 2048 text tokens."""
+    from transformers import Dinov2Config
+
+    from fovlm import batch, model  # type: ignore[attr-defined]
+
+    budget = batch.Size(128, 128, 2048, 0)
+    rows = [batch.Size(*row[:3], 0) for row in sizes.tolist()]
+    config = model.FoveatedConfig(llm_config=LlamaConfig(**LLM), dino_config=Dinov2Config(**ENCODER))
+    packs, first = [], 0
+    while len(packs) < 16:
+        contents, taken = batch.fill_step(rows[first:], 8, budget)
+        packs += [sizes[first:][pack] for pack in contents]
+        first += taken
+    return model.FoveatedVLM(config), packs, lambda samples: batch.collate(samples, budget, FRAME), batch.Sample
+
+
+def after(sizes: np.ndarray):
+    """The model and the packs of this tree."""
+    from transformers import Dinov2Config
+
+    from fovlm.data import packing
+    from fovlm.model.configuration import FoveatedConfig
+    from fovlm.model.modeling import FoveatedVLM
+
+    config = FoveatedConfig(llm_config=LlamaConfig(**LLM), encoder_config=Dinov2Config(**ENCODER))
+    budget = packing.PackBudget(4096, 32)  # experiments/defaults.yaml
+    packs, first = [], 0
+    while len(packs) < 16:
+        contents, taken = packing.pack_samples(sizes[first:], 8, budget)
+        packs += [sizes[first:][pack] for pack in contents]
+        first += taken
+    return FoveatedVLM(config), packs, lambda samples: packing.collate(samples, FRAME), packing.Sample
+
+
+def measure(rounds: int) -> None:
+    """In the tree that PYTHONPATH names: read sizes from stdin, then run a pack for each further line."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    sizes = np.array(json.loads(sys.stdin.readline()))
+    old = "fovlm.batch" in sys.modules or (Path(os.environ["PYTHONPATH"].split(":")[0]) / "fovlm/batch.py").exists()
+    model, packs, collate, Sample = (before if old else after)(sizes)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    for n in range(rounds):
+        sys.stdin.readline()
+        samples = [
+            Sample(
+                str(i),
+                "drawn",
+                torch.randint(0, 256, (frames, 3, FRAME, FRAME), dtype=torch.uint8),
+                looks,
+                torch.randint(0, LLM["vocab_size"], (text,)),
+                torch.ones(text),
+            )
+            for i, (frames, looks, text, _) in enumerate(packs[n].tolist())
+        ]
+        begun = time.process_time()
+        batch = collate(samples)
+        (model(batch) * batch.weight).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(json.dumps({"samples": len(samples), "seconds": time.process_time() - begun}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", type=Path, help="a worktree of 3f48945")
+    parser.add_argument("--rounds", type=int, default=4, help="packs of each tree; the first is not counted")
+    options = parser.parse_args()
+    if options.against is None:
+        measure(options.rounds)
+        return
+    from benchmarks.packing import MIXES, sizes_of  # of this tree: the other one cannot import it
+
+    sizes = sizes_of(MIXES["mean 5.7"], 2000).tolist()
+    here = Path(__file__).resolve().parents[1]
+    trees = {}
+    for name, tree in (("before", options.against), ("after", here)):
+        environment = os.environ | {"PYTHONPATH": f"{tree.resolve()}:{here}", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", f"from benchmarks.throughput import measure; measure({options.rounds})"]
+        trees[name] = subprocess.Popen(
+            command, env=environment, cwd=here / "docs", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        print(json.dumps(sizes), file=trees[name].stdin, flush=True)
+    rates: dict[str, list[float]] = {name: [] for name in trees}
+    for n in range(options.rounds):
+        for name, process in trees.items():
+            assert process.stdin
+            assert process.stdout
+            process.stdin.write("\n")
+            process.stdin.flush()
+            found = json.loads(process.stdout.readline())
+            print(f"{name}: {found['samples']} samples in {found['seconds']:.1f} CPU-s", flush=True)
+            if n:
+                rates[name].append(found["samples"] / found["seconds"])
+    means = {name: float(np.mean(values)) for name, values in rates.items()}
+    for name, values in rates.items():
+        print(f"{name}: {means[name]:.3f} samples per CPU-second ({', '.join(f'{value:.3f}' for value in values)})")
+    print(f"ratio: {means['after'] / means['before']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ from fovlm.viz.html import clock
 
 COLUMNS = 8
 MOST = 24  # looks on a sheet, evenly spaced
-LONGEST = 180  # characters of the title
+LETTERS = 15  # characters of the title per inch
 SIDE = (112, 224)  # pixels of a drawn frame: at least, at most
 GAP = 4  # pixels between two frames
 LEFT, RIGHT = 0.25, 0.08  # inches beside a strip; the names of its rows are at the left
@@ -93,8 +93,10 @@ def write_contact_sheet(
         strips.append(Strip(gaze.frames[row], {name: grid[row] for name, grid in grids.items()}, labels=times))
     which = f"layer {'mean' if layer is None else layer}, head {'mean' if head is None else head}"
     title = f"{gaze.question} → {gaze.answer}" if gaze.question else gaze.clip
-    title = f"{' '.join(title.split())[:LONGEST]}  ({which})"
-    draw_sheet(strips, Path(path), title, width=max(4, 1.3 * len(strips[0].frames) + LEFT + RIGHT))
+    width = max(4, 1.3 * len(strips[0].frames) + LEFT + RIGHT)
+    title, most_letters = " ".join(title.split()), int(LETTERS * width) - len(which) - 4
+    title = title if len(title) <= most_letters else f"{title[: most_letters - 1]}…"
+    draw_sheet(strips, Path(path), f"{title}  ({which})", width=width)
     return Path(path)
 
 

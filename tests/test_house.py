@@ -72,7 +72,7 @@ DOORS = {
     "webdataset": {"fovlm.data.shards"},
     "braceexpand": {"fovlm.data.shards", "fovlm.prepare.check"},
     "wandb": {"fovlm.train.logger"},
-    "deepspeed": {"fovlm.train.engine"},
+    "deepspeed": {"fovlm.checkpoint.universal", "fovlm.train.engine"},
     "triton": {"kernels.common"},
     "PIL": {"fovlm.media.decode", "fovlm.media.encode", "fovlm.media.tolerant"},
     "simplejpeg": {"fovlm.media.decode", "fovlm.media.encode"},

@@ -137,7 +137,7 @@ def write_settings(out: Path, config: FoveatedConfig, tokenizer: PreTrainedToken
 
 
 def _write_universal(saved: SavedRun, out: Path) -> None:
-    from fovlm.train.engine import to_universal  # deepspeed takes seconds to import: only for this
+    from fovlm.checkpoint.universal import to_universal  # deepspeed takes seconds to import: only for this
 
     for file in saved.path.iterdir():
         if file.is_file() and not file.name.startswith(("random-", "zero_to_", store.MANIFEST)):

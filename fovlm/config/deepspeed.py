@@ -129,6 +129,7 @@ def merge(experiment: Experiment, ds_json: dict[str, Any], world_size: int, devi
         for part in ("offload_optimizer", "offload_param"):
             if part in merged["zero_optimization"]:
                 merged["zero_optimization"][part]["pin_memory"] = False
+    merged["timers"] = {"throughput": {"enabled": False}}  # it waits for the GPU twice per micro-step
     merged["train_micro_batch_size_per_gpu"] = 1
     merged["gradient_accumulation_steps"] = -(-experiment.train.packs_per_step // world_size)
     merged["gradient_clipping"] = experiment.optim.clip

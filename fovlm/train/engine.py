@@ -1,33 +1,24 @@
-"""The training step on DeepSpeed: token-mean gradients, one decision about non-finite values, save and resume.
+"""The training step on DeepSpeed: token-mean gradients, one decision about non-finite values, save and load.
 
-With `convert.py` the only file that knows deepspeed. `ds_configs/*.json` say how to run; what is trained comes from the
-experiment.
+`ds_configs/*.json` say how to run; what is trained comes from the experiment.
 """
 
-import contextlib
-import io
 import logging
 import math
 import os
-import shutil
-from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-# deepspeed asks for its accelerator at import; without a GPU it would warn and choose the CPU anyway.
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed
-from deepspeed.checkpoint import ds_to_universal
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
+
+from fovlm.checkpoint.universal import weights_only  # before deepspeed: it chooses the accelerator
+
+# isort: split
+import deepspeed
 
 from fovlm import distributed
 from fovlm.checkpoint import store
@@ -35,16 +26,17 @@ from fovlm.checkpoint.reference import ReferenceBatch, ReferenceOutputs
 from fovlm.checkpoint.store import ENGINE
 from fovlm.config.schema import OptimSettings
 from fovlm.data.packing import Batch
-from fovlm.errors import UserError
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.train.losses import Loss, pair_weight, preference_loss, text_loss, text_weight
 
 log = logging.getLogger("fovlm")
 
 
-def start() -> torch.device:
-    """Join the other ranks (nccl on GPUs, gloo on CPUs) and return this rank's device.
+def start(hang_minutes: float = 30) -> torch.device:
+    """Join the other ranks and return this rank's device.
 
+    Tensors on GPUs are reduced by nccl, tensors and objects on the host by gloo. A collective call fails five minutes
+    after `hang_minutes`, when the watchdog of the run has said where it hangs; DeepSpeed's own limit is ten minutes.
     Rank, world size and address come from the launcher's environment (`env://`). DeepSpeed's shared-memory operation
     for the CPU is switched off: compiling it takes minutes at the first start, and gloo does without.
     """
@@ -54,7 +46,8 @@ def start() -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(minutes=hang_minutes + 5)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     return device
 
 
@@ -99,6 +92,10 @@ class Engine:
         # torch's fused AdamW runs on GPU and CPU alike, so offloading needs no operator compiled at start.
         optimizer = torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        if self.stage < 3:
+            # A gradient that is not finite makes the norm so, which step() checks too. Looking at each gradient first
+            # costs a dozen launches a parameter in bf16.
+            self.deepspeed.optimizer.check_overflow = lambda partition_gradients=True: None
         self.dtype = next(model.parameters()).dtype
         self.reference = reference.to(device, self.dtype).eval().requires_grad_(False) if reference else None
         self.dpo_beta = dpo_beta
@@ -126,41 +123,46 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rates[group["name"]]
 
-    def step(self, batches: list[Batch]) -> StepResult:
-        """One optimizer step over this rank's packs, as many as there are accumulation steps.
+    def step(self, batches: list[Batch]) -> Callable[[], StepResult]:
+        """One optimizer step over this rank's packs, as many as there are accumulation steps -> how to read its result.
 
-        The gradient is that of the mean over all weighted tokens of the global batch. DeepSpeed divides by the
-        accumulation steps and averages over the ranks; multiplying by both first undoes that, and the one division by
-        the total weight is ours. So ranks, accumulation and packing do not change it.
+        The gradient is that of the mean over all weighted tokens of the global batch: ranks, accumulation and packing
+        do not change it. DeepSpeed averages over the ranks, so the factor is their number over the total weight.
+
+        Nothing here reads from the device before the optimizer step. The result is copied to the host while the next
+        step starts; reading it waits for the copy alone. Every rank may read at a time of its own.
         """
         if len(batches) != self.accumulation:
             raise ValueError(f"{len(batches)} packs for {self.accumulation} accumulation steps")
         self.deepspeed.train()
-        weights = [self._weight(batch) for batch in batches]
-        total = max(float(distributed.sum_over_ranks([float(sum(weights))], self.device)), 1e-9)
-        scale = distributed.world() * self.accumulation / total
-        losses = []
+        weights = [float(self._weight(batch)) for batch in batches]  # on the host, like their sum over the ranks
+        total, first_weight = (max(w, 1e-9) for w in distributed.sum_over_ranks([sum(weights), weights[0]]).tolist())
+        scale = distributed.world() / total
+        losses: list[dict[str, Tensor]] = []
         for batch in batches:
             loss = self._loss(batch.to(self.device))
-            self.deepspeed.backward(loss.total * scale)
+            self.deepspeed.backward(loss.total * scale, scale_wrt_gas=False)
             self.deepspeed.step()
             losses.append({"loss": loss.total.detach(), **loss.parts})
-        # Reading a number waits for a GPU, so it is done once, behind the whole step.
-        sums = {name: float(sum(part[name] for part in losses)) for name in losses[0]}
-        for batch, part in zip(batches, losses, strict=True):
-            if not torch.isfinite(part["loss"]):
-                log.error("rank %d: the loss is %s for samples %s", distributed.rank(), float(part["loss"]), batch.keys)
-        # DeepSpeed skips a step whose gradient norm is not finite, the same on every rank, without a word.
-        applied = self.deepspeed.was_step_applied()
-        norm = self.deepspeed.get_global_grad_norm()
-        first, first_weight, *summed = distributed.sum_over_ranks(
-            [float(losses[0]["loss"]), float(weights[0]), *sums.values()], self.device
-        ).tolist()
-        parts = {name: value / total for name, value in zip(sums, summed, strict=True)}
-        finite = applied and math.isfinite(parts["loss"])
-        return StepResult(
-            parts.pop("loss"), first / max(first_weight, 1e-9), float(norm or 0.0), total, not finite, parts
-        )
+        # DeepSpeed skips a step whose gradient norm is not finite, the same on every rank, without a message.
+        applied, norm = self.deepspeed.was_step_applied(), self.deepspeed.get_global_grad_norm()
+        names, keys, device = list(losses[0]), [batch.keys for batch in batches], self.device
+        packs = torch.stack([part for parts in losses for part in parts.values()]).double().view(len(batches), -1)
+        sums = distributed.sum_over_ranks(torch.cat([packs[0, :1], packs.sum(0)]), device)
+        norm = torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float64, device=device).reshape(1)
+        read = start_copy(torch.cat([norm, sums, packs[:, 0]]))
+
+        def result() -> StepResult:
+            norm, first, *values = read()
+            for pack_keys, value in zip(keys, values[len(names) :], strict=True):
+                if not math.isfinite(value):
+                    log.error("rank %d: the loss is %s for samples %s", distributed.rank(), value, pack_keys)
+            parts = {name: value / total for name, value in zip(names, values, strict=False)}
+            loss = parts.pop("loss")
+            skipped = not (applied and math.isfinite(loss))
+            return StepResult(loss, first / first_weight, norm, total, skipped, parts)
+
+        return result
 
     def _weight(self, batch: Batch) -> Tensor:
         return pair_weight(batch) if self.reference is not None else text_weight(batch)
@@ -190,9 +192,9 @@ class Engine:
         best: bool,
         probe: ReferenceBatch | None = None,
     ) -> Path:
-        """Write a checkpoint together with all ranks; see `checkpoint.py` for the order of things.
+        """Write a checkpoint together with all ranks; see `store.py` for the order of its parts.
 
-        The nll of `probe` goes with it, for a conversion to be held against. Raises UserError, on every rank and
+        The nll of `probe` goes with it, to verify a conversion against. Raises UserError, on every rank and
         before anything is written, when the disk cannot hold it.
         """
         distributed.collective_call(lambda: checkpoints.need_room(self.checkpoint_bytes()))
@@ -235,57 +237,20 @@ class Engine:
             _set_random_states(torch.load(own, weights_only=True))
 
 
-@contextlib.contextmanager
-def weights_only() -> Iterator[None]:
-    """Let every `torch.load` inside, DeepSpeed's too, read tensors and plain values only, and run nothing."""
-    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch's own switch, which overrules weights_only=False in a call
-    before = os.environ.get(variable)
-    os.environ[variable] = "1"
-    try:
-        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
-            yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
+def start_copy(numbers: Tensor) -> Callable[[], list[float]]:
+    """Start copying a vector to the host -> a function that waits for the copy, and for nothing launched later."""
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
 
+    def read() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
 
-def to_universal(path: Path, out: Path) -> Path:
-    """Turn the checkpoint at `path` into DeepSpeed's universal form in `out`, which any number of ranks can load.
-
-    Rank 0 does the work. Raises UserError for ZeRO-3, whose universal checkpoints do not resume exactly (a loss of
-    21.57 where 20.63 was right, DeepSpeed 0.19.8).
-    """
-    state = store.read_state(path)
-    if state.zero_stage == 3:
-        raise UserError(
-            f"{path} was written by {state.world_size} ranks under ZeRO-3 and can only be resumed on as many: "
-            "start it on that number, or train with deepspeed=zero2"
-        )
-    if distributed.rank() == 0:
-        shutil.rmtree(out, ignore_errors=True)
-        with weights_only(), contextlib.redirect_stdout(io.StringIO()):
-            ds_to_universal.main(
-                Namespace(
-                    input_folder=str(path / ENGINE),
-                    output_folder=str(out / ENGINE),
-                    num_extract_workers=1,
-                    num_merge_workers=1,
-                    keep_temp_folder=False,
-                    strict=True,
-                    inject_missing_state=True,  # what Megatron's checkpoints hold and others do not
-                )
-            )
-    distributed.barrier()
-    return out
-
-
-def universal_for(path: Path, scratch: Path) -> Path | None:
-    """The universal form of a checkpoint where this number of ranks needs one, made in `scratch` unless it is one."""
-    if (path / store.UNIVERSAL).is_dir():  # `fovlm convert RUN OUT --to universal` made it
-        return path / store.UNIVERSAL
-    return to_universal(path, scratch) if store.read_state(path).world_size != distributed.world() else None
+    return read
 
 
 def _random_states() -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
@@ -22,11 +23,12 @@ from fovlm import distributed
 from fovlm.checkpoint import store
 from fovlm.checkpoint.locate import load_weights
 from fovlm.checkpoint.reference import choose_reference_batch
+from fovlm.checkpoint.universal import universal_for
 from fovlm.config import deepspeed, schema
 from fovlm.config.schema import Experiment
 from fovlm.data import synthetic
 from fovlm.data.chat import load_tokenizer
-from fovlm.data.dataloader import PackLoader, StepBatches, plan_steps
+from fovlm.data.dataloader import PackLoader, plan_steps
 from fovlm.data.dataset import open_dataset, pack_budget, tokenizer_path
 from fovlm.data.packing import Batch, PackBudget
 from fovlm.distributed import SharedError
@@ -38,7 +40,7 @@ from fovlm.model.build import build, check_vocabulary
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.train import resume, schedule
 from fovlm.train.bad_samples import BadSamples
-from fovlm.train.engine import Engine, StepResult, start, universal_for
+from fovlm.train.engine import Engine, StepResult, start
 from fovlm.train.logger import Logger
 from fovlm.train.saving import CheckpointSaver
 from fovlm.train.synthetic_score import score_looks
@@ -94,6 +96,8 @@ class Trainer:
             zero_stage=self.engine.stage,
         )
         self.start_samples = self.state.samples
+        self.unread: list[tuple[int, Callable[[], StepResult]]] = []  # steps launched whose results are not read yet
+        self.skipped_in_a_row = 0
 
         self.loader = PackLoader(
             self.train_set,
@@ -132,7 +136,7 @@ class Trainer:
         with self.logger:
             self._write_settings()
             throughput = Throughput(state, self.device, self.flops_per_sample)
-            steps, skipped_in_a_row = iter(self.loader), 0
+            steps = iter(self.loader)
             while self.progress < 1.0:
                 # A rank that waits in vain, for a dead peer or a stuck disk, prints where and ends the run.
                 faulthandler.dump_traceback_later(train.hang_minutes * 60, exit=True)
@@ -144,20 +148,25 @@ class Trainer:
                 before = self._metrics_before_step(step.batches[0]) if logs else {}
                 rates = schedule.rates(self.experiment.optim, self.progress)  # of its end: the first is above 0
                 self.engine.set_rates(rates)
-                result = self.engine.step(step.batches)
-                skipped_in_a_row = self._count(step, result, skipped_in_a_row)
-                if logs:
+                self.unread.append((state.step, self.engine.step(step.batches)))
+                self.bad_samples.add(step.batches)
+                evaluates = train.eval_every > 0 and state.step % train.eval_every == 0
+                saves = self.saver.due(state.step) and self.progress < 1.0
+                stops = distributed.any_rank(self.stop_requested)
+                # A result is read one step late, so that the host never waits for the GPU, unless it is needed now.
+                result = self._read_results(late=0 if logs or evaluates or saves or stops else 1)
+                if logs and result:
                     row = step_metrics(result, before) | {f"lr_{group}": rate for group, rate in rates.items()}
                     progress = {"samples": state.samples, "progress": self.progress, "skipped_steps": state.skipped}
                     self.logger.log(state.step, row | progress | throughput.metrics(state))
                     seen = state.samples - self.start_samples
                     self.bad_samples.report(self.loader.bad, seen, self.logger, state.step)
                 self.logger.set_step(state.step)
-                if train.eval_every and state.step % train.eval_every == 0:
+                if evaluates:
                     self._validate()
-                if self.saver.due(state.step) and self.progress < 1.0:
+                if saves:
                     self.logger.info(self.saver.save(state, self._validate))
-                if distributed.any_rank(self.stop_requested):
+                if stops:
                     return self._stop()
             faulthandler.cancel_dump_traceback_later()
             self._finish()
@@ -182,21 +191,27 @@ class Trainer:
             metrics["attention_entropy"] = float(entropy(weights).mean())
         return metrics
 
-    def _count(self, step: StepBatches, result: StepResult, skipped_in_a_row: int) -> int:
-        """Add a step's result to the state -> how many steps in a row were not finite, up to this one."""
-        self.state.tokens += int(result.weight)
-        self.bad_samples.add(step.batches)
-        self.saver.losses.append(result.loss)
-        if not result.skipped:
-            return 0
-        self.state.skipped += 1
-        self.logger.info(f"step {self.state.step} is skipped: loss {result.loss}, gradient norm {result.grad_norm}")
-        if skipped_in_a_row + 1 >= self.experiment.train.max_nonfinite:
-            raise SharedError(
-                f"{skipped_in_a_row + 1} steps in a row were not finite: lower the learning rates, or check the "
-                "samples named above"
-            )
-        return skipped_in_a_row + 1
+    def _read_results(self, late: int) -> StepResult | None:
+        """Add the results of all steps but the last `late` to the state -> the last one read.
+
+        Raises SharedError when `train.max_nonfinite` steps in a row were skipped.
+        """
+        result = None
+        while len(self.unread) > late:
+            step, read = self.unread.pop(0)
+            result = read()
+            self.state.tokens += int(result.weight)
+            self.saver.losses.append(result.loss)
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+            if result.skipped:
+                self.state.skipped += 1
+                self.logger.info(f"step {step} is skipped: loss {result.loss}, gradient norm {result.grad_norm}")
+            if self.skipped_in_a_row >= self.experiment.train.max_nonfinite:
+                raise SharedError(
+                    f"{self.skipped_in_a_row} steps in a row were not finite: lower the learning rates, or check the "
+                    "samples named above"
+                )
+        return result
 
     @property
     def progress(self) -> float:
@@ -300,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(describe(experiment, int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
-        return Trainer(experiment, start()).train()
+        return Trainer(experiment, start(experiment.train.hang_minutes)).train()
     except UserError as error:
         if first or not isinstance(error, SharedError):  # all ranks know a shared one
             print(f"fovlm: {error}", file=sys.stderr, flush=True)

@@ -18,10 +18,11 @@ from fovlm import distributed
 from fovlm.checkpoint import store
 from fovlm.checkpoint.locate import load_weights
 from fovlm.checkpoint.reference import ReferenceBatch
+from fovlm.checkpoint.universal import universal_for
 from fovlm.config.schema import OptimSettings
 from fovlm.data.packing import Batch
 from fovlm.errors import UserError
-from fovlm.train.engine import Engine, start, universal_for
+from fovlm.train.engine import Engine, start
 from helpers.models import pack, sample, tiny_model
 from helpers.zero_files import experiment
 
@@ -73,7 +74,7 @@ def engine(device: torch.device, stage: int, seed: int = 0, **more: Any) -> Engi
 
 def run(engine: Engine, first: int, last: int, packs: Callable[[int], list[Batch]] = packs) -> list[dict]:
     mine = slice(distributed.rank(), None, distributed.world())
-    return [dataclasses.asdict(engine.step(packs(step)[mine])) for step in range(first, last)]
+    return [dataclasses.asdict(engine.step(packs(step)[mine])()) for step in range(first, last)]
 
 
 def main() -> None:
@@ -141,7 +142,7 @@ def not_finite(trained: Engine) -> dict[str, Any]:
     if distributed.rank() == distributed.world() - 1:
         batches[-1] = dataclasses.replace(batches[-1], weight=batches[-1].weight * float("inf"))
     before = [p.detach().clone() for p in trained.model.parameters()]
-    step = trained.step(batches)
+    step = trained.step(batches)()
     same = all(torch.equal(a, b) for a, b in zip(before, trained.model.parameters(), strict=True))
     after = run(trained, 0, 1)[0]
     return {"skipped": distributed.gather(step.skipped), "same": distributed.gather(same), "after_frames": after}

@@ -7,6 +7,7 @@ import contextlib
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -19,14 +20,14 @@ from fovlm.train.engine import Engine, StepResult
 class Recorded(Engine):
     """An engine that keeps what its steps gave. In the steps that are to be spoilt, no nll is a number."""
 
-    steps: list[StepResult]
+    steps: list[Callable[[], StepResult]]
     spoilt: list[int]
 
     def nll(self, batch: Batch, visual: str | None = None) -> Tensor:
         nll = super().nll(batch, visual)
         return nll * float("nan") if len(self.steps) + 1 in self.spoilt else nll
 
-    def step(self, batches: list[Batch]) -> StepResult:
+    def step(self, batches: list[Batch]) -> Callable[[], StepResult]:
         done = super().step(batches)
         self.steps.append(done)
         return done
@@ -42,9 +43,10 @@ def main() -> None:
                 status = trainer.main(run["arguments"])
             said.seek(0)
             last_words = said.read()
+        results = [read() for read in Recorded.steps]
         found[name] = {
-            "losses": [step.loss for step in Recorded.steps],
-            "parts": [step.parts for step in Recorded.steps],
+            "losses": [step.loss for step in results],
+            "parts": [step.parts for step in results],
             "status": status,
             "said": last_words,
         }

@@ -1,1 +1,1 @@
-"""The training loop."""
+"""Training: the trainer and its engine, losses, schedules, validation, logging, resuming."""

@@ -47,9 +47,9 @@ Row = Mapping[str, float]
 
 
 class Logger:
-    """Opens the run folder and goes on after `step`. Use as a context manager, or call `close`.
+    """Opens the run folder and continues after `step`. Use as a context manager, or call `close`.
 
-    `steps` is the whole length of the run, `data_hash` names the data of the run in the summary.
+    `steps` is the length of the whole run, `data_hash` names its data in the summary.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class Logger:
 
     @property
     def seconds(self) -> float:
-        """Wall time of the run so far, with that of the sessions before this one (up to their last logged step)."""
+        """Wall time of the run, earlier sessions included up to their last logged step."""
         return self.earlier + time.monotonic() - self.began
 
     def set_step(self, step: int) -> None:
-        """One step more is done: moves the bar, where there is one."""
+        """`step` is done: move the progress bar, if there is one."""
         self.step = step
         if self.writes:
             self.terminal.set_step(step)
@@ -102,7 +102,7 @@ class Logger:
             self.wandb.log({"step": step, **row})
 
     def info(self, text: str) -> None:
-        """One line for people: on the terminal above the bar, and in log.txt."""
+        """A message: on the terminal above the bar, and in log.txt."""
         if not self.writes:
             return
         self.log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
@@ -150,7 +150,7 @@ class Logger:
 
 
 class Terminal:
-    """A progress bar where somebody watches; a plain line per row where nobody does. No thread of its own."""
+    """A progress bar on a terminal; otherwise a plain line per row. No thread of its own."""
 
     def __init__(self, name: str, steps: int, step: int, out: TextIO):
         self.name, self.steps = name, steps
@@ -185,7 +185,7 @@ class Terminal:
 def _open_wandb(experiment: Experiment, folder: Path) -> Any:
     if experiment.logger.wandb == "disabled":
         return None
-    import wandb  # takes a second and starts a process: only where it is asked for
+    import wandb  # takes a second and starts a process: only where it is enabled
 
     id_file = folder / "wandb_id"
     if not id_file.exists():
@@ -232,7 +232,7 @@ def commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that decide what a run computes."""
+    """Versions of Python and of the packages that a run's numbers depend on."""
     installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,8 +1,7 @@
-"""What is minimised: sums of the numbers that the model returns, nll [S], and of the weights of its tokens.
+"""The losses: weighted sums of the model's nll [S].
 
-An objective gives, for one pack, a loss that is a SUM and the weight that it is a sum over. The engine adds the weights
-of all ranks and accumulation steps and divides once, so that ranks, accumulation and packing do not change the
-gradient.
+The loss of a pack is a SUM, with the weight that it is a sum over. The engine sums the weights of all ranks and
+accumulation steps and divides once, so that ranks, accumulation and packing do not change the gradient.
 """
 
 from dataclasses import dataclass
@@ -16,14 +15,14 @@ from fovlm.data.packing import Batch
 
 @dataclass
 class Loss:
-    """`total` is a differentiable sum (0-d), `parts` further sums over the same weight, for the journal."""
+    """`total` is a differentiable sum (0-d), `parts` further sums over the same weight, to be logged."""
 
     total: Tensor
     parts: dict[str, Tensor]
 
 
 def text_weight(batch: Batch) -> Tensor:
-    """The weight of a pack under the text loss: its weighted tokens that something predicts (0-d)."""
+    """The weight of a pack under the text loss: that of its tokens that are predicted (0-d)."""
     return (batch.weight * (batch.predict_from >= 0)).sum()
 
 
@@ -47,18 +46,18 @@ def pair_weight(batch: Batch) -> Tensor:
 def preference_loss(nll: Tensor, reference_nll: Tensor, batch: Batch, beta: float) -> Loss:
     """Direct preference optimisation (arXiv 2305.18290, equation 7), summed over the pack's pairs.
 
-    `nll` and `reference_nll` [S] come from the model and from its frozen start on the same pack.
+    `nll` and `reference_nll` [S] are those of the model and of its frozen start on the same pack.
     """
     pairs = _pairs(batch)
-    # log-ratio of model to reference, per sample: the signs turn because nll = -log p
+    # log-ratio of model to reference per sample; nll is -log p
     ratio = per_sample(reference_nll, batch) - per_sample(nll, batch)
     chosen, rejected = (ratio[[p[i] for p in pairs]] for i in (0, 1))
     margin = beta * (chosen - rejected)
-    # A pack without a pair still gives a loss that hangs on the graph: a rank that skips backward makes ZeRO hang.
+    # A pack without a pair still has a backward pass: a rank that skips it makes ZeRO hang.
     total = -nnf.logsigmoid(margin).sum() + 0.0 * nll.sum()
     return Loss(total, {"preferred": (margin > 0).sum().float()})
 
 
 def _pairs(batch: Batch) -> list[tuple[int, int]]:
-    """(chosen, rejected) sample numbers: the two stand next to each other."""
+    """(chosen, rejected) sample numbers, which are consecutive."""
     return [(i, i + 1) for i, role in enumerate(batch.roles) if role == "chosen"]

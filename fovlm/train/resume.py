@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and when it must not. Decided by all ranks together."""
+"""The checkpoint that a run resumes from, and when it must not resume. All ranks decide together."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from fovlm.errors import UserError
 
 
 def find(experiment: Experiment, data_hash: str) -> Path | None:
-    """The checkpoint that `train.resume` asks for, whole and of this experiment; None to start anew.
+    """The checkpoint that `train.resume` asks for, verified and of this experiment; None for a fresh start.
 
-    Raises SharedError when the one asked for is not there or damaged, or belongs to other settings or other data.
+    Raises SharedError when it is missing or damaged, or was made with other settings or other data.
     """
     path = _wanted(experiment)
     if path is None:
@@ -22,13 +22,13 @@ def find(experiment: Experiment, data_hash: str) -> Path | None:
     state = store.read_state(path)
     if state.experiment_hash != experiment.hash:
         raise SharedError(
-            f"{path} is a checkpoint of another experiment (its settings are in experiment.yaml there): undo the "
-            "change, give this run another name with name=..., or start from its weights with model.init_from"
+            f"{path} was made by another experiment (its settings are in experiment.yaml there): undo the change, give "
+            "this run another name with name=..., or start from its weights with model.init_from"
         )
     if state.data_hash != data_hash:
         raise SharedError(
-            f"{path} was trained on other shards than those of now, so its place in them means nothing: put the "
-            "shards back, or start from its weights with model.init_from under another name=..."
+            f"{path} was trained on other shards, so its position in the data is invalid: restore the shards, or start "
+            "from its weights with model.init_from under another name=..."
         )
     return path
 
@@ -39,15 +39,15 @@ def _wanted(experiment: Experiment) -> Path | None:
         found = own.first_whole(verify=verify_together)
         if found is None and own.names():
             raise SharedError(
-                f"{experiment.run_folder}: none of its checkpoints is whole, and starting anew would overwrite them: "
-                "put one back, or remove the folder, or give this run another name with name=..."
+                f"{experiment.run_folder}: all its checkpoints are damaged, and a fresh start would overwrite them: "
+                "restore one, remove the folder, or give this run another name with name=..."
             )
         return found
     if wanted == "none":
         if own.names():
             raise SharedError(
-                f"{experiment.run_folder} has checkpoints, and train.resume=none would start over them: remove the "
-                "folder, or give this run another name with name=..."
+                f"{experiment.run_folder} has checkpoints, which train.resume=none would overwrite: remove the folder, "
+                "or give this run another name with name=..."
             )
         return None
     try:
@@ -57,5 +57,5 @@ def _wanted(experiment: Experiment) -> Path | None:
 
 
 def verify_together(path: Path) -> str:
-    """`checkpoint.verify` with the files shared out over the ranks: "" when all are good, on every rank."""
+    """`store.verify` with the files divided among the ranks: "" on every rank when all are good."""
     return next((p for p in distributed.gather(store.verify(path, distributed.rank(), distributed.world())) if p), "")

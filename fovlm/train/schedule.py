@@ -1,10 +1,10 @@
-"""Learning rates as pure functions of progress: how much of the run is done, in [0, 1]. No torch.
+"""Learning rates as pure functions of progress, the finished share of the run in [0, 1]. No torch.
 
 Every schedule starts with a linear warm-up over the first `warmup` share of the run.
 
-    constant     the group's own rate
-    cosine       down to `final` times the group's own rate (arXiv 1608.03983, without restarts)
-    converging   every group from its own rate to one common rate, along the same cosine in the logarithm, so that the
+    constant     the group's peak rate
+    cosine       down to `final` times the peak rate (arXiv 1608.03983, without restarts)
+    converging   every group from its peak to one common rate, along the same cosine in the logarithm, so that the
                  ratio between groups shrinks evenly
 """
 
@@ -20,7 +20,7 @@ def rates(optim: OptimSettings, progress: float) -> dict[str, float]:
 
 
 def rate(optim: OptimSettings, peak: float, progress: float) -> float:
-    """The rate of a group whose own rate is `peak`. `progress` outside [0, 1] counts as the nearer end."""
+    """The rate of a group with this peak. `progress` is clamped to [0, 1]."""
     progress = min(max(progress, 0.0), 1.0)
     return peak * warm(progress, optim.warmup) * _shape(optim, peak, descent(progress, optim.warmup))
 
@@ -41,5 +41,5 @@ def _shape(optim: OptimSettings, peak: float, high: float) -> float:
         return 1.0
     if optim.schedule == "cosine":
         return optim.final + (1.0 - optim.final) * high
-    assert optim.lr_common is not None  # config.py holds this
+    assert optim.lr_common is not None  # checked by config/schema.py
     return (optim.lr_common / peak) ** (1.0 - high)

@@ -43,7 +43,7 @@ fovlm.model
 fovlm.estimate
 fovlm.checkpoint
 fovlm.viz
-fovlm.train fovlm.checkpoint.convert fovlm.checkpoint.import_nanosmol
+fovlm.train
 fovlm.eval
 fovlm.sweep
 fovlm.prepare

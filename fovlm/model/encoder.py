@@ -43,6 +43,15 @@ class Cache:
         return Cache([tuple(t[index] for t in layer) for layer in self.layers])
 
 
+def normalize(frames: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Frames u8 [F, 3, height, width] -> f32, by the mean and deviation of each channel's values in [0, 1].
+
+    Channel by channel with plain numbers: making a tensor of them on a GPU would wait for it.
+    """
+    channels = zip(frames.unbind(1), mean, std, strict=True)
+    return torch.stack([(x.float() / 255 - m) / s for x, m, s in channels], dim=1)
+
+
 def heads(x: Tensor, width: int) -> Tensor:
     """[..., H * d] -> [..., H, d] without a copy."""
     return x.unflatten(-1, (-1, width))
@@ -242,10 +251,7 @@ class Encoder(nn.Module):
     def embed(self, frames: Tensor) -> tuple[Tensor, Rotary | None]:
         """The first layer's input [F, N, D] for u8 frames [F, 3, height, width], normalised on the device, and the
         rotary positions of families that have them."""
-        mean, std = (
-            torch.tensor(values, device=frames.device)[:, None, None] for values in (self.family.mean, self.family.std)
-        )
-        pixels = ((frames.float() / 255 - mean) / std).to(next(self.backbone.parameters()).dtype)
+        pixels = normalize(frames, self.family.mean, self.family.std).to(next(self.backbone.parameters()).dtype)
         return self.family.embed(self.backbone, pixels), self.family.rotary(self.backbone, pixels)
 
     def _norm(self, x: Tensor) -> Tensor:

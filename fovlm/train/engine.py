@@ -93,9 +93,7 @@ class Engine:
         optimizer = torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if self.stage < 3:
-            # A gradient that is not finite makes the norm so, which step() checks too. Looking at each gradient first
-            # costs a dozen launches a parameter in bf16.
-            self.deepspeed.optimizer.check_overflow = lambda partition_gradients=True: None
+            lighten(self.deepspeed.optimizer)
         self.dtype = next(model.parameters()).dtype
         self.reference = reference.to(device, self.dtype).eval().requires_grad_(False) if reference else None
         self.dpo_beta = dpo_beta
@@ -135,7 +133,7 @@ class Engine:
         if len(batches) != self.accumulation:
             raise ValueError(f"{len(batches)} packs for {self.accumulation} accumulation steps")
         self.deepspeed.train()
-        weights = [float(self._weight(batch)) for batch in batches]  # on the host, like their sum over the ranks
+        weights = [self._weight(batch) for batch in batches]  # on the host, like their sum over the ranks
         total, first_weight = (max(w, 1e-9) for w in distributed.sum_over_ranks([sum(weights), weights[0]]).tolist())
         scale = distributed.world() / total
         losses: list[dict[str, Tensor]] = []
@@ -164,8 +162,8 @@ class Engine:
 
         return result
 
-    def _weight(self, batch: Batch) -> Tensor:
-        return pair_weight(batch) if self.reference is not None else text_weight(batch)
+    def _weight(self, batch: Batch) -> float:
+        return float(pair_weight(batch) if self.reference is not None else text_weight(batch))
 
     def _loss(self, batch: Batch) -> Loss:
         nll = self.nll(batch)
@@ -235,6 +233,28 @@ class Engine:
         own = path / f"random-{distributed.rank():05d}.pt"
         if own.exists():
             _set_random_states(torch.load(own, weights_only=True))
+
+
+def lighten(optimizer: Any) -> None:
+    """Replace two parts of DeepSpeed's ZeRO-1/2 optimizer that launch many kernels for every parameter.
+
+    A gradient that is not finite makes the norm so, and the step is skipped on that: nothing needs to look at every
+    gradient first (bf16). The norm is in fp64 like DeepSpeed's, from one call for all gradients.
+    """
+
+    def norm(gradients: list[Tensor], parameters: Any, norm_type: int = 2) -> Tensor:
+        real = [g.detach() for g in gradients if not getattr(g, "_zero_padding", False)]
+        norms = torch._foreach_norm(real, 2, dtype=torch.float64) if real else []
+        total = (
+            torch.stack(list(norms)).square().sum()
+            if norms
+            else torch.zeros((), dtype=torch.float64, device=optimizer.device)
+        )
+        total = distributed.sum_over_ranks(total, total.device).sqrt().float()
+        return torch.where(total.isfinite(), total, -1.0)  # DeepSpeed's sign of a norm that is not finite
+
+    optimizer.check_overflow = lambda partition_gradients=True: None
+    optimizer.get_grad_norm_direct = norm
 
 
 def start_copy(numbers: Tensor) -> Callable[[], list[float]]:

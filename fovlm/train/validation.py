@@ -1,5 +1,6 @@
 """Validation: the nll of fixed samples in every evaluation mode (`model/modes.py`), and maps of where it looks."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from fovlm.model.modeling import FoveatedVLM
 from fovlm.model.modes import AS_TRAINED, MODES
 from fovlm.tables import text_table
 from fovlm.train.attention_maps import save_maps, watched_samples
+from fovlm.train.losses import per_sample
 
 if TYPE_CHECKING:  # a converted model is scored without deepspeed
     from fovlm.train.engine import Engine
@@ -112,31 +114,29 @@ def evaluate(
 ) -> dict[str, Score]:
     """Score this rank's packs in each mode and sum over the ranks. Every rank gets the same numbers."""
     model.eval()
-    sums: dict[tuple[str, str], list[float]] = {}
+    nlls: dict[tuple[str, str], float] = defaultdict(float)
+    weights: dict[tuple[str, str], float] = defaultdict(float)
+    modes = list(modes)
     for batch in batches:
         batch = batch.to(device)
-        sample_of = batch.text_segment.clamp(min=0).tolist()
-        weight = batch.weight * (batch.predict_from >= 0)
+        weight = per_sample((batch.predict_from >= 0).float(), batch).tolist()
         for mode in modes:
-            nll = nll_in_mode(model, batch, mode, forward).float() * weight
-            for i, value, share in zip(sample_of, nll.tolist(), weight.tolist(), strict=True):
-                if share:
-                    entry = sums.setdefault((mode, batch.sources[i]), [0.0, 0.0])
-                    entry[0] += value
-                    entry[1] += share
-    merged: dict[tuple[str, str], list[float]] = {}
-    for part in distributed.gather(sums):
-        for key, (value, share) in part.items():
-            entry = merged.setdefault(key, [0.0, 0.0])
-            entry[0] += value
-            entry[1] += share
-    return {mode: _score(merged, mode) for mode in modes}
+            nll = per_sample(nll_in_mode(model, batch, mode, forward).float(), batch).tolist()
+            for source, sample_nll, sample_weight in zip(batch.sources, nll, weight, strict=True):
+                nlls[mode, source] += sample_nll
+                weights[mode, source] += sample_weight
+    totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for rank_nlls, rank_weights in distributed.gather((dict(nlls), dict(weights))):
+        for key, weight in rank_weights.items():
+            totals[key][0] += rank_nlls[key]
+            totals[key][1] += weight
+    return {mode: _score({source: pair for (m, source), pair in sorted(totals.items()) if m == mode}) for mode in modes}
 
 
-def _score(sums: dict[tuple[str, str], list[float]], mode: str) -> Score:
-    mine = {source: pair for (m, source), pair in sorted(sums.items()) if m == mode}
-    total, tokens = (sum(pair[i] for pair in mine.values()) for i in (0, 1))
-    return Score(total / max(tokens, 1.0), tokens, {source: v / w for source, (v, w) in mine.items()})
+def _score(totals: dict[str, list[float]]) -> Score:
+    """From (nll, weight) by source."""
+    nll, tokens = (sum(pair[i] for pair in totals.values()) for i in (0, 1))
+    return Score(nll / max(tokens, 1.0), tokens, {source: v / w for source, (v, w) in totals.items() if w})
 
 
 def score_tables(scores: dict[str, Score], facts: dict[str, float]) -> str:

@@ -75,10 +75,8 @@ def main() -> int:
     e = Experiment(
         name="launches",
         model=ModelSettings(llm=LLM, encoder=ENCODER, tokenizer="none", frame_size=56, query_dim=48),
-        data=DataSettings(
-            sources={"a": DataSource(shards="a.tar", kind="video")}, mixture={"a": 1.0},
-            pack_frames=8, pack_tokens=64, max_frames=8, max_tokens=64,
-        ),
+        data=DataSettings(sources={"a": DataSource(shards="a.tar", kind="video")}, mixture={"a": 1.0},
+                          pack_cost=72, frame_cost=1, max_frames=8, max_tokens=64),
         train=TrainSettings(steps=2, packs_per_step=packs, precision="bf16", best="train_loss"),
     )  # fmt: skip
     shapes = geometry(e.model)

@@ -118,7 +118,7 @@ def main() -> None:
             command, env=environment, cwd=here / "docs", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         print(json.dumps(sizes), file=trees[name].stdin, flush=True)
-    rates: dict[str, list[float]] = {name: [] for name in trees}
+    rounds: dict[str, list[tuple[int, float]]] = {name: [] for name in trees}
     for n in range(options.rounds):
         for name, process in trees.items():
             assert process.stdin
@@ -128,11 +128,11 @@ def main() -> None:
             found = json.loads(process.stdout.readline())
             print(f"{name}: {found['samples']} samples in {found['seconds']:.1f} CPU-s", flush=True)
             if n:
-                rates[name].append(found["samples"] / found["seconds"])
-    means = {name: float(np.mean(values)) for name, values in rates.items()}
-    for name, values in rates.items():
-        print(f"{name}: {means[name]:.3f} samples per CPU-second ({', '.join(f'{value:.3f}' for value in values)})")
-    print(f"ratio: {means['after'] / means['before']:.2f}")
+                rounds[name].append((found["samples"], found["seconds"]))
+    rates = {name: sum(n for n, _ in found) / sum(s for _, s in found) for name, found in rounds.items()}
+    for name, found in rounds.items():
+        print(f"{name}: {rates[name]:.3f} samples per CPU-second ({', '.join(f'{n / s:.3f}' for n, s in found)})")
+    print(f"ratio: {rates['after'] / rates['before']:.2f}")
 
 
 if __name__ == "__main__":

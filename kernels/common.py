@@ -76,7 +76,7 @@ def group_looks(frame_of_look: Tensor, frames: int) -> tuple[Tensor, Tensor]:
 
 
 def uses_triton(op: str, implementation: str, inputs: Tensor, fits: bool) -> bool:
-    """Whether Triton runs: on CUDA where a kernel `fits` the shape and the type is bf16, fp16 or fp32, or when told so.
+    """Whether Triton runs: on CUDA where a kernel `fits` the shape and the type is bf16, fp16 or fp32, or on request.
 
     Raises ValueError for an unknown implementation, and for "triton" where it cannot run.
     """

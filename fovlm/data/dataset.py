@@ -61,12 +61,12 @@ def pack_budget(experiment: Experiment) -> PackBudget:
 
 
 def tokenizer_path(experiment: Experiment) -> str:
-    """The tokenizer's folder or hub id: as given, that of the embedded task, or the language model's own."""
+    """The tokenizer's folder or hub id: as given, that of the synthetic task, or the language model's own."""
     model, task = experiment.model, experiment.data.generate
     name = model.tokenizer or model.llm
     if isinstance(name, str):
         return str(local_folder(name) or name)
-    assert task is not None  # config.py holds this
+    assert task is not None  # schema.py checks this
     return str(data_root() / task.folder / "tokenizer")
 
 
@@ -75,9 +75,9 @@ class SourceShards:
     """One source: what its shards hold, and the order in which they are read."""
 
     name: str
-    source: DataSource
+    settings: DataSource
     indices: list[Index]
-    lengths: list[TokenCounts]
+    counts: list[TokenCounts]
     order: ShardShuffle
     first: np.ndarray  # i64 [shards]: the number of each shard's first sample in the source
     sizes: np.ndarray  # i32 [samples, 4]: frames, looks, text, prompt; of its substitute for a broken sample
@@ -112,54 +112,54 @@ class Dataset:
         self.chat, self.frame_size, self.max_frames, self.image_frames = chat, frame_size, max_frames, image_frames
         self.seed = seed
         self.mix = MixtureSampler(weights)
-        self.shelves = [self._open(name, sources[name], seed) for name in self.mix.names]
-        self.asked = {
-            "sources": [[s.name, s.source.kind, s.source.prompt, index_hash(s.indices)] for s in self.shelves],
+        self.sources = [self._open(name, sources[name], seed) for name in self.mix.names]
+        self.identity = {
+            "sources": [[s.name, s.settings.kind, s.settings.prompt, index_hash(s.indices)] for s in self.sources],
             "weights": weights,
         }
-        self.hash = _hash(self.asked | {"settings": [chat.hash, max_frames, image_frames, seed]})
+        self.hash = _hash(self.identity | {"settings": [chat.hash, max_frames, image_frames, seed]})
 
     def scored_hash(self, samples: int) -> str:
         """Names the first so many samples as something to score: questions, answers, and the tokens that count.
 
         How many frames of them a model is shown, and how often, is its own affair: losses compare all the same.
         """
-        return _hash(self.asked | {"settings": [self.chat.hash, self.seed, samples]})
+        return _hash(self.identity | {"settings": [self.chat.hash, self.seed, samples]})
 
-    def _open(self, name: str, source: DataSource, seed: int) -> SourceShards:
-        indices = open_indices(find_shards(name, source.shards), cache_root())
-        lengths = open_token_counts(indices, source, self.chat, cache_root())
+    def _open(self, name: str, settings: DataSource, seed: int) -> SourceShards:
+        indices = open_indices(find_shards(name, settings.shards), cache_root())
+        counts = open_token_counts(indices, settings, self.chat, cache_root())
         rows = [len(index) for index in indices]
-        causes = Counter(cause for one in lengths for cause in one.broken.values())
+        causes = Counter(cause for one in counts for cause in one.broken.values())
         if causes.total() == sum(rows):
             why = causes.most_common(1)[0][0] if causes else "the shards are empty"
-            raise UserError(f"data.sources.{name}: no sample of '{source.shards}' can be used; mostly: {why}")
+            raise UserError(f"data.sources.{name}: no sample of '{settings.shards}' can be used; mostly: {why}")
         first = np.concatenate([[0], np.cumsum(rows)[:-1]])
-        sizes = np.concatenate([self._sizes(*both) for both in zip(indices, lengths, strict=True)])
-        shelf = SourceShards(name, source, indices, lengths, ShardShuffle(rows, seed, name), first, sizes)
-        for shard, one in enumerate(lengths):
+        sizes = np.concatenate([self._sizes(*both) for both in zip(indices, counts, strict=True)])
+        source = SourceShards(name, settings, indices, counts, ShardShuffle(rows, seed, name), first, sizes)
+        for shard, one in enumerate(counts):
             for row in one.broken:
-                good = (at for at in shelf.following(shard, row) if at[1] not in lengths[at[0]].broken)
+                good = (at for at in source.following(shard, row) if at[1] not in counts[at[0]].broken)
                 at = next(good, None)
                 sizes[first[shard] + row] = sizes[first[at[0]] + at[1]] if at else 0
-        return shelf
+        return source
 
     @property
     def samples(self) -> dict[str, int]:
         """How many samples each source has: the length of its epoch."""
-        return {shelf.name: shelf.order.total for shelf in self.shelves}
+        return {source.name: source.order.total for source in self.sources}
 
     def check_fits(self, budget: PackBudget) -> None:
         """Raise UserError, with its name, for a sample that exceeds the budget of a pack."""
-        for shelf in self.shelves:
-            costs = budget.of(shelf.sizes)
+        for source in self.sources:
+            costs = budget.of(source.sizes)
             number = int(costs.argmax())
             if costs[number] > budget.cost:
-                shard = int(np.searchsorted(shelf.first, number, side="right")) - 1
-                index, row = shelf.indices[shard], number - int(shelf.first[shard])
-                frames, looks, text, _ = shelf.sizes[number]
+                shard = int(np.searchsorted(source.first, number, side="right")) - 1
+                index, row = source.indices[shard], number - int(source.first[shard])
+                frames, looks, text, _ = source.sizes[number]
                 raise UserError(
-                    f"data.sources.{shelf.name}: sample {index.key[row]} in {index.path.name} has {frames} frames, "
+                    f"data.sources.{source.name}: sample {index.key[row]} in {index.path.name} has {frames} frames, "
                     f"{looks} looks and {text} text tokens and costs {costs[number]}, more than a pack: raise "
                     f"data.pack_cost={budget.cost}, or lower data.max_frames or data.max_tokens"
                 )
@@ -167,13 +167,13 @@ class Dataset:
     def sizes(self, start: int, stop: int) -> np.ndarray:
         """Frames, looks, text tokens and tokens ahead of the frames i32 [n, 4] of the samples, or their substitutes, at
         the positions from `start` to before `stop`."""
-        sources, numbers = self.mix.window(start, stop)
-        sizes = np.zeros((len(sources), 4), np.int32)
-        for source, shelf in enumerate(self.shelves):
-            mine = sources == source
+        chosen, numbers = self.mix.window(start, stop)
+        sizes = np.zeros((len(chosen), 4), np.int32)
+        for which, source in enumerate(self.sources):
+            mine = chosen == which
             if mine.any():
-                shard, row = shelf.order.window(int(numbers[mine][0]), int(numbers[mine][-1]) + 1)
-                sizes[mine] = shelf.sizes[shelf.first[shard] + row]
+                shard, row = source.order.window(int(numbers[mine][0]), int(numbers[mine][-1]) + 1)
+                sizes[mine] = source.sizes[source.first[shard] + row]
         return sizes
 
     def size(self, position: int) -> PackSize:
@@ -185,58 +185,58 @@ class Dataset:
 
         With it comes the report, when the sample at that position itself was broken.
         """
-        shelf, shard, row = self._find(position)
-        planned, bad = shelf.size(shard, row), None
-        for at in shelf.following(shard, row):
+        source, shard, row = self._find(position)
+        planned, bad = source.size(shard, row), None
+        for at in source.following(shard, row):
             try:
-                if cause := shelf.lengths[at[0]].broken.get(at[1]):
+                if cause := source.counts[at[0]].broken.get(at[1]):
                     raise SampleError(cause)
-                if shelf.size(*at).fits(planned):
-                    return self._load(shelf, *at), bad
+                if source.size(*at).fits(planned):
+                    return self._load(source, *at), bad
             except SampleError as error:
-                index = shelf.indices[shard]
-                bad = bad or SampleIssue(str(error), shelf.name, index.path.name, index.key[row])
+                index = source.indices[shard]
+                bad = bad or SampleIssue(str(error), source.name, index.path.name, index.key[row])
         return [], bad
 
     def kind(self, position: int) -> str:
         """What the sample at `position` itself shows: one of MEDIA."""
-        shelf, shard, row = self._find(position)
-        return MEDIA[shelf.indices[shard].media[row]]
+        source, shard, row = self._find(position)
+        return MEDIA[source.indices[shard].media[row]]
 
     def record(self, position: int) -> dict[str, Any]:
-        """The JSON of the sample at `position` itself. Raises BadSample."""
-        shelf, shard, row = self._find(position)
-        files = _read_members(shelf.indices[shard], row)
+        """The JSON of the sample at `position` itself. Raises SampleError."""
+        source, shard, row = self._find(position)
+        files = _read_members(source.indices[shard], row)
         return parse_json(next(files[m] for m in files if m.extension == "json"))
 
     def _find(self, position: int) -> tuple[SourceShards, int, int]:
         """Position -> (source, shard, row)."""
-        source, number = self.mix(position)
-        shelf = self.shelves[source]
-        place = shelf.order(number)
-        return shelf, place.shard, place.row
+        which, number = self.mix(position)
+        source = self.sources[which]
+        place = source.order(number)
+        return source, place.shard, place.row
 
-    def _sizes(self, index: Index, lengths: TokenCounts) -> np.ndarray:
+    def _sizes(self, index: Index, counts: TokenCounts) -> np.ndarray:
         """The sizes i32 [n, 4] of a shard's samples; a pair has its frames twice."""
         frames = np.minimum(index.frames, self.max_frames)
         looks = np.where(index.media == IMAGE, self.image_frames, frames)
         texts = 1 + index.preference.astype(np.int64)
-        return np.stack([texts * frames, texts * looks, lengths.text, lengths.prompt], axis=1).astype(np.int32)
+        return np.stack([texts * frames, texts * looks, counts.text, counts.prompt], axis=1).astype(np.int32)
 
-    def _load(self, shelf: SourceShards, shard: int, row: int) -> list[Sample]:
-        """Read, check, decode and tokenize one sample. Raises BadSample."""
-        index = shelf.indices[shard]
+    def _load(self, source: SourceShards, shard: int, row: int) -> list[Sample]:
+        """Read, check, decode and tokenize one sample. Raises SampleError."""
+        index = source.indices[shard]
         files = _read_members(index, row)
         kind, pictures = contents(list(files))
         record = parse_json(next(files[m] for m in files if m.extension == "json"))
-        texts = self.chat.texts(record, shelf.source.prompt, bool(pictures), shelf.source.kind == "preference")
+        texts = self.chat.texts(record, source.settings.prompt, bool(pictures), source.settings.kind == "preference")
         media = [(m.extension.rpartition(".")[2], files[m]) for m in pictures]
         frames = decode.decode_media(media, int(index.frames[row]), self.frame_size, self.max_frames)
         looks = self.image_frames if kind == "image" else len(frames)
         return [
             Sample(
                 key=f"{index.path.name}/{index.key[row]}" + (f"#{role}" if role else ""),
-                source=shelf.name,
+                source=source.name,
                 frames=frames,
                 looks=looks,
                 tokens=text.tokens,
@@ -253,7 +253,7 @@ def _hash(identity: dict[str, Any]) -> str:
 
 
 def _read_members(index: Index, row: int) -> dict[Member, bytes]:
-    """The files of one sample, from its byte range alone. Raises BadSample."""
+    """The files of one sample, from its byte range alone. Raises SampleError."""
     try:
         with open(index.path, "rb") as shard:
             shard.seek(int(index.offset[row]))

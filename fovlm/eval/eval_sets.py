@@ -194,7 +194,7 @@ class ShardSet:
 
     def hash_without(self, numbers: Collection[int]) -> str:
         positions = [p for n, p in enumerate(self.positions) if n not in numbers]
-        return digest(json.dumps({"of": self.data.asked, "tokens": self.tokens, "positions": positions}))
+        return digest(json.dumps({"of": self.data.identity, "tokens": self.tokens, "positions": positions}))
 
 
 def _on_every_token(record: dict[str, Any]) -> bool:

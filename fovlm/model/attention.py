@@ -48,12 +48,6 @@ def attend_by_sample(query: Tensor, key: Tensor, value: Tensor, pack: Segments, 
     return _one_by_one(query, key, value, pack.lengths, scale)
 
 
-def dense_mask(layout: Layout) -> Tensor:
-    """True [M, M] where position i sees position j: the reference that the tests compare with."""
-    same = layout.segment[:, None] == layout.segment[None, :]
-    return same & torch.ones_like(same).tril()
-
-
 @functools.cache
 def varlen_runs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `varlen_attn` computes and differentiates on this device. Logs one warning on a GPU where it does not."""

@@ -296,8 +296,8 @@ def test_shards_without_samples_are_no_trouble(tmp_path):
         path.rename(tmp_path / f"s-{number}.tar")
     data = opened({"s": DataSource(shards="s-*.tar", kind="image")})
     assert sorted(data.read(i)[0][0].key for i in range(2)) == ["s-1.tar/1", "s-4.tar/4"]
-    shelf = data.shelves[0]
-    following = list(shelf.following(1, 0))
+    source = data.sources[0]
+    following = list(source.following(1, 0))
     assert following[:3] == [(1, 0), (4, 0), (1, 0)]
     assert len(following) <= dataset_module.SUBSTITUTES + 1
     assert isinstance(data.size(0), PackSize)

@@ -8,7 +8,7 @@ import torch.nn.functional as nnf
 from torch._subclasses import FakeTensorMode
 
 from fovlm.model import attention
-from fovlm.model.attention import attend_by_sample, dense_mask, segments, varlen_runs
+from fovlm.model.attention import attend_by_sample, segments, varlen_runs
 from helpers.models import dense_varlen, pack, sample, tiny_model
 
 SAMPLES = [
@@ -16,6 +16,12 @@ SAMPLES = [
     sample("text", text=5),
     sample("image", frames=1, looks=4, text=6, prompt=3),
 ]
+
+
+def dense_mask(layout) -> torch.Tensor:
+    """True [M, M] where position i sees position j: the reference."""
+    same = layout.segment[:, None] == layout.segment[None, :]
+    return same & torch.ones_like(same).tril()
 
 
 @pytest.fixture(params=["one by one", "varlen"])

@@ -17,6 +17,7 @@ from fovlm.fileio import write_atomically
 
 METRICS = "metrics.jsonl"
 SUMMARY = "run_summary.json"
+BLIND = "best possible loss without the video (blind)"  # of the synthetic task, in the summary
 
 Row = dict[str, float]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fovlm.checkpoint.run_folder import BLIND
 from fovlm.report import figures, tables
 from fovlm.report.collect import collect
 from fovlm.report.document import escape, figure, heading, page, points, table, verdict
@@ -18,7 +19,6 @@ from fovlm.report.questions import Answer, answers
 from fovlm.report.runs import Evidence, RunRecord
 from fovlm.report.statistics import RULE
 
-BLIND = "validation loss without a picture, at best"  # what the synthetic task writes into a summary
 AT_FLOOR = 0.02  # of that loss: a run that is no further below it has not learned to see
 LOOKS = ("fine looks on the asked object", "coarse looks on the asked object", "looks on it by chance")
 SHORT = {"F": "foveated (F)", "B": "multi-token (B)"}

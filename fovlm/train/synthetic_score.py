@@ -7,13 +7,12 @@ from collections.abc import Iterable
 import torch
 
 from fovlm import distributed
+from fovlm.checkpoint.run_folder import BLIND
 from fovlm.config.schema import SyntheticTask
 from fovlm.data.packing import Batch
 from fovlm.data.synthetic import TRUTH, folder
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.viz.heatmap import maps
-
-BLIND = "validation loss without a picture, at best"
 
 
 def blind_loss(task: SyntheticTask, frames: float | None = None) -> float:

@@ -3,7 +3,7 @@ ENV := . scripts/env.sh && use_python dev && use_caches
 # One thread: the matrices of the tests are small.
 RUN := $(ENV) && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=$$PWD
 
-.PHONY: test pins lint format unit lines real docs
+.PHONY: test pins lint format unit lines real gpu docs
 test: lint unit lines
 
 # Do the pinned versions resolve on other machines? Needs the package index.
@@ -23,6 +23,14 @@ lines:
 # Real weights and data; tests/test_real.py says what it needs. About 25 minutes on two cores.
 real:
 	@$(RUN) && python -m pytest -m real -o faulthandler_timeout=3600 $(ARGS)
+
+# For the day a GPU is at hand: its tests, the kernels and the training step, with CSV files under benchmarks/results.
+# Uses the Python of FOVLM_PYTHON if that is set; the step of the engine needs deepspeed, the rest does without.
+gpu:
+	@$(RUN) && python -c "import torch, sys; torch.cuda.is_available() or sys.exit('make gpu: no GPU that torch can use')"
+	@$(RUN) && python -m pytest -m gpu $(ARGS)
+	@$(RUN) && python -m kernels.bench --out benchmarks/results
+	@$(RUN) && python -m benchmarks.step
 
 format:
 	@$(RUN) && ruff check --fix . && ruff format .

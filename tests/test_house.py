@@ -28,7 +28,6 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
 
 LONGEST = 350  # lines of a file
-LONGEST_KERNEL = 400  # a kernel's file has its forward, its backward and their autograd function
 
 # The packages in reading order: a module imports only from its own entry and from those above.
 # The package `fovlm` itself imports nothing of ours until asked for a name.
@@ -242,8 +241,7 @@ print("fine")
 @pytest.mark.parametrize("file", FILES + TESTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_no_file_is_too_long_and_every_one_says_what_it_is(file):
     text = file.read_text(encoding="utf-8")
-    limit = LONGEST_KERNEL if file.parent.name == "kernels" and file.parent.parent == ROOT else LONGEST
-    assert text.count("\n") <= limit, "one idea per file: split it"
+    assert text.count("\n") <= LONGEST, "one idea per file: split it"
     assert ast.get_docstring(ast.parse(text)) or file.name == "__init__.py", "needs a docstring: what it is for"
 
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from fovlm.config.schema import Experiment, ModelSettings
 from fovlm.errors import UserError, did_you_mean
-from fovlm.model.build import check_supported, configuration
+from fovlm.model.build import check_names, check_supported, configuration
 from fovlm.model.configuration import FoveatedConfig, backbone_config
 from fovlm.model.encoders.families import patch_of, side_of, vision_config
 from fovlm.model.modeling import FoveatedVLM
@@ -147,7 +147,8 @@ def _config(key: str, source: str | dict[str, Any]) -> PreTrainedConfig:
     else:
         try:
             where = str(folder or source)
-            config = vision_config(AutoConfig.from_pretrained(where, trust_remote_code=False, local_files_only=True))
+            config = AutoConfig.from_pretrained(where, trust_remote_code=False, local_files_only=True)
+            config = vision_config(config) if key == "encoder" else config
         except (OSError, ValueError) as error:
             if folder is None:
                 raise UserError(
@@ -160,6 +161,8 @@ def _config(key: str, source: str | dict[str, Any]) -> PreTrainedConfig:
             ) from error
         name = source
     check_supported(key, config, name)
+    if isinstance(source, dict):
+        check_names(key, config, source)
     return config
 
 

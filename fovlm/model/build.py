@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from fovlm.config.schema import ModelSettings
-from fovlm.errors import UserError
+from fovlm.errors import UserError, did_you_mean
 from fovlm.model.configuration import FoveatedConfig, backbone_config
 from fovlm.model.encoders.families import FAMILIES, patch_of, vision_config
 from fovlm.model.modeling import FoveatedVLM, check_report
@@ -66,6 +66,7 @@ def configuration(
 def _random(key: str, given: dict) -> PreTrainedModel:
     config = backbone_config(key, given)
     check_supported(key, config, config.model_type)
+    check_names(key, config, given)
     return (AutoModel if key == "encoder" else AutoModelForCausalLM).from_config(config)
 
 
@@ -77,7 +78,8 @@ def _pretrained(key: str, source: str) -> PreTrainedModel:
     """
     where = find_weights(source)
     try:
-        config = vision_config(AutoConfig.from_pretrained(where, trust_remote_code=False))
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        config = vision_config(config) if key == "encoder" else config
         check_supported(key, config, source)
         model, report = (AutoModel if key == "encoder" else AutoModelForCausalLM).from_pretrained(
             where,
@@ -100,6 +102,16 @@ def check_supported(key: str, config: PreTrainedConfig, source: str) -> None:
     """Refuse a backbone `model.{key}` that cannot be used. Raises UserError with the reason."""
     if reason := unsupported_encoder(config) if key == "encoder" else unsupported_llm(config):
         raise UserError(f"model.{key}={source}: {reason}")
+
+
+def check_names(key: str, config: PreTrainedConfig, given: dict) -> None:
+    """Refuse names in `given` that a configuration of this type has no use for: transformers would only store them.
+    Raises UserError with the closest name."""
+    default = type(config)()
+    for name in given:
+        if hasattr(config, name) and not hasattr(default, name):
+            close = did_you_mean(name, vars(default))
+            raise UserError(f"model.{key}.{name}: no setting of '{config.model_type}' in transformers{close}")
 
 
 def unsupported_encoder(config: PreTrainedConfig) -> str:

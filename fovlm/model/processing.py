@@ -299,11 +299,14 @@ def check_folder(folder: Path) -> None:
             raise UserError(f"{folder} is a run, not a model yet: fovlm convert {folder} OUT")
         raise UserError(f"{folder} is not a model (no config.json in it)")
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = config.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from error
     if kind != FoveatedConfig.model_type:
         raise UserError(f"{folder} holds a model of type '{kind}', not '{FoveatedConfig.model_type}'")
+    if "dino_config" in config:
+        raise UserError(f"{folder} was converted by fovlm 0.1, whose models this version does not read: use 0.1 for it")
     index = folder / "model.safetensors.index.json"
     wanted: Iterable[str] = ("model.safetensors",)
     if index.is_file():

@@ -15,6 +15,7 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    Gemma3Config,
     Gemma3TextConfig,
     GraniteConfig,
     Lfm2Config,
@@ -38,6 +39,7 @@ from fovlm.checkpoint.locate import load_weights
 from fovlm.config.schema import ModelSettings
 from fovlm.data.chat import load_tokenizer
 from fovlm.errors import UserError
+from fovlm.estimate.shapes import geometry
 from fovlm.model.build import build
 from fovlm.model.processing import FoveatedProcessor
 from helpers.models import ENCODERS
@@ -110,6 +112,16 @@ def test_another_encoder_is_refused(tmp_path):
     assert "1 unexpected weights, like embeddings.register_tokens" in refused(dino=tmp_path / "registers")
 
 
+@pytest.mark.parametrize("key", ["llm", "encoder"])
+def test_a_name_that_a_configuration_does_not_have_is_refused(key):
+    given = {"llm": LLM, "encoder": DINO}[key] | {"hidden_sizes": 64}
+    expected = rf"model\.{key}\.hidden_sizes: no setting of '\w+' in transformers \(did you mean 'hidden_size'\?\)"
+    for check in (build, geometry):
+        with pytest.raises(UserError, match=expected):
+            check(settings().model_copy(update={key: given}))
+    build(settings(llm=LLM | {"rope_theta": 1e5}))  # no attribute of the configuration, but it reads it
+
+
 def test_a_frame_that_is_no_whole_number_of_patches_is_refused():
     with pytest.raises(UserError, match=r"model\.frame_size=30: not a multiple of the encoder's patches of 7 pixels"):
         build(settings().model_copy(update={"frame_size": 30}))
@@ -133,6 +145,7 @@ def test_the_scale_of_visual_tokens_can_be_that_of_the_embeddings(tmp_path):
         (MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2), "linear_attention"),
         (GraniteConfig(**LLM, logits_scaling=8.0), "'granite' with logits_scaling is not supported, only plain logits"),
         (MixtralConfig(**LLM, sliding_window=None), "'mixtral' with experts is not supported"),
+        (Gemma3Config(), "'gemma3' is not a causal language model on its own"),
         (Dinov2Config(**DINO), "'dinov2' is not a causal language model"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),

@@ -102,32 +102,34 @@ def test_both_go_to_the_hub(folder, monkeypatch):
     assert {"processor_config.json", "tokenizer.json", "tokenizer_config.json"} <= sent["me/clip"]
 
 
-def test_what_is_no_model_is_told_in_one_line(folder, tmp_path):
-    def told(path: Path | str) -> str:
+def test_what_is_no_model_is_refused_in_one_line(folder, tmp_path):
+    def reason(path: Path | str) -> str:
         with pytest.raises(UserError) as error:
             open_model(path)
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "did you mean 'model'" in told(folder.parent / "modle")
+    assert "did you mean 'model'" in reason(folder.parent / "modle")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    assert f"fovlm convert {tmp_path / 'run'} OUT" in told(tmp_path / "run")
+    assert f"fovlm convert {tmp_path / 'run'} OUT" in reason(tmp_path / "run")
     (tmp_path / "empty").mkdir()
-    assert "no config.json" in told(tmp_path / "empty")
-    assert "is a file" in told(folder / "config.json")
+    assert "no config.json" in reason(tmp_path / "empty")
+    assert "is a file" in reason(folder / "config.json")
     with pytest.raises(UserError, match="dtype is auto, bf16 or fp32"):
         open_model(folder, "fp23")
     weights = folder / "model.safetensors"
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     weights.rename(folder / "model-00001-of-00002.safetensors")
-    assert "missing: model-00002-of-00002.safetensors;" in told(folder)
+    assert "missing: model-00002-of-00002.safetensors;" in reason(folder)
     (folder / "model.safetensors.index.json").unlink()
-    assert "missing: model.safetensors;" in told(folder)
+    assert "missing: model.safetensors;" in reason(folder)
     weights.write_bytes(b"\0" * 100)
-    assert "does not load" in told(folder)
+    assert "does not load" in reason(folder)
+    (folder / "config.json").write_text('{"model_type": "fovlm", "dino_config": {}}')
+    assert "was converted by fovlm 0.1" in reason(folder)
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    assert "type 'llama'" in told(folder)
+    assert "type 'llama'" in reason(folder)
 
 
 @pytest.mark.parametrize(

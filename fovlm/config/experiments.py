@@ -108,6 +108,8 @@ def apply_overrides(merged: Settings, overrides: list[str]) -> None:
         # A single key changes one entry even where a whole mapping would replace another.
         target = merged.values
         for depth, key in enumerate(keys[:-1]):
+            if key not in target:
+                merged.origin[tuple(keys[: depth + 1])] = "command line: "
             target = target.setdefault(key, {})
             if not isinstance(target, dict):
                 raise UserError(f"command line: {path}: {'.'.join(keys[: depth + 1])} is {target!r} and has no keys")

@@ -36,22 +36,22 @@ def path_of(error: ErrorDetails, values: Any) -> Key:
 
 
 def explain(error: ErrorDetails, path: Key, types: Mapping[Key, Any], instead: Mapping[str, str]) -> str:
-    """What is wrong at `path`. `instead` has the messages for unknown keys that deserve one, by their dotted path."""
+    """What is wrong at `path`. `instead` has messages for unknown keys and for null, by dotted path."""
     known = _starred(path, types)
     kind, given = error["type"], error["input"]
     if kind == "missing":
         return "is missing"
     if kind in ("model_type", "dict_type"):
         return f"must be a mapping of keys, not {given!r}"
+    if (kind == "extra_forbidden" or given is None) and (message := instead.get(".".join(path))):
+        return message
     if kind == "extra_forbidden":
-        if message := instead.get(".".join(path)):
-            return message
         beside = [key[-1] for key in types if key[:-1] == known[:-1]]
         elsewhere = [".".join(key) for key in types if key[-1] == known[-1]]
         return "unknown key" + (f" (did you mean '{elsewhere[0]}'?)" if elsewhere else did_you_mean(path[-1], beside))
     words = get_args(types.get(known)) if kind == "literal_error" else ()
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{message}, not {given!r}{did_you_mean(str(given), words)}"
+    return f"{message}, not {'null' if given is None else repr(given)}{did_you_mean(str(given), words)}"
 
 
 def _starred(path: Key, types: Mapping[Key, Any]) -> Key:

@@ -173,6 +173,9 @@ RENAMED = {
 }
 INSTEAD = experiments.RENAMED | {old: f"renamed to {new}" for old, new in RENAMED.items()}
 
+# Null meant a frozen backbone before 0.2.
+NULL = {f"optim.lr_{name}": f"null is now optim.freeze: [{name}]" for name in ("encoder", "llm")}
+
 # Settings that do not change what is computed: a checkpoint resumes under other values of these.
 NOT_HASHED = {
     "model": {"grad_checkpoint", "compile"},
@@ -303,7 +306,7 @@ def _one_line(error: ValidationError, settings: experiments.Settings, name: str)
         path, what = tuple(first["ctx"]["path"].split(".")), first["msg"]
     else:
         path = path_of(first, settings.values)
-        what = explain(first, path, key_types(Experiment), INSTEAD)
+        what = explain(first, path, key_types(Experiment), INSTEAD | NULL)
     place = settings.place(path) or name
     where = place if place.startswith("command line") else f"{place} (run {name})"
     return f"{where}: {what}" + (f" (and {more} more)" if more else "")

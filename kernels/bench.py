@@ -16,11 +16,13 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as nnf
@@ -305,15 +307,28 @@ def show(row: dict) -> str:
     )
 
 
+def _shape(text: str) -> str:
+    if not re.fullmatch(rf"({'|'.join(HEADS)}):[1-9]\d*(:[1-9]\d*)?", text):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not SIZE:FRAMES[:LOOKS], for example small:64; SIZE is small or base"
+        )
+    return text
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help shows all\n")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parse, check, measure, write; see the module."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = {"cpu": ["small:16", "small:64", "base:16", "small:8:8"]}.get(
         device, ["small:64", "small:512", "small:4096", "base:64", "base:512", "base:4096", "small:64:8"]
     )
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
+    parser = _Parser(prog="python -m kernels.bench", description=__doc__)
     parser.add_argument("op", nargs="?", choices=("query", "hidden"), help="default: both")
-    parser.add_argument("--shapes", nargs="+", default=shapes, metavar="SIZE:FRAMES[:LOOKS]")
+    parser.add_argument("--shapes", nargs="+", type=_shape, default=shapes, metavar="SIZE:FRAMES[:LOOKS]")
     dtypes = ["bfloat16"] if device == "cuda" else ["float32", "bfloat16"]
     parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--grads", nargs="+", default=["all", "query"], choices=["all", "query"])

@@ -29,6 +29,14 @@ def test_a_run_writes_a_table_and_a_plot(tmp_path, capsys, op):
     assert (tmp_path / "kernels_cpu.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("words", [["nope"], ["query", "--shapes", "small"], ["query", "--shapes", "huge:2"]])
+def test_a_mistake_is_one_line(capsys, words):
+    with pytest.raises(SystemExit) as end:
+        bench.main(words)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize("where", ["out", "query", "key"])
 def test_a_wrong_kernel_is_not_timed(tmp_path, monkeypatch, where):
     class Wrong(torch.autograd.Function):

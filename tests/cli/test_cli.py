@@ -75,7 +75,7 @@ def test_a_folder_that_is_no_model(capsys, film, saved_model, tmp_path):
     assert f"fovlm convert {tmp_path / 'run'} OUT" in user_error(
         capsys, "ask", film, "what", "-m", str(tmp_path / "run")
     )
-    assert "no model" in user_error(capsys, "look", film, "-m", str(tmp_path))
+    assert "is not a model" in user_error(capsys, "look", film, "-m", str(tmp_path))
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in Path(saved_model).iterdir():

@@ -76,7 +76,7 @@ DOORS = {
     "PIL": {"fovlm.media.decode", "fovlm.media.encode", "fovlm.media.tolerant"},
     "simplejpeg": {"fovlm.media.decode", "fovlm.media.encode"},
     "av": {"fovlm.media.decode", "fovlm.media.encode", "fovlm.media.tolerant"},
-    "matplotlib": {"fovlm.viz.contact_sheet", "fovlm.report.figures", "kernels.bench"},
+    "matplotlib": {"fovlm.viz.contact_sheet", "fovlm.report.figures", "kernels.bench_plot"},
     "pyarrow": {"fovlm.data.tables"},
     "gradio": {"fovlm.viz.demo"},
     "scipy": {"fovlm.eval.metrics", "fovlm.report.scaling_law", "fovlm.report.statistics"},

@@ -43,8 +43,11 @@ def convert(
     if to == "universal" and (option := given(context, "dtype", "shard_size", "tokenizer", "trust")):
         raise UserError(f"--{option} has no effect with --to universal: it keeps everything as training saved it")
     with progress("starting") as update:
+        from transformers.utils.logging import disable_progress_bar
+
         from fovlm.checkpoint.convert import convert as work
 
+        disable_progress_bar()  # the command shows its own
         folder = work(source, out, dtype, shard_size, trust, step or None, to, tokenizer or None, update)
     print(folder)
 
@@ -71,8 +74,11 @@ def import_(
     Example: `fovlm import foveated.pt converted/foveated`
     """
     with progress("reading the weights") as update:
+        from transformers.utils.logging import disable_progress_bar
+
         from fovlm.checkpoint.import_nanosmol import import_published
 
+        disable_progress_bar()
         names = (llm or None, encoder or None, tokenizer or None)
         folder = import_published(
             source, out, *names, question, frame_size, visual_scale, dtype, shard_size, trust, update

@@ -37,8 +37,9 @@ def collect(words: Iterable[str]) -> Evidence:
     for folder in folders:
         try:
             experiment = Experiment.parse((folder / "experiment.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValidationError, yaml.YAMLError) as error:
-            evidence.left_out.append((folder.name, f"experiment.yaml can't be read ({type(error).__name__})"))
+        except (OSError, ValidationError, yaml.YAMLError):
+            problem = "its experiment.yaml is damaged or of another version of fovlm"
+            evidence.left_out.append((folder.name, problem))
             continue
         if experiment.versus:
             evidence.versus.setdefault(SEED.sub("", experiment.name), experiment.versus)

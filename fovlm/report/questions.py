@@ -131,7 +131,7 @@ def _at_equal_flops(evidence: Evidence, question: str, baseline: str, label: str
 
 
 def _also_in_the_end(evidence: Evidence, there: Verdict, cheap: str, dear: str) -> Verdict:
-    """The verdict at the FLOPs of the cheaper side, kept when that side also beats the dearer one's final losses."""
+    """The verdict at the FLOPs of the cheaper side, kept when that side also beats the other one's final losses."""
     if decide([side(evidence, cheap), side(evidence, dear)]).winner == cheap:
         return there
     final = welch(side(evidence, dear).losses, side(evidence, cheap).losses)
@@ -193,7 +193,7 @@ def _frame_by_frame(evidence: Evidence, pair: list[str]) -> list[str]:
 
 
 def _for_less(evidence: Evidence, pair: list[str]) -> list[str]:
-    """The dearer side at the FLOPs that the cheaper one ends with: a note, as its schedule has not ended there."""
+    """The more expensive side at the final FLOPs of the cheaper one: a note, as its schedule has not ended there."""
     cheap, dear = sorted(pair, key=lambda label: np.mean([run.flops for run in evidence.side(label)]))
     budget = min(run.flops for run in evidence.side(cheap))
     there = [v for run in evidence.side(dear) if (v := loss_at(run, budget)) is not None]

@@ -1,6 +1,6 @@
 """An hour of video through one stream: python -m benchmarks.stream MODEL [--pictures FOLDER] [--frames N | --turns N]
 
-MODEL is a converted model's folder, or ENCODER,LLM: two folders of backbones, with a random connector between them. Every
+MODEL is a converted model's folder, or ENCODER,LLM: two folders of backbones and a random connector. Every
 frame is another one, cut and mirrored from the pictures of a folder (noise without one). Times are those of the
 processor (one thread): on a shared machine wall time says who else is there. Encoding is separated from the look and
 the language model, which alone could grow with the stream. Writes benchmarks/results/stream_cpu.csv.

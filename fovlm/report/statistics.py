@@ -145,4 +145,4 @@ def _leaning(best: Side, rivals: Sequence[Side], noise: float | None) -> str:
     second = min(rivals, key=lambda side: side.mean)
     gap = second.mean - best.mean
     text = f". {best.name} has the lowest mean, {gap:.3g} nats below {second.name}"
-    return text + (f": {gap / noise:.2g} times the known seed spread" if noise else "")
+    return text + (f": {float(f'{gap / noise:.2g}'):,g} times the known seed spread" if noise else "")

@@ -87,6 +87,8 @@ def parse(words: list[str]) -> Request:
     overrides = [word for word in known.words if "=" in word]
     if known.resume is not None:
         overrides.append(f"train.resume={known.resume}")
+    if len(names) > 1 and "." in names[1]:
+        raise UserError(f"'{names[1]}': a setting is section.key=value")
     if len(names) > 1:
         raise UserError(f"'{names[1]}': one run at a time, and '{names[0]}' was given (fovlm run starts several)")
     if not names and not known.list:

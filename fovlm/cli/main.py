@@ -5,10 +5,11 @@ Commands import what they need when they run, so that `fovlm --help` is fast.
 
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from fovlm import __version__
 from fovlm.cli import convert, data, evaluate, run, use
 from fovlm.errors import EXIT_USER_ERROR, UserError, did_you_mean, format_error
 
@@ -26,6 +27,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # bugs show a plain traceback
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(f"fovlm {__version__}")
+        raise typer.Exit
+
+
 for group in (data, run, evaluate, convert, use):  # the order in --help
     group.register(app)
 

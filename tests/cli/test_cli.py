@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fovlm import __version__
 from fovlm.cli import use
 from fovlm.cli.main import main
 from fovlm.viz import camera
@@ -41,6 +42,11 @@ def test_help_needs_neither_torch_nor_a_second():
 def test_every_command_shows_an_example(name, capsys):
     assert main([name, "--help"]) == 0
     assert f"Example: fovlm {name} " in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fovlm {__version__}\n"
 
 
 def test_no_command_shows_the_help(capsys):

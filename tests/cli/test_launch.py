@@ -127,6 +127,7 @@ def test_inside_slurm_it_starts_itself_one_task_per_gpu(place):
         (["LR1", "optim.lr_lm=1"], "did you mean 'lr_llm'?"),
         (["LR1", "--fast"], "unknown option --fast"),
         (["LR1", "LR2"], "one run at a time"),
+        (["LR1", "train.steps"], "a setting is section.key=value"),
         (["LR1", "deepspeed=zero9"], "did you mean 'zero"),
     ],
 )

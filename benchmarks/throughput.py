@@ -1,11 +1,12 @@
 """Samples per CPU-second of this tree and of another one, alternating, by process time: `--against` is a worktree.
 
     git worktree add /tmp/base 3f48945
-    python -m benchmarks.throughput --against /tmp/base
+    python -m benchmarks.throughput --against /tmp/base [--mix "pictures x8"]
 
-One thread, fp32: forward, backward and a fused AdamW step over one pack of the default ablation mix (mean 5.7 frames,
-14 % text), drawn as in `benchmarks.packing`. The model has random weights and a ninth of the size of SmolLM2-135M with
-DINOv2-small, with the same ratio of the costs of a frame and a text token.
+One thread, fp32: forward, backward and a fused AdamW step over one pack of a mix, drawn as in `benchmarks.packing`: the
+default ablation mix (mean 5.7 frames, 14 % text), A8's data with 8 looks a picture, or one clip of 8 frames that fills
+a pack exactly. Packs are those of the ablations' settings on either side. The model has random weights and a ninth of
+the size of SmolLM2-135M with DINOv2-small, with the same ratio of the costs of a frame and a text token.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +35,22 @@ LLM = {
 ENCODER = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "image_size": FRAME, "patch_size": 14}
 
 
-def before(sizes: np.ndarray):
-    """The model and the packs of 3f48945: two budgets, of 128 frames and of 2048 text tokens."""
+@dataclass(frozen=True)
+class Case:
+    """A mix, the pack of 3f48945 for it (frames, looks, text) and the cost of a pack of this tree."""
+
+    sizes: list[list[int]]
+    before: tuple[int, int, int]
+    cost: int
+
+
+def before(case: Case):
+    """The model and the packs of 3f48945: separate budgets of frames and of text tokens."""
     from transformers import Dinov2Config
 
     from fovlm import batch, model  # type: ignore[attr-defined]
 
-    budget = batch.Size(128, 128, 2048, 0)
+    sizes, budget = np.array(case.sizes), batch.Size(*case.before, 0)
     rows = [batch.Size(*row[:3], 0) for row in sizes.tolist()]
     config = model.FoveatedConfig(llm_config=LlamaConfig(**LLM), dino_config=Dinov2Config(**ENCODER))
     packs, first = [], 0
@@ -50,7 +61,7 @@ def before(sizes: np.ndarray):
     return model.FoveatedVLM(config), packs, lambda samples: batch.collate(samples, budget, FRAME), batch.Sample
 
 
-def after(sizes: np.ndarray):
+def after(case: Case):
     """The model and the packs of this tree."""
     from transformers import Dinov2Config
 
@@ -59,7 +70,7 @@ def after(sizes: np.ndarray):
     from fovlm.model.modeling import FoveatedVLM
 
     config = FoveatedConfig(llm_config=LlamaConfig(**LLM), encoder_config=Dinov2Config(**ENCODER))
-    budget = packing.PackBudget(4096, 32)  # experiments/defaults.yaml
+    sizes, budget = np.array(case.sizes), packing.PackBudget(case.cost, 32)
     packs, first = [], 0
     while len(packs) < 16:
         contents, taken = packing.pack_samples(sizes[first:], 8, budget)
@@ -72,9 +83,9 @@ def measure(rounds: int) -> None:
     """In the tree that PYTHONPATH names: read sizes from stdin, then run a pack for each further line."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    sizes = np.array(json.loads(sys.stdin.readline()))
+    case = Case(**json.loads(sys.stdin.readline()))
     old = "fovlm.batch" in sys.modules or (Path(os.environ["PYTHONPATH"].split(":")[0]) / "fovlm/batch.py").exists()
-    model, packs, collate, Sample = (before if old else after)(sizes)
+    model, packs, collate, Sample = (before if old else after)(case)
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     for n in range(rounds):
@@ -101,14 +112,20 @@ def measure(rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path, help="a worktree of 3f48945")
+    parser.add_argument("--mix", choices=["default", "pictures x8", "one clip"], default="default")
     parser.add_argument("--rounds", type=int, default=4, help="packs of each tree; the first is not counted")
     options = parser.parse_args()
     if options.against is None:
         measure(options.rounds)
         return
-    from benchmarks.packing import MIXES, sizes_of  # of this tree: the other one cannot import it
+    from benchmarks.packing import MIXES, Mix, sizes_of  # of this tree: the other one cannot import it
 
-    sizes = sizes_of(MIXES["mean 5.7"], 2000).tolist()
+    # The budgets are those of experiments/ablations.yaml, then (frames, text) and now (data.pack_cost).
+    case = {
+        "default": lambda: Case(sizes_of(MIXES["mean 5.7"], 2000).tolist(), (128, 128, 2048), 4096),
+        "pictures x8": lambda: Case(sizes_of(Mix(1, 0.86, 0.14, 8), 2000).tolist(), (16, 128, 2048), 2400),
+        "one clip": lambda: Case([[8, 8, 128, 0]] * 200, (8, 8, 128), 8 * 32 + 128),
+    }[options.mix]()
     here = Path(__file__).resolve().parents[1]
     trees = {}
     for name, tree in (("before", options.against), ("after", here)):
@@ -117,7 +134,7 @@ def main() -> None:
         trees[name] = subprocess.Popen(
             command, env=environment, cwd=here / "docs", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        print(json.dumps(sizes), file=trees[name].stdin, flush=True)
+        print(json.dumps(asdict(case)), file=trees[name].stdin, flush=True)
     rounds: dict[str, list[tuple[int, float]]] = {name: [] for name in trees}
     for n in range(options.rounds):
         for name, process in trees.items():

@@ -52,7 +52,7 @@ def collect(words: Iterable[str]) -> Evidence:
     _drop(evidence)
     if not evidence.runs:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in evidence.left_out[:5])
-        raise UserError(f"no finished run to report on ({reasons or 'no run folder'})")
+        raise UserError(f"no runs to compare ({reasons or 'no run folder'})")
     for labels in evidence.families.values():
         _one_set([run for label in labels for run in evidence.side(label)])
     cells = evidence.cells

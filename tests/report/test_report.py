@@ -207,7 +207,7 @@ def test_runs_are_found_by_folder_glob_name_and_group(tmp_path, monkeypatch):
         collect(["nano-LR11"])
     with pytest.raises(UserError, match="has not been run"):
         collect(["F1"])
-    with pytest.raises(UserError, match="no finished run"):
+    with pytest.raises(UserError, match="no runs to compare"):
         collect([str(tmp_path / "runs.csv")])
     with pytest.raises(UserError, match=r"no folder of runs: .*nowhere"):
         collect([str(tmp_path / "nowhere")])

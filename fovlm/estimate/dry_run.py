@@ -74,7 +74,7 @@ def known_sizes(experiment: Experiment) -> tuple[list[PackSize], str]:
         dataset = open_dataset(experiment, load_tokenizer(tokenizer), experiment.data.mixture)
     except UserError as error:
         return [], str(error)
-    return [dataset.size(position) for position in range(SIZED)], ""
+    return [PackSize(*row) for row in dataset.sizes(0, SIZED).tolist()], ""
 
 
 def _index_of(shard: Path) -> Path:

@@ -30,7 +30,7 @@ from fovlm.data import synthetic
 from fovlm.data.chat import load_tokenizer
 from fovlm.data.dataloader import PackLoader, plan_steps
 from fovlm.data.dataset import open_dataset, pack_budget, tokenizer_path
-from fovlm.data.packing import Batch, PackBudget
+from fovlm.data.packing import Batch, PackBudget, PackSize
 from fovlm.distributed import SharedError
 from fovlm.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from fovlm.estimate.flops import mean_cost, samples_of, total
@@ -68,7 +68,7 @@ class Trainer:
         self.train_set = distributed.rank_zero_first(lambda: open_dataset(experiment, tokenizer, data.mixture))
         weights = dict.fromkeys(data.val, 1.0)
         val_set = distributed.rank_zero_first(lambda: open_dataset(experiment, tokenizer, weights)) if weights else None
-        sizes = [self.train_set.size(position) for position in range(SIZED)]
+        sizes = [PackSize(*row) for row in self.train_set.sizes(0, SIZED).tolist()]
         self.total_samples = samples_of(experiment, sizes) or 0
         self.flops_per_sample: float | None = None
         with contextlib.suppress(UserError):  # shapes that only the hub knows

@@ -93,7 +93,7 @@ class Engine:
         optimizer = torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if self.stage < 3:
-            lighten(self.deepspeed.optimizer)
+            lighten(self.deepspeed.optimizer, "offload_optimizer" in config["zero_optimization"])
         self.dtype = next(model.parameters()).dtype
         self.reference = reference.to(device, self.dtype).eval().requires_grad_(False) if reference else None
         self.dpo_beta = dpo_beta
@@ -235,11 +235,12 @@ class Engine:
             _set_random_states(torch.load(own, weights_only=True))
 
 
-def lighten(optimizer: Any) -> None:
-    """Replace two parts of DeepSpeed's ZeRO-1/2 optimizer that launch many kernels for every parameter.
+def lighten(optimizer: Any, offload: bool) -> None:
+    """Replace two parts of DeepSpeed's ZeRO-1/2 optimizer that launch many kernels for every parameter, and mend one.
 
     A gradient that is not finite makes the norm so, and the step is skipped on that: nothing needs to look at every
-    gradient first (bf16). The norm is in fp64 like DeepSpeed's, from one call for all gradients.
+    gradient first (bf16). The norm is in fp64 like DeepSpeed's, from one call for all gradients. With offload in
+    bf16, DeepSpeed 0.19.8 adds the gradients of the next step to those of a skipped one, and then skips every step.
     """
 
     def norm(gradients: list[Tensor], parameters: Any, norm_type: int = 2) -> Tensor:
@@ -253,6 +254,13 @@ def lighten(optimizer: Any) -> None:
         total = distributed.sum_over_ranks(total, total.device).sqrt().float()
         return torch.where(total.isfinite(), total, -1.0)  # DeepSpeed's sign of a norm that is not finite
 
+    def reset_offload() -> None:
+        reset()
+        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+
+    if offload:
+        reset = optimizer.reset_cpu_buffers
+        optimizer.reset_cpu_buffers = reset_offload
     optimizer.check_overflow = lambda partition_gradients=True: None
     optimizer.get_grad_norm_direct = norm
 

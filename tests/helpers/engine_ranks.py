@@ -111,6 +111,9 @@ def main() -> None:
         unusual(device, stage, out / f"unusual{stage}")
     found["bf16"] = {"first": run(engine(device, 2, bf16=True), 0, 5)}
     found["not finite"] = not_finite(engine(device, 2))
+    offload = settings(2, bf16=True, zero_force_ds_cpu_optimizer=False)
+    offload["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    found["not finite, offload"] = not_finite(Engine(tiny_model(), OPTIM, offload, device))
     preferring = Engine(tiny_model(), OPTIM, settings(2), device, reference=tiny_model(), dpo_beta=BETA)
     found["dpo"] = run(preferring, 0, 6, pairs)
     warm = tiny_model(seed=4)

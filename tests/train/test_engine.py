@@ -156,6 +156,13 @@ def test_a_step_that_is_not_finite_is_skipped_by_every_rank(found, plain, world)
     )
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_skipped_step_leaves_nothing_behind_with_offload_in_bf16(found, world):
+    result = found[world]["not finite, offload"]
+    assert (result["skipped"], result["same"]) == ([True] * world, [True] * world)
+    assert not result["after_frames"]["skipped"], "the gradients of the skipped step were kept"
+
+
 def test_another_run_can_start_from_the_weights(found):
     assert math.isclose(found[1]["warm"], found[2]["warm"], rel_tol=1e-5)
     assert not math.isclose(found[1]["warm"], float(tiny_model(seed=4)(packs(0)[0]).sum().detach()), rel_tol=1e-3)

@@ -59,7 +59,7 @@ LIGHT = (
     "config.experiments",
     "config.schema",
     "config.deepspeed",
-    "launch",
+    "launch.main",
     "checkpoint.run_folder",
     "model.modes",
     "train.schedule",

@@ -62,7 +62,7 @@ def run(
     else:
         slots = [Slot()]
     if dry_run:
-        from fovlm.launch import find_resources
+        from fovlm.launch.resources import find_resources
         from fovlm.paths import run_root
         from fovlm.sweep import cost, table
 

@@ -21,7 +21,8 @@ from typing import IO
 
 from fovlm.checkpoint.run_folder import read_summary
 from fovlm.errors import EXIT_STOPPED, UserError
-from fovlm.launch import SCRIPT, SIGNALS, cpu_cores, free_port
+from fovlm.launch.main import SCRIPT, SIGNALS
+from fovlm.launch.resources import cpu_cores, free_port
 from fovlm.paths import run_root
 from fovlm.sweep import table
 from fovlm.sweep.progress import SweepProgress, duration

@@ -146,7 +146,7 @@ def test_more_gpus_than_there_are_is_refused(place):
 
 
 def test_the_list_has_every_run_and_imports_neither_torch_nor_pydantic(place):
-    code = "import sys; from fovlm import launch; launch.main(['--list']); "
+    code = "import sys; from fovlm.launch.main import main; main(['--list']); "
     code += "print(set(sys.modules) & {'torch', 'pydantic'})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "set()"

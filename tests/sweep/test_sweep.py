@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fovlm.errors import EXIT_STOPPED, UserError
-from fovlm.launch import SCRIPT
+from fovlm.launch.main import SCRIPT
 from fovlm.sweep import table
 from fovlm.sweep.progress import SweepProgress
 from fovlm.sweep.runner import LOG, Slot, SweepRunner, cpu_slots, exit_status, gpu_slots

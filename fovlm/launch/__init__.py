@@ -1,0 +1,9 @@
+"""Starts the ranks of a run; launch.sh makes the Python environment and runs `python -m fovlm.launch` in it.
+
+    request     the command line
+    resources   GPUs, a hostfile, a SLURM allocation
+    commands    the launcher's command: deepspeed or srun
+    main        check, start, pass signals on, report the end
+
+No torch here, and no pydantic for `--list`.
+"""

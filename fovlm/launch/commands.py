@@ -1,0 +1,61 @@
+"""The launcher's command: deepspeed on one machine and on the nodes of a hostfile, srun in a SLURM allocation."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from fovlm.errors import UserError
+from fovlm.launch.request import Request
+from fovlm.launch.resources import Resources, cpu_cores, free_port, number
+from fovlm.paths import cache_root
+
+# Other nodes get only the variables that deepspeed's environment file lists.
+FORWARDED = re.compile(r"(FOVLM|HF|TORCH|TRITON|WANDB|OMP|MPL)[A-Z_]*$")
+
+
+def command_of(request: Request, where: Resources) -> tuple[list[str], dict[str, str]]:
+    """The launcher's command, and its environment."""
+    env = dict(os.environ)
+    env.setdefault("OMP_NUM_THREADS", str(max(1, cpu_cores() // where.local_ranks)))
+    port = env.get("MASTER_PORT") or str(free_port())
+    if where.slurm:
+        env |= {"MASTER_ADDR": env.get("MASTER_ADDR") or _first_node(), "MASTER_PORT": port}
+        task = ["scripts/slurm_task.sh", sys.executable, "-u", "-m", "fovlm.train", *request.words]
+        return [*_srun(where), *request.options, *task], env
+    if not (deepspeed := shutil.which("deepspeed")):
+        raise UserError("no command deepspeed on the PATH: start runs with ./launch.sh, or activate its environment")
+    command = [deepspeed, "--module", "--no_local_rank", "--log_level", "critical", "--master_port", port]
+    if where.hostfile:
+        command += ["--hostfile", where.hostfile]
+        if env.get("NUM_GPUS") and not request.chooses:
+            command += ["--num_gpus", env["NUM_GPUS"]]
+        file = Path(env.setdefault("DS_ENV_FILE", str(cache_root() / "deepspeed_env")))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(f"{key}={value}\n" for key, value in env.items() if FORWARDED.match(key)))
+    elif not request.chooses:
+        on_cpu = ["--num_gpus", str(where.local_ranks)]
+        command += on_cpu if where.device == "cpu" else ["--include", f"localhost:{','.join(where.gpus)}"]
+        env.pop("CUDA_VISIBLE_DEVICES", None)  # it would override this choice
+    return [*command, *request.options, "fovlm.train", *request.words], env
+
+
+def _srun(where: Resources) -> list[str]:
+    command = ["srun", f"--nodes={where.nodes}", f"--ntasks={where.local_ranks * where.nodes}"]
+    command += [f"--ntasks-per-node={where.local_ranks}", "--kill-on-bad-exit=1"]
+    if cores := number("SLURM_CPUS_ON_NODE", 0):
+        command.append(f"--cpus-per-task={max(1, cores // where.local_ranks)}")
+    if os.environ.get("SLURM_STEP_ID"):
+        command.append("--overlap")  # started from a shell that is itself a step
+    return command
+
+
+def _first_node() -> str:
+    query = ["scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")]
+    with suppress(OSError, IndexError):
+        return subprocess.run(query, capture_output=True, text=True).stdout.split()[0]
+    return socket.gethostname()

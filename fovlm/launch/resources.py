@@ -1,0 +1,93 @@
+"""Where a run can start: the GPUs of this machine, a hostfile, a SLURM allocation."""
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from fovlm.errors import UserError
+
+CPU_RANKS = 2  # processes where there is no GPU
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Where a run starts: `local_ranks` processes on each of `nodes` nodes, `world` in all."""
+
+    device: str  # cuda or cpu
+    gpus: tuple[str, ...]  # of this node, as CUDA_VISIBLE_DEVICES names them
+    local_ranks: int
+    nodes: int
+    world: int
+    slurm: bool = False
+    hostfile: str = ""
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """The GPUs of this node: those of CUDA_VISIBLE_DEVICES if it is set, else all that nvidia-smi lists."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return tuple(gpu for gpu in chosen.split(",") if gpu)
+    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return tuple(line for line in listed.split() if line.isdigit())
+
+
+def cpu_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_port(taken: Collection[int] = ()) -> int:
+    """A TCP port that is free now and not in `taken`."""
+    while True:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = int(free.getsockname()[1])
+        if port not in taken:
+            return port
+
+
+def find_resources(chooses: bool = False) -> Resources:
+    """What the environment offers: GPUs, NUM_GPUS, CPU_RANKS, HOSTFILE, a SLURM allocation. Raises UserError."""
+    env, gpus = os.environ, visible_gpus()
+    hostfile = env.get("HOSTFILE", "")
+    slurm = bool(env.get("SLURM_JOB_ID")) and not hostfile
+    found, nodes = len(gpus), 1
+    if slurm:
+        nodes = number("SLURM_JOB_NUM_NODES", number("SLURM_NNODES", 1))
+        found = number("SLURM_GPUS_ON_NODE", found)
+    ranks = number("NUM_GPUS", found)
+    if hostfile:
+        world = 1 if chooses else _world_of(Path(hostfile), number("NUM_GPUS", 0))
+        return Resources("cuda", gpus, max(ranks, 1), nodes, world, hostfile=hostfile)
+    if ranks > found:
+        raise UserError(f"NUM_GPUS={ranks}, but this node has {found}")
+    device = "cuda" if ranks else "cpu"
+    ranks = ranks or number("CPU_RANKS", CPU_RANKS)
+    return Resources(device, gpus[:ranks], ranks, nodes, 1 if chooses else ranks * nodes, slurm)
+
+
+def number(variable: str, default: int) -> int:
+    value = os.environ.get(variable) or str(default)
+    if not value.isdecimal():
+        raise UserError(f"{variable}={value} is not a number")
+    return int(value)
+
+
+def _world_of(hostfile: Path, per_node: int) -> int:
+    """The ranks of a hostfile: the sum of its slots, or `per_node` for each node if that is not 0."""
+    try:
+        lines = hostfile.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"HOSTFILE={hostfile}: {error.strerror}") from None
+    slots = [int(found.group(1)) for line in lines if (found := re.match(r"[^#]*\bslots=(\d+)", line))]
+    if not sum(slots):
+        raise UserError(f"HOSTFILE={hostfile} has no line like 'name slots=8'")
+    return per_node * len(slots) if per_node else sum(slots)

@@ -3,7 +3,7 @@ ENV := . scripts/env.sh && use_python dev && use_caches
 # One thread: the matrices of the tests are small.
 RUN := $(ENV) && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=$$PWD
 
-.PHONY: test pins lint format unit lines real gpu docs
+.PHONY: test pins lint format unit lines install real gpu docs
 test: lint unit lines
 
 # Do the pinned versions resolve on other machines? Needs the package index.
@@ -19,6 +19,10 @@ unit:
 # Lines of source by package, and of the core.
 lines:
 	@$(RUN) && python scripts/count_lines.py
+
+# The wheel in a fresh environment, which trains and converts. Needs the package index; about five minutes.
+install:
+	@$(RUN) && python -m pytest -m slow -o faulthandler_timeout=3600 tests/test_install.py $(ARGS)
 
 # Real weights and data; tests/test_real.py says what it needs. About 25 minutes on two cores.
 real:

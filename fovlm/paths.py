@@ -1,9 +1,17 @@
-"""Where things are: the project, and the folders of data, models, runs and caches. No torch, no pydantic."""
+"""Where things are: the project, and the folders of data, models, runs and caches. No torch, no pydantic.
+
+The project is the checkout, with `experiments/` and `ds_configs/` beside the package. An installed package has these
+inside it, and the project is the current folder.
+"""
 
 import os
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]  # the project
+PACKAGE = Path(__file__).resolve().parent
+INSTALLED = (PACKAGE / "experiments").is_dir()  # `setup.py` puts it there
+SHIPPED = PACKAGE if INSTALLED else PACKAGE.parent  # holds experiments/ and ds_configs/
+ROOT = Path.cwd() if INSTALLED else PACKAGE.parent  # the project
+TRAIN = "fovlm train" if INSTALLED else "./launch.sh"  # what users type to train a run
 
 
 def data_root() -> Path:
@@ -34,5 +42,5 @@ def local_folder(name: str) -> Path | None:
 
 
 def in_project(path: Path) -> str:
-    """A path for a message: relative to the project where it is inside."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+    """A path for a message: relative to the project, or to the package's own files, where it is inside."""
+    return next((str(path.relative_to(top)) for top in (ROOT, SHIPPED) if path.is_relative_to(top)), str(path))

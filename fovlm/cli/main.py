@@ -12,6 +12,7 @@ import typer
 from fovlm import __version__
 from fovlm.cli import convert, data, evaluate, run, use
 from fovlm.errors import EXIT_USER_ERROR, UserError, did_you_mean, format_error
+from fovlm.paths import TRAIN
 
 # From the click that typer bundles or depends on, which differs between releases.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -21,7 +22,7 @@ app = typer.Typer(
     name="fovlm",
     help="Video language models that spend one token on each frame and decide where to look.\n\n"
     "Ask a first question: `fovlm ask clip.mp4 'What happens?' --model FOLDER`. `fovlm COMMAND --help` explains a "
-    "command. `./launch.sh NAME` trains one run.",
+    f"command. `{TRAIN} NAME` trains one run.",
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,  # bugs show a plain traceback

@@ -1,15 +1,48 @@
-"""Command for training: run."""
+"""Commands for training: train, run."""
 
-from typing import Annotated
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fovlm.errors import UserError
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command(rich_help_panel="Training")(run)
+    """Add the commands to the app."""
+    panel = "Training"
+    app.command(rich_help_panel=panel, cls=_Verbatim)(train)
+    app.command(rich_help_panel=panel)(run)
+
+
+class _Verbatim(TyperCommand):
+    """A command that gets its arguments as they are, `--` among them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args in (["-h"], ["--help"]):
+            return super().parse_args(ctx, args)
+        ctx.args = args
+        return args
+
+
+def train(context: typer.Context) -> None:
+    """Train one run: NAME [section.key=value ...] [--resume auto|none|PATH] [--dry-run] [-- LAUNCHER OPTIONS].
+
+    `fovlm train --list` shows all runs, `fovlm train quickstart` is a good first. Files `experiments/*.yaml` in the
+    current folder add runs. NUM_GPUS, CPU_RANKS and HOSTFILE say where to train; FOVLM_DATA, FOVLM_MODELS, FOVLM_RUNS
+    and FOVLM_CACHE are the folders of shards, models, runs and caches.
+    """
+    from fovlm.launch.main import COMMAND, main
+    from fovlm.paths import INSTALLED
+
+    if not INSTALLED:
+        os.environ.setdefault("FOVLM_PYTHON", sys.executable)
+        os.execv(COMMAND[0], [*COMMAND, *context.args])
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # deepspeed and ninja
+    raise typer.Exit(main(context.args))
 
 
 def run(

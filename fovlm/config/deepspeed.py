@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from fovlm.config.messages import explain, key_types, path_of
 from fovlm.config.schema import Experiment, Strict
 from fovlm.errors import UserError, did_you_mean
-from fovlm.paths import ROOT
+from fovlm.paths import ROOT, SHIPPED
 
 FOLDER = ROOT / "ds_configs"
 UNSET: Any = None  # a key that is not given keeps DeepSpeed's default
@@ -96,9 +96,9 @@ def resolve(experiment: Experiment, world_size: int, device: str, folder: Path =
 
 def read(name: str, folder: Path = FOLDER) -> dict[str, Any]:
     """The content of `ds_configs/NAME.json`. Raises UserError when there is no such file, or it is not JSON."""
-    file = folder / f"{name}.json"
-    if not file.is_file():
-        there = sorted(f.stem for f in folder.glob("*.json"))
+    files = {file.stem: file for place in (SHIPPED / FOLDER.name, folder) for file in place.glob("*.json")}
+    if (file := files.get(name)) is None:
+        there = sorted(files)
         raise UserError(
             f"deepspeed: no file ds_configs/{name}.json{did_you_mean(name, there)}; there are {', '.join(there)}"
         )

@@ -22,10 +22,12 @@ from typing import Any
 import yaml
 
 from fovlm.errors import UserError, did_you_mean
-from fovlm.paths import ROOT
+from fovlm.paths import ROOT, SHIPPED
 from fovlm.paths import in_project as _short
 
-EXPERIMENTS = ROOT / "experiments"
+EXPERIMENTS = (
+    ROOT / "experiments"
+)  # an installed package adds its own, of which a file of the same name takes the place
 SECTIONS = ("note", "seeds", "versus", "deepspeed", "model", "data", "optim", "train", "logger")
 FORMS = ("base", "runs", "grid")
 RENAMED = {"journal": "renamed to logger", "engine": "renamed to deepspeed"}
@@ -127,10 +129,12 @@ def flat(values: dict[str, Any], at: Key = ()) -> dict[str, Any]:
 
 
 def _all(folder: Path) -> dict[str, Run]:
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder} with experiments")
+    files = {file.name: file for file in (SHIPPED / "experiments").glob("*.yaml") if folder == EXPERIMENTS}
+    files |= {file.name: file for file in folder.glob("*.yaml")}
+    if not files:
+        raise UserError(f"no experiments in the folder {folder}")
     found: dict[str, Run] = {}
-    for file in sorted(folder.glob("*.yaml")):
+    for _, file in sorted(files.items()):
         content = read(file)
         for name, run in [*_runs(file, content), *_grid(file, content)]:
             if name in found:
@@ -170,7 +174,8 @@ def _with_base(file: Path, above: tuple[Path, ...]) -> Settings:
     merged = Settings()
     if "base" in content:
         name = content["base"]
-        base = (file.parent / str(name)).resolve()
+        places = [(folder / str(name)).resolve() for folder in (file.parent, SHIPPED / "experiments")]
+        base = next((place for place in places if place.is_file()), places[0])
         if not isinstance(name, str) or not base.is_file():
             there = [f.name for f in base.parent.glob("*.yaml")]
             raise UserError(f"{_short(file)}: base: no file '{name}' beside it{did_you_mean(str(name), there)}")

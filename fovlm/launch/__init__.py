@@ -1,4 +1,5 @@
-"""Starts the ranks of a run; launch.sh makes the Python environment and runs `python -m fovlm.launch` in it.
+"""Starts the ranks of a run; launch.sh makes the Python environment and runs `python -m fovlm.launch` in it,
+an installed package has `fovlm train`.
 
     request     the command line
     resources   GPUs, a hostfile, a SLURM allocation

@@ -12,10 +12,12 @@ from pathlib import Path
 from fovlm.errors import UserError
 from fovlm.launch.request import Request
 from fovlm.launch.resources import Resources, cpu_cores, free_port, number
-from fovlm.paths import cache_root
+from fovlm.paths import TRAIN, cache_root
 
 # Other nodes get only the variables that deepspeed's environment file lists.
 FORWARDED = re.compile(r"(FOVLM|HF|TORCH|TRITON|WANDB|OMP|MPL)[A-Z_]*$")
+# A task of srun: torch's names of its rank (env:// rendezvous), then the command.
+SLURM_TASK = 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
 
 
 def command_of(request: Request, where: Resources) -> tuple[list[str], dict[str, str]]:
@@ -25,10 +27,10 @@ def command_of(request: Request, where: Resources) -> tuple[list[str], dict[str,
     port = env.get("MASTER_PORT") or str(free_port())
     if where.slurm:
         env |= {"MASTER_ADDR": env.get("MASTER_ADDR") or _first_node(), "MASTER_PORT": port}
-        task = ["scripts/slurm_task.sh", sys.executable, "-u", "-m", "fovlm.train", *request.words]
+        task = ["sh", "-c", SLURM_TASK, "task", sys.executable, "-u", "-m", "fovlm.train", *request.words]
         return [*_srun(where), *request.options, *task], env
     if not (deepspeed := shutil.which("deepspeed")):
-        raise UserError("no command deepspeed on the PATH: start runs with ./launch.sh, or activate its environment")
+        raise UserError(f"no command deepspeed on the PATH: start runs with {TRAIN}, or activate its environment")
     command = [deepspeed, "--module", "--no_local_rank", "--log_level", "critical", "--master_port", port]
     if where.hostfile:
         command += ["--hostfile", where.hostfile]

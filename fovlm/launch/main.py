@@ -15,9 +15,10 @@ from fovlm.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from fovlm.launch.commands import command_of
 from fovlm.launch.request import Request, parse
 from fovlm.launch.resources import find_resources
-from fovlm.paths import ROOT
+from fovlm.paths import INSTALLED, ROOT, TRAIN
 
-SCRIPT = ROOT / "launch.sh"
+# Starts a run. launch.sh makes the environment first; an installed package has one.
+COMMAND = (sys.executable, "-m", "fovlm", "train") if INSTALLED else (str(ROOT / "launch.sh"),)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 GRACE = 5.0  # seconds for the ranks to end after their launcher
 
@@ -113,7 +114,7 @@ class Run:
 def last_line(request: Request, status: int) -> str:
     """What to say after a run that ended with `status`; empty when the run said everything itself."""
     words = [word for word in request.words if not word.startswith("train.resume=")]  # what is saved now is newer
-    again = f"to resume: {shlex.join(['./launch.sh', *words])}"
+    again = f"to resume: {TRAIN} {shlex.join(words)}"
     if status in (0, EXIT_USER_ERROR):
         return ""
     if status == EXIT_STOPPED:

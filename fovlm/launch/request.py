@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from fovlm.errors import UserError
+from fovlm.paths import TRAIN
 
 # Options of deepspeed that choose nodes or GPUs themselves.
 CHOOSES = re.compile(r"--?(i|e|H|include|exclude|num_gpus|num_nodes|num_accelerators|hostfile)(=|$)")
@@ -51,5 +52,5 @@ def parse(words: list[str]) -> Request:
     if len(names) > 1:
         raise UserError(f"'{names[1]}': one run at a time, and '{names[0]}' was given (fovlm run starts several)")
     if not names and not known.list:
-        raise UserError("which run? ./launch.sh --list shows all; ./launch.sh quickstart is a good first")
+        raise UserError(f"which run? {TRAIN} --list shows all; {TRAIN} quickstart is a good first")
     return Request((*names, *overrides), tuple(words[split + 1 :]), known.list, known.dry_run)

@@ -1,8 +1,8 @@
 """Runs many experiments, one after another or side by side on the given GPUs or cores.
 
-    plan (select.py) -> launch.sh NAME ... for each, in a free slot -> runs.csv (table.py)
+    plan (select.py) -> a launcher (launch.sh NAME ...) for each, in a free slot -> runs.csv (table.py)
 
-Every run is a launch.sh of its own, so a failure leaves the others alone. Finished runs are skipped, interrupted runs
+Every run is a launcher of its own, so a failure leaves the others alone. Finished runs are skipped, interrupted runs
 resume, a failed run prints the tail of its log, and the sweep continues. A signal is passed on to every run, which
 saves; the same command resumes.
 """
@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -21,14 +21,14 @@ from typing import IO
 
 from fovlm.checkpoint.run_folder import read_summary
 from fovlm.errors import EXIT_STOPPED, UserError
-from fovlm.launch.main import SCRIPT, SIGNALS
+from fovlm.launch.main import COMMAND, SIGNALS
 from fovlm.launch.resources import cpu_cores, free_port
 from fovlm.paths import run_root
 from fovlm.sweep import table
 from fovlm.sweep.progress import SweepProgress, duration
 from fovlm.sweep.select import PlannedRun, run_status
 
-LOG = "launch.log"  # in the run folder: the output of launch.sh and of the run
+LOG = "launch.log"  # in the run folder: the output of the launcher and of the run
 TAIL = 15  # lines of it that are printed when a run failed
 EVERY = 0.2  # seconds between two checks of the runs
 NOT_INHERITED = ("SLURM_JOB_ID", "HOSTFILE")  # with them a run would spread beyond its slot
@@ -79,7 +79,9 @@ class Child:
 class SweepRunner:
     """Starts the runs in their order, each in the first free slot, after the run it starts from (`model.init_from`)."""
 
-    def __init__(self, planned: list[PlannedRun], slots: list[Slot], progress: SweepProgress, launch: Path = SCRIPT):
+    def __init__(
+        self, planned: list[PlannedRun], slots: list[Slot], progress: SweepProgress, launch: Sequence[str] = COMMAND
+    ):
         self.waiting, self.slots, self.progress, self.launch = list(planned), slots, progress, launch
         self.children: list[Child] = []
         self.results: dict[str, str] = {}  # name -> finished, stopped, failed, stale, blocked or busy
@@ -146,7 +148,7 @@ class SweepRunner:
         run.folder.mkdir(parents=True, exist_ok=True)
         log = (run.folder / LOG).open("ab")
         try:
-            # The lock is inherited with the open file by launch.sh and its processes, and ends with the last of them.
+            # The launcher and its processes inherit the lock with the open file; it ends with the last of them.
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             log.close()
@@ -157,7 +159,7 @@ class SweepRunner:
         env = {key: value for key, value in os.environ.items() if key not in slot.without} | dict(slot.env)
         env |= {"MASTER_PORT": str(port), "FOVLM_PYTHON": os.environ.get("FOVLM_PYTHON", sys.executable)}
         process = subprocess.Popen(
-            [str(self.launch), *run.words],
+            [*self.launch, *run.words],
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -193,7 +195,7 @@ class SweepRunner:
                 self.progress.say(f"    {line}")
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        """Pass a signal on: launch.sh makes the ranks save, and kills them at a second Ctrl-C."""
+        """Pass a signal on: the launcher makes the ranks save, and kills them at a second Ctrl-C."""
         if not self.stopping:
             self.progress.say("saving, then stopping" + (" (again: stop at once)" if number == signal.SIGINT else ""))
         self.stopping = True

@@ -25,7 +25,7 @@ FEW = 12  # names in a message
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a sweep. `words` are the arguments of launch.sh: the experiment's name and overrides."""
+    """One run of a sweep. `words` are those of `launch.sh`: the experiment's name and overrides."""
 
     name: str
     group: str

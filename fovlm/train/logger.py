@@ -25,11 +25,12 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fovlm import __version__
 from fovlm.checkpoint import run_folder
 from fovlm.config.schema import Experiment
 from fovlm.errors import UserError
 from fovlm.fileio import write_atomically
-from fovlm.paths import ROOT
+from fovlm.paths import INSTALLED, ROOT
 from fovlm.redact import redact
 
 # What the terminal shows of a row, in this order.
@@ -220,7 +221,10 @@ def _open_wandb(experiment: Experiment, folder: Path) -> Any:
 
 
 def commit() -> str | None:
-    """The commit of this project, with `+` when tracked files differ from it; None outside a git checkout."""
+    """The commit of this project, with `+` when tracked files differ from it; of an installed package its version.
+    None elsewhere."""
+    if INSTALLED:
+        return f"fovlm {__version__}"
     try:
         head, changed = (
             subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30).stdout

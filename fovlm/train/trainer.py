@@ -38,6 +38,7 @@ from fovlm.estimate.shapes import geometry
 from fovlm.fileio import write_atomically
 from fovlm.model.build import build, check_vocabulary
 from fovlm.model.modeling import FoveatedVLM
+from fovlm.paths import TRAIN
 from fovlm.train import resume, schedule
 from fovlm.train.bad_samples import BadSamples
 from fovlm.train.engine import Engine, StepResult, start
@@ -257,7 +258,7 @@ class Trainer:
             self.logger.info(f"attention maps: {self.folder / 'maps' / 'index.html'}")
         self.logger.info(f"to use the model: fovlm convert {self.folder} OUT")
         if task:
-            self.logger.info("next: ./launch.sh --list shows every run, docs/training.md how to train on your own")
+            self.logger.info(f"next: {TRAIN} --list shows every run, docs/training.md how to train on your own")
         by_mode = {mode: asdict(score) for mode, score in scores.items()}
         self.logger.close("finished", scores=by_mode, tokens=self.state.tokens, **self._facts(), **looks)
 
@@ -298,7 +299,7 @@ def step_metrics(result: StepResult, before: dict[str, float]) -> dict[str, floa
 
 def main(arguments: list[str] | None = None) -> int:
     """Train; returns the exit status: 0 finished, 2 a user error (one line says what), 75 saved and stopped."""
-    parser = argparse.ArgumentParser(prog="./launch.sh", description="Train a named experiment.")
+    parser = argparse.ArgumentParser(prog=TRAIN, description="Train a named experiment.")
     parser.add_argument("name")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and exit")

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from fovlm.errors import EXIT_STOPPED, UserError
-from fovlm.launch.main import SCRIPT
 from fovlm.sweep import table
 from fovlm.sweep.progress import SweepProgress
 from fovlm.sweep.runner import LOG, Slot, SweepRunner, cpu_slots, exit_status, gpu_slots
@@ -95,7 +94,7 @@ class Place:
         (self.home / "hashes.json").write_text(json.dumps({run.name: run.experiment.hash for run in planned}))
         said = StringIO()
         with SweepProgress(len(planned), said) as progress:
-            results = SweepRunner(planned, slots or [Slot()], progress, self.launcher).work(again)
+            results = SweepRunner(planned, slots or [Slot()], progress, [self.launcher]).work(again)
         status = exit_status(results, planned, progress.say)
         return results, status, said.getvalue()
 
@@ -257,7 +256,7 @@ def test_what_another_command_is_at_is_left_to_it(place):
             time.sleep(0.02)
         run = plan([("trio", "two")], [], folder=place.home / "experiments")
         said = StringIO()
-        other = SweepRunner(run, [Slot()], SweepProgress(1, said), place.launcher)
+        other = SweepRunner(run, [Slot()], SweepProgress(1, said), [place.launcher])
         other._fill_slots()
         inner.append((other.results, said.getvalue()))
         os.kill(os.getpid(), signal.SIGTERM)
@@ -292,7 +291,7 @@ def test_launch_sh_keeps_two_runs_to_their_gpus(place, monkeypatch):
                        "FOVLM_CACHE": str(place.home / "cache")}.items():  # fmt: skip
         monkeypatch.setenv(key, value)
     planned = plan(select(["LR1", "A1"]), ["optim.clip=0.5"])
-    results = SweepRunner(planned, gpu_slots(["1", "3"], 1), SweepProgress(2, StringIO()), SCRIPT).work()
+    results = SweepRunner(planned, gpu_slots(["1", "3"], 1), SweepProgress(2, StringIO())).work()
     assert results == {"LR1": "failed", "A1": "failed"}
     logs = [(run.folder / LOG).read_text().splitlines() for run in planned]
     for log, run, gpu in zip(logs, planned, (1, 3), strict=True):

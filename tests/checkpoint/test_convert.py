@@ -72,7 +72,13 @@ def test_a_converted_model_gives_the_same_nll(tmp_path, stage, world, frozen):
 
 
 @pytest.mark.parametrize(
-    "families", [("dinov2_with_registers", "llama"), ("dinov3_vit", "qwen3"), ("siglip_vision_model", "smollm3")]
+    "families",
+    [
+        ("dinov2_with_registers", "llama"),
+        ("dinov3_vit", "qwen3"),
+        ("siglip_vision_model", "smollm3"),
+        ("siglip2_vision_model", "llama"),
+    ],
 )
 def test_every_family_converts(tmp_path, families):
     encoder, llm = families
@@ -169,8 +175,8 @@ def test_tokenizer_generation_config_and_card_are_written(run, tmp_path):
     assert tokenizer.chat_template
     assert GenerationConfig.from_pretrained(out).eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     card = (out / "README.md").read_text()
-    for told in ("`tiny`: a test", "5 steps, 90 samples", "`clips`", "1.2500", "from_pretrained", "Verified: NLL"):
-        assert told in card
+    for line in ("`tiny`: a test", "5 steps, 90 samples", "`clips`", "1.2500", "from_pretrained", "Verified: NLL"):
+        assert line in card
     assert str(tmp_path) not in card.split("All settings")[0], "no folder of this machine"
     assert not [p for p in tmp_path.iterdir() if p.name not in ("run", "out")], "nothing is left beside it"
 

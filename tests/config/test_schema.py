@@ -43,7 +43,7 @@ def folder(tmp_path):
 
 
 def test_the_names_are_the_golden_ones():
-    """A name is a promise: after adding a run on purpose, write the list anew (the test's message shows it)."""
+    """A name is a promise: after adding a run on purpose, update the list (the test's message shows it)."""
     assert "\n".join(NAMES) + "\n" == GOLDEN.read_text()
 
 

@@ -16,7 +16,7 @@ from fovlm.estimate.flops import largest, mean_cost, sample_cost, samples_for, s
 from fovlm.estimate.shapes import geometry
 from fovlm.model.configuration import FoveatedConfig
 from fovlm.model.modeling import FoveatedVLM
-from helpers.models import ENCODERS, FRAME, VOCABULARY, sample
+from helpers.models import ENCODERS, FRAME, SPECIAL, VOCABULARY, sample
 
 LLM = {
     "vocab_size": VOCABULARY,
@@ -149,7 +149,8 @@ def test_every_family_of_encoders(kind, frozen, monkeypatch):
 
 
 def test_other_language_models(monkeypatch):
-    for llm in ({**LLM, "model_type": "qwen3", "head_dim": 16}, {**LLM, "attention_bias": True}):
+    smollm3 = {**LLM, **SPECIAL, "model_type": "smollm3", "no_rope_layer_interval": 2}
+    for llm in ({**LLM, "model_type": "qwen3", "head_dim": 16}, smollm3, {**LLM, "attention_bias": True}):
         check(experiment(llm=llm), VIDEO["after_frames"], monkeypatch)
 
 

@@ -64,7 +64,7 @@ def test_what_is_kept_is_that_of_hugging_face(encoder, frames, attention):
 @pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize("attention", FORMS)
 def test_keys_and_values_are_computed_once(encoder, frames, trainable, attention):
-    """And in the last layer, where looks alone would want them, not at all unless told so."""
+    """And in the last layer, where looks alone would want them, not at all unless asked for."""
     encoder.requires_grad_(trainable).attention = attention
     calls: dict[nn.Module, int] = {}
     layers = encoder.layers

@@ -215,7 +215,7 @@ def test_the_backbones_compile_without_breaks_or_recompiles(monkeypatch):
     second = graphs
     for n in range(3, 9):
         model(collate([SAMPLES[i % 3] for i in range(n)], FRAME)).sum().backward()
-    assert graphs == second, "a pack of another shape was compiled anew"
+    assert graphs == second, "a pack of another shape was compiled again"
 
 
 def test_different_queries_bring_back_different_things_and_a_shallow_look_mixes_them():

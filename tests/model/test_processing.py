@@ -33,8 +33,8 @@ def test_what_the_docs_show_in_python_runs(tmp_path, monkeypatch, capsys):
             blocks[file.name] = found
     assert list(blocks) == ["conversion.md"], "Python elsewhere needs a test, too"
     exec("\n".join(blocks["conversion.md"]), {})
-    told = capsys.readouterr().out
-    assert re.findall(r"after (\d) frames: ", told) == ["1", "2", "3", "4"]
+    out = capsys.readouterr().out
+    assert re.findall(r"after (\d) frames: ", out) == ["1", "2", "3", "4"]
 
 
 # -- the processor ----------------------------------------------------------------------------------------------------
@@ -113,9 +113,9 @@ def test_a_batch_is_padded_on_the_left():
     ],
 )
 def test_a_mistake_is_one_line(call, says_so):
-    with pytest.raises(UserError, match=says_so) as told:
+    with pytest.raises(UserError, match=says_so) as error:
         processor_of(model_of())(**call)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 # -- generate ---------------------------------------------------------------------------------------------------------
@@ -199,10 +199,10 @@ def test_usual_arguments():
 
     class Streamer:
         def __init__(self):
-            self.told, self.ended = [], False
+            self.tokens, self.ended = [], False
 
         def put(self, ids):
-            self.told += ids.flatten().tolist()
+            self.tokens += ids.flatten().tolist()
 
         def end(self):
             self.ended = True
@@ -210,7 +210,7 @@ def test_usual_arguments():
     streamer, done = Streamer(), []
     out = model.generate(**inputs, max_new_tokens=4, streamer=streamer, on_progress=lambda *counts: done.append(counts))
     assert done == [(1, 2), (2, 2)]
-    assert streamer.told == out[0].tolist()
+    assert streamer.tokens == out[0].tolist()
     assert streamer.ended
 
 

@@ -103,7 +103,7 @@ def test_a_shard_that_is_not_what_its_manifest_says(tmp_path):
     assert looked_at(path)[0].cause == "not the checksum of the manifest"
 
 
-def test_overlap_is_told_by_content(tmp_path):
+def test_overlap_is_printed_by_content(tmp_path):
     write_shards(tmp_path / "train" / "t-%d.tar", [image("a", 10), image("b", 20), image("c", 30), text("d", "yes")])
     write_shards(tmp_path / "val" / "v-%d.tar", [image("x", 10), image("y", 20, answer="blue"), text("z", " yes ")])
     found = looked_at(tmp_path / "train" / "*.tar", against=[str(tmp_path / "val" / "*.tar")])
@@ -221,9 +221,9 @@ def test_shares_end_where_a_small_kind_is_taken_whole():
 def test_the_commands_status_and_its_mistakes(damaged, tmp_path, capsys):
     pattern = str(damaged / "train-{00000..00000}.tar")
     assert main(["check", pattern, "--workers", "1"]) == 1
-    told = capsys.readouterr().out
-    assert "empty answer" in told
-    assert "undecodable picture" in told
+    printed = capsys.readouterr().out
+    assert "empty answer" in printed
+    assert "undecodable picture" in printed
     assert main(["check", pattern, "--workers", "1", "--repair", str(tmp_path / "clean")]) == 0
     assert main(["check", pattern, "--repair", str(tmp_path / "clean")]) == 2
     assert main(["check", pattern, "--repair", str(damaged / "train-00000.tar")]) == 2

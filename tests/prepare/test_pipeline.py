@@ -258,6 +258,6 @@ def test_the_command(tmp_path, capsys):
     assert main(["prepare", "smoltalk", str(tmp_path / "talk.jsonl"), str(tmp_path / "out"), "--workers", "1"]) == 0
     assert 'smoltalk: {kind: text, shards: "out/train-00000.tar"}' in capsys.readouterr().out
     assert main(["prepare", "openvd", "a", "b"]) == 2
-    told = capsys.readouterr()
-    assert (told.out, told.err.count("\n")) == ("", 1)
-    assert "did you mean 'openvid'?" in told.err
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    assert "did you mean 'openvid'?" in printed.err

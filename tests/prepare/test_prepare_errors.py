@@ -169,16 +169,16 @@ def test_a_folder_that_cannot_be_written_to_is_told_in_one_line(tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["smoltalk", "raw", "raw"], "raw holds the raw data: take another folder for OUT"),
         (["smoltalk", "raw", "out", "--name", "a/b"], "--name a/b"),
         (["smoltalk", "raw", "out", "--samples", "5"], "--samples is for val"),
     ],
 )
-def test_commands_that_would_not_do_what_they_say(tmp_path, monkeypatch, capsys, words, told):
+def test_commands_that_would_not_do_what_they_say(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "raw" / "t.jsonl", conversations(2))
     assert main(["prepare", *words, "--workers", "1"]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["raw", "t.jsonl"]

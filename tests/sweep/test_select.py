@@ -130,8 +130,8 @@ def bare(tmp_path, monkeypatch):
 
 
 def row(name: str, size: str, visual: str, seconds: float, ranks: int = 1, device: str = "H200") -> dict[str, str]:
-    told = {"name": name, "status": "finished", "size": size, "visual": visual, "device": device, "flops": "1e15"}
-    return told | {"wall_seconds": str(seconds), "ranks": str(ranks)}
+    record = {"name": name, "status": "finished", "size": size, "visual": visual, "device": device, "flops": "1e15"}
+    return record | {"wall_seconds": str(seconds), "ranks": str(ranks)}
 
 
 SMALL = "SmolLM2-135M-Instruct+dinov2-small"
@@ -197,7 +197,7 @@ def test_spans():
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--per-run", "2"], "--gpus: give both"),
         (["--gpus", "0", "--jobs", "2"], "excludes --jobs and --ranks"),
@@ -205,9 +205,9 @@ def test_spans():
         (["--dry-run", "--price", "-1"], "--price at least 0"),
     ],
 )
-def test_options_that_cannot_be_are_refused_before_anything_runs(capsys, words, told):
+def test_options_that_cannot_be_are_refused_before_anything_runs(capsys, words, message):
     assert main(["run", "LR1", *words]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_filter_that_keeps_nothing_names_a_few():

@@ -1,4 +1,4 @@
-"""Ranks, accumulation and ZeRO stages do not change the gradient, a resume goes on exactly, and non-finite steps are
+"""Ranks, accumulation and ZeRO stages do not change the gradient, a resume is exact, and non-finite steps are
 skipped by all. One start for each number of ranks."""
 
 import json

@@ -185,7 +185,7 @@ def test_wandb_gets_the_rows_but_no_secret_and_no_path(experiment, monkeypatch):
         with Logger(experiment, 10, step=step, out=io.StringIO()) as logger:
             logger.log(step + 2, {"loss": 3.25})
             ids.append(logger.wandb.id)
-    assert ids[0] == ids[1], "a run that goes on is the same run"
+    assert ids[0] == ids[1], "a resumed run is the same run"
     wandb = experiment.run_folder / "wandb"
     sent = b"".join(file.read_bytes() for file in [*wandb.glob("*/*.wandb"), *wandb.glob("*/files/*")])
     assert b"lr_connector" in sent, "the settings are there"

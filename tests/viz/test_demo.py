@@ -74,7 +74,7 @@ def test_upload_a_clip_and_ask(page, address, tmp_path):
     # Another clip, of those on offer, takes its place.
     page.locator("#examples img").nth(1).click()
     page.wait_for_function("document.querySelectorAll('.fovlm-strip img').length == 4")
-    # A mistake is told, and the page goes on.
+    # A mistake is shown, and the page still works.
     (tmp_path / "letter.mp4").write_text("Dear Sir or Madam")
     page.locator("#clip button[aria-label*='lear'], #clip button[aria-label*='emove']").first.click()
     page.set_input_files("#clip input[type=file]", tmp_path / "letter.mp4")

@@ -73,7 +73,7 @@ DOORS = {
     "wandb": {"fovlm.train.logger"},
     "deepspeed": {"fovlm.checkpoint.universal", "fovlm.train.engine"},
     "triton": {"kernels.common"},
-    "PIL": {"fovlm.media.decode", "fovlm.media.encode", "fovlm.media.tolerant"},
+    "PIL": {"fovlm.media.collage", "fovlm.media.decode", "fovlm.media.encode", "fovlm.media.tolerant"},
     "simplejpeg": {"fovlm.media.decode", "fovlm.media.encode"},
     "av": {"fovlm.media.decode", "fovlm.media.encode", "fovlm.media.tolerant"},
     "matplotlib": {"fovlm.viz.contact_sheet", "fovlm.report.figures", "kernels.bench_plot"},

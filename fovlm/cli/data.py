@@ -22,7 +22,7 @@ def prepare(
     source: Annotated[
         str,
         typer.Argument(
-            help="openvid, webvid, videos, cauldron, smoltalk, rlaif-v; mvbench, videomme, scienceqa, pope; "
+            help="openvid, webvid, videos, cauldron, smoltalk, rlaif-v, scenes; mvbench, videomme, scienceqa, pope; "
             "or val: draw an evaluation set."
         ),
     ],
@@ -55,11 +55,22 @@ def prepare(
     ] = False,
     size: Annotated[int, typer.Option(min=14, help="Pixels of a frame's sides.")] = 224,
     frames: Annotated[
-        int, typer.Option(min=1, max=999, help="Maximum frames of a video; evenly spaced in longer ones.")
-    ] = 64,
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="For val: how many samples to draw.  [default: 10000]")
+        int | None,
+        typer.Option(
+            min=1, max=999, help="Maximum frames of a video, evenly spaced in longer ones.  [default: 64; scenes: 1]"
+        ),
     ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="For val and scenes: how many to draw.  [default: 10000]")
+    ] = None,
+    objects: Annotated[
+        str, typer.Option(metavar="N,N...", help="scenes: pictures in a scene, one of these numbers.")
+    ] = "1,3,9",
+    grid: Annotated[int, typer.Option(min=1, max=9, help="scenes: cells on a side.")] = 3,
+    ask: Annotated[str, typer.Option(help="scenes: the question: `name`, `place`, `left` or `kind`.")] = "name",
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="scenes: only films, and names of `kind`, that no other scenes have.")
+    ] = False,
 ) -> None:
     """Turn raw data into shards.
 
@@ -69,9 +80,10 @@ def prepare(
         fovlm prepare openvid raw/openvid pool/openvid
         fovlm prepare cauldron raw/the_cauldron pool/cauldron --workers 16
         fovlm prepare smoltalk raw/smoltalk pool/smoltalk --stage 2
+        fovlm prepare scenes raw data/scenes --samples 6000 --objects 1,3,9
         fovlm prepare val 'pool/*/train-*.tar' data/val --samples 10000
     """
-    from fovlm.prepare.job import Job
+    from fovlm.prepare.job import Job, SceneSettings
     from fovlm.prepare.pipeline import prepare as make
     from fovlm.prepare.sources import find_source
     from fovlm.prepare.summary import summarize_holdout, summarize_job
@@ -86,18 +98,22 @@ def prepare(
             _print(summarize_holdout(out, draw(raw, out, name or "val", samples or 10_000, seed, workers)))
             return
         kind = find_source(source)
-        if samples is not None:
-            raise UserError(f"--samples is for val; all of {source} is prepared")
+        drawn = (
+            SceneSettings(samples or 10_000, objects, grid, frames or 1, ask, held_out) if source == "scenes" else None
+        )
+        if samples is not None and not drawn:
+            raise UserError(f"--samples is for val and scenes; all of {source} is prepared")
         for option, value, allowed in (
             ("--tokenize", tokenize, ("stage1", "sft")),
             ("--turns", turns, ("first", "each")),
+            ("--ask", ask, ("name", "place", "left", "kind")),
         ):
             if value and value not in allowed:
                 raise UserError(f"{option} {value}: it is {' or '.join(allowed)}{did_you_mean(value, allowed)}")
         job = Job(
-            source, Path(raw), out, name or "train", seed, per_shard, size, frames, videos=videos, stage=stage,
+            source, Path(raw), out, name or "train", seed, per_shard, size, frames or 64, videos=videos, stage=stage,
             turns=turns or kind.turns, tokenize=tokenize, tokenizer=tokenizer, prompt=prompt, exclude=exclude,
-            skip_missing=skip_missing,
+            skip_missing=skip_missing, scenes=drawn,
         )  # fmt: skip
         _print(summarize_job(out, make(job, workers), kind))
     except OSError as error:  # a full disk, a folder without write permission

@@ -14,7 +14,7 @@ O objects, p pixels of a patch.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,11 +95,15 @@ def _write(task: SyntheticTask, target: Path) -> None:
 
 
 def tokenizer(task: SyntheticTask) -> PreTrainedTokenizerFast:
-    """A word-level ChatML tokenizer that knows the words of the task and no others."""
-    words = ["system", "user", "assistant", *SYSTEM.split(), *QUESTION.split(), *COLOURS, *SHAPES, *map(str, range(10))]
-    words += [*COUNT.split(), *NUMBERS.values()]
-    special = ["<unk>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*special, *words]))}
+    """A tokenizer that knows the words of the task and no others."""
+    words = [*QUESTION.split(), *COLOURS, *SHAPES, *map(str, range(10)), *COUNT.split(), *NUMBERS.values()]
+    return word_tokenizer(words)
+
+
+def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A word-level ChatML tokenizer that knows these words and those of the template."""
+    all_words = ["<unk>", "<|im_start|>", "<|im_end|>", "system", "user", "assistant", *SYSTEM.split(), *words]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(all_words))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

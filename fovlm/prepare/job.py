@@ -13,6 +13,18 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class SceneSettings:
+    """What is drawn for the source `scenes`."""
+
+    samples: int = 10_000  # scenes
+    objects: str = "1,3,9"  # pictures in a scene: one of these numbers
+    grid: int = 3  # cells on a side
+    frames: int = 1  # of a scene
+    ask: str = "name"  # the question
+    held_out: bool = False  # with the films and names that only validation has
+
+
+@dataclass(frozen=True)
 class Job:
     """Everything that decides the content of the shards; sent to the workers."""
 
@@ -33,6 +45,7 @@ class Job:
     prompt: str = ""  # the question of rows without one, when tokenizing
     exclude: Path | None = None  # taken.jsonl of an evaluation set
     skip_missing: bool = False  # benchmarks: skip questions whose video or picture is missing
+    scenes: SceneSettings | None = None
 
     @property
     def folder(self) -> Path:
@@ -61,7 +74,8 @@ class RawSource:
     make: Callable[[Row, Job], Iterator[NewSample]]
     prompt: str = ""  # the question of samples without one
     turns: str = "first"
-    rows: Callable[[Path, bool], list[Row]] | None = None  # instead of tables: (where, skip_missing) -> all rows
+    rows: Callable[[Job], list[Row]] | None = None  # instead of tables: all rows
+    finish: Callable[[Job], None] = lambda job: None  # after the shards
     complete: str = ""  # the table or folder whose rows are repeated by others beside it
     sidecars: bool = False  # a JSON beside each video can replace the table
 

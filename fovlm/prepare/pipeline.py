@@ -32,7 +32,9 @@ def prepare(job: Job, workers: int, log: Callable[[str], None] = print) -> Manif
     _check(job, source)
     blocks = _blocks(job, source)
     with exclusive(job.out):
-        return _make(job, blocks, workers, log)
+        manifest = _make(job, blocks, workers, log)
+        source.finish(job)
+        return manifest
 
 
 def _make(job: Job, blocks: list[Block], workers: int, log: Callable[[str], None]) -> Manifest:
@@ -103,7 +105,7 @@ def _check(job: Job, source: RawSource) -> None:
 
 def _blocks(job: Job, source: RawSource) -> list[Block]:
     if source.rows is not None:
-        rows = len(all_rows(job.source, job.raw, job.skip_missing))
+        rows = len(all_rows(job))
         return [Block(job.raw, "rows", n, min(LINES, rows - n)) for n in range(0, rows, LINES)]
     if source.sidecars and (blocks := sidecar_blocks(job.raw, source.formats)):
         return blocks
@@ -114,7 +116,7 @@ def _blocks(job: Job, source: RawSource) -> list[Block]:
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    settings = {name: value for name, value in asdict(job).items() if name not in WITHOUT_EFFECT}
+    settings = {name: value for name, value in asdict(job).items() if name not in WITHOUT_EFFECT and value is not None}
     if job.tokenize:
         settings["tokens"] = load_tokenizer(job.tokenizer).name_or_path.rstrip("/").rpartition("/")[2]
     return settings | {"exclude": digest_file(job.exclude) if job.exclude else ""}

@@ -67,7 +67,7 @@ def _rows(job: Job, task: ShardTask) -> Iterator[tuple[str, int, Row | str]]:
     rows: list[tuple[str, int, Row | str]] = []
     for block, chosen in task.parts:
         if source.rows is not None:
-            found = all_rows(job.source, job.raw, job.skip_missing)[block.first : block.first + block.rows]
+            found = all_rows(job)[block.first : block.first + block.rows]
         else:
             found = read_block(block, source.columns)
         file = str(block.file.relative_to(job.folder)) if block.file.is_file() else job.source
@@ -96,11 +96,11 @@ def _content(key: str, sample: NewSample, job: Job) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1)
-def all_rows(source: str, raw: Path, skip_missing: bool) -> list[Row | str]:
+def all_rows(job: Job) -> list[Row | str]:
     """The rows of a source without tables, read once per process."""
-    rows = find_source(source).rows
+    rows = find_source(job.source).rows
     assert rows is not None
-    return list(rows(raw, skip_missing))
+    return list(rows(job))
 
 
 @functools.lru_cache(maxsize=1)

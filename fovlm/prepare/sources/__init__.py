@@ -2,10 +2,10 @@
 
 from fovlm.errors import UserError, did_you_mean
 from fovlm.prepare.job import RawSource
-from fovlm.prepare.sources import benchmarks, cauldron, openvid, rlaif_v, smoltalk, videos, webvid
+from fovlm.prepare.sources import benchmarks, cauldron, openvid, rlaif_v, scenes, smoltalk, videos, webvid
 
 SOURCES: dict[str, RawSource] = {
-    module.SOURCE.name: module.SOURCE for module in (openvid, webvid, cauldron, smoltalk, rlaif_v, videos)
+    module.SOURCE.name: module.SOURCE for module in (openvid, webvid, cauldron, smoltalk, rlaif_v, videos, scenes)
 } | {source.name: source for source in benchmarks.SOURCES}
 
 

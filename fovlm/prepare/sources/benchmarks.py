@@ -5,8 +5,6 @@ record. Shards hold one kind of sample, so ScienceQA's questions without a pictu
 """
 
 from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
 
 from fovlm.data.tables import Row
 from fovlm.errors import SampleError, UserError
@@ -41,14 +39,16 @@ def make(row: Row, job: Job) -> Iterator[NewSample]:
     yield NewSample(record, jpegs(frames, job), still=KINDS[job.source] == "image")
 
 
-def _rows(name: str, raw: Path, skip_missing: bool) -> list[Row]:
+def _rows(job: Job) -> list[Row]:
     """All questions. Raises UserError, also for missing files unless `skip_missing`."""
-    questions = read_questions(name, raw)
+    questions = read_questions(job.source, job.raw)
     missing = [question.missing for question in questions if question.missing is not None]
-    if missing and (not skip_missing or len(missing) == len(questions)):
-        message = f"{raw}: the files of {len(missing)} of {len(questions)} questions are missing, first {missing[0]}"
+    if missing and (not job.skip_missing or len(missing) == len(questions)):
+        message = (
+            f"{job.raw}: the files of {len(missing)} of {len(questions)} questions are missing, first {missing[0]}"
+        )
         raise UserError(message + ("" if len(missing) == len(questions) else "; --skip-missing skips them"))
     return [{"question": question} for question in questions]
 
 
-SOURCES = [RawSource(name, kind, (), (), (), make, rows=partial(_rows, name)) for name, kind in KINDS.items()]
+SOURCES = [RawSource(name, kind, (), (), (), make, rows=_rows) for name, kind in KINDS.items()]

@@ -1,0 +1,118 @@
+"""Scenes: the same bytes for a seed, boxes around what is drawn, questions whose answers are in the picture."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fovlm.data.chat import load_tokenizer
+from fovlm.errors import UserError
+from fovlm.prepare.job import Job, SceneSettings
+from fovlm.prepare.sources import scenes
+from helpers.raw_data import bytes_of, jsonl, made, samples_of
+
+GREY = 100
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """Discs of one colour as pictures, on grey films."""
+    folder = tmp_path_factory.mktemp("raw")
+    more = [f"thing{letter}" for letter in "abcdefghijklmnopqrstuvwx"]
+    rows = [{"file": "opaque.png", "caption": "A frog.", "category": "animals"}]
+    (folder / "stamps").mkdir()
+    Image.new("RGB", (9, 9)).save(folder / "stamps" / "opaque.png")
+    for n, name in enumerate([*scenes.NAMES, *more]):
+        pixels = np.zeros((40, 40, 4), np.uint8)
+        y, x = np.mgrid[:40, :40]
+        pixels[(y - 20) ** 2 + (x - 20) ** 2 < 300] = (255, 6 * n, 0, 255)
+        Image.fromarray(pixels).save(folder / "stamps" / f"{name}.png")
+        rows.append({"file": f"{name}.png", "caption": f"A {name}.", "category": ["animals", "food"][n % 2]})
+    jsonl(folder / "stamps" / "stamps.jsonl", rows)
+    (folder / "clips").mkdir()
+    for n in range(12):
+        film = [Image.new("RGB", (80, 60), (GREY, GREY, GREY + k)) for k in range(4)]
+        film[0].save(folder / "clips" / f"film{n}-1.webp", save_all=True, append_images=film[1:], duration=500)
+    return folder
+
+
+def drawn(raw, frames: int, ask: str, held_out: bool = False) -> list[tuple[dict, list[np.ndarray]]]:
+    """(record, frames) of the questions of thirty scenes."""
+    settings = SceneSettings(30, "2,4", 3, frames, ask, held_out)
+    job = Job("scenes", raw, raw / "unused", size=126, scenes=settings)
+    return [
+        (sample.record, [np.asarray(Image.open(io.BytesIO(picture))).astype(int) for picture in sample.pictures])
+        for row in scenes.rows(job)
+        for sample in scenes.make(row, job)
+    ]
+
+
+@pytest.mark.parametrize("ask", ["name", "place", "left", "kind"])
+def test_answers_and_boxes_are_what_the_pictures_show(raw, ask):
+    for frames in (1, 3):
+        for record, pictures in drawn(raw, frames, ask):
+            assert len(pictures) == frames
+            for n, picture in enumerate(pictures):
+                outside = np.ones((126, 126), bool)
+                for thing in record["objects"]:
+                    left, top, right, bottom = thing["boxes"][n]
+                    outside[max(top - 9, 0) : bottom + 9, max(left - 9, 0) : right + 9] = False  # JPEG rings
+                    assert picture[(top + bottom) // 2, (left + right) // 2, 0] > 200, "a disc is in its box"
+                assert (abs(picture[outside] - GREY) < 15).all(), "nothing is drawn outside the boxes"
+            asked, shown = record["objects"][record["asked"]], record["frame"]
+            cells = {cell(thing["boxes"][shown]): thing for thing in record["objects"]}
+            words = record["user"].split()
+            assert ("frame" in words) == (frames > 1)
+            assert frames == 1 or words[-2] == str(shown + 1)
+            if ask in ("name", "kind"):
+                row, column = int(words[words.index("row") + 1]), int(words[words.index("column") + 1])
+                assert cells[row, column] is asked
+                assert record["assistant"] == asked[ask]
+            elif ask == "place":
+                row, column = cell(asked["boxes"][shown])
+                assert words[3] == asked["name"]
+                assert record["assistant"] == f"row {row} column {column}"
+            else:
+                row, column = cell(asked["boxes"][shown])
+                assert cells[row, column + 1]["name"] == words[5]
+                assert record["assistant"] == asked["name"]
+
+
+def cell(box: list[int]) -> tuple[int, int]:
+    """(row, column) of a box, from 1."""
+    return 1 + (box[1] + box[3]) // 84, 1 + (box[0] + box[2]) // 84
+
+
+def test_validation_has_films_and_names_of_its_own(raw):
+    jobs = [Job("scenes", raw, raw, scenes=SceneSettings(objects="1", ask="kind", held_out=h)) for h in (False, True)]
+    train, val = map(scenes.library, jobs)
+    assert train.films
+    assert val.films
+    assert not set(train.films) & set(val.films)
+    assert len(train.cutouts) + len(val.cutouts) == 40
+    assert not train.cutouts.keys() & val.cutouts.keys()
+
+
+def test_the_same_bytes_whatever_the_workers_and_a_tokenizer(raw, tmp_path):
+    settings = SceneSettings(12, objects="1,3")
+    made("scenes", raw, tmp_path / "a", scenes=settings, per_shard=5)
+    made("scenes", raw, tmp_path / "b", scenes=settings, per_shard=5, workers=2)
+    made("scenes", raw, tmp_path / "c", scenes=settings, per_shard=5, seed=1)
+    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b") != bytes_of(tmp_path / "c")
+    found = samples_of(tmp_path / "a")
+    assert {record["source"] for _, record, _ in found} == {"scenes/1", "scenes/3"}
+    assert all(pictures == ["jpg"] for _, _, pictures in found)
+    tokenizer = load_tokenizer(str(tmp_path / "a" / "tokenizer"))
+    assert all(
+        tokenizer.unk_token_id not in tokenizer(record["user"] + " " + record["assistant"])["input_ids"]
+        for _, record, _ in found
+    )
+
+
+def test_what_cannot_be_drawn_is_refused(raw, tmp_path):
+    for objects, message in (("10", "a grid of 3 has 9 cells"), ("2,", "numbers with commas")):
+        with pytest.raises(UserError, match=message):
+            made("scenes", raw, tmp_path / "out", scenes=SceneSettings(objects=objects))
+    with pytest.raises(UserError, match=r"stamps\.jsonl: scenes need this table"):
+        made("scenes", tmp_path, tmp_path / "out")

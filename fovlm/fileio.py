@@ -102,6 +102,19 @@ def digest_file(path: Path, size: int = 16) -> str:
     return hashed.hexdigest()
 
 
+def sealed(content: str) -> bytes:
+    """One line of text behind its own digest, for `unsealed`."""
+    return f"{digest(content)} {content}\n".encode()
+
+
+def unsealed(line: bytes) -> str:
+    """The text of a sealed line. Raises ValueError where any byte of it has changed."""
+    stored, _, content = line.decode().partition(" ")
+    if not content.endswith("\n") or digest(content[:-1]) != stored:
+        raise ValueError("not the content that its digest says")
+    return content[:-1]
+
+
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold a lock on a folder, or on a file that is made for it. It ends with the block, or with the process.

@@ -6,8 +6,8 @@
    `clip000330.000.jpg` ... `clip000330.003.jpg` are four frames, `clip000330.json` holds question and answer.
 2. **Index** (`index`). Each shard is read once; the index beside it has every sample's byte range, checksum, kind and
    number of frames. From then on samples are read by position.
-3. **Token counts** (`chat`, `token_counts`). Each conversation is tokenized once and its length stored, so that packs
-   are planned without decoding a picture.
+3. **Tokens** (`chat`, `token_cache`, `sample_table`). Each conversation is tokenized once and its tokens stored. The
+   table of a source has a row for each sample; all ranks and workers map one file, and packs are planned from it.
 4. **Order** (`sampling`). `MixtureSampler` says which source a position of the run belongs to, `ShardShuffle` which
    sample of that source it is. Both are pure functions of seed and position: the cursor of a run is one integer.
 5. **Sample** (`dataset`). `Dataset.size(position)` is what a sample takes of a pack, `Dataset.read(position)` decodes

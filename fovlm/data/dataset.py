@@ -1,6 +1,6 @@
 """The samples of a run by position: position -> source -> shard and row -> bytes -> frames and tokens.
 
-    sizes(start, stop)   frames, looks and tokens of the samples, from index and token counts; nothing is decoded
+    sizes(start, stop)   frames, looks and tokens of the samples, from the table; nothing is decoded
     read(position)       the sample itself
 
 Both are pure functions of the position, the shards and the settings, on any rank and in any worker. A broken sample is
@@ -9,7 +9,6 @@ replaced by the next good one of its source that is no larger than what was plan
 
 import json
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,19 +17,21 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fovlm.config.schema import DataSource, Experiment
-from fovlm.data.chat import ChatTokenizer
-from fovlm.data.index import MEDIA, Index, index_hash, open_indices
+from fovlm.data.chat import ChatTokenizer, TokenizedText
+from fovlm.data.index import MEDIA, stored_indices
 from fovlm.data.packing import PackBudget, PackSize, Sample, SampleIssue
 from fovlm.data.sample_format import Member, contents, parse_json, read_members
+from fovlm.data.sample_table import ROW, SampleTable, open_table
 from fovlm.data.sampling import MixtureSampler, ShardShuffle
 from fovlm.data.shards import find_shards
-from fovlm.data.token_counts import TokenCounts, open_token_counts
+from fovlm.data.token_cache import read_texts
 from fovlm.errors import SampleError, UserError
 from fovlm.fileio import digest
 from fovlm.media import decode
 from fovlm.paths import cache_root, data_root, local_folder
 
 SUBSTITUTES = 100  # samples that are considered in place of a broken one
+AT_ONCE = 1 << 18  # samples whose sizes are computed together
 IMAGE = MEDIA.index("image")
 
 
@@ -76,23 +77,26 @@ class SourceShards:
 
     name: str
     settings: DataSource
-    indices: list[Index]
-    counts: list[TokenCounts]
+    table: SampleTable
     order: ShardShuffle
-    first: np.ndarray  # i64 [shards]: the number of each shard's first sample in the source
-    sizes: np.ndarray  # i32 [samples, 4]: frames, looks, text, prompt; of its substitute for a broken sample
 
-    def size(self, shard: int, row: int) -> PackSize:
-        return PackSize(*self.sizes[self.first[shard] + row].tolist())
+    def following(self, number: int) -> Iterator[int]:
+        """A sample's number in the table and then those of the samples behind it, round and round."""
+        return (n % len(self.table) for n in range(number, number + 1 + SUBSTITUTES))
 
-    def following(self, shard: int, row: int) -> Iterator[tuple[int, int]]:
-        """The (shard, row) of a sample and then of those behind it in the source, round and round."""
-        for number in range(int(self.first[shard]) + row, int(self.first[shard]) + row + 1 + SUBSTITUTES):
-            number %= self.order.total
-            at = int(np.searchsorted(self.first, number, side="right")) - 1
-            while not self.order.rows[at]:  # shards without samples share their first number with the next
-                at -= 1
-            yield at, number - int(self.first[at])
+    def numbers(self, start: int, stop: int) -> np.ndarray:
+        """The numbers i64 [n] in the table of the source's samples from `start` to before `stop`, in their order."""
+        shard, row = self.order.window(start, stop)
+        return self.table.first[shard] + row
+
+    def planned(self, numbers: np.ndarray) -> np.ndarray:
+        """The rows ROW [n] of samples, each broken one's that of its substitute; zeros where there is none."""
+        rows = self.table.rows[numbers]
+        for i in np.flatnonzero(rows["cause"]).tolist():
+            others = self.table.rows[list(self.following(int(numbers[i])))]
+            good = others[others["cause"] == 0]
+            rows[i] = good[0] if len(good) else np.zeros((), ROW)
+        return rows
 
 
 class Dataset:
@@ -114,7 +118,7 @@ class Dataset:
         self.mix = MixtureSampler(weights)
         self.sources = [self._open(name, sources[name], seed) for name in self.mix.names]
         self.identity = {
-            "sources": [[s.name, s.settings.kind, s.settings.prompt, index_hash(s.indices)] for s in self.sources],
+            "sources": [[s.name, s.settings.kind, s.settings.prompt, s.table.hash] for s in self.sources],
             "weights": weights,
         }
         self.hash = _hash(self.identity | {"settings": [chat.hash, max_frames, image_frames, seed]})
@@ -127,22 +131,11 @@ class Dataset:
         return _hash(self.identity | {"settings": [self.chat.hash, self.seed, samples]})
 
     def _open(self, name: str, settings: DataSource, seed: int) -> SourceShards:
-        indices = open_indices(find_shards(name, settings.shards), cache_root())
-        counts = open_token_counts(indices, settings, self.chat, cache_root())
-        rows = [len(index) for index in indices]
-        causes = Counter(cause for one in counts for cause in one.broken.values())
-        if causes.total() == sum(rows):
-            why = causes.most_common(1)[0][0] if causes else "the shards are empty"
+        table = open_table(find_shards(name, settings.shards), settings, self.chat, cache_root())
+        if table.broken.total() == len(table):
+            why = table.broken.most_common(1)[0][0] if len(table) else "the shards are empty"
             raise UserError(f"data.sources.{name}: no sample of '{settings.shards}' can be used; mostly: {why}")
-        first = np.concatenate([[0], np.cumsum(rows)[:-1]])
-        sizes = np.concatenate([self._sizes(*both) for both in zip(indices, counts, strict=True)])
-        source = SourceShards(name, settings, indices, counts, ShardShuffle(rows, seed, name), first, sizes)
-        for shard, one in enumerate(counts):
-            for row in one.broken:
-                good = (at for at in source.following(shard, row) if at[1] not in counts[at[0]].broken)
-                at = next(good, None)
-                sizes[first[shard] + row] = sizes[first[at[0]] + at[1]] if at else 0
-        return source
+        return SourceShards(name, settings, table, ShardShuffle(table.counts, seed, name))
 
     @property
     def samples(self) -> dict[str, int]:
@@ -152,17 +145,18 @@ class Dataset:
     def check_fits(self, budget: PackBudget) -> None:
         """Raise UserError, with its name, for a sample that exceeds the budget of a pack."""
         for source in self.sources:
-            costs = budget.of(source.sizes)
-            number = int(costs.argmax())
-            if costs[number] > budget.cost:
-                shard = int(np.searchsorted(source.first, number, side="right")) - 1
-                index, row = source.indices[shard], number - int(source.first[shard])
-                frames, looks, text, _ = source.sizes[number]
-                raise UserError(
-                    f"data.sources.{source.name}: sample {index.key[row]} in {index.path.name} has {frames} frames, "
-                    f"{looks} looks and {text} text tokens and costs {costs[number]}, more than a pack: raise "
-                    f"data.pack_cost={budget.cost}, or lower data.max_frames or data.max_tokens"
-                )
+            for start in range(0, len(source.table), AT_ONCE):
+                rows = source.table.rows[start : start + AT_ONCE]
+                costs = budget.of(self._sizes(rows)) * (rows["cause"] == 0)
+                if costs.max() > budget.cost:
+                    number = start + int(costs.argmax())
+                    ((frames, looks, text, _),) = self._sizes(source.table.rows[number : number + 1])
+                    shard, key = self._name(source, number)
+                    raise UserError(
+                        f"data.sources.{source.name}: sample {key} in {shard} has {frames} frames, {looks} looks and "
+                        f"{text} text tokens and costs {costs.max()}, more than a pack: raise "
+                        f"data.pack_cost={budget.cost}, or lower data.max_frames or data.max_tokens"
+                    )
 
     def sizes(self, start: int, stop: int) -> np.ndarray:
         """Frames, looks, text tokens and tokens ahead of the frames i32 [n, 4] of the samples, or their substitutes, at
@@ -172,8 +166,8 @@ class Dataset:
         for which, source in enumerate(self.sources):
             mine = chosen == which
             if mine.any():
-                shard, row = source.order.window(int(numbers[mine][0]), int(numbers[mine][-1]) + 1)
-                sizes[mine] = source.sizes[source.first[shard] + row]
+                order = source.numbers(int(numbers[mine][0]), int(numbers[mine][-1]) + 1)
+                sizes[mine] = self._sizes(source.planned(order))
         return sizes
 
     def size(self, position: int) -> PackSize:
@@ -185,60 +179,61 @@ class Dataset:
 
         With it comes the report, when the sample at that position itself was broken.
         """
-        source, shard, row = self._find(position)
-        planned, bad = source.size(shard, row), None
-        for at in source.following(shard, row):
+        source, number = self._find(position)
+        planned, bad = self.size(position), None
+        for at in source.following(number):
+            row = source.table.rows[at]
             try:
-                if cause := source.counts[at[0]].broken.get(at[1]):
-                    raise SampleError(cause)
-                if source.size(*at).fits(planned):
-                    return self._load(source, *at), bad
+                if row["cause"]:
+                    raise SampleError(source.table.causes[row["cause"]])
+                if PackSize(*self._sizes(row[None])[0].tolist()).fits(planned):
+                    return self._load(source, at), bad
             except SampleError as error:
-                index = source.indices[shard]
-                bad = bad or SampleIssue(str(error), source.name, index.path.name, index.key[row])
+                bad = bad or SampleIssue(str(error), source.name, *self._name(source, number))
         return [], bad
 
     def kind(self, position: int) -> str:
         """What the sample at `position` itself shows: one of MEDIA."""
-        source, shard, row = self._find(position)
-        return MEDIA[source.indices[shard].media[row]]
+        source, number = self._find(position)
+        return MEDIA[source.table.rows[number]["media"]]
 
     def record(self, position: int) -> dict[str, Any]:
         """The JSON of the sample at `position` itself. Raises SampleError."""
-        source, shard, row = self._find(position)
-        files = _read_members(source.indices[shard], row)
-        return parse_json(next(files[m] for m in files if m.extension == "json"))
+        return _record(_read_files(*self._find(position))[1])
 
-    def _find(self, position: int) -> tuple[SourceShards, int, int]:
-        """Position -> (source, shard, row)."""
+    def _find(self, position: int) -> tuple[SourceShards, int]:
+        """Position -> (source, number of the sample in its table)."""
         which, number = self.mix(position)
-        source = self.sources[which]
-        place = source.order(number)
-        return source, place.shard, place.row
+        return self.sources[which], int(self.sources[which].numbers(number, number + 1)[0])
 
-    def _sizes(self, index: Index, counts: TokenCounts) -> np.ndarray:
-        """The sizes i32 [n, 4] of a shard's samples; a pair has its frames twice."""
-        frames = np.minimum(index.frames, self.max_frames)
-        looks = np.where(index.media == IMAGE, self.image_frames, frames)
-        texts = 1 + index.preference.astype(np.int64)
-        return np.stack([texts * frames, texts * looks, counts.text, counts.prompt], axis=1).astype(np.int32)
+    def _name(self, source: SourceShards, number: int) -> tuple[str, str]:
+        """(shard, key) of a sample, which may be unreadable: the key is that in the index."""
+        shard, row = source.table.place(number)
+        path = source.table.shards[shard]
+        index = next(stored_indices(path, cache_root()), None)
+        return path.name, index.key[row] if index and row < len(index) else f"number {row}"
 
-    def _load(self, source: SourceShards, shard: int, row: int) -> list[Sample]:
+    def _sizes(self, rows: np.ndarray) -> np.ndarray:
+        """The sizes i32 [n, 4] of samples ROW [n]; every conversation has the frames once."""
+        frames = np.minimum(rows["frames"], self.max_frames)
+        looks = np.where(rows["media"] == IMAGE, self.image_frames, frames)
+        texts = rows["texts"].astype(np.int32)
+        return np.stack([texts * frames, texts * looks, rows["text"], rows["prompt"]], axis=1).astype(np.int32)
+
+    def _load(self, source: SourceShards, number: int) -> list[Sample]:
         """Read, check, decode and tokenize one sample. Raises SampleError."""
-        index = source.indices[shard]
-        files = _read_members(index, row)
+        shard, files = _read_files(source, number)
         kind, pictures = contents(list(files))
-        record = parse_json(next(files[m] for m in files if m.extension == "json"))
-        texts = self.chat.texts(record, source.settings.prompt, bool(pictures), source.settings.kind == "preference")
         media = [(m.extension.rpartition(".")[2], files[m]) for m in pictures]
-        frames = decode.decode_media(media, int(index.frames[row]), self.frame_size, self.max_frames)
-        looks = self.image_frames if kind == "image" else len(frames)
+        count = int(source.table.rows[number]["frames"])
+        frames = decode.decode_media(media, count, self.frame_size, self.max_frames)
+        texts = self._texts(source, number, files)
         return [
             Sample(
-                key=f"{index.path.name}/{index.key[row]}" + (f"#{role}" if role else ""),
+                key=f"{shard}/{next(iter(files)).key}" + (f"#{role}" if role else ""),
                 source=source.name,
                 frames=frames,
-                looks=looks,
+                looks=self.image_frames if kind == "image" else len(frames),
                 tokens=text.tokens,
                 weight=text.weight,
                 prompt=text.prompt,
@@ -247,21 +242,37 @@ class Dataset:
             for text, role in zip(texts, ("chosen", "rejected") if len(texts) == 2 else ("",), strict=True)
         ]
 
+    def _texts(self, source: SourceShards, number: int, files: dict[Member, bytes]) -> list[TokenizedText]:
+        """The conversations of a sample, from the cache; tokenized again where that was damaged since. Raises
+        SampleError."""
+        table = source.table
+        row, file = table.rows[number], table.token_files[table.place(number)[0]]
+        facts = (int(row[name]) for name in ("tokens_at", "texts", "text", "tokens_crc32"))
+        if (texts := read_texts(file, *facts)) is not None:
+            return texts
+        pair = source.settings.kind == "preference"
+        return self.chat.texts(_record(files), source.settings.prompt, bool(row["frames"]), pair)
+
 
 def _hash(identity: dict[str, Any]) -> str:
     return digest(json.dumps(identity))
 
 
-def _read_members(index: Index, row: int) -> dict[Member, bytes]:
-    """The files of one sample, from its byte range alone. Raises SampleError."""
+def _record(files: dict[Member, bytes]) -> dict[str, Any]:
+    return parse_json(next(files[member] for member in files if member.extension == "json"))
+
+
+def _read_files(source: SourceShards, number: int) -> tuple[str, dict[Member, bytes]]:
+    """(the shard's name, the files) of one sample, from its byte range alone. Raises SampleError."""
+    row, path = source.table.rows[number], source.table.shards[source.table.place(number)[0]]
     try:
-        with open(index.path, "rb") as shard:
-            shard.seek(int(index.offset[row]))
-            data = shard.read(int(index.length[row]))
+        with open(path, "rb") as shard:
+            shard.seek(int(row["offset"]))
+            data = shard.read(int(row["length"]))
     except OSError as error:
         raise SampleError("unreadable shard") from error
-    if len(data) != index.length[row]:
+    if len(data) != row["length"]:
         raise SampleError("truncated tar")
-    if zlib.crc32(data) != index.crc32[row]:
+    if zlib.crc32(data) != row["crc32"]:
         raise SampleError("checksum mismatch")
-    return read_members(data)
+    return path.name, read_members(data)

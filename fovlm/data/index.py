@@ -1,17 +1,15 @@
 """The index of a tar shard, made once: the byte range, checksum, kind and number of frames of every sample.
 
-With it samples are read by position instead of in tar order. It is a JSON file beside the shard, or in the cache where
-the shard's folder is read-only. It is written atomically, so several processes may make it at the same time, and made
-again when the shard's size or modification time has changed.
+With it samples are read by position instead of in tar order. It is a line of JSON behind its digest, in a file beside
+the shard, or in the cache where the shard's folder is read-only. It is written atomically, so several processes may
+make it at the same time, and made again when it is damaged, or the shard's size or modification time has changed.
 """
 
 import hashlib
 import json
-import logging
 import os
-import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,13 +18,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fovlm.data.sample_format import Member, contents, list_members, parse_json
+from fovlm.data.sample_format import Member, TarError, contents, list_members, parse_json
 from fovlm.errors import SampleError, UserError
-from fovlm.fileio import digest, write_atomically
+from fovlm.fileio import digest, sealed, unsealed, write_atomically
 from fovlm.media import decode as media
 from fovlm.progress import track
 
-VERSION = 1  # of the file format; an index of another version is made again
+VERSION = 2  # of the file format; an index of another version is made again
 MEDIA = ("text", "image", "video")
 ARRAYS = {
     "offset": np.int64,
@@ -38,7 +36,6 @@ ARRAYS = {
     "media": np.uint8,
     "preference": np.bool_,
 }
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -48,7 +45,7 @@ class Index:
     `checksum` is the shard's BLAKE2b. `offset` and `length` [n] are the byte range of a sample's members, headers
     included, and `crc32` [n] that range's checksum; `json_offset`, `json_length` [n] locate its JSON. `frames` [n]
     counts its pictures, or a video's seconds, before any limit. `media` [n] numbers MEDIA. `broken` names the cause
-    for each unusable sample.
+    for each unusable sample. `damaged_at` is the byte from which on the tar could not be read, if any.
     """
 
     path: Path
@@ -65,6 +62,7 @@ class Index:
     media: np.ndarray
     preference: np.ndarray
     broken: dict[int, str]
+    damaged_at: int | None = None
 
     def __len__(self) -> int:
         return len(self.key)
@@ -73,17 +71,27 @@ class Index:
         """text, image, video or preference."""
         return "preference" if self.preference[row] else MEDIA[self.media[row]]
 
+    @property
+    def warning(self) -> str:
+        """What is lost of a damaged shard, or nothing."""
+        lost = "damaged from byte {} on; the samples after it are lost"
+        return "" if self.damaged_at is None else f"{self.path}: {lost.format(self.damaged_at)}"
+
 
 def open_index(shard: Path, cache: Path) -> Index:
     """The shard's index, read from its file or made now. Raises UserError for a file that is not a tar."""
     stat = shard.stat()
-    for file in _places(shard, cache):
-        index = _read(file, shard)
-        if index and (index.size, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+    for index in stored_indices(shard, cache):
+        if (index.size, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
             return index
     index = make_index(shard)
     _write(index, _places(shard, cache))
     return index
+
+
+def stored_indices(shard: Path, cache: Path) -> Iterator[Index]:
+    """The undamaged indices that were written for a shard, whatever became of it since, best first."""
+    return (index for file in _places(shard, cache) if (index := _read(file, shard)))
 
 
 def open_indices(shards: list[Path], cache: Path) -> list[Index]:
@@ -118,13 +126,12 @@ def make_index(shard: Path) -> Index:
             keys.append(members[0].key)
             rows.append((start, length, zlib.crc32(data), *where_json, what[1], MEDIA.index(what[0]), what[2]))
         _hash_until(file, stat.st_size, hashed)
-    if damaged_at is not None:
-        log.warning("%s: damaged from byte %d on; the samples after it are lost", shard, damaged_at)
-        if keys:  # files of the last sample may be lost too
-            broken[len(keys) - 1] = "truncated tar"
+    if damaged_at is not None and keys:  # files of the last sample may be lost too
+        broken[len(keys) - 1] = "truncated tar"
     table = np.array(rows, dtype=np.int64).reshape(-1, len(ARRAYS)).T
     arrays: dict[str, Any] = {name: table[i].astype(kind) for i, (name, kind) in enumerate(ARRAYS.items())}
-    return Index(shard, stat.st_size, stat.st_mtime_ns, hashed.hexdigest(), keys, broken=broken, **arrays)
+    facts = (shard, stat.st_size, stat.st_mtime_ns, hashed.hexdigest(), keys)
+    return Index(*facts, broken=broken, damaged_at=damaged_at, **arrays)
 
 
 def describe(members: list[Member], data: bytes) -> tuple[str, int, bool]:
@@ -132,15 +139,10 @@ def describe(members: list[Member], data: bytes) -> tuple[str, int, bool]:
 
     def bytes_of(member: Member) -> bytes:
         start = member.offset - members[0].start
-        found = data[start : start + member.length]
-        if len(found) < member.length:
-            raise SampleError("truncated tar")
-        return found
+        return data[start : start + member.length]
 
     kind, pictures = contents(members)
     record = parse_json(next(bytes_of(m) for m in members if m.extension == "json"))
-    for picture in pictures:
-        bytes_of(picture)
     if kind == "video" and pictures[0].extension in media.VIDEOS:
         frames = media.video_seconds(bytes_of(pictures[0]), pictures[0].extension)
     else:
@@ -151,13 +153,15 @@ def describe(members: list[Member], data: bytes) -> tuple[str, int, bool]:
 def _scan(shard: Path) -> tuple[list[list[Member]], int | None]:
     """The members of each sample, and the byte at which damage begins (None: undamaged)."""
     members: list[Member] = []
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            damaged_at = _list_all(tar, members)
-            if damaged_at is None and not _ends_well(shard, tar.offset):
-                damaged_at = tar.offset
-    except tarfile.ReadError as error:
-        raise UserError(f"shard {shard} is not a plain tar ({error}): decompress it or write it again") from error
+    damaged_at = None
+    with open(shard, "rb") as tar:
+        try:
+            for member in list_members(tar, shard.stat().st_size):
+                members.append(member)
+        except TarError as error:
+            damaged_at = error.at
+    if damaged_at == 0:
+        raise UserError(f"shard {shard} is not a plain tar: decompress it or write it again")
     samples = [list(group) for _, group in groupby(members, key=lambda m: m.key)]
     seen = set()
     for sample in samples:
@@ -168,23 +172,6 @@ def _scan(shard: Path) -> tuple[list[list[Member]], int | None]:
             )
         seen.add(sample[0].key)
     return samples, damaged_at
-
-
-def _list_all(tar: tarfile.TarFile, members: list[Member]) -> int | None:
-    """Append what can be listed to `members`; the byte at which listing failed, or None."""
-    try:
-        for member in list_members(tar):
-            members.append(member)
-    except tarfile.ReadError:
-        return tar.offset
-    return None
-
-
-def _ends_well(shard: Path, offset: int) -> bool:
-    """True when `offset` has the end mark of a tar. tarfile silently takes a damaged header for the end."""
-    with open(shard, "rb") as file:
-        file.seek(offset)
-        return file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
 
 
 def _hash_until(file: BinaryIO, end: int, digest) -> None:
@@ -202,26 +189,26 @@ def _places(shard: Path, cache: Path) -> list[Path]:
 
 
 def _read(file: Path, shard: Path) -> Index | None:
-    """The index in `file`; None when there is none that this version can read."""
+    """The index in `file`; None when there is none that this version can read, or it is damaged."""
     try:
-        stored = json.loads(file.read_bytes())
-        if stored.pop("version") != VERSION:
-            return None
-        arrays: dict[str, Any] = {name: np.array(stored.pop(name), dtype=kind) for name, kind in ARRAYS.items()}
-        broken = {int(row): cause for row, cause in stored.pop("broken").items()}
-        return Index(shard, **stored, **arrays, broken=broken)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # missing or damaged: the index is made again
+        stored = json.loads(unsealed(file.read_bytes()))
+    except (OSError, ValueError):
+        return None
+    if stored.pop("version") != VERSION:
+        return None
+    arrays: dict[str, Any] = {name: np.array(stored.pop(name), dtype=kind) for name, kind in ARRAYS.items()}
+    broken = {int(row): cause for row, cause in stored.pop("broken").items()}
+    return Index(shard, **stored, **arrays, broken=broken)
 
 
 def _write(index: Index, places: list[Path]) -> None:
     """Write the index at the first writable place."""
     arrays = {name: getattr(index, name).tolist() for name in ARRAYS}
-    facts = {name: getattr(index, name) for name in ("size", "mtime_ns", "checksum", "key", "broken")}
-    text = json.dumps({"version": VERSION, **facts, **arrays})
+    facts = {name: getattr(index, name) for name in ("size", "mtime_ns", "checksum", "key", "broken", "damaged_at")}
+    line = sealed(json.dumps({"version": VERSION, **facts, **arrays}))
     for file in places:
         try:
-            write_atomically(file, text)
+            write_atomically(file, line)
             return
         except OSError as error:
             problem = error

@@ -4,10 +4,12 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 from collections import Counter
 from dataclasses import astuple
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from fovlm.data.dataset import Dataset, open_dataset
 from fovlm.data.packing import EMPTY, PackSize
 from fovlm.data.shards import write_shards
 from fovlm.errors import UserError
+from fovlm.fileio import digest
 from helpers import tiny
 
 TOKENIZER = tiny.tokenizer()
@@ -179,12 +182,14 @@ def test_a_changed_byte_is_noticed(tmp_path):
     assert [(bad.cause, bad.key) for bad in found if bad] == [("checksum mismatch", "g1")]
 
 
-def test_a_truncated_shard_loses_its_tail_alone(tmp_path):
+def test_a_truncated_shard_loses_its_tail_alone(tmp_path, caplog):
     path = write_shards(tmp_path / "one-%d.tar", GOOD)[0]
     with tarfile.open(path) as tar:
         end = tar.getmember("g3.jpg").offset_data + 10
     path.write_bytes(path.read_bytes()[:end])
     data = opened({"one": DataSource(shards="one-0.tar", kind="image")})
+    opened({"one": DataSource(shards="one-0.tar", kind="image")})
+    assert caplog.text.count("one-0.tar: damaged from byte") == 2  # whenever the data are opened
     found = [data.read(i) for i in range(4)]
     assert [bad.cause for _, bad in found if bad] == ["truncated tar"]
     assert all(len(samples) == 1 for samples, _ in found)
@@ -272,12 +277,14 @@ def test_the_hash_follows_data_and_settings_and_not_the_place(mixed, tmp_path, m
     assert opened(mixed).hash == first.hash
 
 
-def test_counts_are_made_once(mixed, monkeypatch):
+def test_shards_are_read_and_texts_tokenized_once(mixed, monkeypatch):
     first = opened(mixed)
-    monkeypatch.setattr("fovlm.data.token_counts._count", None)
-    monkeypatch.setattr("fovlm.data.index.make_index", None)
+    for name in ("sample_table.open_index", "token_cache.tokenize", "dataset.parse_json"):
+        monkeypatch.setattr(f"fovlm.data.{name}", None)
     again = opened(mixed)
+    monkeypatch.setattr(again.chat, "tokenizer", None)
     assert [again.size(i) for i in range(30)] == [first.size(i) for i in range(30)]
+    assert all(again.read(i)[1] is None for i in range(30))
 
 
 def test_an_experiment_opens_its_sources(mixed):
@@ -297,7 +304,33 @@ def test_shards_without_samples_are_no_trouble(tmp_path):
     data = opened({"s": DataSource(shards="s-*.tar", kind="image")})
     assert sorted(data.read(i)[0][0].key for i in range(2)) == ["s-1.tar/1", "s-4.tar/4"]
     source = data.sources[0]
-    following = list(source.following(1, 0))
-    assert following[:3] == [(1, 0), (4, 0), (1, 0)]
+    following = list(source.following(0))
+    assert following[:3] == [0, 1, 0]
+    assert [source.table.place(number) for number in (0, 1)] == [(1, 0), (4, 0)]
     assert len(following) <= dataset_module.SUBSTITUTES + 1
     assert isinstance(data.size(0), PackSize)
+
+
+def test_a_changed_byte_in_any_file_of_the_cache_changes_nothing(mixed, tmp_path):
+    """The parts of the order that come from indices, tokens and tables, with a bit flipped in one of them at a time."""
+    expected = fingerprint(opened(mixed))
+    files = [path for path in tmp_path.rglob("*") if path.suffix in {".index", ".tokens", ".rows", ".json"}]
+    assert len(files) == 8 + 8 + 3 + 3
+    random = Random(0)
+    for flip in range(60):
+        path = files[flip % len(files)]
+        whole = path.read_bytes()
+        at = random.randrange(len(whole))
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << random.randrange(8)]) + whole[at + 1 :])
+        if path.suffix == ".index":
+            shutil.rmtree(tmp_path / "cache")  # otherwise nobody reads it
+        assert fingerprint(opened(mixed)) == expected, (path.name, at)
+        path.write_bytes(whole)
+
+
+def fingerprint(data: Dataset) -> str:
+    """Everything that the first samples say."""
+    read = [data.read(position) for position in range(20)]
+    tensors = [(s.tokens.tolist(), s.weight.tolist(), s.frames.tolist()) for samples, _ in read for s in samples]
+    plain = [(s.key, s.looks, s.prompt) for samples, _ in read for s in samples]
+    return digest(repr((data.hash, data.sizes(0, 40).tolist(), plain, tensors)))

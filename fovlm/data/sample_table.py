@@ -1,0 +1,134 @@
+"""All samples of a source in one table, a row each: a file that ranks and workers map, so that a node holds it once.
+
+It is put together from the indices and tokens of the shards, and again when a shard or a setting has changed, or the
+file is damaged: its content has a digest, which is compared whenever a run opens it.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fovlm.config.schema import DataSource
+from fovlm.data.chat import ChatTokenizer
+from fovlm.data.index import Index, open_index
+from fovlm.data.token_cache import VERSION, TokenCache, open_tokens
+from fovlm.errors import UserError
+from fovlm.fileio import digest, digest_file, open_atomically, sealed, unsealed, write_atomically
+from fovlm.progress import track
+
+ROW = np.dtype(
+    [
+        ("offset", "<i8"),  # the byte range of its files in the shard, and the checksum of that
+        ("length", "<i8"),
+        ("crc32", "<u4"),
+        ("media", "u1"),  # a number of MEDIA
+        ("frames", "<i4"),  # its pictures, or a video's seconds, before any limit
+        ("texts", "<u2"),  # conversations; tokens of all of them, and those before the frames
+        ("text", "<i4"),
+        ("prompt", "<i4"),
+        ("tokens_at", "<i8"),  # where its tokens start in the shard's token file, and their checksum
+        ("tokens_crc32", "<u4"),
+        ("cause", "<u2"),  # why it is broken: a number of `causes`; 0 when it is not
+    ]
+)
+AT_ONCE = 64  # indices that are read ahead while others are tokenized
+log = logging.getLogger(__name__)
+
+
+class SampleTable:
+    """The n samples of a source: `rows` ROW [n], shard after shard.
+
+    `shards` and `token_files` are paths, `first` i64 [shards] the number of each one's first sample, `counts` [shards]
+    how many it has; `hash` names their content. `causes` are those of broken samples, from 1 on; `broken` counts them.
+    """
+
+    def __init__(self, file: Path, shards: list[Path], facts: dict[str, Any]):
+        self.file, self.shards, self.facts = file, shards, facts
+        self.token_files = [file.parent.with_name("tokens") / name for name in facts["token_files"]]
+        self.counts: list[int] = facts["counts"]
+        self.first = np.concatenate([[0], np.cumsum(self.counts)[:-1]]).astype(np.int64)
+        self.causes: list[str] = ["", *facts["broken"]]
+        self.broken = Counter(facts["broken"])
+        self.hash = digest("\n".join(facts["checksums"]))
+        n = sum(self.counts)
+        self.rows = np.memmap(file, ROW, "r", shape=n) if n else np.empty(0, ROW)
+
+    def __reduce__(self):
+        return SampleTable, (self.file, self.shards, self.facts)  # a worker maps the file, too
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def place(self, number: int) -> tuple[int, int]:
+        """The shard of a sample, and its row there."""
+        shard = int(np.searchsorted(self.first, number, side="right")) - 1
+        while not self.counts[shard]:  # shards without samples share their first number with the next
+            shard -= 1
+        return shard, number - int(self.first[shard])
+
+
+def open_table(shards: list[Path], source: DataSource, chat: ChatTokenizer, cache: Path) -> SampleTable:
+    """The table of a source's shards, from its file or made now; then every new shard is read and tokenized once.
+
+    Says in the log what damaged shards lost. Raises UserError for a shard that is not a tar, and a read-only cache.
+    """
+    stats = [(str(path.resolve()), s.st_size, s.st_mtime_ns) for path in shards for s in [path.stat()]]
+    name = digest(json.dumps([VERSION, ROW.descr, stats, chat.hash, source.kind, source.prompt]))
+    file, header = cache / "samples" / f"{name}.rows", cache / "samples" / f"{name}.json"
+    try:
+        facts = json.loads(unsealed(header.read_bytes()))
+        table = SampleTable(file, shards, facts)
+        if digest_file(file) != facts["digest"] or not all(tokens.is_file() for tokens in table.token_files):
+            raise ValueError("not the files that the header says")
+    except (OSError, ValueError):  # missing or damaged
+        try:
+            facts = _make(file, shards, source, chat, cache)
+            write_atomically(header, sealed(json.dumps(facts)))
+        except OSError as error:
+            raise UserError(
+                f"no table of samples can be written to {cache} ({error}): set FOVLM_CACHE to a writable folder"
+            ) from None
+        table = SampleTable(file, shards, facts)
+    for warning in facts["warnings"]:
+        log.warning(warning)
+    return table
+
+
+def _make(file: Path, shards: list[Path], source: DataSource, chat: ChatTokenizer, cache: Path) -> dict[str, Any]:
+    """Write the rows, one shard after the other, and return the facts of the header."""
+    facts: dict[str, list] = {name: [] for name in ("checksums", "token_files", "counts", "warnings")}
+    broken: Counter[str] = Counter()
+    hashed = hashlib.blake2b(digest_size=16)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, open_atomically(file) as out:
+        some = (shards[start : start + AT_ONCE] for start in range(0, len(shards), AT_ONCE))
+        indices = (index for part in some for index in pool.map(lambda shard: open_index(shard, cache), part))
+        for index in track(indices, "indexing shards", len(shards)):
+            tokens = open_tokens(index, source, chat, cache)
+            broken.update(tokens.broken.values())
+            rows = _rows(index, tokens, {cause: code for code, cause in enumerate(broken, start=1)})
+            hashed.update(rows)
+            out.write(rows)
+            facts["checksums"].append(index.checksum)
+            facts["token_files"].append(tokens.file.name)
+            facts["counts"].append(len(index))
+            facts["warnings"] += [index.warning] if index.warning else []
+    return {**facts, "broken": broken, "digest": hashed.hexdigest()}
+
+
+def _rows(index: Index, tokens: TokenCache, codes: dict[str, int]) -> bytes:
+    rows = np.zeros(len(index), ROW)
+    for name in ("offset", "length", "crc32", "media", "frames"):
+        rows[name] = getattr(index, name)
+    for name in ("texts", "text", "prompt"):
+        rows[name] = getattr(tokens, name)
+    rows["tokens_at"], rows["tokens_crc32"] = tokens.at, tokens.crc32
+    for row, cause in tokens.broken.items():
+        rows["cause"][row] = codes[cause]
+    return rows.tobytes()

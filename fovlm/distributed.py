@@ -1,5 +1,6 @@
 """Collectives that also work without a process group: then there is one rank."""
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -7,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fovlm.errors import UserError
+from fovlm.errors import UserError, format_error
 
 T = TypeVar("T")
 
@@ -20,6 +21,11 @@ def rank() -> int:
 def world() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective call failed because another rank has ended."""
+    return re.search(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe", str(error)) is not None
 
 
 def barrier() -> None:
@@ -63,13 +69,21 @@ class SharedError(UserError):
 
 
 def collective_call(work: Callable[[], T]) -> T:
-    """Call `work` on every rank; a UserError on any of them is raised as SharedError on all."""
-    result, problem = None, ""
+    """Call `work` on every rank; a UserError on any of them is raised as SharedError on all.
+
+    So is an OSError that a path from the user causes. Another exception is raised as it is on its rank, and as
+    SharedError on the others: nobody is left waiting.
+    """
+    result, problem = None, f"rank {rank()} failed, see its traceback"
     try:
-        result = work()
-    except UserError as error:
-        problem = str(error)
-    if problem := next((p for p in gather(problem) if p), ""):
+        result, problem = work(), ""
+    except (UserError, OSError) as error:
+        if not (line := format_error(error)):
+            raise
+        problem = line
+    finally:
+        problems = gather(problem)
+    if problem := next((p for p in problems if p), ""):
         raise SharedError(problem)
     return cast(T, result)
 

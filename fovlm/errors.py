@@ -4,11 +4,13 @@ import difflib
 import errno
 from collections.abc import Iterable
 
+EXIT_FAILED = 1  # a fault that is not the user's
 EXIT_USER_ERROR = 2  # something to fix first; nothing was started, or nothing was lost
 EXIT_STOPPED = 75  # stopped by a signal, nothing lost: the same command resumes (EX_TEMPFAIL of sysexits.h)
 
 # System errors that a path from the user can cause; any other is a bug.
-PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS, errno.ENOSPC}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR} | DISK_ERRORS
 
 
 class UserError(Exception):
@@ -34,4 +36,6 @@ def format_error(error: UserError | OSError) -> str:
     """The line to print for an error; empty when it is a bug and needs its traceback."""
     if isinstance(error, UserError):
         return str(error)
-    return f"{str(error.filename)[:100]}: {error.strerror}" if error.filename and error.errno in PATH_ERRORS else ""
+    if error.filename:
+        return f"{str(error.filename)[:100]}: {error.strerror}" if error.errno in PATH_ERRORS else ""
+    return str(error.strerror) if error.errno in DISK_ERRORS else ""

@@ -14,9 +14,11 @@ This file does not know deepspeed: what the engine writes are files in a folder.
 
 import json
 import logging
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -123,6 +125,20 @@ class Checkpoints:
                 f"a checkpoint needs {size * SPARE / 1e9:.3g} GB and {self.folder} has {free / 1e9:.3g} GB free: "
                 "make room, or set FOVLM_RUNS to another disk"
             )
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Raise UserError for the RuntimeErrors that torch.save raises when a disk is full, read-only or gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("inline_container|iostream|Parent directory", str(error)):
+            raise
+        raise UserError(
+            f"{folder}: a checkpoint cannot be written: is the disk full, or read-only? Earlier checkpoints are whole; "
+            "when that is fixed, the same command resumes"
+        ) from error
 
 
 def read_state(checkpoint: Path) -> State:

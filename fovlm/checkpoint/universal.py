@@ -79,3 +79,10 @@ def universal_for(path: Path, scratch: Path) -> Path | None:
     if (path / store.UNIVERSAL).is_dir():  # `fovlm convert RUN OUT --to universal` made it
         return path / store.UNIVERSAL
     return to_universal(path, scratch) if store.read_state(path).world_size != distributed.world() else None
+
+
+def universal_done(scratch: Path) -> None:
+    """Remove what `universal_for` made, once every rank has loaded it."""
+    distributed.barrier()
+    if distributed.rank() == 0:
+        shutil.rmtree(scratch, ignore_errors=True)

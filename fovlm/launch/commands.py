@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from fovlm.errors import UserError
+from fovlm.errors import EXIT_USER_ERROR, UserError
 from fovlm.launch.request import Request
 from fovlm.launch.resources import Resources, cpu_cores, free_port, number
 from fovlm.paths import TRAIN, cache_root
@@ -31,6 +31,8 @@ def command_of(request: Request, where: Resources) -> tuple[list[str], dict[str,
         return [*_srun(where), *request.options, *task], env
     if not (deepspeed := shutil.which("deepspeed")):
         raise UserError(f"no command deepspeed on the PATH: start runs with {TRAIN}, or activate its environment")
+    if request.options:
+        check_options(request.options)
     command = [deepspeed, "--module", "--no_local_rank", "--log_level", "critical", "--master_port", port]
     if where.hostfile:
         command += ["--hostfile", where.hostfile]
@@ -43,7 +45,18 @@ def command_of(request: Request, where: Resources) -> tuple[list[str], dict[str,
         on_cpu = ["--num_gpus", str(where.local_ranks)]
         command += on_cpu if where.device == "cpu" else ["--include", f"localhost:{','.join(where.gpus)}"]
         env.pop("CUDA_VISIBLE_DEVICES", None)  # it would override this choice
+    if not where.hostfile:
+        env["FOVLM_LAUNCHER"] = str(os.getpid())  # whose end the ranks notice
     return [*command, *request.options, "fovlm.train", *request.words], env
+
+
+def check_options(options: tuple[str, ...]) -> None:
+    """Raise UserError for options after `--` that the deepspeed launcher does not have. Takes seconds."""
+    code = "import sys; from deepspeed.launcher.runner import parse_args; parse_args([*sys.argv[1:], 'fovlm.train'])"
+    done = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True)
+    if done.returncode == EXIT_USER_ERROR:  # argparse's too
+        problem = done.stderr.strip().rpartition("error: ")[2]
+        raise UserError(f"after --: {problem}; deepspeed --help shows its options")
 
 
 def _srun(where: Resources) -> list[str]:

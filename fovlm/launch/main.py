@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
@@ -33,6 +34,13 @@ def say(text: str) -> None:
         print(f"fovlm: {text}", file=sys.stderr, flush=True)
 
 
+def on_signals(handler: Callable[[int, FrameType | None], object]) -> None:
+    """Handle SIGNALS; under nohup, SIGHUP stays ignored."""
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 class Run:
     """A started launcher in a session of its own, so that a signal reaches the ranks once, from here.
 
@@ -41,13 +49,11 @@ class Run:
     """
 
     def __init__(self, command: list[str], env: dict[str, str], remote: bool):
-        self.remote, self.stop_asked = remote, False
+        self.remote, self.stop_asked, self.killed = remote, False, False
         early: list[int] = []
-        for number in SIGNALS:
-            signal.signal(number, lambda number, frame: early.append(number))
+        on_signals(lambda number, frame: early.append(number))
         self.launcher = subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True)
-        for number in SIGNALS:
-            signal.signal(number, self._pass_on)
+        on_signals(self._pass_on)
         if early:
             self._pass_on(early[0], None)
 
@@ -68,6 +74,7 @@ class Run:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.stop_asked:
+            self.killed = True
             self._signal_group(signal.SIGKILL)
             return
         self.stop_asked = True
@@ -111,14 +118,19 @@ class Run:
         return False
 
 
-def last_line(request: Request, status: int) -> str:
-    """What to say after a run that ended with `status`; empty when the run said everything itself."""
+def last_line(request: Request, status: int, killed: bool = False) -> str:
+    """What to say after a run that ended with `status`; empty when the run said everything itself.
+
+    `killed`: by a second Ctrl-C.
+    """
     words = [word for word in request.words if not word.startswith("train.resume=")]  # what is saved now is newer
     again = f"to resume: {TRAIN} {shlex.join(words)}"
     if status in (0, EXIT_USER_ERROR):
         return ""
     if status == EXIT_STOPPED:
         return f"{words[0]} saved and stopped; {again}"
+    if killed:
+        return f"{words[0]} stopped at once; from the last good checkpoint, {again}"
     cause = ": a rank was killed by signal 9, often because memory ran out" if status == 137 else ", see above"
     return f"{words[0]} failed (status {status}){cause}; from the last good checkpoint, {again}"
 
@@ -138,7 +150,7 @@ def launch(request: Request) -> int:
     status = run.wait()
     if run.stop_asked and not run.remote and status - 128 in SIGNALS:  # the ranks had no handler yet
         raise Stopped
-    if line := last_line(request, status):
+    if line := last_line(request, status, run.killed):
         say(line)
     return status
 
@@ -154,10 +166,10 @@ def main(words: list[str] | None = None) -> int:
         request = parse(words)
         if request.list_runs:
             notes = experiments.names().items()
-            print("\n".join(f"{run:{max(len(run) for run, _ in notes)}}  {note}" for run, note in notes))
+            with suppress(BrokenPipeError):  # a reader that has seen enough, like `head`
+                print("\n".join(f"{run:{max(len(run) for run, _ in notes)}}  {note}" for run, note in notes))
             return 0
-        for number in SIGNALS:
-            signal.signal(number, stop)
+        on_signals(stop)
         return launch(request)
     except Stopped:
         say(f"{request.words[0]} stopped before the first step; the same command starts it again")

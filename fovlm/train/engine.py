@@ -41,7 +41,7 @@ def start(hang_minutes: float = 30) -> torch.device:
     for the CPU is switched off: compiling it takes minutes at the first start, and gloo does without.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"  # NUM_GPUS=0 sets it
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -198,10 +198,11 @@ class Engine:
         distributed.collective_call(lambda: checkpoints.need_room(self.checkpoint_bytes()))
         name = f"step-{state.step:08d}"
         staging = Path(distributed.broadcast(str(checkpoints.staging(name)) if distributed.rank() == 0 else ""))
-        self.deepspeed.save_checkpoint(
-            str(staging), tag=ENGINE, client_state={"iteration": state.step}, save_latest=False
-        )
-        torch.save(_random_states(), staging / f"random-{distributed.rank():05d}.pt")
+        with store.disk_errors(staging):
+            self.deepspeed.save_checkpoint(
+                str(staging), tag=ENGINE, client_state={"iteration": state.step}, save_latest=False
+            )
+            torch.save(_random_states(), staging / f"random-{distributed.rank():05d}.pt")
         answered = self._ask(probe) if probe else None
         if distributed.rank() == 0:
             (staging / "experiment.yaml").write_text(experiment)

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -23,7 +24,7 @@ from fovlm import distributed
 from fovlm.checkpoint import store
 from fovlm.checkpoint.locate import load_weights
 from fovlm.checkpoint.reference import choose_reference_batch
-from fovlm.checkpoint.universal import universal_for
+from fovlm.checkpoint.universal import universal_done, universal_for
 from fovlm.config import deepspeed, schema
 from fovlm.config.schema import Experiment
 from fovlm.data import synthetic
@@ -32,7 +33,7 @@ from fovlm.data.dataloader import PackLoader, plan_steps
 from fovlm.data.dataset import open_dataset, pack_budget, tokenizer_path
 from fovlm.data.packing import Batch, PackBudget, PackSize
 from fovlm.distributed import SharedError
-from fovlm.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from fovlm.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, UserError, format_error
 from fovlm.estimate.flops import mean_cost, samples_of, total
 from fovlm.estimate.shapes import geometry
 from fovlm.fileio import write_atomically
@@ -43,6 +44,7 @@ from fovlm.train import resume, schedule
 from fovlm.train.bad_samples import BadSamples
 from fovlm.train.engine import Engine, StepResult, start
 from fovlm.train.logger import Logger
+from fovlm.train.run_lock import run_lock
 from fovlm.train.saving import CheckpointSaver
 from fovlm.train.synthetic_score import score_looks
 from fovlm.train.throughput import Throughput, device_name
@@ -89,6 +91,7 @@ class Trainer:
         self.engine = Engine(model, experiment.optim, self.engine_settings, device, frozen, train.dpo_beta)
         if checkpoint:
             self.engine.load(checkpoint, universal)
+            universal_done(self.folder / "universal")
         self.state = replace(
             store.read_state(checkpoint) if checkpoint else store.State(),
             experiment_hash=experiment.hash,
@@ -130,10 +133,11 @@ class Trainer:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def train(self) -> int:
-        """Train to the end, or until SIGTERM or SIGUSR1; returns the exit status."""
+        """Train to the end, or until SIGTERM, SIGHUP or SIGUSR1; returns the exit status."""
         train, state = self.experiment.train, self.state
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._request_stop)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, self._request_stop)
         with self.logger:
             self._write_settings()
             throughput = Throughput(state, self.device, self.flops_per_sample)
@@ -316,8 +320,20 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(describe(experiment, int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
-        return Trainer(experiment, start(experiment.train.hang_minutes)).train()
-    except UserError as error:
+        device = start(experiment.train.hang_minutes)
+        with run_lock(experiment.run_folder):
+            return Trainer(experiment, device).train()
+    except (UserError, OSError) as error:
+        if not (problem := format_error(error)):
+            raise
+        if isinstance(error, OSError):
+            problem += "; when that is fixed, the same command resumes from the last checkpoint"
         if first or not isinstance(error, SharedError):  # all ranks know a shared one
-            print(f"fovlm: {error}", file=sys.stderr, flush=True)
-    return EXIT_USER_ERROR
+            print(f"fovlm: {problem}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except RuntimeError as error:
+        if not distributed.is_lost_peer(error):
+            raise
+        print(f"fovlm: rank {distributed.rank()} lost its connection to another rank", file=sys.stderr, flush=True)
+        time.sleep(3)  # the launcher reports the status of the first that ends: let it be the one that failed
+        return EXIT_FAILED

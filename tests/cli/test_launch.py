@@ -75,6 +75,7 @@ def test_all_gpus_are_used_and_num_gpus_takes_the_first(place):
     _, args, env = place.recorded("LR1")
     assert args[args.index("--include") + 1] == "localhost:0,1,2,3"
     assert "DS_ACCELERATOR" not in env
+    assert int(env["FOVLM_LAUNCHER"]) > 1
     _, args, _ = place.recorded("LR1", NUM_GPUS="2")
     assert args[args.index("--include") + 1] == "localhost:0,1"
     _, args, env = place.recorded("LR1", CUDA_VISIBLE_DEVICES="3,1")
@@ -130,6 +131,7 @@ def test_inside_slurm_it_starts_itself_one_task_per_gpu(place):
         (["LR1", "LR2"], "one run at a time"),
         (["LR1", "train.steps"], "a setting is section.key=value"),
         (["LR1", "deepspeed=zero9"], "did you mean 'zero"),
+        (["LR1", "--", "--fast"], "after --: unrecognized arguments: --fast; deepspeed --help shows its options"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2_before_anything_starts(place, arguments, expected):
@@ -238,8 +240,21 @@ def test_a_second_interrupt_kills(place):
         run.send_signal(signal.SIGINT)
         assert run.stdout.readline() == "saved\n"
         run.send_signal(signal.SIGINT)
-        run.communicate(timeout=60)
+        said = run.communicate(timeout=60)[1]
     assert run.returncode == 137
+    assert said.splitlines()[-1].startswith("fovlm: LR1 stopped at once; from the last good checkpoint, to resume:")
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(place):
+    place.program("deepspeed", TREE.format(python=sys.executable))
+    command = ["nohup", str(ROOT / "launch.sh"), "LR1"]
+    with subprocess.Popen(command, env=place.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == "training\n"
+        run.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.wait(timeout=0.5)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(timeout=60) == 75
 
 
 def test_a_launcher_that_dies_first_leaves_nobody_behind(place):

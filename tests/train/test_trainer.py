@@ -88,6 +88,7 @@ def test_a_killed_run_goes_on_exactly_on_another_number_of_ranks(whole, home):
         assert math.isclose(row["loss"], expected["loss"], rel_tol=5e-6), row["step"]
     one, two = (json.loads((home / "runs" / name / "run_summary.json").read_text()) for name in ("killed", "whole"))
     assert one["val_hash"] == two["val_hash"]
+    assert not (home / "runs" / "killed" / "universal").exists(), "it was made for the resume alone"
 
 
 def test_a_signal_saves_within_a_step_and_a_stranger_is_refused(whole, home):

@@ -1,0 +1,67 @@
+"""What can happen to a rank from outside: the process that started it dies, its terminal closes."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any, TextIO, cast
+
+import psutil
+
+LAUNCHER = "FOVLM_LAUNCHER"  # the process of launch.sh, on one machine
+
+
+def stop_without_launcher() -> None:
+    """From now on, SIGTERM reaches this process when its parent or its launcher is gone: it saves and stops."""
+    parent, launcher = os.getppid(), int(os.environ.get(LAUNCHER, 0))
+
+    def watch() -> None:
+        while os.getppid() == parent and (not launcher or lives(launcher)):
+            time.sleep(1)
+        print("fovlm: its launcher is gone: saving, then stopping", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def lives(pid: int) -> bool:
+    """Whether a process of this host lives. Zombies do not: a container may have nobody to reap them."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Output:
+    """A text stream that outlives its reader: what cannot be written any more is dropped."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:  # a closed pipe, a terminal that is gone, a full disk
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Send all that follows nowhere, also what C code writes."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def keep_running_without_output() -> None:
+    """From now on a closed pipe (`| head`) or a lost terminal ends no printing process."""
+    sys.stdout, sys.stderr = cast(TextIO, Output(sys.stdout)), cast(TextIO, Output(sys.stderr))

@@ -68,7 +68,8 @@ class Forked:
         self.process.wait(timeout=60)
 
     def ask(self, **request: Any) -> Any:
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         print(json.dumps(request), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
@@ -126,9 +127,9 @@ def _fork(request: dict[str, Any], rank: int) -> int:
         status = trainer.main(request["start"])
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
     finally:
+        if sys.exc_info()[0]:
+            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

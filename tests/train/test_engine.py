@@ -166,3 +166,15 @@ def test_a_skipped_step_leaves_nothing_behind_with_offload_in_bf16(found, world)
 def test_another_run_can_start_from_the_weights(found):
     assert math.isclose(found[1]["warm"], found[2]["warm"], rel_tol=1e-5)
     assert not math.isclose(found[1]["warm"], float(tiny_model(seed=4)(packs(0)[0]).sum().detach()), rel_tol=1e-3)
+
+
+def test_without_gpus_asked_for_a_gpu_is_left_alone(monkeypatch):
+    """NUM_GPUS=0 on a machine that has one: launch.sh then sets DS_ACCELERATOR."""
+    joined = {}
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from fovlm.train import engine  # imports deepspeed, which takes seconds
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(engine.deepspeed, "init_distributed", lambda **given: joined.update(given))
+    assert engine.start().type == "cpu"
+    assert joined["dist_backend"] == "gloo"

@@ -76,7 +76,7 @@ def test_the_lock_of_another_host_holds_while_it_gives_signs_of_life(tmp_path):
     beating.start()
     try:
         time.sleep(0.1)
-        with pytest.raises(UserError, match="process 7 on elsewhere trains there already.*remove run.lock"):
+        with pytest.raises(UserError, match=r"process 7 on elsewhere trains there already.*remove run.lock"):
             RunLock(tmp_path)
     finally:
         ended.set()

@@ -83,7 +83,7 @@ DOORS = {
     "markdown_it": {"fovlm.report.document"},
     "lmms_eval": {"fovlm.eval.lmms_eval", "fovlm.eval.lmms_plugin"},
     "tokenizers": {"fovlm.data.synthetic"},
-    "typer": {f"fovlm.cli.{name}" for name in ("convert", "data", "evaluate", "main", "run", "use")},
+    "typer": {f"fovlm.cli.{name}" for name in ("convert", "data", "evaluate", "main", "train", "use")},
 }
 FAMILIES = "fovlm.model.encoders"
 # Names inside Hugging Face's vision transformers, which change between releases.

@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from fovlm import __version__
-from fovlm.cli import convert, data, evaluate, run, use
+from fovlm.cli import convert, data, evaluate, train, use
 from fovlm.errors import EXIT_USER_ERROR, UserError, did_you_mean, format_error
 from fovlm.paths import TRAIN
 
 # From the click that typer bundles or depends on, which differs between releases.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+RENAMED = {"run": "sweep"}  # commands
 INTERRUPTED = 130  # 128 + SIGINT, by the convention of shells
 
 app = typer.Typer(
@@ -37,7 +38,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-for group in (data, run, evaluate, convert, use):  # the order in --help
+for group in (data, train, evaluate, convert, use):  # the order in --help
     group.register(app)
 
 
@@ -73,5 +74,6 @@ def _usage(error: Any) -> str:
     message = " ".join(error.format_message().split()).rstrip(".")
     if context and message.startswith("No such command"):
         word = message.split("'")[1]
-        message = f"no command '{word}'{did_you_mean(word, context.command.commands)}"
+        hint = f": renamed to '{RENAMED[word]}'" if word in RENAMED else did_you_mean(word, context.command.commands)
+        message = f"no command '{word}'{hint}"
     return f"{message[:1].lower()}{message[1:]}; see {command} --help"

@@ -191,7 +191,7 @@ class Experiment(Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     note: str = ""
-    seeds: Count = 1  # how often `fovlm run` repeats it, each time with other initial weights
+    seeds: Count = 1  # how often `fovlm sweep` repeats it, each time with other initial weights
     versus: Versus | None = None  # what the report compares it with
     deepspeed: str = "zero2"  # name of a file in ds_configs/
     model: ModelSettings = ModelSettings()

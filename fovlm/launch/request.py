@@ -50,7 +50,7 @@ def parse(words: list[str]) -> Request:
     if len(names) > 1 and "." in names[1]:
         raise UserError(f"'{names[1]}': a setting is section.key=value")
     if len(names) > 1:
-        raise UserError(f"'{names[1]}': one run at a time, and '{names[0]}' was given (fovlm run starts several)")
+        raise UserError(f"'{names[1]}': one run at a time, and '{names[0]}' was given (fovlm sweep starts several)")
     if not names and not known.list:
         raise UserError(f"which run? {TRAIN} --list shows all; {TRAIN} quickstart is a good first")
     return Request((*names, *overrides), tuple(words[split + 1 :]), known.list, known.dry_run)

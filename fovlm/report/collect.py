@@ -25,7 +25,7 @@ CELL = re.compile(r"^(?P<group>.*?)(?P<size>[^-]+)-(?P<budget>C\d+)-(?P<arch>[A-
 
 
 def collect(words: Iterable[str]) -> Evidence:
-    """Read the runs that the words name: run folders, folders of them, globs, names or groups as `fovlm run` knows.
+    """Read the runs that the words name: run folders, folders of them, globs, names or groups as `fovlm sweep` knows.
 
     Raises UserError when a word names nothing, no run is finished, or runs that would be compared were scored on
     different validation sets.
@@ -89,7 +89,7 @@ def _folders(word: str) -> list[Path]:
     found = sorted(p.parent for p in run_root().glob("*/experiment.yaml"))
     inside = [folder for name in names for folder in found if SEED.sub("", folder.name) == name]
     if not inside:
-        raise UserError(f"'{word}' has not been run: no folder of it in {run_root()} (fovlm run '{word}')")
+        raise UserError(f"'{word}' has not been run: no folder of it in {run_root()} (fovlm sweep '{word}')")
     return inside
 
 

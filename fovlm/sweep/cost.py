@@ -1,4 +1,4 @@
-"""`fovlm run --dry-run`: samples and FLOPs of every run, and what they cost in time and money.
+"""`fovlm sweep --dry-run`: samples and FLOPs of every run, and what they cost in time and money.
 
 Time is FLOPs over measured speed: that of the finished runs in `runs.csv`, from their first step to their last,
 validation and checkpoints included, of the same size and visual mode if there are any, else of the same size. Start-up

@@ -152,7 +152,7 @@ class SweepRunner:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             log.close()
-            self._leave(run, "busy", "another `fovlm run` is training it")
+            self._leave(run, "busy", "another `fovlm sweep` is training it")
             return False
         resumes = run_status(run) == "resumable"
         slot, port = self.slots[number], free_port({c.port for c in self.children})

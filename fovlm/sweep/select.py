@@ -1,4 +1,4 @@
-"""Which runs `fovlm run` starts, in which order, and the status of each.
+"""Which runs `fovlm sweep` starts, in which order, and the status of each.
 
 A pattern is a run (`LR1`), a glob over all runs (`135M-*`), a group (`ablations`), or a glob within a group
 (`ablations/A*`). A group is a file of `experiments/`; its runs keep the order they have there.

@@ -1,6 +1,6 @@
 """`runs.csv`: one row for each run below FOVLM_RUNS, kept up to date while it runs.
 
-The file is read, changed and replaced as a whole under a lock, so that two `fovlm run` at once both leave their
+The file is read, changed and replaced as a whole under a lock, so that two `fovlm sweep` at once both leave their
 rows. Numbers come from the run folder (`fovlm/checkpoint/run_folder.py`).
 """
 
@@ -37,7 +37,7 @@ def read(root: Path) -> dict[str, dict[str, str]]:
         with file.open(newline="", encoding="utf-8") as f:
             return {row["name"]: dict.fromkeys(COLUMNS, "") | row for row in csv.DictReader(f)}
     except (KeyError, ValueError, csv.Error) as error:
-        raise UserError(f"{file} is damaged ({error!r}): move it away; `fovlm run` writes a new one") from error
+        raise UserError(f"{file} is damaged ({error!r}): move it away; `fovlm sweep` writes a new one") from error
 
 
 def write(root: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:

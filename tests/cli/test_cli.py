@@ -66,6 +66,7 @@ def user_error(capsys, *words: str) -> str:
 
 def test_misspelt_words_get_the_closest_name(capsys, film, saved_model):
     assert "no command 'lok' (did you mean 'look'?)" in user_error(capsys, "lok")
+    assert "no command 'run': renamed to 'sweep'" in user_error(capsys, "run", "LR1")
     assert "--tokens" in user_error(capsys, "ask", film, "what", "--token", "3")
     assert "see fovlm ask --help" in user_error(capsys, "ask", film)
     assert "see fovlm ask --help" in user_error(capsys, "ask", film, "what", "--tokens", "many")

@@ -206,7 +206,7 @@ def test_spans():
     ],
 )
 def test_options_that_cannot_be_are_refused_before_anything_runs(capsys, words, message):
-    assert main(["run", "LR1", *words]) == 2
+    assert main(["sweep", "LR1", *words]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -220,6 +220,6 @@ def test_a_damaged_table_is_told_in_a_line(tmp_path, monkeypatch, capsys, damage
     monkeypatch.setenv("FOVLM_RUNS", str(tmp_path))
     (tmp_path / "runs.csv").write_bytes(damage)
     for words in (["--dry-run"], []):
-        assert main(["run", "LR1", *words]) == 2
+        assert main(["sweep", "LR1", *words]) == 2
         assert "runs.csv is damaged" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["runs.csv"]

@@ -88,7 +88,7 @@ class Place:
         (self.home / "behave.json").write_text(json.dumps(how))
 
     def work(self, *words: str, seeds: int = 1, slots: list[Slot] | None = None, again: bool = False):
-        """What `fovlm run WORDS` does: the results, the exit status, and what was said."""
+        """What `fovlm sweep WORDS` does: the results, the exit status, and what was said."""
         overrides, folder = [w for w in words if "=" in w], self.home / "experiments"
         planned = plan(select([w for w in words if "=" not in w], folder=folder), overrides, seeds, folder)
         (self.home / "hashes.json").write_text(json.dumps({run.name: run.experiment.hash for run in planned}))
@@ -267,7 +267,7 @@ def test_what_another_command_is_at_is_left_to_it(place):
     thread.join()
     ((results, said),) = inner
     assert results == {"two": "busy"}
-    assert "another `fovlm run`" in said
+    assert "another `fovlm sweep`" in said
 
 
 def test_gpus_are_shared_out():

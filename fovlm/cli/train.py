@@ -1,4 +1,4 @@
-"""Commands for training: train, run."""
+"""Commands for training: train, sweep."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
     panel = "Training"
     app.command(rich_help_panel=panel, cls=_Verbatim)(train)
-    app.command(rich_help_panel=panel)(run)
+    app.command(rich_help_panel=panel)(sweep)
 
 
 class _Verbatim(TyperCommand):
@@ -45,7 +45,7 @@ def train(context: typer.Context) -> None:
     raise typer.Exit(main(context.args))
 
 
-def run(
+def sweep(
     what: Annotated[
         list[str] | None,
         typer.Argument(metavar="PATTERN... [section.key=value ...]", help="`ablations/*`, `LR1 A1`, `135M-*`"),
@@ -72,8 +72,8 @@ def run(
     Finished runs are skipped, interrupted runs resume, a failed run prints the tail of its log, and the sweep
     continues.
 
-        fovlm run 'ablations/*' --dry-run
-        fovlm run LR1 A1 --gpus 0,1,2,3 --per-run 2 optim.lr_llm=2e-5
+        fovlm sweep 'ablations/*' --dry-run
+        fovlm sweep LR1 A1 --gpus 0,1,2,3 --per-run 2 optim.lr_llm=2e-5
     """
     from fovlm.sweep.progress import SweepProgress
     from fovlm.sweep.runner import Slot, SweepRunner, cpu_slots, exit_status, gpu_slots

@@ -4,7 +4,7 @@ The packages in reading order; each imports only from those above it:
 
     errors, paths, fileio     user errors, folders, atomic files; also redact, tables, progress, distributed
     config/                   settings of an experiment: YAML files, schema, the DeepSpeed JSON
-    launch                    starts the ranks of a run: one machine, several nodes, SLURM
+    launch/                   starts the ranks of a run: one machine, several nodes, SLURM
     media/                    decode pictures and videos, tolerantly for users; encode
     data/                     tar shard -> index -> order -> sample -> pack -> batch; the synthetic task
     model/                    encoder, looks, language model; streaming and generation

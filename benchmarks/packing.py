@@ -52,13 +52,14 @@ class Measured:
 
 
 def sizes_of(mix: Mix, n: int, seed: int = 0) -> np.ndarray:
-    """Frames, looks, text and prompt i64 [n, 4] of drawn samples."""
+    """Frames, looks, text, prompt and 0 frames seen again i64 [n, 5] of drawn samples."""
     random = np.random.default_rng(seed)
     kind = random.choice(3, n, p=[1 - mix.pictures - mix.text, mix.pictures, mix.text])  # clip, picture, text
     frames = np.where(kind == 0, _clips(mix.frames, n, random), kind == 1)
     looks = np.where(kind == 1, mix.looks, frames)
     text = np.where(kind == 2, random.integers(40, 513, n), random.integers(40, 301, n))
-    return np.stack([frames, looks, text, np.where(kind == 2, 0, text // 2)], axis=1).astype(np.int64)
+    ahead = np.where(kind == 2, 0, text // 2)
+    return np.stack([frames, looks, text, ahead, 0 * frames], axis=1).astype(np.int64)
 
 
 def _clips(mean: float, n: int, random: np.random.Generator) -> np.ndarray:

@@ -21,7 +21,8 @@ from fovlm.errors import UserError
 
 FILE = "reference.safetensors"
 SAMPLES, FRAMES = 4, 16  # at most; at least one sample
-FACTS, TENSORS = ("key", "source", "looks", "prompt", "role"), ("frames", "tokens", "weight")  # of a Sample
+FACTS = ("key", "source", "looks", "prompt", "role", "shares")  # of a Sample
+TENSORS = ("frames", "tokens", "weight")
 
 
 @dataclass

@@ -57,6 +57,7 @@ class DataSource(Strict):
     shards: str  # tar files: braces and ${FOVLM_DATA} are expanded; a relative pattern is below FOVLM_DATA; or a URL
     kind: Literal["text", "image", "video", "preference"]
     prompt: str | None = None  # the question for samples without one of their own
+    loss_weight: Rate = 1.0  # of each of its tokens in the training loss
 
 
 class SyntheticTask(Strict):
@@ -86,9 +87,11 @@ class DataSettings(Strict):
     pack_cost: Count = 4096  # budget of a pack in text tokens: the memory and the work of one micro step
     frame_cost: Count = 32  # text tokens that one frame counts as: about the ratio of their FLOPs
     max_frames: Count = 64  # of one sample; longer videos are subsampled evenly
-    max_tokens: Count = 512  # of one sample; longer texts are truncated
+    max_tokens: Count = 512  # of one conversation; longer texts are truncated
     image_frames: Count = 1  # looks at the single frame of an image
+    questions_per_encoding: Count = 8  # conversations over the same frames that share their encoding, at most
     loss_on: Literal["all_text", "answer"] = "answer"  # text tokens that carry loss
+    length_weight: Literal["none", "sqrt"] = "none"  # sqrt: each of n such tokens weighs 1 / sqrt(n) in training
     workers: Whole = 2  # data loader processes per rank; affects speed only
     seed: Whole = 0  # of the sample order
     max_bad_fraction: Share = 0.01  # of the samples seen; with more broken ones the run fails

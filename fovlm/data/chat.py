@@ -1,17 +1,25 @@
 """Turn a conversation into tokens, their loss weights and the place of the frames.
 
-The text is the tokenizer's own chat template, rendered with one system message and tokenized as a whole; question and
-answer are then found in it by their character offsets. Tokenized separately, they would have other tokens at their
+The text is the tokenizer's own chat template, rendered with one system message and tokenized as a whole; questions and
+answers are then found in it by their character offsets. Tokenized separately, they would have other tokens at their
 boundaries than the text that generation sees.
 
     <|im_start|>system\\nYou are a helpful AI assistant.<|im_end|>\\n<|im_start|>user\\nQUESTION<|im_end|>\\n
-    <|im_start|>assistant\\nANSWER<|im_end|>
+    <|im_start|>assistant\\nANSWER<|im_end|>\\n<|im_start|>user\\nNEXT QUESTION<|im_end|>\\n ...
 
-`model.question: before_frames` puts the frames right after QUESTION, `after_frames` puts them at the start. The tokens
-are the same for both.
+`model.question: before_frames` puts the frames right after the first QUESTION, `after_frames` puts them at the start.
+The tokens are the same for both. A record has one of
+
+    {"user": QUESTION, "assistant": ANSWER}
+    {"turns": [{"user": .., "assistant": ..}, ..]}                    several turns, a loss on each answer
+    {"messages": [{"role": .., "content": ..}, ..]}                   the same; a system message may come first
+    {"token_ids": [..], "loss_mask": [..], "frames_at": ..}           tokenized ahead of time
+    {"conversations": [RECORD, ..]}                                   several conversations over the same frames
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +31,8 @@ from fovlm.fileio import digest
 
 SYSTEM = "You are a helpful AI assistant."
 SHOWN, ANSWER = "\ue000shown\ue000", "\ue000answer\ue000"  # private-use characters, to find places in rendered text
+MOST = 2**16 - 1  # conversations of a sample: the table of samples counts so far
+Pieces = Callable[[int], tuple[str, ...]]  # `around` of one tokenizer
 
 
 @dataclass
@@ -37,18 +47,18 @@ class TokenizedText:
 class ChatTokenizer:
     """Turns records of a shard into `TokenizedText`. Raises UserError for a tokenizer that has no usable chat template.
 
-    question: `after_frames` | `before_frames`; loss_on: `all_text` | `answer`; most: tokens of a sample.
+    question: `after_frames` | `before_frames`; loss_on: `all_text` | `answer`; most: tokens of a conversation.
     `hash` changes with everything that decides which records are usable and how many tokens they have.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, question: str, loss_on: str, most: int):
         self.tokenizer, self.question, self.loss_on, self.most = tokenizer, question, loss_on, most
-        self.pieces = template(tokenizer)
-        what = [tokenizer.backend_tokenizer.to_str(), *self.pieces, question, loss_on, str(most)]
+        self.around: dict[int, tuple[str, ...]] = {}  # by the number of turns
+        what = [tokenizer.backend_tokenizer.to_str(), *template(tokenizer), question, loss_on, str(most)]
         self.hash = digest("\n".join(what))
 
     def texts(self, record: dict[str, Any], question: str | None, frames: bool, pair: bool) -> list[TokenizedText]:
-        """The one conversation of a record, or the two of a preference `pair`: `chosen`, then `rejected`."""
+        """One conversation, or the two of a preference `pair`: `chosen`, then `rejected`. Raises SampleError."""
         if not pair:
             return [self.text(record, question, frames)]
         if "chosen" not in record or "rejected" not in record:
@@ -57,15 +67,15 @@ class ChatTokenizer:
         return [self.text({"user": user, "assistant": record[s]}, question, frames) for s in ("chosen", "rejected")]
 
     def text(self, record: dict[str, Any], question: str | None, frames: bool) -> TokenizedText:
-        """The tokens of a record with `assistant` and `user` (by default `question`), or `token_ids` and `loss_mask`.
+        """The tokens of one conversation; its first question is `question` by default.
 
         `frames` says whether the sample has any. Raises SampleError.
         """
         if "token_ids" in record:
             ids, weight, frames_at = self._ready_made(record)
         else:
-            ids, answer_from, frames_at = encode(record, question, self.tokenizer, self.pieces)
-            weight = [1.0 if self.loss_on == "all_text" or i >= answer_from else 0.0 for i in range(len(ids))]
+            ids, mask, frames_at = encode(record, question, self.tokenizer, self._around)
+            weight = [1.0 if self.loss_on == "all_text" else float(m) for m in mask]
         prompt = frames_at if frames and self.question == "before_frames" else 0
         if prompt or not frames:
             weight[0] = 0.0  # nothing comes before this token from which it could be predicted
@@ -73,6 +83,11 @@ class ChatTokenizer:
         if not any(weight):
             raise SampleError("nothing to learn within max_tokens")
         return TokenizedText(torch.tensor(ids), torch.tensor(weight), min(prompt, self.most))
+
+    def _around(self, turns: int) -> tuple[str, ...]:
+        if turns not in self.around:
+            self.around[turns] = around(self.tokenizer, turns)
+        return self.around[turns]
 
     def _ready_made(self, record: dict[str, Any]) -> tuple[list[int], list[float], int]:
         ids: Any = record["token_ids"]
@@ -103,20 +118,66 @@ def template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
 
     Raises UserError when there is no template, or one that changes the messages.
     """
+    head, before, middle, tail = around(tokenizer, 1)
+    return head + SYSTEM + before, middle, tail
+
+
+def around(tokenizer: PreTrainedTokenizerBase, turns: int) -> tuple[str, ...]:
+    """The parts of the chat template around the 1 + 2 * turns messages of a conversation: before the system message,
+    between any two messages, and after the last answer. Raises UserError as `template` does."""
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template: set model.tokenizer to that of an -Instruct model")
 
-    def render(user: str, answer: str) -> str:
-        turns = [("system", SYSTEM), ("user", user), ("assistant", answer)]
-        messages = [{"role": role, "content": content} for role, content in turns]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    def render(messages: list[str]) -> str:
+        roles = ["system", *["user", "assistant"] * turns]
+        listed = [{"role": role, "content": content} for role, content in zip(roles, messages, strict=True)]
+        return str(tokenizer.apply_chat_template(listed, tokenize=False))
 
-    rendered = render(SHOWN, ANSWER)
-    head, _, rest = rendered.partition(SHOWN)
-    middle, _, tail = rest.partition(ANSWER)
-    if render("Is it?", "It is.") != f"{head}Is it?{middle}It is.{tail}":
+    pieces = render([ANSWER] * (1 + 2 * turns)).split(ANSWER)
+    words = ["Be brief.", *["Is it?", "It is."] * turns, ""]
+    if len(pieces) != len(words) or render(words[:-1]) != "".join(a + b for a, b in zip(pieces, words, strict=True)):
         raise UserError("the tokenizer's chat template changes the messages: set model.tokenizer to another one")
-    return head, middle, tail
+    return tuple(pieces)
+
+
+def conversations(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of a sample's conversations: itself, or those that it lists. Raises SampleError."""
+    several = record.get("conversations", [record])
+    if not isinstance(several, list) or not several or not all(isinstance(one, dict) for one in several):
+        raise SampleError("conversations are not a list of records")
+    if len(several) > MOST:
+        raise SampleError(f"more than {MOST} conversations")
+    return several
+
+
+def turns_of(record: dict[str, Any], question: str | None = None) -> tuple[str, list[tuple[str, str]]]:
+    """The system message and the turns (question, answer) of a conversation, without surrounding white space.
+
+    The first question is `question` when the record has none. A last question without an answer is left out. Raises
+    SampleError.
+    """
+    system, several = SYSTEM, record.get("turns", [record])
+    if "messages" in record:
+        messages = record["messages"]
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+            raise SampleError("messages are not a list of {role, content}")
+        if messages and messages[0].get("role") == "system":
+            system, messages = _words(messages[0].get("content")), messages[1:]
+        if any(m.get("role") != ("user", "assistant")[i % 2] for i, m in enumerate(messages)):
+            raise SampleError("the roles of messages do not alternate between user and assistant")
+        pairs = zip(messages[::2], messages[1::2], strict=False)
+        several = [{"user": asked.get("content"), "assistant": said.get("content")} for asked, said in pairs]
+    if not isinstance(several, list) or not several or not all(isinstance(turn, dict) for turn in several):
+        raise SampleError("no turns of {user, assistant}")
+    turns = [(_words(turn.get("user")), _words(turn.get("assistant"))) for turn in several]
+    turns[0] = (turns[0][0] or (question or "").strip(), turns[0][1])
+    if not turns[0][0]:
+        raise SampleError("no question, and the source has no prompt")
+    if not all(asked for asked, _ in turns):
+        raise SampleError("a turn without a question")
+    if not all(answer for _, answer in turns):
+        raise SampleError("empty answer")
+    return system, turns
 
 
 def conversation(
@@ -145,42 +206,42 @@ def conversation(
 
 
 def encode(
-    record: dict[str, Any], question: str | None, tokenizer: PreTrainedTokenizerBase, pieces: tuple[str, str, str]
-) -> tuple[list[int], int, int]:
-    """(token ids, the first token of the answer, the number of tokens up to the question's end) of a conversation.
-
-    `pieces` are those of `template(tokenizer)`. Raises SampleError.
-    """
-    head, middle, tail = pieces
-    user = _words(record.get("user")) or (question or "").strip()
-    answer = _words(record.get("assistant"))
-    if not user:
-        raise SampleError("no question, and the source has no prompt")
-    if not answer:
-        raise SampleError("empty answer")
-    asked = head + user
-    answer_at = len(asked + middle)
-    ids, spans = _tokenize(asked + middle + answer + tail, tokenizer)
-    # The closing token of the turn belongs to the answer: with it the model learns to stop. White space after it, which
-    # some templates add, does not belong to the sample.
-    end = 1 + _tokens_up_to(spans, answer_at + len(answer))
-    return ids[:end], _tokens_up_to(spans, answer_at), _tokens_up_to(spans, len(asked))
+    record: dict[str, Any], question: str | None, tokenizer: PreTrainedTokenizerBase, pieces: Pieces
+) -> tuple[list[int], list[int], int]:
+    """(token ids, 1 for each token of an answer and 0 for others, the number of tokens up to the end of the first
+    question) of a conversation. Raises SampleError."""
+    system, turns = turns_of(record, question)
+    head, before, *rest = pieces(len(turns))
+    text, answers = head + system + before, []
+    asked = len(text) + len(turns[0][0])
+    for (user, answer), middle, after in zip(turns, rest[::2], rest[1::2], strict=True):
+        text += user + middle
+        answers.append((len(text), len(text) + len(answer)))
+        text += answer + after
+    ids, spans = _tokenize(text, tokenizer)
+    mask, end = [0] * len(ids), 0
+    for first, last in answers:
+        # The closing token of the turn belongs to the answer: with it the model learns to stop. White space after the
+        # last one, which some templates add, does not belong to the sample.
+        start, end = _tokens_up_to(spans, first), min(1 + _tokens_up_to(spans, last), len(ids))
+        mask[start:end] = [1] * (end - start)
+    return ids[:end], mask[:end], _tokens_up_to(spans, asked)
 
 
 def tokenize_stage1(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, question: str | None = None) -> dict:
-    """The pre-tokenized form of a record for a shard's JSON, with a loss on every text token: for stage 1.
+    """The pre-tokenized form of a conversation for a shard's JSON, with a loss on every text token: for stage 1.
 
-    `record` has `assistant` and `user` (by default `question`). Returns token_ids, loss_mask and frames_at; reading
-    them gives the same tokens as reading `record`. Raises SampleError.
+    Returns token_ids, loss_mask and frames_at; reading them gives the same tokens as reading `record`, whose first
+    question is `question` by default. Raises SampleError.
     """
-    ids, _, frames_at = encode(record, question, tokenizer, template(tokenizer))
-    return {"token_ids": ids, "loss_mask": [1] * len(ids), "frames_at": frames_at}
+    ready = tokenize_sft(record, tokenizer, question)
+    return ready | {"loss_mask": [1] * len(ready["token_ids"])}
 
 
 def tokenize_sft(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, question: str | None = None) -> dict:
-    """The same for stages 2 and 3, with a loss on the answer and the token that ends it."""
-    ids, answer_from, frames_at = encode(record, question, tokenizer, template(tokenizer))
-    return {"token_ids": ids, "loss_mask": [int(i >= answer_from) for i in range(len(ids))], "frames_at": frames_at}
+    """The same for stages 2 and 3, with a loss on the answers and the tokens that end them."""
+    ids, mask, frames_at = encode(record, question, tokenizer, partial(around, tokenizer))
+    return {"token_ids": ids, "loss_mask": mask, "frames_at": frames_at}
 
 
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:

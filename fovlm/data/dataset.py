@@ -1,27 +1,29 @@
-"""The samples of a run by position: position -> source -> shard and row -> bytes -> frames and tokens.
+"""The samples of a run by position: position -> source -> row of its table -> bytes -> frames and tokens.
 
-    sizes(start, stop)   frames, looks and tokens of the samples, from the table; nothing is decoded
-    read(position)       the sample itself
+    sizes(start, stop)   frames, looks and tokens of the groups, from the table; nothing is decoded
+    read(position)       the group itself: one or more conversations over the same frames (`sample_table.py`)
 
-Both are pure functions of the position, the shards and the settings, on any rank and in any worker. A broken sample is
+Both are pure functions of the position, the shards and the settings, on any rank and in any worker. A broken group is
 replaced by the next good one of its source that is no larger than what was planned for it, and reported.
 """
 
 import json
+import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fovlm.config.schema import DataSource, Experiment
-from fovlm.data.chat import ChatTokenizer, TokenizedText
+from fovlm.data.chat import ChatTokenizer, TokenizedText, conversations
 from fovlm.data.index import MEDIA, stored_indices
 from fovlm.data.packing import PackBudget, PackSize, Sample, SampleIssue
 from fovlm.data.sample_format import Member, contents, parse_json, read_members
-from fovlm.data.sample_table import ROW, SampleTable, open_table
+from fovlm.data.sample_table import ROW, Grouping, SampleTable, open_table
 from fovlm.data.sampling import MixtureSampler, ShardShuffle
 from fovlm.data.shards import find_shards
 from fovlm.data.token_cache import read_texts
@@ -35,14 +37,18 @@ AT_ONCE = 1 << 18  # samples whose sizes are computed together
 IMAGE = MEDIA.index("image")
 
 
-def open_dataset(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, weights: dict[str, float]) -> "Dataset":
+def open_dataset(
+    experiment: Experiment, tokenizer: PreTrainedTokenizerBase, weights: dict[str, float], weigh: bool = False
+) -> "Dataset":
     """The sources named in `weights` (`data.mixture`, or one of `data.val` with any weight), indexed and counted.
 
-    The first time this reads every shard once. Raises UserError for missing shards, a source without a usable sample,
-    and a sample larger than a pack.
+    The first time this reads every shard once. `weigh` applies `loss_weight` and `data.length_weight` to the tokens;
+    validation counts all tokens alike. Raises UserError for missing shards, a source without a usable sample, and a
+    sample larger than a pack.
     """
     data, model = experiment.data, experiment.model
     chat = ChatTokenizer(tokenizer, model.question, data.loss_on, data.max_tokens)
+    budget = pack_budget(experiment)
     dataset = Dataset(
         {name: data.sources[name] for name in weights},
         weights,
@@ -51,8 +57,10 @@ def open_dataset(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, wei
         max_frames=data.max_frames,
         image_frames=data.image_frames,
         seed=data.seed,
+        grouping=Grouping(data.questions_per_encoding, budget, data.max_frames),
+        length_weight=data.length_weight if weigh else None,
     )
-    dataset.check_fits(pack_budget(experiment))
+    dataset.check_fits(budget)
     return dataset
 
 
@@ -73,7 +81,7 @@ def tokenizer_path(experiment: Experiment) -> str:
 
 @dataclass
 class SourceShards:
-    """One source: what its shards hold, and the order in which they are read."""
+    """One source: what its shards hold, and the order in which their groups are read."""
 
     name: str
     settings: DataSource
@@ -81,16 +89,16 @@ class SourceShards:
     order: ShardShuffle
 
     def following(self, number: int) -> Iterator[int]:
-        """A sample's number in the table and then those of the samples behind it, round and round."""
+        """A group's number in the table and then those of the groups behind it, round and round."""
         return (n % len(self.table) for n in range(number, number + 1 + SUBSTITUTES))
 
     def numbers(self, start: int, stop: int) -> np.ndarray:
-        """The numbers i64 [n] in the table of the source's samples from `start` to before `stop`, in their order."""
+        """The numbers i64 [n] in the table of the source's groups from `start` to before `stop`, in their order."""
         shard, row = self.order.window(start, stop)
         return self.table.first[shard] + row
 
     def planned(self, numbers: np.ndarray) -> np.ndarray:
-        """The rows ROW [n] of samples, each broken one's that of its substitute; zeros where there is none."""
+        """The rows ROW [n] of groups, each broken one's that of its substitute; zeros where there is none."""
         rows = self.table.rows[numbers]
         for i in np.flatnonzero(rows["cause"]).tolist():
             others = self.table.rows[list(self.following(int(numbers[i])))]
@@ -100,7 +108,10 @@ class SourceShards:
 
 
 class Dataset:
-    """All samples of a run in its order. Positions count from 0 through all epochs and have no end."""
+    """All samples of a run in its order. Positions count from 0 through all epochs and have no end.
+
+    With `length_weight` tokens have the weights of training; without it (None) those with a loss have weight 1.
+    """
 
     def __init__(
         self,
@@ -112,15 +123,19 @@ class Dataset:
         max_frames: int = 64,
         image_frames: int = 1,
         seed: int = 0,
+        grouping: Grouping | None = None,
+        length_weight: str | None = None,
     ):
         self.chat, self.frame_size, self.max_frames, self.image_frames = chat, frame_size, max_frames, image_frames
-        self.seed = seed
+        self.seed, self.grouping, self.length_weight = seed, grouping, length_weight
         self.mix = MixtureSampler(weights)
         self.sources = [self._open(name, sources[name], seed) for name in self.mix.names]
-        self.identity = {
+        self.identity: dict[str, Any] = {
             "sources": [[s.name, s.settings.kind, s.settings.prompt, s.table.hash] for s in self.sources],
             "weights": weights,
         }
+        if any(source.table.several for source in self.sources):
+            self.identity["grouping"] = grouping and asdict(grouping)
         self.hash = _hash(self.identity | {"settings": [chat.hash, max_frames, image_frames, seed]})
 
     def scored_hash(self, samples: int) -> str:
@@ -131,7 +146,7 @@ class Dataset:
         return _hash(self.identity | {"settings": [self.chat.hash, self.seed, samples]})
 
     def _open(self, name: str, settings: DataSource, seed: int) -> SourceShards:
-        table = open_table(find_shards(name, settings.shards), settings, self.chat, cache_root())
+        table = open_table(find_shards(name, settings.shards), settings, self.chat, cache_root(), self.grouping)
         if table.broken.total() == len(table):
             why = table.broken.most_common(1)[0][0] if len(table) else "the shards are empty"
             raise UserError(f"data.sources.{name}: no sample of '{settings.shards}' can be used; mostly: {why}")
@@ -139,7 +154,7 @@ class Dataset:
 
     @property
     def samples(self) -> dict[str, int]:
-        """How many samples each source has: the length of its epoch."""
+        """How many groups each source has: the length of its epoch."""
         return {source.name: source.order.total for source in self.sources}
 
     def check_fits(self, budget: PackBudget) -> None:
@@ -147,10 +162,10 @@ class Dataset:
         for source in self.sources:
             for start in range(0, len(source.table), AT_ONCE):
                 rows = source.table.rows[start : start + AT_ONCE]
-                costs = budget.of(self._sizes(rows)) * (rows["cause"] == 0)
+                costs = budget.of(self._sizes(source, rows)) * (rows["cause"] == 0)
                 if costs.max() > budget.cost:
                     number = start + int(costs.argmax())
-                    ((frames, looks, text, _),) = self._sizes(source.table.rows[number : number + 1])
+                    ((frames, looks, text, *_),) = self._sizes(source, source.table.rows[number : number + 1])
                     shard, key = self._name(source, number)
                     raise UserError(
                         f"data.sources.{source.name}: sample {key} in {shard} has {frames} frames, {looks} looks and "
@@ -159,25 +174,26 @@ class Dataset:
                     )
 
     def sizes(self, start: int, stop: int) -> np.ndarray:
-        """Frames, looks, text tokens and tokens ahead of the frames i32 [n, 4] of the samples, or their substitutes, at
-        the positions from `start` to before `stop`."""
+        """The parts of a PackSize i32 [n, 5] of the groups, or their substitutes, from position `start` to before
+        `stop`."""
         chosen, numbers = self.mix.window(start, stop)
-        sizes = np.zeros((len(chosen), 4), np.int32)
+        sizes = np.zeros((len(chosen), 5), np.int32)
         for which, source in enumerate(self.sources):
             mine = chosen == which
             if mine.any():
                 order = source.numbers(int(numbers[mine][0]), int(numbers[mine][-1]) + 1)
-                sizes[mine] = self._sizes(source.planned(order))
+                sizes[mine] = self._sizes(source, source.planned(order))
         return sizes
 
     def size(self, position: int) -> PackSize:
-        """The size of the sample at `position`, or of its substitute."""
+        """The size of the group at `position`, or of its substitute."""
         return PackSize(*self.sizes(position, position + 1)[0].tolist())
 
     def read(self, position: int) -> tuple[list[Sample], SampleIssue | None]:
-        """The sample at `position`; two for a preference pair; none when neither it nor a substitute can be used.
+        """The samples at `position`: one for each conversation of the group, two for a preference pair; none when
+        neither the group nor a substitute can be used.
 
-        With it comes the report, when the sample at that position itself was broken.
+        With them comes the report, when the group at that position itself was broken.
         """
         source, number = self._find(position)
         planned, bad = self.size(position), None
@@ -186,7 +202,7 @@ class Dataset:
             try:
                 if row["cause"]:
                     raise SampleError(source.table.causes[row["cause"]])
-                if PackSize(*self._sizes(row[None])[0].tolist()).fits(planned):
+                if PackSize(*self._sizes(source, row[None])[0].tolist()).fits(planned):
                     return self._load(source, at), bad
             except SampleError as error:
                 bad = bad or SampleIssue(str(error), source.name, *self._name(source, number))
@@ -202,56 +218,73 @@ class Dataset:
         return _record(_read_files(*self._find(position))[1])
 
     def _find(self, position: int) -> tuple[SourceShards, int]:
-        """Position -> (source, number of the sample in its table)."""
+        """Position -> (source, number of the group in its table)."""
         which, number = self.mix(position)
         return self.sources[which], int(self.sources[which].numbers(number, number + 1)[0])
 
     def _name(self, source: SourceShards, number: int) -> tuple[str, str]:
         """(shard, key) of a sample, which may be unreadable: the key is that in the index."""
-        shard, row = source.table.place(number)
+        shard, place = source.table.place(number)
         path = source.table.shards[shard]
-        index = next(stored_indices(path, cache_root()), None)
-        return path.name, index.key[row] if index and row < len(index) else f"number {row}"
+        if index := next(stored_indices(path, cache_root()), None):
+            row = int(np.searchsorted(index.offset, source.table.rows[number]["offset"]))
+            if row < len(index):
+                return path.name, index.key[row]
+        return path.name, f"number {place}"
 
-    def _sizes(self, rows: np.ndarray) -> np.ndarray:
-        """The sizes i32 [n, 4] of samples ROW [n]; every conversation has the frames once."""
+    def _sizes(self, source: SourceShards, rows: np.ndarray) -> np.ndarray:
+        """The sizes i32 [n, 5] of groups ROW [n]. Conversations share the frames; each text of a pair has its own."""
         frames = np.minimum(rows["frames"], self.max_frames)
         looks = np.where(rows["media"] == IMAGE, self.image_frames, frames)
         texts = rows["texts"].astype(np.int32)
-        return np.stack([texts * frames, texts * looks, rows["text"], rows["prompt"]], axis=1).astype(np.int32)
+        own = texts if source.settings.kind == "preference" else np.minimum(texts, 1)
+        parts = [own * frames, texts * looks, rows["text"], rows["prompt"], (texts - own) * frames]
+        return np.stack(parts, axis=1).astype(np.int32)
 
     def _load(self, source: SourceShards, number: int) -> list[Sample]:
-        """Read, check, decode and tokenize one sample. Raises SampleError."""
+        """Read, check, decode and tokenize one group. Raises SampleError."""
         shard, files = _read_files(source, number)
         kind, pictures = contents(list(files))
         media = [(m.extension.rpartition(".")[2], files[m]) for m in pictures]
-        count = int(source.table.rows[number]["frames"])
-        frames = decode.decode_media(media, count, self.frame_size, self.max_frames)
-        texts = self._texts(source, number, files)
-        return [
-            Sample(
-                key=f"{shard}/{next(iter(files)).key}" + (f"#{role}" if role else ""),
-                source=source.name,
-                frames=frames,
-                looks=self.image_frames if kind == "image" else len(frames),
-                tokens=text.tokens,
-                weight=text.weight,
-                prompt=text.prompt,
-                role=role,
+        row = source.table.rows[number]
+        frames = decode.decode_media(media, int(row["frames"]), self.frame_size, self.max_frames)
+        pair = source.settings.kind == "preference"
+        samples = []
+        for i, text in enumerate(self._texts(source, number, files)):
+            role = ("chosen", "rejected")[i] if pair else ""
+            name = role or (str(row["conversation"] + i) if row["of"] > 1 else "")
+            samples.append(
+                Sample(
+                    key=f"{shard}/{next(iter(files)).key}" + (f"#{name}" if name else ""),
+                    source=source.name,
+                    frames=frames,
+                    looks=self.image_frames if kind == "image" else len(frames),
+                    tokens=text.tokens,
+                    weight=self._weigh(text.weight, source.settings.loss_weight),
+                    prompt=text.prompt,
+                    role=role,
+                    shares=i > 0 and not pair,
+                )
             )
-            for text, role in zip(texts, ("chosen", "rejected") if len(texts) == 2 else ("",), strict=True)
-        ]
+        return samples
 
     def _texts(self, source: SourceShards, number: int, files: dict[Member, bytes]) -> list[TokenizedText]:
-        """The conversations of a sample, from the cache; tokenized again where that was damaged since. Raises
-        SampleError."""
+        """The texts of a group, from the cache; tokenized again where that was damaged since. Raises SampleError."""
         table = source.table
         row, file = table.rows[number], table.token_files[table.place(number)[0]]
         facts = (int(row[name]) for name in ("tokens_at", "texts", "text", "tokens_crc32"))
         if (texts := read_texts(file, *facts)) is not None:
             return texts
-        pair = source.settings.kind == "preference"
-        return self.chat.texts(_record(files), source.settings.prompt, bool(row["frames"]), pair)
+        pair, first = source.settings.kind == "preference", int(row["conversation"])
+        records = conversations(_record(files))[first : first + (1 if pair else int(row["texts"]))]
+        question, shown = source.settings.prompt, bool(row["frames"])
+        return [text for record in records for text in self.chat.texts(record, question, shown, pair)]
+
+    def _weigh(self, weight: Tensor, of_source: float) -> Tensor:
+        """The weights [s] in the loss of training, from those of the tokens that have a loss."""
+        if self.length_weight is None:
+            return weight
+        return weight * (of_source / (math.sqrt(weight.sum()) if self.length_weight == "sqrt" else 1))
 
 
 def _hash(identity: dict[str, Any]) -> str:
@@ -263,7 +296,7 @@ def _record(files: dict[Member, bytes]) -> dict[str, Any]:
 
 
 def _read_files(source: SourceShards, number: int) -> tuple[str, dict[Member, bytes]]:
-    """(the shard's name, the files) of one sample, from its byte range alone. Raises SampleError."""
+    """(the shard's name, the files) of a group's sample, from its byte range alone. Raises SampleError."""
     row, path = source.table.rows[number], source.table.shards[source.table.place(number)[0]]
     try:
         with open(path, "rb") as shard:

@@ -8,6 +8,9 @@ samples, rounded up by at most one part in 32, so that a run has a short list of
 with an empty prompt part for the question `after_frames`. Positions restart at every sample and attention never crosses
 samples: `Layout.lengths` divides the sequence, and padding at its end is a segment of its own (-1).
 
+Several conversations over the same frames follow each other in a pack and share the encoded frames (`frame_of_look`);
+each has looks of its own, and sees nothing of the others.
+
 Letters: F unique frames, K looks, S text tokens, P text tokens ahead of the frames, T visual tokens of one look
 (1, or 16 for `multi_token`), L positions of the packed sequence.
 """
@@ -29,19 +32,21 @@ BITS = 6  # significant bits of a pack's dimensions
 
 @dataclass(frozen=True)
 class PackSize:
-    """Size of a sample or a pack: unique frames, looks, text tokens, and text tokens ahead of the frames."""
+    """Size of a sample or a pack: unique frames, looks, text tokens, text tokens ahead of the frames, and frames that
+    further conversations see again."""
 
     frames: int
     looks: int
     text: int
     prompt: int
+    shared: int = 0
 
     def __add__(self, other: "PackSize") -> "PackSize":
         return PackSize(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(PackSize)))
 
     def fits(self, other: "PackSize") -> bool:
-        """True when no part is larger than the other's."""
-        return all(getattr(self, f.name) <= getattr(other, f.name) for f in fields(PackSize))
+        """True when no part that has tensors is larger than the other's."""
+        return all(getattr(self, f.name) <= getattr(other, f.name) for f in fields(PackSize) if f.name != "shared")
 
 
 EMPTY = PackSize(0, 0, 0, 0)
@@ -49,7 +54,7 @@ EMPTY = PackSize(0, 0, 0, 0)
 
 @dataclass(frozen=True)
 class PackBudget:
-    """What a pack may cost, in text tokens, and how many of them one frame counts as.
+    """What a pack may cost, in text tokens, and how many of them one frame counts as; seen again, it counts as one.
 
     A function of the data alone, so that runs which differ in the model, in what is frozen or in the number of looks
     take the same samples in a step, and are scored on the same validation samples.
@@ -59,12 +64,12 @@ class PackBudget:
     frame: int
 
     def of(self, sizes: np.ndarray) -> np.ndarray:
-        """The costs i64 [n] of samples of sizes [n, 4]: frames, looks, text, prompt."""
-        return sizes[:, 0].astype(np.int64) * self.frame + sizes[:, 2]
+        """The costs i64 [n] of samples of sizes [n, 5], the parts of a `PackSize`."""
+        return sizes[:, 0].astype(np.int64) * self.frame + sizes[:, 2] + sizes[:, 4]
 
     def holds(self, size: PackSize) -> bool:
         """Whether samples of this size together fit into one pack."""
-        return size.frames * self.frame + size.text <= self.cost
+        return size.frames * self.frame + size.text + size.shared <= self.cost
 
 
 @dataclass
@@ -72,8 +77,8 @@ class Sample:
     """One conversation over f frames, decoded and tokenized.
 
     `looks` is f for a video, `image_frames` for an image (f = 1) and 0 for text. `weight` is each token's share in the
-    loss (0 or 1), `prompt` the number of tokens ahead of the frames. `role` is "chosen" or "rejected" in a
-    preference pair, whose two samples are neighbours in one pack.
+    loss, `prompt` the number of tokens ahead of the frames. `role` is "chosen" or "rejected" in a preference pair,
+    whose two samples are neighbours in one pack. With `shares`, `frames` are those of the sample before it in a pack.
     """
 
     key: str
@@ -84,10 +89,13 @@ class Sample:
     weight: Tensor  # f32 [s]
     prompt: int = 0
     role: str = ""
+    shares: bool = False
 
     @property
     def size(self) -> PackSize:
-        return PackSize(len(self.frames), self.looks, len(self.tokens), self.prompt)
+        f = len(self.frames)
+        frames, shared = (0, f) if self.shares else (f, 0)
+        return PackSize(frames, self.looks, len(self.tokens), self.prompt, shared)
 
 
 @dataclass
@@ -165,7 +173,7 @@ class SampleIssue:
 
 
 def pack_samples(sizes: np.ndarray, packs: int, budget: PackBudget, deal_to: int = 0) -> tuple[list[list[int]], int]:
-    """Deal consecutive samples of sizes [n, 4] to the packs of one step -> the samples of each pack, how many in all.
+    """Deal consecutive samples of sizes [n, 5] to the packs of one step -> the samples of each pack, how many in all.
 
     A step takes samples, in their order, up to the budget of `packs` packs together, and ends before one that would
     make a pack exceed its budget. `deal_to` packs (default: `packs`), at least as many, share them: the number of packs
@@ -174,7 +182,7 @@ def pack_samples(sizes: np.ndarray, packs: int, budget: PackBudget, deal_to: int
     """
     costs = budget.of(sizes)
     if len(costs) and costs.max() > budget.cost:
-        frames, _, text, _ = sizes[costs.argmax()]
+        frames, _, text, _, _ = sizes[costs.argmax()]
         raise UserError(
             f"a sample of {frames} frames and {text} text tokens costs {costs.max()}, more than a pack "
             f"(data.pack_cost={budget.cost}, data.frame_cost={budget.frame}): raise data.pack_cost"
@@ -231,7 +239,7 @@ def collate(
     """
     T = tokens_per_look
     used = sum((s.size for s in samples), EMPTY)
-    one_look_each = all(s.looks == len(s.frames) for s in samples)
+    one_look_each = all(s.looks == s.size.frames for s in samples)
     shape = size or pack_shape(used, one_look_each)
     if not used.fits(shape):
         raise ValueError(f"{used} does not fit into {shape}")
@@ -261,7 +269,9 @@ def collate(
     )
     frame = look = text = at = prefix_at = 0  # how much of F, K, S, L and the prefix is taken
     for number, sample in enumerate(samples):
-        f, k, s, p = sample.size.frames, sample.looks, len(sample.tokens), sample.prompt
+        f, k, s, p = len(sample.frames), sample.looks, len(sample.tokens), sample.prompt
+        if sample.shares:
+            frame -= f  # those of the sample before
         visual = torch.arange(look * T, (look + k) * T)
         words = K * T + torch.arange(text, text + s)
         _place(batch.sequence, at, interleave(words, visual, p), number)

@@ -1,4 +1,7 @@
-"""All samples of a source in one table, a row each: a file that ranks and workers map, so that a node holds it once.
+"""All samples of a source in one table: a file that ranks and workers map, so that a node holds it once.
+
+A row is a group: the conversations of a sample that share its encoded frames. Most samples have one conversation, and
+so one row; others have as many as `Grouping` divides their conversations into.
 
 It is put together from the indices and tokens of the shards, and again when a shard or a setting has changed, or the
 file is damaged: its content has a digest, which is compared whenever a run opens it.
@@ -10,6 +13,7 @@ import logging
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ import numpy as np
 from fovlm.config.schema import DataSource
 from fovlm.data.chat import ChatTokenizer
 from fovlm.data.index import Index, open_index
+from fovlm.data.packing import PackBudget, PackSize
 from fovlm.data.token_cache import VERSION, TokenCache, open_tokens
 from fovlm.errors import UserError
 from fovlm.fileio import digest, digest_file, open_atomically, sealed, unsealed, write_atomically
@@ -30,7 +35,9 @@ ROW = np.dtype(
         ("crc32", "<u4"),
         ("media", "u1"),  # a number of MEDIA
         ("frames", "<i4"),  # its pictures, or a video's seconds, before any limit
-        ("texts", "<u2"),  # conversations; tokens of all of them, and those before the frames
+        ("conversation", "<u2"),  # the number of its first conversation in the sample, and how many the sample has
+        ("of", "<u2"),
+        ("texts", "<u2"),  # one for each conversation, two for a pair; tokens of all, and those before the frames
         ("text", "<i4"),
         ("prompt", "<i4"),
         ("tokens_at", "<i8"),  # where its tokens start in the shard's token file, and their checksum
@@ -42,11 +49,40 @@ AT_ONCE = 64  # indices that are read ahead while others are tokenized
 log = logging.getLogger(__name__)
 
 
-class SampleTable:
-    """The n samples of a source: `rows` ROW [n], shard after shard.
+@dataclass(frozen=True)
+class Grouping:
+    """Which conversations over the same frames are read together: neighbours, at most `most`, that a pack holds."""
 
-    `shards` and `token_files` are paths, `first` i64 [shards] the number of each one's first sample, `counts` [shards]
-    how many it has; `hash` names their content. `causes` are those of broken samples, from 1 on; `broken` counts them.
+    most: int
+    budget: PackBudget
+    max_frames: int
+
+    def first(self, index: Index, tokens: TokenCache) -> np.ndarray:
+        """The first conversation i64 [groups] of each group of a shard. Conversations without frames have nothing to
+        share, and a broken one is alone, so that it is replaced alone."""
+        alone = np.arange(len(tokens.row))
+        if len(alone) == len(index):
+            return alone
+        frames = np.minimum(index.frames, self.max_frames)[tokens.row].tolist()
+        first, text = [0], 0
+        for number, (row, more) in enumerate(zip(tokens.row.tolist(), tokens.text.tolist(), strict=True)):
+            n, f = number - first[-1], frames[number]
+            share = n and f and row == tokens.row[number - 1] and not index.preference[row]
+            broken = number in tokens.broken or number - 1 in tokens.broken
+            holds = self.budget.holds(PackSize(f, 0, text + more, 0, n * f))
+            if number and not (share and n < self.most and holds and not broken):
+                first.append(number)
+                text = 0
+            text += more
+        return np.array(first)
+
+
+class SampleTable:
+    """The n groups of a source: `rows` ROW [n], shard after shard.
+
+    `shards` and `token_files` are paths, `first` i64 [shards] the number of each one's first group, `counts` [shards]
+    how many it has; `hash` names their content. `causes` are those of broken groups, from 1 on; `broken` counts them.
+    `several` is True where a sample has several conversations.
     """
 
     def __init__(self, file: Path, shards: list[Path], facts: dict[str, Any]):
@@ -56,6 +92,7 @@ class SampleTable:
         self.first = np.concatenate([[0], np.cumsum(self.counts)[:-1]]).astype(np.int64)
         self.causes: list[str] = ["", *facts["broken"]]
         self.broken = Counter(facts["broken"])
+        self.several = any(facts["several"])
         self.hash = digest("\n".join(facts["checksums"]))
         n = sum(self.counts)
         self.rows = np.memmap(file, ROW, "r", shape=n) if n else np.empty(0, ROW)
@@ -67,20 +104,25 @@ class SampleTable:
         return len(self.rows)
 
     def place(self, number: int) -> tuple[int, int]:
-        """The shard of a sample, and its row there."""
+        """The shard of a group, and its number there."""
         shard = int(np.searchsorted(self.first, number, side="right")) - 1
         while not self.counts[shard]:  # shards without samples share their first number with the next
             shard -= 1
         return shard, number - int(self.first[shard])
 
 
-def open_table(shards: list[Path], source: DataSource, chat: ChatTokenizer, cache: Path) -> SampleTable:
+def open_table(
+    shards: list[Path], source: DataSource, chat: ChatTokenizer, cache: Path, grouping: Grouping | None
+) -> SampleTable:
     """The table of a source's shards, from its file or made now; then every new shard is read and tokenized once.
 
+    Without `grouping` every conversation is a group of its own.
     Says in the log what damaged shards lost. Raises UserError for a shard that is not a tar, and a read-only cache.
     """
     stats = [(str(path.resolve()), s.st_size, s.st_mtime_ns) for path in shards for s in [path.stat()]]
-    name = digest(json.dumps([VERSION, ROW.descr, stats, chat.hash, source.kind, source.prompt]))
+    name = digest(
+        json.dumps([VERSION, ROW.descr, stats, chat.hash, source.kind, source.prompt, grouping and astuple(grouping)])
+    )
     file, header = cache / "samples" / f"{name}.rows", cache / "samples" / f"{name}.json"
     try:
         facts = json.loads(unsealed(header.read_bytes()))
@@ -89,7 +131,7 @@ def open_table(shards: list[Path], source: DataSource, chat: ChatTokenizer, cach
             raise ValueError("not the files that the header says")
     except (OSError, ValueError):  # missing or damaged
         try:
-            facts = _make(file, shards, source, chat, cache)
+            facts = _make(file, shards, source, chat, cache, grouping)
             write_atomically(header, sealed(json.dumps(facts)))
         except OSError as error:
             raise UserError(
@@ -101,9 +143,11 @@ def open_table(shards: list[Path], source: DataSource, chat: ChatTokenizer, cach
     return table
 
 
-def _make(file: Path, shards: list[Path], source: DataSource, chat: ChatTokenizer, cache: Path) -> dict[str, Any]:
+def _make(
+    file: Path, shards: list[Path], source: DataSource, chat: ChatTokenizer, cache: Path, grouping: Grouping | None
+) -> dict[str, Any]:
     """Write the rows, one shard after the other, and return the facts of the header."""
-    facts: dict[str, list] = {name: [] for name in ("checksums", "token_files", "counts", "warnings")}
+    facts: dict[str, list] = {name: [] for name in ("checksums", "token_files", "counts", "several", "warnings")}
     broken: Counter[str] = Counter()
     hashed = hashlib.blake2b(digest_size=16)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, open_atomically(file) as out:
@@ -112,23 +156,31 @@ def _make(file: Path, shards: list[Path], source: DataSource, chat: ChatTokenize
         for index in track(indices, "indexing shards", len(shards)):
             tokens = open_tokens(index, source, chat, cache)
             broken.update(tokens.broken.values())
-            rows = _rows(index, tokens, {cause: code for code, cause in enumerate(broken, start=1)})
-            hashed.update(rows)
-            out.write(rows)
+            codes = {cause: code for code, cause in enumerate(broken, start=1)}
+            groups = grouping.first(index, tokens) if grouping else np.arange(len(tokens.row))
+            rows = _rows(index, tokens, groups, codes)
+            hashed.update(data := rows.tobytes())
+            out.write(data)
             facts["checksums"].append(index.checksum)
             facts["token_files"].append(tokens.file.name)
-            facts["counts"].append(len(index))
+            facts["counts"].append(len(rows))
+            facts["several"].append(len(tokens.row) > len(index))
             facts["warnings"] += [index.warning] if index.warning else []
     return {**facts, "broken": broken, "digest": hashed.hexdigest()}
 
 
-def _rows(index: Index, tokens: TokenCache, codes: dict[str, int]) -> bytes:
-    rows = np.zeros(len(index), ROW)
+def _rows(index: Index, tokens: TokenCache, groups: np.ndarray, codes: dict[str, int]) -> np.ndarray:
+    """The rows ROW [groups] of a shard; `groups` are the first conversation of each."""
+    rows, row = np.zeros(len(groups), ROW), tokens.row[groups]
+    if not len(groups):
+        return rows
     for name in ("offset", "length", "crc32", "media", "frames"):
-        rows[name] = getattr(index, name)
+        rows[name] = getattr(index, name)[row]
+    first = np.searchsorted(tokens.row, row)  # the first conversation of the sample
+    rows["conversation"], rows["of"] = groups - first, np.searchsorted(tokens.row, row, side="right") - first
     for name in ("texts", "text", "prompt"):
-        rows[name] = getattr(tokens, name)
-    rows["tokens_at"], rows["tokens_crc32"] = tokens.at, tokens.crc32
-    for row, cause in tokens.broken.items():
-        rows["cause"][row] = codes[cause]
-    return rows.tobytes()
+        rows[name] = np.add.reduceat(getattr(tokens, name), groups)
+    rows["tokens_at"], rows["tokens_crc32"] = tokens.at[groups], np.bitwise_xor.reduceat(tokens.crc32, groups)
+    for number, cause in tokens.broken.items():
+        rows["cause"][np.searchsorted(groups, number)] = codes[cause]  # it is alone in its group
+    return rows

@@ -1,39 +1,43 @@
-"""The tokens of each sample of a shard: tokenized once for a shard and everything that tokenization depends on.
+"""The tokens of each conversation of a shard: tokenized once for a shard and everything that tokenization depends on.
 
 A file in the cache folder: a sealed line of JSON, with the counts by which packs are planned, then the tokens of one
-sample after the other. Records without a usable conversation are broken samples, with the cause, like those that the
-index found.
+conversation after the other. One that cannot be used is broken, with the cause, like the samples that the index found.
 
-    tokens of a sample, i32: for each conversation its length, its tokens before the frames, and its tokens; those
-    without weight in the loss are stored as ~token
+    tokens of a text, i32: its length, its tokens before the frames, and its tokens; those without weight in the loss
+    are stored as ~token
 """
 
 import json
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from operator import xor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from fovlm.config.schema import DataSource
-from fovlm.data.chat import ChatTokenizer, TokenizedText
+from fovlm.data.chat import ChatTokenizer, TokenizedText, conversations
 from fovlm.data.index import Index
 from fovlm.data.sample_format import parse_json
 from fovlm.errors import SampleError, UserError
 from fovlm.fileio import digest, sealed, unsealed, write_atomically
 
-VERSION = 1  # of the file format and of the meaning of its numbers
-COLUMNS = ("texts", "text", "prompt", "at", "crc32")
+VERSION = 2  # of the file format and of the meaning of its numbers
+COLUMNS = ("row", "texts", "text", "prompt", "at", "crc32")
 
 
 @dataclass
 class TokenCache:
-    """Of a shard's n samples, i64 [n] each: conversations, text tokens, and tokens before the frames, of all of them
-    together; where their tokens start in `file`, and the checksum of these; and the cause for each broken sample,
-    including those of the index."""
+    """Of a shard's c conversations, sample by sample, i64 [c] each: the sample's row; texts (two for a preference
+    pair), their tokens, and those before the frames; where the tokens start in `file`, and the texts' checksums,
+    xor-ed; and the cause for each that is broken. A sample that is broken as a whole has one conversation."""
 
     file: Path
+    row: np.ndarray
     texts: np.ndarray
     text: np.ndarray
     prompt: np.ndarray
@@ -61,11 +65,11 @@ def open_tokens(index: Index, source: DataSource, chat: ChatTokenizer, cache: Pa
             ) from None
     columns = {name: np.array(facts[name], np.int64) for name in COLUMNS}
     columns["at"] += len(line)
-    return TokenCache(file, **columns, broken={int(row): cause for row, cause in facts["broken"].items()})
+    return TokenCache(file, **columns, broken={int(number): cause for number, cause in facts["broken"].items()})
 
 
 def read_texts(file: Path, at: int, texts: int, tokens: int, crc32: int) -> list[TokenizedText] | None:
-    """The conversations of one sample; None where the file is not what it was."""
+    """So many texts that follow each other; None where the file is not what it was."""
     length = 4 * (2 * texts + tokens)
     try:
         with open(file, "rb") as stored:
@@ -73,39 +77,62 @@ def read_texts(file: Path, at: int, texts: int, tokens: int, crc32: int) -> list
             data = stored.read(length)
     except OSError:
         return None
-    if len(data) != length or zlib.crc32(data) != crc32:
-        return None
-    found, numbers = [], torch.frombuffer(bytearray(data), dtype=torch.int32)
+    parts = []
     for _ in range(texts):
-        n, prompt = numbers[:2].tolist()
-        mine, numbers = numbers[2 : 2 + n], numbers[2 + n :]
+        end = 4 * (2 + int.from_bytes(data[:4], "little"))
+        parts.append(data[:end])
+        data = data[end:]
+    if data or sum(map(len, parts)) != length or _checksum(parts) != crc32:
+        return None
+    found = []
+    for part in parts:
+        numbers = torch.frombuffer(bytearray(part), dtype=torch.int32)
+        mine, prompt = numbers[2:], int(numbers[1])
         found.append(TokenizedText(torch.where(mine < 0, ~mine, mine).long(), (mine >= 0).float(), prompt))
     return found
 
 
 def tokenize(index: Index, source: DataSource, chat: ChatTokenizer) -> tuple[dict, list[bytes]]:
-    """(the columns and causes of a shard, the tokens of each sample)."""
-    rows, broken, samples, at = [], dict(index.broken), [], 0
+    """(the columns and causes of a shard's conversations, the tokens of each text)."""
+    rows: list[tuple[int, ...]] = []
+    broken: dict[int, str] = {}
+    stored: list[bytes] = []
+    at = 0
+    for row, record in _conversations(index, source.kind):
+        texts: list[TokenizedText] = []
+        try:
+            if isinstance(record, SampleError):
+                raise record
+            texts = chat.texts(record, source.prompt, bool(index.frames[row]), source.kind == "preference")
+        except SampleError as error:
+            broken[len(rows)] = str(error)
+        parts = [_stored(text) for text in texts]
+        count, prompt = sum(len(text.tokens) for text in texts), sum(text.prompt for text in texts)
+        rows.append((row, len(texts), count, prompt, at, _checksum(parts)))
+        stored += parts
+        at += sum(map(len, parts))
+    columns = zip(*rows, strict=True) if rows else ((),) * len(COLUMNS)
+    return {**dict(zip(COLUMNS, map(list, columns), strict=True)), "broken": broken}, stored
+
+
+def _conversations(index: Index, kind: str) -> Iterator[tuple[int, dict[str, Any] | SampleError]]:
+    """(row, record of a conversation, or why the sample has none) of all samples of a shard."""
     with open(index.path, "rb") as file:
         for row in range(len(index)):
-            texts: list[TokenizedText] = []
             try:
-                if row not in broken:
-                    if index.kind(row) != source.kind:
-                        raise SampleError(f"a sample of kind {index.kind(row)} in a source of kind {source.kind}")
-                    file.seek(int(index.json_offset[row]))
-                    record = parse_json(file.read(int(index.json_length[row])))
-                    frames = bool(index.frames[row])
-                    texts = chat.texts(record, source.prompt, frames, source.kind == "preference")
+                if row in index.broken:
+                    raise SampleError(index.broken[row])
+                if index.kind(row) != kind:
+                    raise SampleError(f"a sample of kind {index.kind(row)} in a source of kind {kind}")
+                file.seek(int(index.json_offset[row]))
+                for record in conversations(parse_json(file.read(int(index.json_length[row])))):
+                    yield row, record
             except SampleError as error:
-                broken[row] = str(error)
-            data = b"".join(_stored(text) for text in texts)
-            count, prompt = sum(len(text.tokens) for text in texts), sum(text.prompt for text in texts)
-            rows.append((len(texts), count, prompt, at, zlib.crc32(data)))
-            samples.append(data)
-            at += len(data)
-    columns = zip(*rows, strict=True) if rows else ((),) * len(COLUMNS)
-    return {**dict(zip(COLUMNS, map(list, columns), strict=True)), "broken": broken}, samples
+                yield row, error
+
+
+def _checksum(parts: list[bytes]) -> int:
+    return reduce(xor, map(zlib.crc32, parts), 0)
 
 
 def _stored(text: TokenizedText) -> bytes:

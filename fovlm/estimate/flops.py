@@ -13,7 +13,8 @@ The convention, which is that of `torch.utils.flop_counter`:
 - A sample is counted alone. Padding is waste.
 - What is computed again in the backward pass (checkpointed layers, the logits) is `recompute` and not in `total`.
 
-Letters as in `data/packing.py` and `shapes.py`: F frames, K looks, S text tokens, P of them ahead of the frames.
+Letters as in `data/packing.py` and `shapes.py`: F frames, K looks, S text tokens, P of them ahead of the frames. A
+sample may be several conversations over the same frames.
 """
 
 from collections import Counter
@@ -37,15 +38,19 @@ class Sized(Protocol):
     def text(self) -> int: ...
     @property
     def prompt(self) -> int: ...
+    @property
+    def shared(self) -> int: ...
 
 
 class Shape(NamedTuple):
-    """Unique frames, looks, text tokens, and text tokens ahead of the frames."""
+    """Unique frames, looks, text tokens, text tokens ahead of the frames, and frames that further conversations see
+    again."""
 
     frames: int
     looks: int
     text: int
     prompt: int
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def total(parts: dict[str, Cost]) -> Cost:
 
 def mean_cost(experiment: Experiment, shapes: Geometry, sizes: Iterable[Sized]) -> dict[str, Cost]:
     """FLOPs by part of the mean sample. Raises ValueError when there are no sizes."""
-    counts = Counter(Shape(size.frames, size.looks, size.text, size.prompt) for size in sizes)
+    counts = Counter(Shape(size.frames, size.looks, size.text, size.prompt, size.shared) for size in sizes)
     if not counts:
         raise ValueError("no samples to take the mean of")
     mean: dict[str, Cost] = {}
@@ -138,6 +143,7 @@ def _text_cost(experiment: Experiment, shapes: Geometry, size: Sized) -> dict[st
     model, optim = experiment.model, experiment.optim
     vit, llm = "encoder" not in optim.freeze, "llm" not in optim.freeze
     F, K, S, P = size.frames, size.looks, size.text, size.prompt
+    n = 1 + (size.shared // F if F else 0)  # conversations, which are counted as equally long
     D, E, Q, T, rounds = shapes.encoder.D, shapes.llm.E, shapes.Q, shapes.T, shapes.rounds
     asks = model.visual != "multi_token"
     rides = asks and model.deep_query and vit
@@ -146,8 +152,8 @@ def _text_cost(experiment: Experiment, shapes: Geometry, size: Sized) -> dict[st
         "encoder": _walk(shapes, F, rides, not model.deep_query or not asks, vit, "encoder" in model.grad_checkpoint),
         "coarse_looks": _looks(shapes, F if asks and not rides else 0, model.deep_query, vit),
         "fine_looks": _looks(shapes, K, model.deep_query, vit) * rounds,
-        "coarse_llm": _read(shapes, K + P if K else 0, llm, "llm" in model.grad_checkpoint) * rounds,
-        "fine_llm": _read(shapes, K * T + S, llm, "llm" in model.grad_checkpoint),
+        "coarse_llm": _read(shapes, (K + P) / n if K else 0, llm, "llm" in model.grad_checkpoint) * (n * rounds),
+        "fine_llm": _read(shapes, (K * T + S) / n, llm, "llm" in model.grad_checkpoint) * n,
         "connector": _linear(coarse, Q, D)
         + (_linear(F, D, E) if asks else _linear(F * T, D, E, flows=vit))
         + (_linear(K, E, Q) + _linear(K, Q, D) + _linear(K, D, E)) * rounds,
@@ -155,13 +161,13 @@ def _text_cost(experiment: Experiment, shapes: Geometry, size: Sized) -> dict[st
     }
 
 
-def _linear(rows: int, width: int, out: int, learns: bool = True, flows: bool = True) -> Cost:
+def _linear(rows: float, width: int, out: int, learns: bool = True, flows: bool = True) -> Cost:
     """`learns`: its weights do; `flows`: something before it does."""
     product = 2 * rows * width * out
     return Cost(product, product * (learns + flows))
 
 
-def _attention(rows: int, keys: int, width: int, gradients: bool = True) -> Cost:
+def _attention(rows: float, keys: float, width: int, gradients: bool = True) -> Cost:
     """Rows over keys; `gradients`: keys and values need them too."""
     product = 2 * rows * keys * width
     return Cost(2 * product, (5 if gradients else 3) * product)
@@ -211,7 +217,7 @@ def _last_look(shapes: Geometry, K: int, learns: bool) -> Cost:
     return _block(shapes, K, learns) + projections + _attention(K * d.H, d.N, d.D, gradients=learns)
 
 
-def _read(shapes: Geometry, M: int, learns: bool, checkpoint: bool) -> Cost:
+def _read(shapes: Geometry, M: float, learns: bool, checkpoint: bool) -> Cost:
     """The language model's layers over M positions."""
     m = shapes.llm
     *linears, down = (_linear(M, width, out, learns) for width, out in m.linears)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fovlm.config.schema import DataSource
-from fovlm.data.chat import ChatTokenizer, TokenizedText
+from fovlm.data.chat import ChatTokenizer, TokenizedText, conversations
 from fovlm.data.dataset import Dataset
 from fovlm.data.index import MEDIA, open_indices
 from fovlm.data.shards import find_shards
@@ -198,9 +198,9 @@ class ShardSet:
 
 
 def _on_every_token(record: dict[str, Any]) -> bool:
-    """True for samples of `--tokenize stage1`: their answers cannot be scored alone."""
-    mask = record.get("loss_mask")
-    return isinstance(mask, list) and bool(mask) and all(mask)
+    """True for samples of `--tokenize stage1`: their answers cannot be scored alone. Raises SampleError."""
+    masks = [one.get("loss_mask") for one in conversations(record)]
+    return any(isinstance(mask, list) and bool(mask) and all(mask) for mask in masks)
 
 
 def _by_kind(sources: dict[str, DataSource]) -> dict[str, DataSource]:

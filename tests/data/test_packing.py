@@ -32,7 +32,7 @@ def test_a_step_is_a_run_of_samples_whose_packs_are_full_and_equal():
 
 def test_a_step_ends_before_a_sample_that_makes_a_pack_too_large():
     """Three samples of two thirds of a pack would fit two packs by their sum, and do not by their parts."""
-    sizes = np.array([[0, 0, 60, 0]] * 3 + [[0, 0, 1, 0]])
+    sizes = np.array([[0, 0, 60, 0, 0]] * 3 + [[0, 0, 1, 0, 0]])
     assert pack_samples(sizes, 2, PackBudget(90, 1)) == ([[0], [1]], 2)
     assert pack_samples(sizes[:0], 2, PackBudget(90, 1)) == ([[], []], 0)
 

@@ -7,15 +7,14 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 from fovlm.errors import EXIT_USER_ERROR, UserError
 from fovlm.launch.request import Request
 from fovlm.launch.resources import Resources, cpu_cores, free_port, number
-from fovlm.paths import TRAIN, cache_root
+from fovlm.paths import TRAIN
 
-# Other nodes get only the variables that deepspeed's environment file lists.
-FORWARDED = re.compile(r"(FOVLM|HF|TORCH|TRITON|WANDB|OMP|MPL)[A-Z_]*$")
+# What the nodes of a hostfile get of the environment.
+FORWARDED = re.compile(r"(FOVLM|HF|TORCH|TRITON|WANDB|OMP|MPL|NCCL|GLOO|CUDA|DS|PYTHON|LD_LIBRARY_PATH)[A-Z0-9_]*$")
 # A task of srun: torch's names of its rank (env:// rendezvous), then the command.
 SLURM_TASK = 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
 
@@ -31,22 +30,18 @@ def command_of(request: Request, where: Resources) -> tuple[list[str], dict[str,
         return [*_srun(where), *request.options, *task], env
     if not (deepspeed := shutil.which("deepspeed")):
         raise UserError(f"no command deepspeed on the PATH: start runs with {TRAIN}, or activate its environment")
+    if where.hosts and request.chooses:
+        raise UserError("the hostfile says where to run: change it, or NUM_GPUS, in place of the options after --")
     if request.options:
         check_options(request.options)
     command = [deepspeed, "--module", "--no_local_rank", "--log_level", "critical", "--master_port", port]
-    if where.hostfile:
-        command += ["--hostfile", where.hostfile]
-        if env.get("NUM_GPUS") and not request.chooses:
-            command += ["--num_gpus", env["NUM_GPUS"]]
-        file = Path(env.setdefault("DS_ENV_FILE", str(cache_root() / "deepspeed_env")))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(f"{key}={value}\n" for key, value in env.items() if FORWARDED.match(key)))
+    if where.hosts:
+        command += ["--master_addr", env.get("MASTER_ADDR") or next(iter(where.hosts))]
+        env = {key: value for key, value in os.environ.items() if FORWARDED.match(key)}
     elif not request.chooses:
         on_cpu = ["--num_gpus", str(where.local_ranks)]
         command += on_cpu if where.device == "cpu" else ["--include", f"localhost:{','.join(where.gpus)}"]
         env.pop("CUDA_VISIBLE_DEVICES", None)  # it would override this choice
-    if not where.hostfile:
-        env["FOVLM_LAUNCHER"] = str(os.getpid())  # whose end the ranks notice
     return [*command, *request.options, "fovlm.train", *request.words], env
 
 

@@ -4,8 +4,8 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fovlm.errors import UserError
@@ -23,7 +23,7 @@ class Resources:
     nodes: int
     world: int
     slurm: bool = False
-    hostfile: str = ""
+    hosts: Mapping[str, int] = field(default_factory=dict)  # of a hostfile: name -> ranks
 
 
 def visible_gpus() -> tuple[str, ...]:
@@ -57,16 +57,16 @@ def free_port(taken: Collection[int] = ()) -> int:
 def find_resources(chooses: bool = False) -> Resources:
     """What the environment offers: GPUs, NUM_GPUS, CPU_RANKS, HOSTFILE, a SLURM allocation. Raises UserError."""
     env, gpus = os.environ, visible_gpus()
-    hostfile = env.get("HOSTFILE", "")
-    slurm = bool(env.get("SLURM_JOB_ID")) and not hostfile
+    if file := env.get("HOSTFILE"):
+        hosts = _read_hosts(Path(file), number("NUM_GPUS", 0))
+        device = "cpu" if env.get("NUM_GPUS") == "0" else "cuda"  # this machine may be a login node without a GPU
+        return Resources(device, gpus, max(hosts.values()), len(hosts), sum(hosts.values()), hosts=hosts)
+    slurm = bool(env.get("SLURM_JOB_ID"))
     found, nodes = len(gpus), 1
     if slurm:
         nodes = number("SLURM_JOB_NUM_NODES", number("SLURM_NNODES", 1))
         found = number("SLURM_GPUS_ON_NODE", found)
     ranks = number("NUM_GPUS", found)
-    if hostfile:
-        world = 1 if chooses else _world_of(Path(hostfile), number("NUM_GPUS", 0))
-        return Resources("cuda", gpus, max(ranks, 1), nodes, world, hostfile=hostfile)
     if ranks > found:
         raise UserError(f"NUM_GPUS={ranks}, but this node has {found}")
     device = "cuda" if ranks else "cpu"
@@ -81,13 +81,19 @@ def number(variable: str, default: int) -> int:
     return int(value)
 
 
-def _world_of(hostfile: Path, per_node: int) -> int:
-    """The ranks of a hostfile: the sum of its slots, or `per_node` for each node if that is not 0."""
+def _read_hosts(file: Path, per_node: int) -> dict[str, int]:
+    """The nodes of a hostfile and the ranks on each: its slots, or `per_node` if that is not 0."""
+    hosts: dict[str, int] = {}
     try:
-        lines = hostfile.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(f"HOSTFILE={hostfile}: {error.strerror}") from None
-    slots = [int(found.group(1)) for line in lines if (found := re.match(r"[^#]*\bslots=(\d+)", line))]
-    if not sum(slots):
-        raise UserError(f"HOSTFILE={hostfile} has no line like 'name slots=8'")
-    return per_node * len(slots) if per_node else sum(slots)
+        raise UserError(f"HOSTFILE={file}: {error.strerror}") from None
+    for count, line in enumerate(lines, 1):
+        if not (words := line.partition("#")[0].split()):
+            continue
+        if not (found := re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)", " ".join(words))) or found[1] in hosts:
+            raise UserError(f"HOSTFILE={file}, line {count}: must be 'name slots=8', each name once")
+        hosts[found[1]] = per_node or int(found[2])
+    if not hosts:
+        raise UserError(f"HOSTFILE={file} has no line like 'name slots=8'")
+    return hosts

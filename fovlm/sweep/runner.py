@@ -21,7 +21,8 @@ from typing import IO
 
 from fovlm.checkpoint.run_folder import read_summary
 from fovlm.errors import EXIT_STOPPED, UserError
-from fovlm.launch.main import COMMAND, SIGNALS
+from fovlm.launch.main import COMMAND
+from fovlm.launch.processes import SIGNALS
 from fovlm.launch.resources import cpu_cores, free_port
 from fovlm.paths import run_root
 from fovlm.sweep import table

@@ -1,7 +1,6 @@
 """launch.sh with stand-ins for the launchers: what would run, in which environment, and with which status it ends."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,51 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers import ROOT
-from helpers.launch import RECORDER
-
-
-# Prints its name, arguments and the environment that matters, one a line.
-class Place:
-    """A PATH with stand-ins, and an environment as it is on a fresh machine."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.bin = folder, folder / "bin"
-        self.bin.mkdir()
-        self.program("python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-        for name in ("deepspeed", "srun"):
-            self.program(name, RECORDER)
-        self.program("nvidia-smi", "#!/bin/sh\nexit 9\n")
-        self.env = {
-            "PATH": f"{self.bin}:/usr/bin:/bin",
-            "HOME": str(folder),
-            "FOVLM_PYTHON": str(self.bin / "python"),
-            "FOVLM_CACHE": str(folder / "cache"),
-        }
-
-    def program(self, name: str, text: str) -> None:
-        (self.bin / name).write_text(text)
-        (self.bin / name).chmod(0o755)
-
-    def gpus(self, count: int) -> None:
-        self.program("nvidia-smi", f"#!/bin/sh\nseq 0 {count - 1}\n")
-
-    def launch(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        command = [str(ROOT / "launch.sh"), *arguments]
-        return subprocess.run(command, env={**self.env, **env}, capture_output=True, text=True, timeout=120)
-
-    def recorded(self, *arguments: str, **env: str) -> tuple[str, list[str], dict[str, str]]:
-        """(program, arguments, environment) that launch.sh ended up with."""
-        done = self.launch(*arguments, **env)
-        assert done.returncode == 0, done.stderr
-        pairs = [line.split("=", 1) for line in done.stdout.splitlines()]
-        args = [value for key, value in pairs if key == "arg"]
-        environment = {key: value for key, value in pairs if key not in ("arg", "program")}
-        return next(value for key, value in pairs if key == "program"), args, environment
-
-
-@pytest.fixture
-def place(tmp_path):
-    return Place(tmp_path)
+from helpers.launch import TREE, Place
 
 
 def test_without_a_gpu_two_ranks_run_on_the_cpu(place):
@@ -90,18 +45,6 @@ def test_what_follows_two_dashes_goes_to_the_launcher_and_wins(place):
     _, args, _ = place.recorded("LR1", "--", "--include", "localhost:2", "--master_port", "1234")
     assert args.count("--include") == 1
     assert args[-6:] == ["--include", "localhost:2", "--master_port", "1234", "fovlm.train", "LR1"]
-
-
-def test_a_hostfile_makes_it_multi_node(place):
-    hosts = place.folder / "hosts"
-    hosts.write_text("# two nodes\none slots=2\ntwo slots=2\n")
-    _, args, env = place.recorded("LR1", HOSTFILE=str(hosts), FOVLM_DATA="/shards")
-    assert args[args.index("--hostfile") + 1] == str(hosts)
-    assert "--num_gpus" not in args
-    assert "FOVLM_DATA=/shards" in Path(env["DS_ENV_FILE"]).read_text().splitlines()
-    command = [str(ROOT / "launch.sh"), "LR1"]
-    env = {**place.env, "HOSTFILE": "hosts"}  # relative to where the command was typed
-    assert f"arg={hosts}\n" in subprocess.run(command, env=env, cwd=place.folder, capture_output=True, text=True).stdout
 
 
 def test_inside_slurm_it_starts_itself_one_task_per_gpu(place):
@@ -179,24 +122,6 @@ def test_a_mistake_that_the_run_itself_reports_needs_no_second_line(place):
     assert (done.returncode, done.stderr) == (2, "")
 
 
-# A launcher with one rank below it, like deepspeed's: launcher -> node launcher -> rank. The rank saves on SIGTERM.
-TREE = """#!{python}
-import os, signal, subprocess, sys
-level = int(os.environ.get("LEVEL", "0"))
-if level < 2:
-    child = subprocess.Popen([sys.executable, __file__], env={{**os.environ, "LEVEL": str(level + 1)}})
-    if os.environ.get("LEAVE") and level == 0:
-        os._exit(0)
-    sys.exit(child.wait())
-for number in (signal.SIGTERM, signal.SIGUSR1):
-    signal.signal(number, (lambda *_: (print("saved", flush=True), os._exit(75)))
-                  if "EARLY" not in os.environ else signal.SIG_DFL)
-print("training", flush=True)
-while True:
-    signal.pause()
-"""
-
-
 def signalled(place: Place, number: signal.Signals, **env: str) -> tuple[int, str, str]:
     """(status, output, errors) of a run that gets a signal when its rank has started."""
     place.program("deepspeed", TREE.format(python=sys.executable))
@@ -264,81 +189,8 @@ def test_a_launcher_that_dies_first_leaves_nobody_behind(place):
     assert "the launcher ended before its ranks" in done.stderr
 
 
-# -- the environment --------------------------------------------------------------------------------------------------
-
-# Stands for python3.11, for all that scripts/env.sh asks; the .venv it makes has a python that notes its arguments.
-BASE = """#!/bin/sh
-case "$*" in
-  *version_info*) exit {old} ;;
-  *platform*) echo "{says}" ;;
-  "-m venv --clear .venv")
-    mkdir -p .venv/bin
-    printf '#!/bin/sh\\necho "$@" >>asked.txt\\n' >.venv/bin/python
-    chmod +x .venv/bin/python ;;
-esac
-"""
-TOOLS = ("bash", "sh", "env", "dirname", "basename", "mkdir", "cat", "cksum", "chmod", "rm", "cut", "flock")
-
-
-@pytest.fixture
-def fresh(tmp_path):
-    """A copy of what a fresh checkout starts with, and a PATH that has no Python but the stand-in."""
-    (tmp_path / "scripts").mkdir()
-    for name in ("launch.sh", "scripts/env.sh", "requirements.txt", "requirements-dev.txt"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for tool in TOOLS:
-        found = shutil.which(tool)
-        if found:
-            (tools / tool).symlink_to(found)
-
-    def start(*arguments: str, old: int = 0, says: str = "3.11.9") -> tuple[int, str, list[str]]:
-        base = tools / "python3.11"
-        base.write_text(BASE.format(old=old, says=says))
-        base.chmod(0o755)
-        asked = tmp_path / "asked.txt"
-        asked.unlink(missing_ok=True)
-        done = subprocess.run(
-            [str(tmp_path / "launch.sh"), *arguments],
-            env={"PATH": str(tools)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        lines = asked.read_text().splitlines() if asked.exists() else []
-        return done.returncode, done.stderr, [line for line in lines if line.strip() not in ("", "-c")]
-
-    start.folder = tmp_path
-    return start
-
-
-def test_the_environment_is_made_once_and_again_when_the_pins_change(fresh):
-    status, _, asked = fresh("--list")
-    assert status == 0
-    assert [a.split()[:3] for a in asked] == [["-m", "pip", "install"], ["-m", "fovlm.launch", "--list"]]
-    assert asked[0].endswith("-r requirements.txt")
-    assert fresh("--list")[2] == ["-m fovlm.launch --list"]
-    with (fresh.folder / "requirements.txt").open("a") as pins:
-        pins.write("rich==1.0\n")
-    assert len(fresh("--list")[2]) == 2
-
-
-def test_a_python_that_is_too_old_is_told(fresh):
-    status, said, asked = fresh("--list", old=1, says=", found 3.9.18")
-    assert (status, asked) == (2, [])
-    assert (
-        said == "fovlm: requires Python 3.10 or newer (3.11 is best), found 3.9.18: install it, or set FOVLM_PYTHON\n"
-    )
-
-
 def test_help_is_the_head_of_the_script(place):
     done = place.launch("LR1", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: ./launch.sh NAME")
     assert "set -u" not in done.stdout
-
-
-def test_no_name_needs_no_environment(fresh):
-    assert fresh()[0] == 2
-    assert not (fresh.folder / ".venv").exists()

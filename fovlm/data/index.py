@@ -160,7 +160,7 @@ def _scan(shard: Path) -> tuple[list[list[Member]], int | None]:
                 members.append(member)
         except TarError as error:
             damaged_at = error.at
-    if damaged_at == 0:
+    if damaged_at is not None and not members:
         raise UserError(f"shard {shard} is not a plain tar: decompress it or write it again")
     samples = [list(group) for _, group in groupby(members, key=lambda m: m.key)]
     seen = set()

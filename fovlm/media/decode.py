@@ -21,10 +21,18 @@ from fovlm.errors import SampleError
 PICTURES = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}  # extension -> Pillow's name of the format
 VIDEOS = {"mp4": "mp4", "webm": "matroska", "mkv": "matroska"}  # extension -> FFmpeg's name of the container
 MAX_PIXELS = 50_000_000  # larger pictures are refused; an 8K frame has 33 million pixels
+MAX_SIDE = 65_535  # what a JPEG can have
+MAX_BYTES = 200_000_000  # that a decoder may take for one picture, beside the picture itself
+MAX_SCANNED = 1_000_000_000  # pixels of a JPEG times its scans; each scan of a progressive one passes over all pixels
+MAX_SECONDS = 86_400  # longer videos are refused: a time stamp is damaged
+MAX_ASPECT = 8  # of a picture; what is further from the middle is cut off before it is resized
+LARGE = 8_000_000  # pixels; larger pictures without a scale of their own are first reduced by a whole factor
+BAND = 1 << 20  # pixels that are converted at once
 SEEK_AFTER = 8.0  # seconds between two frames above which seeking is faster than decoding the frames in between
-VIDEO_ERRORS = (av.FFmpegError, ValueError)
+JPEG_BYTES = {"444": 6, "422": 4, "440": 4, "420": 3, "411": 3, "Gray": 2}  # coefficients of a pixel, for all scans
+VIDEO_ERRORS = (av.FFmpegError, ValueError, ArithmeticError, MemoryError)
 # Pillow's plugins raise SyntaxError for broken PNG chunks and OSError for truncated data.
-PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError)
+PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, MemoryError)
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -70,16 +78,19 @@ def decode_pictures(pictures: list[tuple[str, bytes]], size: int) -> Tensor:
             pixels = _decode_jpeg(data, size) if PICTURES[extension] == "JPEG" else None
             if pixels is None:
                 with Image.open(io.BytesIO(data), formats=[PICTURES[extension]]) as image:
-                    refuse_absurd(*image.size)
-                    pixels = opaque(image)
+                    refuse_absurd(*image.size, 16 if extension == "webp" else 4)  # bytes a pixel that they take
+                    pixels = read_pixels(image, size)
         frame[:] = fit(pixels, size).transpose(2, 0, 1)
     return torch.from_numpy(frames)
 
 
 def _decode_jpeg(data: bytes, size: int) -> np.ndarray | None:
     """u8 [h, w, 3], or None for CMYK, which only Pillow reads."""
-    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    refuse_absurd(width, height)
+    height, width, colours, sampling = simplejpeg.decode_jpeg_header(data)
+    scans = max(1, data.count(b"\xff\xda"))
+    refuse_absurd(width, height, 0 if scans == 1 else JPEG_BYTES.get(sampling, 8))
+    if width * height * scans > MAX_SCANNED:
+        raise SampleError("absurd number of scans")
     if colours in ("CMYK", "YCCK"):
         return None
     return simplejpeg.decode_jpeg(data, "RGB", min_height=size, min_width=size)
@@ -94,9 +105,26 @@ def opaque(image: Image.Image) -> np.ndarray:
     return np.asarray(Image.alpha_composite(white, clear).convert("RGB"))
 
 
-def refuse_absurd(width: int, height: int) -> None:
-    """Raises SampleError for a size that no real picture has."""
-    if width < 1 or height < 1 or width * height > MAX_PIXELS:
+def read_pixels(image: Image.Image, size: int) -> np.ndarray:
+    """An open picture -> u8 [h, w, 3], opaque, no longer than `fit` looks at, and of moderate size.
+
+    Done in bands: beside the decoded picture it takes no memory to speak of.
+    """
+    width, height = _longest(*image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    factor = max(1, min(width, height) // (2 * size)) if width * height > LARGE else 1
+    rows = -(-BAND // (width * factor)) * factor
+    bands = []
+    for y in range(top, top + height, rows):
+        band = opaque(image.crop((left, y, left + width, min(y + rows, top + height))))
+        bands.append(band if factor == 1 else np.asarray(Image.fromarray(band).reduce(factor)))
+    return np.concatenate(bands)
+
+
+def refuse_absurd(width: int, height: int, bytes_of_pixel: int = 0) -> None:
+    """Raises SampleError for a size that no real picture has, or whose decoder takes more than MAX_BYTES."""
+    most = min(MAX_PIXELS, MAX_BYTES // max(bytes_of_pixel, 1))
+    if width < 1 or height < 1 or max(width, height) > MAX_SIDE or width * height > most:
         raise SampleError("absurd picture size")
 
 
@@ -104,15 +132,29 @@ def fit(pixels: np.ndarray, size: int) -> np.ndarray:
     """u8 [h, w, 3] -> [size, size, 3]: short side resized to `size`, then center crop."""
     height, width = pixels.shape[:2]
     if min(height, width) != size:
-        pixels = np.asarray(Image.fromarray(pixels).resize(scaled(width, height, size), Image.Resampling.BILINEAR))
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size]
+        pixels = _middle(pixels, *_longest(width, height))
+        width, height = scaled(pixels.shape[1], pixels.shape[0], size)
+        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+    return _middle(pixels, size, size)
+
+
+def _longest(width: int, height: int) -> tuple[int, int]:
+    """The size of the middle part that is no longer than MAX_ASPECT times the short side."""
+    most = MAX_ASPECT * min(width, height)
+    return min(width, most), min(height, most)
+
+
+def _middle(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width]
 
 
 def fit_frame(frame: av.VideoFrame, size: int) -> np.ndarray:
     """A decoded video frame -> u8 [size, size, 3], resized and cropped like a picture. Raises SampleError."""
     refuse_absurd(frame.width, frame.height)
     width, height = scaled(frame.width, frame.height, size)
+    if max(width, height) > MAX_ASPECT * size:
+        return fit(frame.to_ndarray(format="rgb24"), size)
     return fit(frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR"), size)
 
 
@@ -135,7 +177,9 @@ def video_seconds(data: bytes, extension: str) -> int:
         stamps = [float(p.pts * p.time_base) for p in packets if p.pts is not None and not p.is_discard]
     if not stamps:
         raise SampleError("video without frames")
-    return int(max(stamps) - min(stamps)) + 1
+    if (seconds := max(stamps) - min(stamps)) > MAX_SECONDS:
+        raise SampleError("absurd video length")
+    return int(seconds) + 1
 
 
 def decode_video(data: bytes, extension: str, size: int, seconds: int, most: int) -> Tensor:

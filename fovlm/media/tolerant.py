@@ -5,6 +5,7 @@ from the first bytes; FFmpeg never guesses it (it would guess playlists that ope
 """
 
 import io
+import math
 import struct
 import sys
 import time
@@ -30,6 +31,7 @@ from fovlm.media.decode import (
     fit,
     fit_frame,
     opaque,
+    read_pixels,
     refuse_absurd,
     spread,
     video_stream,
@@ -249,36 +251,39 @@ def _complete(file: BinaryIO, format: str) -> tuple[BinaryIO, bool]:
 
 
 def _decode_animation(file: BinaryIO, format: str, size: int, most: int, fps: float) -> Decoded:
-    frames: list[np.ndarray] = []
-    read, begins, ends, moves = 0, 0.0, 0.0, False
+    """In two passes, since only the first says how long it lasts: a picture may stay for hours."""
+    begins: list[float] = []  # when each picture that decodes appears
+    ends, moves = 0.0, False
     file, complete = _complete(file, format)
-
-    def show(until: float) -> None:
-        while len(frames) / fps < until - 1e-6:
-            frames.append(fit(pixels, size).transpose(2, 0, 1))
-
     try:
-        with Image.open(file, formats=[format]) as image:
-            refuse_absurd(*image.size)
+        for image in _pictures(file, format, most):
             moves = getattr(image, "is_animated", False)
-            with suppress(EOFError):  # Pillow's sign of the end
-                while not read or most > 1:
-                    image.seek(read)
-                    following = opaque(image)
-                    if read:
-                        show(until=ends)
-                    pixels, begins, read = following, ends, read + 1
-                    milliseconds = image.info.get("duration", 0)
-                    ends += (milliseconds if milliseconds > 10 else 100) / 1000  # what browsers do without a duration
+            begins.append(ends)
+            milliseconds = image.info.get("duration", 0)
+            ends += (milliseconds if milliseconds > 10 else 100) / 1000  # what browsers do without a duration
     except SampleError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SampleError("absurd picture size") from error
     except (*PICTURE_ERRORS, IndexError, struct.error):
         complete = False
-    if not read:
+    if not begins:
         raise SampleError("undecodable picture")
-    show(until=begins + 2e-6)  # like a video's last frame, the last picture counts at its beginning
-    used = spread(len(frames), most)
-    note = "" if complete else f"the file is cut short or damaged: read {read} pictures, {ends:.1f} seconds"
-    return Decoded(torch.from_numpy(np.stack([frames[n] for n in used])), [n / fps for n in used], note, not moves)
+    # Like a video's last frame, the last picture counts at its beginning.
+    used = [n / fps for n in spread(math.ceil((begins[-1] + 1e-6) * fps), most)]
+    on_screen = [bisect_right(begins, at + 1e-6) - 1 for at in used]
+    pictures = zip(range(on_screen[-1] + 1), _pictures(file, format, most), strict=False)
+    fitted = {n: fit(read_pixels(image, size), size).transpose(2, 0, 1) for n, image in pictures if n in on_screen}
+    note = "" if complete else f"the file is cut short or damaged: read {len(begins)} pictures, {ends:.1f} seconds"
+    return Decoded(torch.from_numpy(np.stack([fitted[n] for n in on_screen])), used, note, not moves)
+
+
+def _pictures(file: BinaryIO, format: str, most: int) -> Iterator[Image.Image]:
+    """The pictures of an animation, each valid until the next; only the first one when `most` is 1."""
+    file.seek(0)
+    with Image.open(file, formats=[format]) as image, suppress(EOFError):  # Pillow's sign of the end
+        refuse_absurd(*image.size)
+        for number in range(1 if most == 1 else sys.maxsize):
+            image.seek(number)
+            image.load()
+            yield image

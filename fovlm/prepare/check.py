@@ -12,11 +12,12 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from fovlm.data.index import make_index
+from fovlm.data.index import make_index, stored_indices
 from fovlm.data.sample_format import contents, parse_json, read_members
 from fovlm.data.workers import each
 from fovlm.errors import SampleError, UserError, did_you_mean
 from fovlm.media.decode import decode_media
+from fovlm.paths import cache_root
 from fovlm.prepare.job import content_hashes
 from fovlm.prepare.manifest import load_manifest
 from fovlm.progress import track
@@ -122,12 +123,17 @@ def scan_shard(path: Path, decode: bool) -> ShardScan:
     manifest = load_manifest(path.parent)
     if manifest and path.name in manifest.shards and manifest.shards[path.name].checksum not in ("", index.checksum):
         scan.cause = "not the checksum of the manifest"
+    indexed = next((before for before in stored_indices(path, cache_root()) if before.size == index.size), index)
+    if indexed.checksum != index.checksum:
+        scan.cause = scan.cause or f"not the checksum of its index; if it was written anew, delete {path.name}.index"
+    checksums = dict(zip(indexed.key, indexed.crc32.tolist(), strict=True))
     with open(path, "rb") as file:
         for row, key in enumerate(index.key):
             entry = SampleEntry(key, int(index.offset[row]), int(index.length[row]), index.kind(row))
             scan.entries.append(entry)
-            if row in index.broken:
-                entry.cause = index.broken[row]
+            changed = checksums.get(key, index.crc32[row]) != index.crc32[row]
+            entry.cause = "checksum mismatch" if changed else index.broken.get(row, "")
+            if entry.cause:
                 continue
             file.seek(entry.offset)
             try:

@@ -29,8 +29,6 @@ from fovlm.data.packing import Batch
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.train.losses import Loss, pair_weight, preference_loss, text_loss, text_weight
 
-log = logging.getLogger("fovlm")
-
 
 def start(hang_minutes: float = 30) -> torch.device:
     """Join the other ranks and return this rank's device.
@@ -61,6 +59,7 @@ class StepResult:
     weight: float  # weighted tokens (or pairs) of the global batch
     skipped: bool  # a loss or gradient was not finite: the weights stayed as they were
     parts: dict[str, float] = field(default_factory=dict)
+    nonfinite: list[str] = field(default_factory=list)  # of this rank alone: losses that are not finite, with samples
 
 
 class Engine:
@@ -152,13 +151,12 @@ class Engine:
 
         def result() -> StepResult:
             norm, first, *values = read()
-            for pack_keys, value in zip(keys, values[len(names) :], strict=True):
-                if not math.isfinite(value):
-                    log.error("rank %d: the loss is %s for samples %s", distributed.rank(), value, pack_keys)
+            packs = zip(keys, values[len(names) :], strict=True)
+            nonfinite = [f"the loss is {value} for samples {some}" for some, value in packs if not math.isfinite(value)]
             parts = {name: value / total for name, value in zip(names, values, strict=False)}
             loss = parts.pop("loss")
             skipped = not (applied and math.isfinite(loss))
-            return StepResult(loss, first / first_weight, norm, total, skipped, parts)
+            return StepResult(loss, first / first_weight, norm, total, skipped, parts, nonfinite)
 
         return result
 

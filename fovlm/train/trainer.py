@@ -211,6 +211,9 @@ class Trainer:
             if result.skipped:
                 self.state.skipped += 1
                 self.logger.info(f"step {step} is skipped: loss {result.loss}, gradient norm {result.grad_norm}")
+                for rank, lines in enumerate(distributed.gather(result.nonfinite)):
+                    for line in lines:
+                        self.logger.info(f"rank {rank}: {line}")
             if self.skipped_in_a_row >= self.experiment.train.max_nonfinite:
                 raise SharedError(
                     f"{self.skipped_in_a_row} steps in a row were not finite: lower the learning rates, or check the "

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from fovlm.cli.main import main
 from fovlm.config import schema
-from fovlm.data.index import index_hash, make_index
+from fovlm.data.index import index_hash, make_index, open_index
 from fovlm.data.shards import find_shards, write_shards
 from fovlm.errors import UserError
 from fovlm.prepare.check import check_shards, list_shards, problems
@@ -101,6 +102,23 @@ def test_a_shard_that_is_not_what_its_manifest_says(tmp_path):
     assert problems(looked_at(path)) == 0
     path.write_bytes(path.read_bytes().replace(b'"assistant": "b"', b'"assistant": "c"'))
     assert looked_at(path)[0].cause == "not the checksum of the manifest"
+
+
+def test_without_a_manifest_every_flipped_bit_is_found_by_the_index(tmp_path):
+    (path,) = write_shards(tmp_path / "x-%d.tar", [image(f"k{n}", 10 * n) for n in range(4)])
+    open_index(path, tmp_path / "cache")
+    whole, random = path.read_bytes(), Random(0)
+    for _ in range(40):
+        at = random.randrange(len(whole))
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << random.randrange(8)]) + whole[at + 1 :])
+        assert problems(looked_at(path, decode=False)) > 0, at
+    path.write_bytes(whole)
+    assert problems(looked_at(path)) == 0
+    at = int(make_index(path).json_offset[2]) + 9
+    path.write_bytes(whole[:at] + b"?" + whole[at + 1 :])
+    found = looked_at(path, decode=False)
+    assert found[0].cause.startswith("not the checksum of its index")
+    assert causes(found) == {"k2": "checksum mismatch"}
 
 
 def test_overlap_is_printed_by_content(tmp_path):

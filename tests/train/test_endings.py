@@ -68,11 +68,13 @@ def test_broken_samples_end_no_run_while_they_are_few(ended):
     assert (ended["broken but few"]["status"], len(ended["broken but few"]["losses"])) == (0, 2)
 
 
-def test_steps_in_a_row_that_are_not_finite_end_a_run(ended):
+def test_steps_in_a_row_that_are_not_finite_end_a_run(ended, home):
     run = ended["not finite"]
     assert run["status"] == 2
     assert "fovlm: 3 steps in a row were not finite" in run["said"]
     assert len(run["losses"]) == 7, "two in a row, a good one, and three in a row"
+    log = (home / "runs" / "not-finite" / "log.txt").read_text()
+    assert log.count("rank 0: the loss is nan for samples ['") >= 5
 
 
 def test_steps_that_are_not_finite_now_and_then_end_no_run(ended):

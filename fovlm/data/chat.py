@@ -185,24 +185,32 @@ def conversation(
 ) -> TokenizedText:
     """The tokens of a conversation up to the place where the answer starts; no token has a weight.
 
-    `turns` are (role, words), the last one a user's. The system message of training is added when there is none. Frames
+    `turns` are (role, words), the last one a user's, or the assistant's: then its words and the token that ends the
+    turn follow, with a weight of 1. The system message of training is added when there is none. Frames
     belong to turn `shown`: after its words with `before`, otherwise at the start. Raises UserError.
     """
+    turns = list(turns)
     if turns[:1] and turns[0][0] != "system":
         turns, shown = [("system", SYSTEM), *turns], None if shown is None else shown + 1
+    answer = turns.pop()[1].strip() if turns and turns[-1][0] == "assistant" else ""
     if not turns or turns[-1][0] != "user":
-        raise UserError("the last turn of a conversation must be the user's")
+        raise UserError("the last turn of a conversation must be the user's, or the assistant's answer to it")
     messages = [{"role": role, "content": words.strip()} for role, words in turns]
     if not all(message["content"] for message in messages):
         raise UserError("a turn has no text: add a question or an instruction to the frames")
     if shown is not None:
         messages[shown]["content"] += SHOWN
     messages.append({"role": "assistant", "content": ANSWER})
-    rendered = str(tokenizer.apply_chat_template(messages, tokenize=False)).partition(ANSWER)[0]
+    rendered, _, tail = str(tokenizer.apply_chat_template(messages, tokenize=False)).partition(ANSWER)
     asked, _, rest = rendered.partition(SHOWN)
-    ids, spans = _tokenize(asked + rest, tokenizer)
+    ids, spans = _tokenize(asked + rest + (answer + tail if answer else ""), tokenizer)
     prompt = _tokens_up_to(spans, len(asked)) if shown is not None and before else 0
-    return TokenizedText(torch.tensor(ids), torch.zeros(len(ids)), prompt)
+    weight = torch.zeros(len(ids))
+    if answer:
+        end = 1 + _tokens_up_to(spans, len(asked + rest + answer))
+        ids, weight = ids[:end], weight[:end]
+        weight[_tokens_up_to(spans, len(asked + rest)) :] = 1
+    return TokenizedText(torch.tensor(ids), weight, prompt)
 
 
 def encode(

@@ -1,11 +1,13 @@
 """FoveatedConfig: the configuration of a FoveatedVLM, in the Hugging Face way."""
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from fovlm.errors import UserError, did_you_mean
 from fovlm.model.modes import QUESTIONS, VISUALS, tokens_per_look
+from fovlm.model.shipped_code import AUTO_MAP, write_code
 
 # The type of a backbone that is given as keyword arguments without `model_type`.
 DEFAULT_TYPES = {"llm": "llama", "encoder": "dinov2"}
@@ -66,6 +68,16 @@ class FoveatedConfig(PreTrainedConfig):
         self.image_frames = image_frames
         kwargs.setdefault("tie_word_embeddings", False)  # a tie inside the language model is its own affair
         super().__init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, and the code that loads the model where fovlm is not installed."""
+        write_code(Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, *args: Any) -> None:
+        """Nothing: `auto_map` and `code/` are always written, so transformers need not add a second copy."""
 
     @property
     def tokens_per_look(self) -> int:
@@ -82,4 +94,4 @@ def _config(key: str, given: PreTrainedConfig | dict | None) -> PreTrainedConfig
     return given if isinstance(given, PreTrainedConfig) else backbone_config(key, given or {})
 
 
-AutoConfig.register(FoveatedConfig.model_type, FoveatedConfig)
+AutoConfig.register(FoveatedConfig.model_type, FoveatedConfig, exist_ok=True)

@@ -87,15 +87,7 @@ class FoveatedGenerationMixin(GenerationMixin):
         if mode is not None and mode not in modes:
             raise UserError(f"mode is {', '.join(modes)} for this model, not '{mode}'{did_you_mean(mode, modes)}")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        samples = [
-            _sample(
-                input_ids[row][mask[row] == 1],
-                None if frames is None else frames[row],
-                None if looks is None else looks[row],
-                0 if prompt is None else int(prompt[row]),
-            )
-            for row in range(len(input_ids))
-        ]
+        samples = unpadded(input_ids, mask, frames, looks, prompt)
         for sample, times in samples:
             check_context(self.config, sum(times), len(sample.tokens))
         tokens = self._visual_tokens(samples, mode or modes[-1], on_progress)
@@ -126,7 +118,7 @@ class FoveatedGenerationMixin(GenerationMixin):
         if not any(sum(times) for _, times in samples):
             return [self.llm.get_input_embeddings().weight[:0] for _ in samples]
         T = self.config.tokens_per_look
-        flat = [_one_frame_a_look(sample, times) for sample, times in samples]
+        flat = [one_frame_a_look(sample, times) for sample, times in samples]
         size = sum((s.size for s in flat), EMPTY)
         batch = collate(flat, self.config.frame_size, T, size=size).to(self.llm.device)
         looks = self.looks(batch, "coarse" if mode == "coarse_only" else None)
@@ -163,6 +155,21 @@ def _parts(frames: Tensor, times: tuple[int, ...], size: int) -> Iterable[tuple[
     return ((frames[i : i + size], times[i : i + size]) for i in range(0, len(frames), size))
 
 
+def unpadded(
+    input_ids: Tensor, mask: Tensor, frames: Tensor | None, looks: Tensor | None, prompt: Tensor | None
+) -> list[Shown]:
+    """The conversations of padded rows; arguments as in `generate`."""
+    return [
+        _sample(
+            input_ids[row][mask[row] == 1],
+            None if frames is None else frames[row],
+            None if looks is None else looks[row],
+            0 if prompt is None else int(prompt[row]),
+        )
+        for row in range(len(input_ids))
+    ]
+
+
 def _sample(tokens: Tensor, frames: Tensor | None, looks: Tensor | None, prompt: int) -> Shown:
     if frames is None:
         frames = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
@@ -172,7 +179,7 @@ def _sample(tokens: Tensor, frames: Tensor | None, looks: Tensor | None, prompt:
     return Sample("", "", frames, sum(times), tokens, torch.zeros(len(tokens)), prompt if times else 0), times
 
 
-def _one_frame_a_look(sample: Sample, times: list[int]) -> Sample:
+def one_frame_a_look(sample: Sample, times: list[int]) -> Sample:
     """A sample with every frame as often as it is looked at, which any pack can hold."""
     frames = sample.frames
     if times:

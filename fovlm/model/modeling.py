@@ -35,6 +35,7 @@ from fovlm.model.encoders.families import side_of
 from fovlm.model.generation import FoveatedGenerationMixin
 from fovlm.model.kv_cache import ATTENTION
 from fovlm.model.modes import NLL_CHUNK, POOLED
+from fovlm.model.supervised import supervised
 
 
 @dataclass
@@ -118,13 +119,47 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         if isinstance(module, Connector):
             module.reset()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the language model."""
+        return self.llm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.llm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Those of the language model."""
+        return self.llm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.llm.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        """The language model without its head."""
+        return self.llm.base_model
+
     # -- training -------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch, visual: str | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: Batch | None = None,
+        visual: str | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        frames: Tensor | None = None,
+        looks: Tensor | None = None,
+        prompt: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **ignored: Any,
+    ) -> Any:
         """Negative log-likelihood f32 [S] of every text token of the pack; 0 at padding and at a sample's first token.
 
         `visual` overrides the configured mode: "coarse" on a foveated model gives its `coarse_only` evaluation.
+        With `input_ids` in place of a pack: loss and logits of padded rows, as `supervised` says.
         """
+        if batch is None:
+            assert input_ids is not None, "give a pack, or input_ids"
+            return supervised(self, input_ids, attention_mask, frames, looks, prompt, labels, num_items_in_batch)
         return self.nll(batch, self.read(batch.sequence, self.looks(batch, visual).tokens, batch.tokens))
 
     def looks(self, batch: Batch, visual: str | None = None, encoded: tuple[Cache, Tensor] | None = None) -> Looks:
@@ -256,4 +291,4 @@ def check_report(report: dict[str, Any], where: str, skipped: tuple[str, ...] = 
 
 
 for auto in (AutoModel, AutoModelForImageTextToText):
-    auto.register(FoveatedConfig, FoveatedVLM)
+    auto.register(FoveatedConfig, FoveatedVLM, exist_ok=True)

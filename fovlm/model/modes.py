@@ -1,11 +1,6 @@
 """Names and constants of the model that other packages share. No torch."""
 
-from typing import get_args
-
-from fovlm.config.schema import ModelSettings
-
-VISUALS: tuple[str, ...] = get_args(ModelSettings.model_fields["visual"].annotation)
-QUESTIONS: tuple[str, ...] = get_args(ModelSettings.model_fields["question"].annotation)
+QUESTIONS = ("after_frames", "before_frames")  # where a question is, as `model.question` says
 
 # The ways to look, of evaluation, `generate` and the gaze; a foveated model was trained on fine tokens.
 MODE_NOTES = {
@@ -20,6 +15,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "coarse": ("coarse_only",),
     "multi_token": ("multi_token",),
 }
+VISUALS = tuple(MODES)
 AS_TRAINED = {"foveated": "coarse_fine", "coarse": "coarse_only", "multi_token": "multi_token"}
 
 POOLED = 4  # multi_token: the patches are pooled to 4 x 4 tokens a frame

@@ -29,6 +29,8 @@ from fovlm.media.clip import read_clip
 from fovlm.media.tolerant import pixels_of
 from fovlm.model.configuration import FoveatedConfig
 from fovlm.model.modeling import FoveatedVLM, check_report
+from fovlm.model.shipped_code import AUTO_MAP
+from fovlm.model.supervised import IGNORED
 
 Seen = tuple[Tensor, list[int]]  # frames u8 [f, 3, s, s], and how often each is looked at
 NONE: tuple[Any, ...] = ()
@@ -74,6 +76,14 @@ class FoveatedProcessor(ProcessorMixin):
             found |= _settings(FoveatedConfig.from_pretrained(pretrained_model_name_or_path))
         return found, left
 
+    @classmethod
+    def register_for_auto_class(cls, *args: Any) -> None:
+        """Nothing: `auto_map` and `code/` are always written, so transformers need not add a second copy."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, and where its code is in a model's folder."""
+        return super().to_dict() | {"auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
+
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "frames", "looks", "prompt"]
@@ -89,7 +99,8 @@ class FoveatedProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Model inputs: input_ids and attention_mask i64 [B, S], padded on the left; frames u8 [B, f, 3, s, s] and
         looks i64 [B, f] (0 where padded), both left out when there are none; prompt i64 [B], the tokens ahead of the
-        frames. Always padded, always torch tensors. Raises UserError.
+        frames. Where a conversation ends with an answer of the assistant, also labels i64 [B, S] for training: the
+        answer's tokens with the one that ends it, else -100. Always padded, always torch tensors. Raises UserError.
         """
         if return_tensors != "pt" or not padding:
             raise UserError(
@@ -218,16 +229,20 @@ class FoveatedProcessor(ProcessorMixin):
         )
         pad = self.tokenizer.pad_token_id
         ids = torch.full((B, S), pad if pad is not None else self.tokenizer.eos_token_id or 0)
+        labels = torch.full((B, S), IGNORED)
         mask, looks = torch.zeros(B, S, dtype=torch.int64), torch.zeros(B, f, dtype=torch.int64)
         frames = torch.zeros(B, f, 3, self.frame_size, self.frame_size, dtype=torch.uint8)
         for row, (text, (shown, times)) in enumerate(conversations):
             ids[row, S - len(text.tokens) :] = text.tokens
             mask[row, S - len(text.tokens) :] = 1
+            labels[row, S - len(text.tokens) :] = torch.where(text.weight > 0, text.tokens, IGNORED)
             frames[row, : len(shown)] = shown
             looks[row, : len(times)] = torch.tensor(times, dtype=torch.int64)
         inputs = {"input_ids": ids, "attention_mask": mask}
         if f:
             inputs |= {"frames": frames, "looks": looks}
+        if (labels != IGNORED).any():
+            inputs["labels"] = labels
         return BatchFeature(inputs | {"prompt": torch.tensor([text.prompt for text, _ in conversations])})
 
 
@@ -318,4 +333,4 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder}: weights are missing: {', '.join(missing)}; convert or copy it again")
 
 
-AutoProcessor.register(FoveatedConfig, FoveatedProcessor)
+AutoProcessor.register(FoveatedConfig, FoveatedProcessor, exist_ok=True)

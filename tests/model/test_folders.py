@@ -125,7 +125,7 @@ def test_both_go_to_the_hub(folder, monkeypatch):
             monkeypatch.setattr(module, "create_branch", lambda *a, **k: None)
     for part in open_model(folder):
         part.push_to_hub("me/clip")
-    assert {"config.json", "generation_config.json", "model.safetensors"} <= sent["me/clip"]
+    assert {"config.json", "generation_config.json", "model.safetensors", "code/processing.py"} <= sent["me/clip"]
     assert {"processor_config.json", "tokenizer.json", "tokenizer_config.json"} <= sent["me/clip"]
 
 

@@ -1,0 +1,66 @@
+"""A saved model loads where transformers is and fovlm is not: same answers, same losses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fovlm import open_model
+from helpers.interface import frames, model_of, processor_of, says
+
+CODE = """
+import json, sys
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+assert not [folder for folder in sys.path if __import__("os").path.isdir(folder + "/fovlm")]
+folder, shown = sys.argv[1], torch.load(sys.argv[1] + "/shown.pt")
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+question = [{"role": "user", "content": [{"type": "video", "video": shown}, {"type": "text", "text": "what is this ?"}]}]
+answer = [{"role": "assistant", "content": "this is blue"}]
+tokens = model.generate(**processor(messages=question), max_new_tokens=6)[0].tolist()
+with torch.no_grad():
+    loss = model(**processor(messages=question + answer)).loss.item()
+ask = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+said = ask(text=question, max_new_tokens=6, return_full_text=False)[0]["generated_text"]
+model.save_pretrained(sys.argv[2])
+processor.save_pretrained(sys.argv[2])
+assert not [name for name in sys.modules if name.split(".")[0] in ("fovlm", "kernels")]
+print(json.dumps([tokens, loss, said]))
+"""
+
+
+@pytest.mark.parametrize("question", ["after_frames", "before_frames"])
+def test_a_saved_model_loads_without_fovlm(tmp_path, question):
+    model, shown = model_of(question=question), frames(3)
+    model.save_pretrained(tmp_path / "model")
+    processor = processor_of(model)
+    processor.save_pretrained(tmp_path / "model")
+    torch.save(shown, tmp_path / "model" / "shown.pt")
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env["HF_MODULES_CACHE"] = str(tmp_path / "cache")
+
+    def load(folder, again) -> list:
+        command = [sys.executable, "-c", CODE, str(folder), str(again)]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    tokens, loss, said = load(tmp_path / "model", tmp_path / "again")
+    asked = says("what is this ?", video=shown)
+    answer = model.generate(**processor(messages=asked), max_new_tokens=6)
+    assert tokens == answer[0].tolist()
+    assert said == processor.batch_decode(answer)[0]
+    with torch.no_grad():
+        trained = [*asked, {"role": "assistant", "content": "this is blue"}]
+        assert loss == pytest.approx(model(**processor(messages=trained)).loss.item(), abs=1e-5)
+    # What is saved there brings its code along again, in one place.
+    code = {file.name for file in (tmp_path / "model" / "code").iterdir()}
+    assert {file.name for file in (tmp_path / "again" / "code").iterdir()} == code >= {"processing.py", "modeling.py"}
+    assert not list((tmp_path / "again").glob("*.py"))
+    again, _ = open_model(tmp_path / "again")
+    assert torch.equal(again.connector.q_static, model.connector.q_static)

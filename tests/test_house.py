@@ -252,7 +252,7 @@ def test_every_import_is_declared_and_every_pin_is_in_its_range():
     names = {"PIL": "pillow", "yaml": "pyyaml", "markdown_it": "markdown-it-py"}
     options = declared["optional-dependencies"]
     optional = {Requirement(text).name for texts in options.values() for text in texts}
-    developed = [text for name in ("data", "demo", "docs", "dev") for text in options[name]]
+    developed = [text for name in ("data", "demo", "lora", "docs", "dev") for text in options[name]]
     extras = {(r := Requirement(text)).name.lower(): r for text in developed}
     used = set().union(*(packages(imports(module)) for module in MODULES)) - set(sys.stdlib_module_names)
     ours = {"fovlm", "kernels", "pydantic_core"}  # the last comes with pydantic, always

@@ -36,6 +36,7 @@ class FoveatedConfig(PreTrainedConfig):
     """
 
     model_type = "fovlm"
+    keys_to_ignore_at_inference: ClassVar = ["last_hidden_state"]
     sub_configs: ClassVar = {"llm_config": AutoConfig, "encoder_config": AutoConfig}
 
     def __init__(

@@ -210,7 +210,7 @@ class Encoder(nn.Module):
             cache: list[LayerCache] = []
             for layer in self.layers:
                 last = layer is self.layers[-1]
-                x, cached = self._run(layer, x, n, last, self._absorbs(x, last), rotary)
+                x, cached = self._run(layer, x, n, last, self._absorbs(layer, x, last), rotary)
                 cache.append(cached)
             return Cache(cache), self._norm(x[:, 0]) if row is not None else x
 
@@ -257,8 +257,10 @@ class Encoder(nn.Module):
     def _norm(self, x: Tensor) -> Tensor:
         return self.family.norm(self.backbone)(x)
 
-    def _absorbs(self, x: Tensor, last: bool) -> bool:
-        if self.family.is_rotary:  # a key depends on its position then: no single projection can be absorbed
+    def _absorbs(self, layer: nn.Module, x: Tensor, last: bool) -> bool:
+        p = self.family.block(layer)
+        # A rotary key depends on its position, so that no single projection can be absorbed; an adapter is no weight.
+        if self.family.is_rotary or type(p.key) is not nn.Linear or type(p.value) is not nn.Linear:
             return False
         return absorbs(x, last) if self.attention == "auto" else self.attention == "absorbed"
 

@@ -2,15 +2,15 @@
 
 The rows become one pack (`data/packing.py`), so the loss comes from the same nll as in our own training.
 
-Letters: B conversations, S text tokens of a row, V words of the vocabulary.
+Letters: B conversations, S text tokens of a row, E language-model width, V words of the vocabulary.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import ModelOutput
 
 from fovlm.data.packing import EMPTY, collate
 from fovlm.errors import UserError
@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 IGNORED = -100  # a label that has no share in the loss
 
 
+@dataclass
+class PaddedOutput(ModelOutput):
+    """`logits` [B, S, V] and `last_hidden_state` [B, S, E] at i are those that predict token i + 1; 0 where padded."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None  # TRL computes its loss from this one
+
+
 def supervised(
     model: "FoveatedVLM",
     input_ids: Tensor,
@@ -31,12 +40,11 @@ def supervised(
     prompt: Tensor | None = None,
     labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
-) -> CausalLMOutput:
-    """The loss and the logits [B, S, V] of conversations as `FoveatedProcessor` gives them, padded on either side.
+) -> PaddedOutput:
+    """The loss and the logits of conversations as `FoveatedProcessor` gives them, padded on either side.
 
     `labels` i64 [B, S] are the tokens themselves, or -100 where a token does not count. The loss is the mean nll of
-    those that do (their sum over `num_items_in_batch`, if given). logits[:, i] predict token i + 1; 0 where padded.
-    Raises UserError for other labels.
+    those that do (their sum over `num_items_in_batch`, if given). Raises UserError for other labels.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     samples = [one_frame_a_look(*shown) for shown in unpadded(input_ids, mask, frames, looks, prompt)]
@@ -54,7 +62,7 @@ def supervised(
     after = batch.predict_from.roll(-1)  # where the next token is predicted; behind a sample's last, its last position
     texts = torch.tensor([len(sample.tokens) for sample in samples], device=after.device).cumsum(0)
     after[texts - 1] = torch.tensor(batch.sequence.lengths[: len(samples)], device=after.device).cumsum(0) - 1
-    words = model.llm.get_output_embeddings()(hidden[after])
-    logits = words.new_zeros(*input_ids.shape, words.shape[-1])
-    logits[mask == 1] = words
-    return CausalLMOutput(loss=loss, logits=logits)
+    states = hidden.new_zeros(*input_ids.shape, hidden.shape[-1])
+    states[mask == 1] = hidden[after]
+    logits = model.llm.get_output_embeddings()(states) * mask[..., None]
+    return PaddedOutput(loss, logits, states)

@@ -20,7 +20,8 @@ assert not [folder for folder in sys.path if __import__("os").path.isdir(folder 
 folder, shown = sys.argv[1], torch.load(sys.argv[1] + "/shown.pt")
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
-question = [{"role": "user", "content": [{"type": "video", "video": shown}, {"type": "text", "text": "what is this ?"}]}]
+parts = [{"type": "video", "video": shown}, {"type": "text", "text": "what is this ?"}]
+question = [{"role": "user", "content": parts}]
 answer = [{"role": "assistant", "content": "this is blue"}]
 tokens = model.generate(**processor(messages=question), max_new_tokens=6)[0].tolist()
 with torch.no_grad():

@@ -61,6 +61,8 @@ LIGHT = (
     "config.deepspeed",
     "launch.main",
     "checkpoint.run_folder",
+    "media.location",
+    "model.folder",
     "model.modes",
     "train.schedule",
     "train.logger",

@@ -8,7 +8,10 @@ import typer
 
 from fovlm.cli.convert import PANEL, given
 from fovlm.cli.progress import progress
-from fovlm.errors import UserError
+from fovlm.errors import UserError, did_you_mean
+from fovlm.media.location import check_camera, check_path
+from fovlm.model.folder import check_folder
+from fovlm.model.modes import MODES
 
 ModelFolder = Annotated[
     str,
@@ -20,6 +23,7 @@ Video = Annotated[
 Tokens = Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")]
 Frames = Annotated[int, typer.Option(min=1, metavar="N", help="Most frames; longer videos are sampled evenly.")]
 Fps = Annotated[float, typer.Option(min=0.001, metavar="R", help="Frames per second; training uses 1.")]
+Dtype = Annotated[str, typer.Option(help="bf16 or fp32.  [default: as stored, fp32 where a CPU has no bf16]")]
 Mode = Annotated[
     str, typer.Option(help="autoregressive (frame by frame, the default), coarse_fine (as trained) or coarse_only.")
 ]
@@ -42,6 +46,7 @@ def ask(
     frames: Frames = 64,
     fps: Fps = 1.0,
     mode: Mode = "",
+    dtype: Dtype = "auto",
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token; else sample.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
 ) -> None:
@@ -49,11 +54,13 @@ def ask(
 
     Example: `fovlm ask clip.mp4 "What happens?" --model converted/LR1`
     """
+    check_model(model, mode)
+    check_path(video)
     with progress("loading the model"):
         from fovlm.media.clip import read_clip
         from fovlm.viz.answer import answer
 
-        net, processor = open_(model, frames)
+        net, processor = open_(model, frames, dtype)
     with progress(f"reading {Path(video).name}") as update:
         clip = read_clip(video, net.config.frame_size, frames, fps, update)
     warn(clip)
@@ -89,6 +96,7 @@ def look(
     frames: Frames = 64,
     fps: Fps = 1.0,
     mode: Mode = "",
+    dtype: Dtype = "auto",
 ) -> None:
     """Show where the model looks: an interactive page, a video, a contact sheet and the attention weights.
 
@@ -102,10 +110,12 @@ def look(
     if live:
         if option := given(context, "out", "layer", "head", "frames", "mode"):
             raise UserError(f"--{option} has no effect with --live: a camera is shown in the terminal, without files")
+        check_model(model)
+        check_camera(live)
         from fovlm.viz.camera import watch
 
         with progress("loading the model"):
-            net, processor = open_(model, frames)
+            net, processor = open_(model, frames, dtype)
         watch(net, processor, live, [q for q in (video, *asked) if q], fps, tokens)
         return
     if not video:
@@ -114,6 +124,8 @@ def look(
         raise UserError(f"--out {out} is a file: give a folder")
     if len(asked) > 2:
         raise UserError(f"{len(asked)} questions: give one, or two to compare (each in quotes)")
+    check_model(model, mode)
+    check_path(video)
     with progress("loading the model"):
         from fovlm.media.clip import read_clip
         from fovlm.viz.answer import ALIKE
@@ -122,7 +134,7 @@ def look(
         from fovlm.viz.html import write_page
         from fovlm.viz.video import write_video
 
-        net, processor = open_(model, frames)
+        net, processor = open_(model, frames, dtype)
     encoder = net.config.encoder_config
     layers = encoder.num_hidden_layers if net.config.deep_query else 1
     check_choice((layers, 0, encoder.num_attention_heads), layer, head)
@@ -162,11 +174,15 @@ def demo(
     tokens: Tokens = 128,
     frames: Frames = 64,
     mode: Mode = "",
+    dtype: Dtype = "auto",
 ) -> None:
     """Open a demo in the browser: upload or choose a clip, ask, read the answer, and see where the model looks.
 
     Example: `fovlm demo --model converted/LR1 --examples clips`
     """
+    check_model(model, mode)
+    if examples:
+        check_path(examples)
     with progress("loading the model"):
         try:
             from fovlm.viz.demo import serve
@@ -177,7 +193,7 @@ def demo(
         from fovlm.media.clip import list_clips
 
         clips = list_clips(examples) if examples else []
-        net, processor = open_(model, frames)
+        net, processor = open_(model, frames, dtype)
     serve(net, processor, Path(model).resolve().name, clips, tokens, frames, mode or None, port)
 
 
@@ -193,17 +209,24 @@ def bench(context: typer.Context) -> None:
     main(context.args)
 
 
-def open_(folder: str, frames: int) -> tuple[Any, Any]:
+def check_model(folder: str, mode: str = "") -> None:
+    """Check the folder of a model, and a way to look, before torch is imported. Raises UserError."""
+    if not folder:
+        raise UserError("no model: give --model FOLDER or set FOVLM_MODEL (a folder that fovlm convert made)")
+    modes = MODES[check_folder(Path(folder)).get("visual", "foveated")]
+    if mode and mode not in modes:
+        raise UserError(f"--mode is {', '.join(modes)} for this model, not '{mode}'{did_you_mean(mode, modes)}")
+
+
+def open_(folder: str, frames: int, dtype: str) -> tuple[Any, Any]:
     """The model and the processor of a folder, on the GPU if there is one."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
     from fovlm.model.processing import open_model
 
-    if not folder:
-        raise UserError("no model: give --model FOLDER or set FOVLM_MODEL (a folder that fovlm convert made)")
     disable_progress_bar()  # the command shows its own
-    net, processor = open_model(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    net, processor = open_model(folder, dtype, "cuda" if torch.cuda.is_available() else "cpu")
     processor.max_frames = frames
     return net, processor
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fovlm.errors import SampleError, UserError, did_you_mean
+from fovlm.errors import SampleError, UserError
 from fovlm.media import decode, tolerant
+from fovlm.media.location import check_path, unreadable
 
 KINDS = "mp4, mov, webm, mkv, avi, mpg, flv, ogv; animated webp or gif; jpg, png, webp; or a folder of pictures"
 
@@ -42,22 +43,13 @@ def read_clip(
     10). `on_progress(done, total)` is called after each frame of a video. Raises UserError when the path does not exist
     or nothing in it can be decoded.
     """
-    path = Path(path)
-    if "://" in str(path) or str(path).startswith(("http:/", "https:/")):
-        raise UserError(f"{path} is an address: download it first and give the file")
+    path = check_path(path)
     try:
-        if not path.exists():
-            if not path.parent.is_dir():
-                raise UserError(f"no such folder: {path.parent}")
-            raise UserError(f"no such file: {path}{did_you_mean(path.name, (p.name for p in path.parent.iterdir()))}")
         if path.is_dir():
             return _read_folder(path, size, max_frames)
-        if not path.is_file():
-            raise UserError(f"{path} is neither a file nor a folder")
         return _read_file(path, size, max_frames, fps, on_progress)
     except OSError as error:
-        name = str(path) if len(str(path)) <= 100 else f"{str(path)[:100]}..."  # a question given as the file is long
-        raise UserError(f"{name} cannot be read: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
 
 
 def _read_file(

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from fovlm.errors import UserError, did_you_mean
+from fovlm.model.folder import MODEL_TYPE
 from fovlm.model.modes import QUESTIONS, VISUALS, tokens_per_look
 from fovlm.model.shipped_code import AUTO_MAP, write_code
 
@@ -35,7 +36,7 @@ class FoveatedConfig(PreTrainedConfig):
     Raises ValueError for a `visual` or `question` that does not exist.
     """
 
-    model_type = "fovlm"
+    model_type = MODEL_TYPE
     keys_to_ignore_at_inference: ClassVar = ["last_hidden_state"]
     sub_configs: ClassVar = {"llm_config": AutoConfig, "encoder_config": AutoConfig}
 

@@ -10,9 +10,10 @@ once; an image is one frame, looked at `image_frames` times.
 Letters: B conversations, S text tokens, f frames of a conversation, s pixels of a frame's side.
 """
 
-import json
+import logging
+import platform
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ from fovlm.media import decode as media
 from fovlm.media.clip import read_clip
 from fovlm.media.tolerant import pixels_of
 from fovlm.model.configuration import FoveatedConfig
+from fovlm.model.folder import check_folder
 from fovlm.model.modeling import FoveatedVLM, check_report
 from fovlm.model.shipped_code import AUTO_MAP
 from fovlm.model.supervised import IGNORED
 
 Seen = tuple[Tensor, list[int]]  # frames u8 [f, 3, s, s], and how often each is looked at
 NONE: tuple[Any, ...] = ()
+log = logging.getLogger("fovlm")
 
 
 class FoveatedProcessor(ProcessorMixin):
@@ -274,7 +277,8 @@ def _pixels(picture: Any) -> np.ndarray:
 def open_model(
     folder: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
 ) -> tuple[FoveatedVLM, FoveatedProcessor]:
-    """The model and processor of a folder, ready to use. `dtype` is auto (as stored), bf16, fp32 or torch's.
+    """The model and processor of a folder, ready to use. `dtype` is bf16, fp32, torch's, or auto: as stored, but not
+    bf16 on a CPU without products in it, where a frame takes five times as long; a warning says so.
 
     Raises UserError for a folder that is not there or holds no model, and for missing or damaged weights.
     """
@@ -283,7 +287,17 @@ def open_model(
         raise UserError(f"dtype is auto, bf16 or fp32, not '{dtype}'{did_you_mean(dtype, types)}")
     model = load_model(Path(folder), types[dtype] if isinstance(dtype, str) else dtype)
     load_tokenizer(str(folder))
+    if dtype == "auto" and model.dtype == torch.bfloat16 and torch.device(device).type == "cpu" and not cpu_has_bf16():
+        log.warning("computing in fp32: this processor has no products in bf16, the type of the weights")
+        model = model.float()
     return model.to(device), FoveatedProcessor.from_pretrained(folder)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies in bf16 (AVX512-bf16, AMX, or what oneDNN knows of an ARM): else it converts."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def load_model(folder: Path, dtype: str | torch.dtype) -> FoveatedVLM:
@@ -300,37 +314,6 @@ def load_model(folder: Path, dtype: str | torch.dtype) -> FoveatedVLM:
         raise UserError(f"{folder}: the model does not load: {' '.join(str(error).split())[:200]}") from error
     check_report(report, str(folder))
     return model.eval()
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse what `from_pretrained` could not load, in one line. Raises UserError."""
-    if not folder.is_dir():
-        if folder.exists():
-            raise UserError(f"{folder} is a file: give the folder of a model")
-        there = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else NONE
-        raise UserError(f"no such folder: {folder}{did_you_mean(folder.name, there)}")
-    if not (folder / "config.json").is_file():
-        if (folder / "checkpoints").is_dir() or (folder / "manifest.json").is_file():
-            raise UserError(f"{folder} is a run, not a model yet: fovlm convert {folder} OUT")
-        raise UserError(f"{folder} is not a model (no config.json in it)")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = config.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    if kind != FoveatedConfig.model_type:
-        raise UserError(f"{folder} holds a model of type '{kind}', not '{FoveatedConfig.model_type}'")
-    if "dino_config" in config:
-        raise UserError(f"{folder} was converted by fovlm 0.1, whose models this version does not read: use 0.1 for it")
-    index = folder / "model.safetensors.index.json"
-    wanted: Iterable[str] = ("model.safetensors",)
-    if index.is_file():
-        try:
-            wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} cannot be read: {error}") from error
-    if missing := [name for name in wanted if not (folder / name).is_file()]:
-        raise UserError(f"{folder}: weights are missing: {', '.join(missing)}; convert or copy it again")
 
 
 AutoProcessor.register(FoveatedConfig, FoveatedProcessor, exist_ok=True)

@@ -1,14 +1,17 @@
 """The command line: fast help, answers, and one line with status 2 for every user error."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from fovlm import __version__
+from fovlm import __version__, open_model
 from fovlm.cli import use
 from fovlm.cli.main import main
+from fovlm.model import processing
 from fovlm.viz import camera
 from helpers import ROOT, models, tiny
 
@@ -64,6 +67,40 @@ def user_error(capsys, *words: str) -> str:
     return printed.err
 
 
+def test_mistakes_are_told_before_torch_is_imported(film, saved_model):
+    """A model that is not given or not there, a video that is not there, a mode that the model does not have."""
+    mistakes = [
+        (["ask", film, "what"], "no model: give --model"),
+        (["ask", film, "what", "-m", "nowhere"], "no such folder: nowhere"),
+        (["ask", "nothing.mp4", "what", "-m", saved_model], "no such file: nothing.mp4"),
+        (["ask", film, "what", "-m", saved_model, "--mode", "multi_token"], "--mode is coarse_only, coarse_fine"),
+        (["look", "--live", "97", "-m", saved_model], "no camera 97"),
+        (["demo", "-m", saved_model, "--examples", "nowhere"], "no such file: nowhere"),
+    ]
+    code = f"""
+import sys
+from fovlm.cli.main import main
+for words in {[words for words, _ in mistakes]!r}:
+    assert main(words) == 2
+assert not {{"torch", "transformers", "av"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line, (_, expected) in zip(done.stderr.splitlines(), mistakes, strict=True):
+        assert line.startswith(f"fovlm: {expected}")
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_processor_without_bf16_computes_in_fp32(has, saved_model, tmp_path, monkeypatch, caplog):
+    model, words = open_model(saved_model, "bf16")
+    model.save_pretrained(tmp_path / "bf16")
+    words.save_pretrained(tmp_path / "bf16")
+    monkeypatch.setattr(processing, "cpu_has_bf16", lambda: has)
+    assert open_model(tmp_path / "bf16")[0].dtype == (torch.bfloat16 if has else torch.float32)
+    assert [record.message[:17] for record in caplog.records] == ([] if has else ["computing in fp32"])
+    assert open_model(tmp_path / "bf16", "bf16")[0].dtype == torch.bfloat16
+
+
 def test_misspelt_words_get_the_closest_name(capsys, film, saved_model):
     assert "no command 'lok' (did you mean 'look'?)" in user_error(capsys, "lok")
     assert "no command 'run': renamed to 'sweep'" in user_error(capsys, "run", "LR1")
@@ -84,10 +121,7 @@ def test_a_folder_that_is_no_model(capsys, film, saved_model, tmp_path):
     )
     assert "is not a model" in user_error(capsys, "look", film, "-m", str(tmp_path))
     broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in Path(saved_model).iterdir():
-        if file.name != "model.safetensors":
-            (broken / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(saved_model, broken, ignore=shutil.ignore_patterns("model.safetensors"))
     assert "weights are missing" in user_error(capsys, "ask", film, "what", "-m", str(broken))
     (broken / "model.safetensors").write_bytes(Path(saved_model, "model.safetensors").read_bytes()[:-1000])
     assert "does not load" in user_error(capsys, "ask", film, "what", "-m", str(broken))
@@ -150,12 +184,12 @@ def test_a_damaged_video_is_answered_with_a_note(capsys, saved_model, tmp_path):
     assert printed.out.strip()
 
 
-def test_an_interrupt_is_quiet(capsys, monkeypatch, saved_model):
+def test_an_interrupt_is_quiet(capsys, monkeypatch, film, saved_model):
     def stop(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(use, "open_", stop)
-    assert main(["ask", "film.mp4", "what", "-m", saved_model]) == 130
+    assert main(["ask", film, "what", "-m", saved_model]) == 130
     assert capsys.readouterr().err == ""
 
 
@@ -224,6 +258,7 @@ def test_a_camera_is_watched_frame_by_frame(capsys, saved_model, film, monkeypat
         yield
 
     monkeypatch.setattr(camera, "camera", interrupted)
+    monkeypatch.setattr(use, "check_camera", lambda source: None)
     assert main(["look", "--live", "0", "-m", saved_model]) == 0
     assert "0 frames seen" in capsys.readouterr().out
     monkeypatch.undo()

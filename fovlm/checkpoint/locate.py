@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from fovlm.checkpoint import store
@@ -77,7 +76,7 @@ def open_run(where: str | Path, which: str | None = None) -> SavedRun:
     file = path / "experiment.yaml"
     try:
         experiment = Experiment.parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValidationError, ValueError) as error:
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{file}: not the settings of a run of this version of fovlm ({reason})") from error
     run = path.resolve().parent.parent if path.resolve().parent.name == "checkpoints" else path
@@ -114,7 +113,7 @@ def find_checkpoint(where: str | Path, which: str | None = None, verify: Callabl
             problem = "a checkpoint without its manifest.json: its save did not complete"
         raise UserError(f"{folder}: {problem}; give the folder of a run, or one below its checkpoints/")
     if problem := verify(path):
-        others = [_step(p.parent) for p in path.parent.glob(f"step-*/{MANIFEST}") if p.parent.name != path.name]
+        others = [_step(Path(n)) for n in Checkpoints(path.parent.parent).names() if n != path.name]
         hint = f"--step {max(others)} is another" if others else "there is no other checkpoint beside it"
         raise UserError(f"{path}: {problem}; {hint}")
     return path

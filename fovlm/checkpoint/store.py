@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fovlm.errors import UserError
-from fovlm.fileio import digest_file, sync, write_atomically
+from fovlm.fileio import digest, digest_file, sync, write_atomically
 
 log = logging.getLogger("fovlm")
 
@@ -60,13 +60,14 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """The names of complete checkpoints, oldest first. Their files are not verified."""
-        return sorted(p.parent.name for p in self.folder.glob(f"step-*/{MANIFEST}"))
+        folders = (p.parent.name for p in self.folder.glob(f"step-*/{MANIFEST}"))
+        return sorted(name for name in folders if re.fullmatch(r"step-[0-9]+", name))
 
     def pointed(self, pointer: str) -> str | None:
         """The name of the checkpoint that `latest` or `best` points to, if it exists."""
         path = self.folder / pointer
-        name = path.read_text().strip() if path.exists() else ""
-        return name if name and (self.folder / name / MANIFEST).exists() else None
+        name = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+        return name if name in self.names() else None
 
     def first_whole(self, *preferred: str, verify: Callable[[Path], str]) -> Path | None:
         """The first checkpoint that `verify` finds whole: those that the pointers `preferred` name, then newest first.
@@ -144,17 +145,18 @@ def disk_errors(folder: Path) -> Iterator[None]:
 def read_state(checkpoint: Path) -> State:
     """The state in a checkpoint. Raises UserError if there is none."""
     try:
-        return State(**json.loads((checkpoint / STATE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return State(**json.loads((checkpoint / STATE).read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{checkpoint}: no readable {STATE} ({error}); is this a checkpoint of fovlm?") from error
 
 
 def _metric(checkpoint: Path) -> float | None:
     """The metric of a checkpoint; None for a damaged one, which must not end a healthy run."""
     try:
-        return read_state(checkpoint).metric
+        metric = read_state(checkpoint).metric
     except UserError:
         return None
+    return metric if isinstance(metric, float) else None
 
 
 def describe(path: Path) -> dict:
@@ -173,18 +175,43 @@ def seal(files: list[Path], root: Path) -> dict[str, dict]:
         return dict(pool.map(entry, files))
 
 
-def write_manifest(checkpoint: Path, manifest: dict[str, dict]) -> None:
-    """Write the manifest and flush it to disk."""
-    write_atomically(checkpoint / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True), durable=True)
+def write_manifest(checkpoint: Path, files: dict[str, dict]) -> None:
+    """Write the manifest, with a checksum of its own, and flush it to disk."""
+    content = {"files": files, "blake2b": _checksum(files)}
+    write_atomically(checkpoint / MANIFEST, json.dumps(content, indent=1, sort_keys=True), durable=True)
     sync(checkpoint)
 
 
-def verify(checkpoint: Path, rank: int = 0, world: int = 1) -> str:
-    """Check a checkpoint's files against its manifest, rank r of W every W-th file -> what is wrong, "" if nothing."""
+def read_manifest(checkpoint: Path) -> dict[str, dict]:
+    """The entries of a checkpoint's files. Raises ValueError or OSError if the manifest is not as it was written."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        content = json.loads((checkpoint / MANIFEST).read_bytes())
+        files, checksum = content["files"], content["blake2b"]
+        typed = all(entry.keys() == {"bytes", "blake2b"} for entry in files.values())
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("not a list of files with their sizes and checksums") from error
+    if not typed or checksum != _checksum(files):
+        raise ValueError("it has another checksum")
+    return files
+
+
+def _checksum(files: dict[str, dict]) -> str:
+    return digest(json.dumps(files, sort_keys=True), 64)
+
+
+def verify(checkpoint: Path, rank: int = 0, world: int = 1) -> str:
+    """Check a checkpoint's files against its manifest, rank r of W every W-th file -> what is wrong, "" if nothing.
+
+    The manifest must name every file but itself and hidden ones, which file systems and desktops make.
+    """
+    try:
+        manifest = read_manifest(checkpoint)
     except (OSError, ValueError) as error:
         return f"no readable manifest: {error}"
+    found = (path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file())
+    shown = {str(path) for path in found if not any(part.startswith(".") for part in path.parts)}
+    if unknown := shown - manifest.keys() - {MANIFEST}:
+        return f"{min(unknown)} is not in the manifest"
     for name in sorted(manifest)[rank::world]:
         path, size = checkpoint / name, manifest[name]["bytes"]
         if not path.is_file():

@@ -106,7 +106,7 @@ def apply_overrides(merged: Settings, overrides: list[str]) -> None:
         try:
             difference = parse(value)
         except yaml.YAMLError as error:
-            raise UserError(f"command line: {path}: '{value}' is not YAML ({_oneline(error)})") from None
+            raise UserError(f"command line: {path}: '{value}' is not YAML ({one_line(error)})") from None
         # A single key changes one entry even where a whole mapping would replace another.
         target = merged.values
         for depth, key in enumerate(keys[:-1]):
@@ -210,6 +210,8 @@ class Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         alias = self.check_event(yaml.AliasEvent)
+        if getattr(self.peek_event(), "tag", None):
+            raise _mistake("a tag (like !!int) has no meaning here", self.peek_event())
         self.depth += 1
         if self.depth > DEEPEST:
             raise _mistake(f"nested more than {DEEPEST} deep", self.peek_event())
@@ -271,7 +273,7 @@ def read(file: Path) -> dict[str, Any]:
     try:
         content = _parsed(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise UserError(f"{_short(file)}: {_oneline(error)}") from None
+        raise UserError(f"{_short(file)}: {one_line(error)}") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{_short(file)}: must be a mapping of sections")
@@ -282,6 +284,7 @@ def read(file: Path) -> dict[str, Any]:
     return content
 
 
-def _oneline(error: yaml.YAMLError) -> str:
+def one_line(error: yaml.YAMLError) -> str:
+    """Where in a YAML text it is wrong, and why."""
     mark = getattr(error, "problem_mark", None)
     return (f"line {mark.line + 1}: " if mark else "") + (getattr(error, "problem", None) or "cannot be read")

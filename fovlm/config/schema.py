@@ -215,8 +215,11 @@ class Experiment(Strict):
 
     @classmethod
     def parse(cls, text: str) -> "Experiment":
-        """Read what `dump` wrote. Raises YAMLError or ValidationError."""
-        return cls.model_validate(experiments.parse(text))
+        """Read what `dump` wrote. Raises ValueError."""
+        try:
+            return cls.model_validate(experiments.parse(text))
+        except yaml.YAMLError as error:
+            raise ValueError(experiments.one_line(error)) from error
 
     @property
     def hash(self) -> str:

@@ -9,9 +9,6 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import yaml
-from pydantic import ValidationError
-
 from fovlm.checkpoint.run_folder import read_metrics, read_summary
 from fovlm.config.schema import Experiment
 from fovlm.errors import UserError, did_you_mean
@@ -37,7 +34,7 @@ def collect(words: Iterable[str]) -> Evidence:
     for folder in folders:
         try:
             experiment = Experiment.parse((folder / "experiment.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValidationError, yaml.YAMLError):
+        except (OSError, ValueError):
             problem = "its experiment.yaml is damaged or of another version of fovlm"
             evidence.left_out.append((folder.name, problem))
             continue

@@ -10,9 +10,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-from yaml import YAMLError
-
 from fovlm.checkpoint.run_folder import read_summary
 from fovlm.config import experiments, schema
 from fovlm.config.schema import Experiment
@@ -133,5 +130,5 @@ def recorded_hash(folder: Path) -> str:
     try:
         # Parsed again: a setting added since then, at its default, changes nothing.
         return Experiment.parse((folder / "experiment.yaml").read_text(encoding="utf-8")).hash
-    except (OSError, ValidationError, YAMLError):
+    except (OSError, ValueError):
         return str(read_summary(folder).get("experiment_hash", ""))

@@ -1,5 +1,6 @@
 """Checkpoints are complete or absent: after a kill, damage or a full disk, a good one stays loadable."""
 
+import json
 import os
 import shutil
 from collections import namedtuple
@@ -99,6 +100,61 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(saved, damage, caplog):
     assert good == saved.folder / "step-00000001"
     assert "step-00000002" in caplog.text
     assert "a.pt" in caplog.text or "manifest" in caplog.text
+
+
+FILES = {"a.pt": {"bytes": 1, "blake2b": "0"}}
+MANIFESTS = {
+    "empty": b"{}",
+    "no mapping": b"[1, 2]",
+    "no text": b"\xff\xfe",
+    "deep": b"[" * 10**5,
+    "a long number": b'{"files": ' + b"9" * 5000 + b"}",
+    "files of another form": b'{"files": {"a.pt": 3}, "blake2b": ""}',
+    "no checksum": json.dumps({"files": FILES}).encode(),
+    "another checksum": json.dumps({"files": FILES, "blake2b": "0" * 128}).encode(),
+}
+
+
+@pytest.mark.parametrize("case", MANIFESTS)
+def test_a_manifest_that_is_wrong_is_damage(saved, case):
+    (saved.folder / "step-00000002" / store.MANIFEST).write_bytes(MANIFESTS[case])
+    assert verify(saved.folder / "step-00000002").startswith("no readable manifest: ")
+    assert saved.first_whole(verify=verify) == saved.folder / "step-00000001"
+
+
+def test_no_flip_of_a_manifest_is_taken_for_whole_with_other_content(saved):
+    file = saved.folder / "step-00000002" / store.MANIFEST
+    whole, entries = file.read_bytes(), store.read_manifest(file.parent)
+    for bit in range(0, 8 * len(whole), 3):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        if not verify(file.parent):
+            assert store.read_manifest(file.parent) == entries, "a space became another"
+
+
+def test_a_file_that_no_manifest_names_is_damage(saved):
+    folder = saved.folder / "step-00000002"
+    (folder / ".DS_Store").write_text("a desktop's own")
+    assert not verify(folder)
+    (folder / "engine" / "c.pt").write_text("from elsewhere")
+    assert verify(folder) == "engine/c.pt is not in the manifest"
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"", b"x" * 5000, b"..", b"\x00", b"step-00000009"])
+def test_a_damaged_pointer_points_nowhere(saved, text):
+    (saved.folder / "best").write_bytes(text)
+    assert saved.pointed("best") is None
+    assert saved.first_whole("best", verify=verify) == saved.folder / "step-00000002"
+    (saved.folder / "best").unlink()
+    (saved.folder / "best").mkdir()
+    assert saved.pointed("best") is None
+
+
+def test_a_folder_beside_the_checkpoints_is_none(saved):
+    shutil.copytree(saved.folder / "step-00000001", saved.folder / "step-old")
+    assert saved.names() == ["step-00000001", "step-00000002"]
+    save(saved, 3)
 
 
 def test_ranks_share_the_verification(saved):

@@ -38,7 +38,7 @@ def local_folder(name: str) -> Path | None:
     """The folder of a model: `name` as given, or below FOVLM_MODELS with or without its organisation. None: no such."""
     below = model_root()
     folders = (Path(name), below / name, below / name.rsplit("/", 1)[-1])
-    return next((folder for folder in folders if folder.is_dir()), None)
+    return next((folder for folder in folders if os.path.isdir(folder)), None)
 
 
 def in_project(path: Path) -> str:

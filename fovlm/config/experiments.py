@@ -106,7 +106,7 @@ def apply_overrides(merged: Settings, overrides: list[str]) -> None:
         try:
             difference = parse(value)
         except yaml.YAMLError as error:
-            raise UserError(f"command line: {path}: '{value}' is not YAML ({one_line(error)})") from None
+            raise UserError(f"command line: {path}: '{value[:60]}' is not YAML ({one_line(error)})") from None
         # A single key changes one entry even where a whole mapping would replace another.
         target = merged.values
         for depth, key in enumerate(keys[:-1]):

@@ -19,8 +19,9 @@ from fovlm.config.messages import explain, key_types, path_of
 from fovlm.errors import UserError, did_you_mean
 from fovlm.paths import run_root
 
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]  # 0: never, or none
+Count = Annotated[int, Field(ge=1, le=1 << 48)]
+Whole = Annotated[int, Field(ge=0, le=1 << 48)]  # 0: never, or none
+Size = Annotated[int, Field(ge=1, le=1 << 14)]  # of a tensor
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Backbone = Literal["encoder", "llm"]
@@ -39,13 +40,15 @@ class ModelSettings(Strict):
     visual: Literal["foveated", "coarse", "multi_token"] = "foveated"  # coarse: static query only; multi_token: 16
     deep_query: bool = True  # false: one cross-attention over the encoder's last features
     question: Literal["before_frames", "after_frames"] = "after_frames"  # before_frames: the question steers the gaze
-    query_rounds: Count = 1  # the first round's queries come from coarse tokens, later ones from the round before
+    query_rounds: Annotated[int, Field(ge=1, le=16)] = (
+        1  # the first round's queries come from coarse tokens, later ones from the round before
+    )
     llm: str | dict[str, Any] = "HuggingFaceTB/SmolLM2-135M-Instruct"
     encoder: str | dict[str, Any] = "facebook/dinov2-small"
     tokenizer: str | None = None  # folder or id; null: the language model's own
-    query_dim: Count = 384  # Q
+    query_dim: Size = 384  # Q
     visual_scale: Rate | None = 0.14  # std of a visual token, that of SmolLM2's embeddings; null: measure the model's
-    frame_size: Count = 224  # pixels, height and width
+    frame_size: Size = 224  # pixels, height and width
     grad_checkpoint: list[Backbone] = []  # recompute activations in the backward pass: less memory, a third more time
     compile: bool = False  # torch.compile of the backbones
     init_from: str | None = None  # a run's name or folder: start from its weights with a fresh optimizer

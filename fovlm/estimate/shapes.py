@@ -18,8 +18,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from fovlm.config.schema import Experiment, ModelSettings
 from fovlm.errors import UserError, did_you_mean
-from fovlm.model.build import check_names, check_supported, configuration
-from fovlm.model.configuration import FoveatedConfig, backbone_config
+from fovlm.model.build import check_supported, configuration, random_config
+from fovlm.model.configuration import FoveatedConfig
 from fovlm.model.encoders.families import patch_of, side_of, vision_config
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.paths import local_folder
@@ -143,26 +143,22 @@ def _config(key: str, source: str | dict[str, Any]) -> PreTrainedConfig:
     if isinstance(source, str) and (folder := local_folder(source)) is None and source in RELEASED:
         source = RELEASED[source]
     if isinstance(source, dict):
-        config, name = backbone_config(key, source), source.get("model_type", "")
-    else:
-        try:
-            where = str(folder or source)
-            config = AutoConfig.from_pretrained(where, trust_remote_code=False, local_files_only=True)
-            config = vision_config(config) if key == "encoder" else config
-        except (OSError, ValueError) as error:
-            if folder is None:
-                raise UserError(
-                    f"model.{key}: the shapes of '{source}' are not known: it is no local folder (see FOVLM_MODELS) "
-                    f"and none of the released models in fovlm/estimate/shapes.py{did_you_mean(source, RELEASED)}"
-                ) from error
+        return random_config(key, source)
+    try:
+        where = str(folder or source)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, local_files_only=True)
+        config = vision_config(config) if key == "encoder" else config
+    except (OSError, ValueError) as error:
+        if folder is None:
             raise UserError(
-                f"model.{key}: {folder / 'config.json'} cannot be read: is {folder} a model's folder? "
-                f"({' '.join(str(error).split())[:120]})"
+                f"model.{key}: the shapes of '{source}' are not known: it is no local folder (see FOVLM_MODELS) "
+                f"and none of the released models in fovlm/estimate/shapes.py{did_you_mean(source, RELEASED)}"
             ) from error
-        name = source
-    check_supported(key, config, name)
-    if isinstance(source, dict):
-        check_names(key, config, source)
+        raise UserError(
+            f"model.{key}: {folder / 'config.json'} cannot be read: is {folder} a model's folder? "
+            f"({' '.join(str(error).split())[:120]})"
+        ) from error
+    check_supported(key, config, source)
     return config
 
 

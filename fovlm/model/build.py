@@ -3,7 +3,12 @@
 A backbone that would train with random weights, or compute something else when packed or streamed, is refused.
 """
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -17,9 +22,14 @@ from transformers import (
 from fovlm.config.schema import ModelSettings
 from fovlm.errors import UserError, did_you_mean
 from fovlm.model.configuration import FoveatedConfig, backbone_config
+from fovlm.model.encoder import DROPOUTS
 from fovlm.model.encoders.families import FAMILIES, patch_of, vision_config
 from fovlm.model.modeling import FoveatedVLM, check_report
 from fovlm.paths import local_folder
+
+SIZE = re.compile(r"(size|heads|layers|dim|channels|embeddings)$")  # names of what must be above 0
+MISTAKES: tuple[type[Exception], ...] = (ArithmeticError, AssertionError, AttributeError, ImportError)
+MISTAKES += (LookupError, MemoryError, RuntimeError, TypeError, ValueError, StrictDataclassError)
 
 
 def build(settings: ModelSettings, image_frames: int = 1) -> FoveatedVLM:
@@ -64,10 +74,49 @@ def configuration(
 
 
 def _random(key: str, given: dict) -> PreTrainedModel:
-    config = backbone_config(key, given)
-    check_supported(key, config, config.model_type)
-    check_names(key, config, given)
-    return (AutoModel if key == "encoder" else AutoModelForCausalLM).from_config(config)
+    config = random_config(key, given)
+    with _mistakes(key):
+        return (AutoModel if key == "encoder" else AutoModelForCausalLM).from_config(config)
+
+
+def random_config(key: str, given: dict) -> PreTrainedConfig:
+    """The configuration `model.{key}` of a backbone with random weights. Raises UserError for one that is not
+    supported, or of which transformers cannot make a model."""
+    _check_sizes(key, given)
+    with _mistakes(key):
+        config = backbone_config(key, given)
+        check_supported(key, config, config.model_type)
+        check_names(key, config, given)
+        if "hidden_size" not in given:
+            raise UserError(f"model.{key}: no hidden_size: a model of random weights needs its sizes, or name a folder")
+        heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", 1)
+        if heads % groups:
+            raise UserError(f"model.{key}: {heads} num_attention_heads are no multiple of {groups} num_key_value_heads")
+        if key == "encoder" and (config.hidden_size % heads or config.num_channels != 3):
+            raise UserError(f"model.{key}: hidden_size must be a multiple of {heads} heads, and num_channels 3")
+        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        if key == "llm" and head % 2:
+            raise UserError(f"model.{key}: heads of {head} channels (head_dim): rotary positions need an even number")
+        with torch.device("meta"):
+            (AutoModel if key == "encoder" else AutoModelForCausalLM).from_config(config)
+    return config
+
+
+def _check_sizes(key: str, given: dict) -> None:
+    for name, value in given.items():
+        most = 1000 if str(name).endswith("layers") else 1 << 24
+        if SIZE.search(str(name)) and type(value) is int and not 1 <= value <= most:
+            raise UserError(f"model.{key}.{name}: must be between 1 and {most:,}, not {str(value)[:40]}")
+
+
+@contextmanager
+def _mistakes(key: str) -> Iterator[None]:
+    """Raise UserError for what transformers raises when settings make no sense, or no model that fits in memory."""
+    try:
+        yield
+    except MISTAKES as error:
+        reason = " ".join(str(error).split()).split("Error: ")[-1][:200]
+        raise UserError(f"model.{key}: transformers cannot make this model: {reason}") from error
 
 
 def _pretrained(key: str, source: str) -> PreTrainedModel:
@@ -117,7 +166,8 @@ def check_names(key: str, config: PreTrainedConfig, given: dict) -> None:
 def unsupported_encoder(config: PreTrainedConfig) -> str:
     """Why an encoder of this configuration cannot be used; empty when it can."""
     if config.model_type in FAMILIES:
-        return ""
+        on = [name for name in DROPOUTS if getattr(config, name, 0)]
+        return f"the encoder runs without dropout: set {' and '.join(on)} to 0" if on else ""
     return f"an encoder of type '{config.model_type}' is not supported, only {', '.join(FAMILIES)}"
 
 

@@ -36,11 +36,12 @@ from transformers import (
 
 from fovlm import FoveatedVLM, open_model
 from fovlm.checkpoint.locate import load_weights
+from fovlm.config.experiments import parse
 from fovlm.config.schema import ModelSettings
 from fovlm.data.chat import load_tokenizer
 from fovlm.errors import UserError
 from fovlm.estimate.shapes import geometry
-from fovlm.model.build import build
+from fovlm.model.build import build, random_config
 from fovlm.model.processing import FoveatedProcessor
 from helpers.models import ENCODERS
 
@@ -212,3 +213,30 @@ def test_code_beside_a_known_model_is_passed_over(hostile):
     config = json.loads((hostile / "config.json").read_text())
     (hostile / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "code.C"}}))
     build(settings(llm=hostile))
+
+
+SENSELESS = {
+    "llm": ["hidden_size=wide", "hidden_size=33", "hidden_size=1000000000", "num_attention_heads=0", "vocab_size=0",
+            "num_attention_heads=-1", "num_key_value_heads=3", "num_hidden_layers=1000000", "hidden_act=nope",
+            "rope_parameters={rope_type: nope}", "head_dim=7", "pad_token_id=1000", "dtype=x", "model_type=[]",
+            "_attn_implementation=flash_attention_9"],
+    "encoder": ["patch_size=0", "patch_size=null", "num_attention_heads=3", "num_hidden_layers=0", "num_channels=1",
+                "hidden_size={}", "hidden_act=nope", "mlp_ratio=-1", "drop_path_rate=0.5"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "setting"), [(key, setting) for key in SENSELESS for setting in SENSELESS[key]])
+def test_settings_of_a_backbone_that_make_no_sense_are_one_line(key, setting):
+    """The dry run and the training both ask `random_config`."""
+    name, _, value = setting.partition("=")
+    with pytest.raises(UserError, match=f"model.{key}") as error:
+        random_config(key, {"llm": LLM, "encoder": DINO}[key] | {name: parse(value)})
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("key", ["llm", "encoder"])
+def test_a_backbone_without_sizes_is_not_made_up(key):
+    """transformers would make a model of 7 billion weights of it."""
+    with pytest.raises(UserError, match=f"model.{key}: no hidden_size"):
+        random_config(key, {})

@@ -21,6 +21,7 @@ from fovlm.paths import run_root
 
 Count = Annotated[int, Field(ge=1, le=1 << 48)]
 Whole = Annotated[int, Field(ge=0, le=1 << 48)]  # 0: never, or none
+Rounds = Annotated[int, Field(ge=1, le=16)]
 Size = Annotated[int, Field(ge=1, le=1 << 14)]  # of a tensor
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -40,9 +41,7 @@ class ModelSettings(Strict):
     visual: Literal["foveated", "coarse", "multi_token"] = "foveated"  # coarse: static query only; multi_token: 16
     deep_query: bool = True  # false: one cross-attention over the encoder's last features
     question: Literal["before_frames", "after_frames"] = "after_frames"  # before_frames: the question steers the gaze
-    query_rounds: Annotated[int, Field(ge=1, le=16)] = (
-        1  # the first round's queries come from coarse tokens, later ones from the round before
-    )
+    query_rounds: Rounds = 1  # the first round's queries come from coarse tokens, later ones from the round before
     llm: str | dict[str, Any] = "HuggingFaceTB/SmolLM2-135M-Instruct"
     encoder: str | dict[str, Any] = "facebook/dinov2-small"
     tokenizer: str | None = None  # folder or id; null: the language model's own

@@ -30,6 +30,7 @@ from torch import Tensor
 from kernels.absorbed_kernels import _backward_kernel, _forward_kernel, _rows_kernel
 from kernels.common import (
     accumulator,
+    attend_by_frame,
     check_looks,
     dense_rows,
     group_looks,
@@ -43,10 +44,14 @@ ROWS = 16  # (look, head) pairs that share one read of a frame: the smallest til
 
 def reference(folded: Tensor, hidden: Tensor, frame_of_look: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """The pooling in plain PyTorch: folded u [K,H,D], hidden x [F,N,D] -> (pooled [K,H,D], lse [K,H])."""
-    if frame_of_look is not None:
-        hidden = hidden.index_select(0, frame_of_look)
-    scores = (folded @ hidden.transpose(1, 2)).to(accumulator(folded.dtype)) * scale  # [K,H,N]
-    return scores.softmax(-1).to(hidden.dtype) @ hidden, scores.logsumexp(-1)
+
+    def attend(folded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        rows = folded.flatten(1, 2)  # [f,c*H,D]
+        scores = (rows @ hidden.transpose(1, 2)).to(accumulator(rows.dtype)) * scale  # [f,c*H,N]
+        pooled = scores.softmax(-1).to(hidden.dtype) @ hidden
+        return pooled.view_as(folded), scores.logsumexp(-1).view(folded.shape[:3])
+
+    return attend_by_frame(attend, folded, (hidden,), frame_of_look)
 
 
 def slices(width: int) -> int:

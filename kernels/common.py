@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -73,6 +75,33 @@ def group_looks(frame_of_look: Tensor, frames: int) -> tuple[Tensor, Tensor]:
     ordered, look = frame_of_look.sort(stable=True)
     edges = torch.arange(frames + 1, device=frame_of_look.device, dtype=frame_of_look.dtype)
     return look.int(), torch.searchsorted(ordered, edges, out_int32=True)
+
+
+def attend_by_frame(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    looks: Tensor,
+    frames: tuple[Tensor, ...],
+    frame_of_look: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A reference's `attend` for looks [K,...] at their frames [F,...] -> both of its results, [K,...].
+
+    `attend` takes c looks at each of f frames, [f,c,...] and [f,...], and gives [f,c,...]. On a CPU it is called for each
+    run of frames that have equally many looks, on views of the frames. Where counting looks would wait for the device
+    or break a graph, the frames are copied for each look instead.
+    """
+    if frame_of_look is None:
+        out, lse = attend(looks[:, None], *frames)
+        return out.flatten(0, 1), lse.flatten(0, 1)
+    if frame_of_look.device.type != "cpu" or torch.compiler.is_compiling() or not len(frame_of_look):
+        return attend_by_frame(attend, looks, tuple(t.index_select(0, frame_of_look) for t in frames), None)
+    look, first = group_looks(frame_of_look, len(frames[0]))
+    runs = [(c, len(list(same))) for c, same in itertools.groupby(first.diff().tolist())]
+    looks_of = looks.index_select(0, look).split([c * f for c, f in runs])
+    frames_of = zip(*(t.split([f for _, f in runs]) for t in frames))
+    found = [attend(some.unflatten(0, (-1, c)), *rows) for (c, _), some, rows in zip(runs, looks_of, frames_of) if c]
+    back = look.argsort()
+    out, lse = (torch.cat([t.flatten(0, 1) for t in parts]).index_select(0, back) for parts in zip(*found))
+    return out, lse
 
 
 def uses_triton(op: str, implementation: str, inputs: Tensor, fits: bool) -> bool:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kernels.common import (
     accumulator,
+    attend_by_frame,
     check_looks,
     dense_rows,
     group_looks,
@@ -44,14 +45,19 @@ def reference(
     """The maths above in plain PyTorch -> (out [K,H,d], lse [K,H]).
 
     The query is spread over a block diagonal [H, H*d], so that one matrix product over the frame's rows [N, H*d]
-    serves all heads without a copy of key or value. With frame_of_look they are gathered, a copy for each look.
+    serves all heads, and all looks at the frame, without a copy of key or value.
     """
-    if frame_of_look is not None:
-        key, value = key.index_select(0, frame_of_look), value.index_select(0, frame_of_look)
-    diagonal = torch.diag_embed(query.transpose(1, 2), dim1=1, dim2=2).flatten(2)  # [K,H,H*d]
-    scores = (diagonal @ key.flatten(2).transpose(1, 2)).to(accumulator(query.dtype)) * scale  # [K,H,N]
-    pooled = (scores.softmax(-1).to(value.dtype) @ value.flatten(2)).unflatten(2, query.shape[1:])  # [K,H,H,d]
-    return pooled.diagonal(dim1=1, dim2=2).transpose(1, 2).contiguous(), scores.logsumexp(-1)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        looks, heads = query.shape[1:3]
+        diagonal = torch.diag_embed(query.transpose(2, 3), dim1=2, dim2=3).flatten(3)  # [f,c,H,H*d]
+        scores = diagonal.flatten(1, 2) @ key.flatten(2).transpose(1, 2)  # [f,c*H,N]
+        scores = scores.to(accumulator(query.dtype)) * scale
+        pooled = scores.softmax(-1).to(value.dtype) @ value.flatten(2)  # [f,c*H,H*d]
+        pooled = pooled.unflatten(2, (heads, -1)).unflatten(1, (looks, heads)).diagonal(dim1=2, dim2=3)
+        return pooled.transpose(2, 3).contiguous(), scores.logsumexp(-1).unflatten(1, (looks, heads))
+
+    return attend_by_frame(attend, query, (key, value), frame_of_look)
 
 
 def tiles(rows: int, width: int, one: bool) -> dict[str, int]:

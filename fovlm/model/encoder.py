@@ -3,7 +3,8 @@
 `encode` walks the patches through all layers of a vision transformer and caches each layer's keys and values; `look`
 walks one query through the same layers, attending to the cache. So every key and value is computed once, for the
 patches' own attention and for every look (a common mistake computes them twice). In the last layer only looks need
-them: there the rows are cached, and the projections are absorbed into the looks (`absorbs` is the rule).
+them: there the rows are cached, and the projections are absorbed into the looks. Frozen and checkpointed encoders cache
+rows in all layers, half the memory of keys and values (`Encoder.form` is the rule).
 
 A look that is the same for every frame rides along in the patch walk as row N: attention of N + 1 rows over N keys.
 `encoders/` knows the families: what transformers calls the parts of a layer, and which tokens precede the patches.
@@ -13,6 +14,7 @@ K looks.
 """
 
 from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +30,8 @@ from kernels.query_attention import query_attention
 
 DROPOUTS = ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")
 
-# Of one layer: key and value, each [F, N, H, d]; or the rows [F, N, D] that both are projected from.
+# Of one layer: key and value, each [F, N, H, d]; or the rows [F, N, D] that both are projected from, before the norm if
+# layers are recomputed, else behind it.
 LayerCache = tuple[Tensor, ...]
 
 
@@ -92,10 +95,21 @@ def walk_layer(
 
 
 def look_layer(
-    family: Family, layer: nn.Module, x: Tensor, cached: LayerCache, frame_of_look: Tensor | None, d: int
+    family: Family,
+    layer: nn.Module,
+    x: Tensor,
+    cached: LayerCache,
+    frame_of_look: Tensor | None,
+    d: int,
+    raw: bool = False,
 ) -> Tensor:
-    """One layer for the looks x [K, D] over its cache of F frames. A look has no position, like CLS."""
+    """One layer for the looks x [K, D] over its cache of F frames; `raw`: its rows, if any, are not normed.
+
+    A look has no position, like CLS.
+    """
     p = family.block(layer)
+    if raw and len(cached) == 1:
+        cached = (p.norm1(cached[0]),)
     seen = attend(p, heads(p.query(p.norm1(x)), d), cached, frame_of_look, d**-0.5)
     x = x + p.scale1(p.out(seen.flatten(1)))
     return x + p.scale2(p.mlp(p.norm2(x)))
@@ -119,16 +133,6 @@ def attend(p: Block, query: Tensor, cached: LayerCache, frame_of_look: Tensor | 
     )
 
 
-def absorbs(x: Tensor, last: bool) -> bool:
-    """The rule: whether a layer with input x [F, N or N + 1, D] caches rows for looks, not keys and values.
-
-    Layers before the last compute keys and values for their patches anyway, and over those a look is at least as fast.
-    The last would compute them for looks alone: without them it takes half the time at one look a frame, and still less
-    at 64 (benchmarks/results/attention_forms.csv). A GPU needs a kernel: plain PyTorch would copy rows for each look.
-    """
-    return last and (not x.is_cuda or available(x))
-
-
 def weights_of(query: Tensor, key: Tensor, frame_of_look: Tensor | None, scale: float) -> Tensor:
     """The attention weights f32 [K, H, N] of queries [K, H, d] over keys [F, N, H, d]."""
     key = key if frame_of_look is None else key[frame_of_look]
@@ -139,9 +143,9 @@ class Encoder(nn.Module):
     """A vision transformer with `encode` and `look`.
 
     `deep=False` is the shallow ablation: one cross-attention over the final features, which serve as keys and values
-    without projections of their own. `recompute` checkpoints each layer of the patch walk. `attention` is "auto" (the
-    rule of `absorbs`), or one form for all layers: "plain" caches keys and values, "absorbed" rows (rotary positions
-    allow "plain" only). Raises ValueError for a model of another family, and for dropout, which the walk does not have.
+    without projections of their own. `recompute` checkpoints each layer of the patch walk and of a look. `attention` says which
+    layers cache rows in place of keys and values: "none", "last", "all", or "auto" (`form`); none where positions are rotary.
+    Raises ValueError for a model of another family, and for dropout, which the walk does not have.
     """
 
     def __init__(self, backbone: PreTrainedModel, deep: bool = True, recompute: bool = False, attention: str = "auto"):
@@ -171,6 +175,20 @@ class Encoder(nn.Module):
     @property
     def trainable(self) -> bool:
         return next(self.layers.parameters()).requires_grad
+
+    @property
+    def form(self) -> str:
+        """Which layers cache rows: "none", "last" or "all".
+
+        The last would compute keys and values for looks alone: without them it takes half the time. The layers before
+        compute them for their patches; a trainable one stores them for the backward pass in any case, a frozen or
+        checkpointed one would store them for looks alone.
+        """
+        projections = [part for p in map(self.family.block, self.layers) for part in (p.key, p.value)]
+        # A rotary key depends on its position, so that no single projection can be absorbed; an adapter is no weight.
+        if self.family.is_rotary or any(type(projection) is not nn.Linear for projection in projections):
+            return "none"
+        return self.attention if self.attention != "auto" else "all" if self.recompute or not self.trainable else "last"
 
     @property
     def width(self) -> int:
@@ -208,10 +226,14 @@ class Encoder(nn.Module):
             if row is not None:
                 x = torch.cat([x, row.to(x.dtype).expand(len(x), 1, -1)], dim=1)
             cache: list[LayerCache] = []
+            # A GPU needs a kernel for rows: plain PyTorch would copy them for each look.
+            form = self.form if not x.is_cuda or available(x) else "none"
             for layer in self.layers:
                 last = layer is self.layers[-1]
-                x, cached = self._run(layer, x, n, last, self._absorbs(layer, x, last), rotary)
-                cache.append(cached)
+                absorb = form == "all" or (last and form == "last")
+                rows = x[:, :n]  # a checkpoint stores them, so looks norm them again rather than store the result
+                x, cached = self._run(self._walk_layer, layer, x, n, self.head_width, last, absorb, rotary)
+                cache.append((rows,) if absorb and self.recompute else cached)
             return Cache(cache), self._norm(x[:, 0]) if row is not None else x
 
     def features(self, frames: Tensor) -> Tensor:
@@ -219,7 +241,7 @@ class Encoder(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
             x, rotary = self.embed(frames)
             for layer in self.layers:
-                x, _ = self._run(layer, x, x.shape[1], False, False, rotary)
+                x, _ = self._run(self._walk_layer, layer, x, x.shape[1], self.head_width, False, False, rotary)
             return self._norm(x)
 
     def look(self, query: Tensor, cache: Cache, frame_of_look: Tensor | None = None) -> Tensor:
@@ -230,7 +252,7 @@ class Encoder(nn.Module):
             return query_attention(heads(query, d).to(key.dtype), key, value, frame_of_look, d**-0.5).flatten(1)
         x = query.to(cache.layers[0][0].dtype)
         for layer, cached in zip(self.layers, cache.layers, strict=True):
-            x = self._look_layer(self.family, layer, x, cached, frame_of_look, self.head_width)
+            x = self._run(self._look_layer, layer, x, cached, frame_of_look, self.head_width, self.recompute)
         return self._norm(x)
 
     @torch.no_grad()
@@ -243,9 +265,11 @@ class Encoder(nn.Module):
         x = query.to(cache.layers[0][0].dtype)
         for layer, cached in zip(self.layers, cache.layers, strict=True):
             p = self.family.block(layer)
-            key = cached[0] if len(cached) == 2 else heads(p.key(cached[0]), d)
+            key = cached[0]
+            if len(cached) == 1:
+                key = heads(p.key(p.norm1(key) if self.recompute else key), d)
             seen.append(weights_of(heads(p.query(p.norm1(x)), d), key, frame_of_look, d**-0.5))
-            x = look_layer(self.family, layer, x, cached, frame_of_look, d)
+            x = look_layer(self.family, layer, x, cached, frame_of_look, d, self.recompute)
         return torch.stack(seen)
 
     def embed(self, frames: Tensor) -> tuple[Tensor, Rotary | None]:
@@ -257,17 +281,7 @@ class Encoder(nn.Module):
     def _norm(self, x: Tensor) -> Tensor:
         return self.family.norm(self.backbone)(x)
 
-    def _absorbs(self, layer: nn.Module, x: Tensor, last: bool) -> bool:
-        p = self.family.block(layer)
-        # A rotary key depends on its position, so that no single projection can be absorbed; an adapter is no weight.
-        if self.family.is_rotary or type(p.key) is not nn.Linear or type(p.value) is not nn.Linear:
-            return False
-        return absorbs(x, last) if self.attention == "auto" else self.attention == "absorbed"
-
-    def _run(
-        self, layer: nn.Module, x: Tensor, n: int, last: bool, absorb: bool, rotary: Rotary | None
-    ) -> tuple[Tensor, LayerCache]:
-        arguments = (self.family, layer, x, n, self.head_width, last, absorb, rotary)
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._walk_layer, *arguments, use_reentrant=False)
-        return self._walk_layer(*arguments)
+            return checkpoint(function, self.family, *arguments, use_reentrant=False)
+        return function(self.family, *arguments)

@@ -81,7 +81,7 @@ class Engine:
         self.accumulation = config["gradient_accumulation_steps"]
         self.stage = config["zero_optimization"]["stage"]
         if self.stage == 3:  # it gathers weights around the forward of their own module: nobody else should use them
-            model.encoder.attention = "plain"
+            model.encoder.attention = "none"
         rates = {"connector": optim.lr_connector, "encoder": optim.lr_encoder, "llm": optim.lr_llm}
         groups = [
             {"name": name, "params": parameters, "lr": rates[name], "weight_decay": optim.weight_decay}

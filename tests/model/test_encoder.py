@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from fovlm.model.encoder import Cache, Encoder, absorbs, heads, rotate, weights_of
+from fovlm.model.encoder import Cache, Encoder, heads, rotate, weights_of
 from fovlm.model.encoders.families import family_of
 from helpers.models import ENCODERS, pixels, tiny_model
 
-FORMS = ["plain", "auto", "absorbed"]
+FORMS = ["none", "last", "all"]  # which layers keep rows
 SEVERAL = torch.tensor([2, 2, 0, 3, 2])  # the frame of each look
 
 
@@ -51,7 +51,7 @@ def test_what_is_kept_is_that_of_hugging_face(encoder, frames, attention):
         hook.remove()
     layers = encoder.encode_only(frames).layers
     _, rotary = encoder.embed(frames)
-    forms = {"plain": [2, 2, 2], "auto": [2, 2, 1], "absorbed": [1, 1, 1]}["plain" if rotary else attention]
+    forms = {"none": [2, 2, 2], "last": [2, 2, 1], "all": [1, 1, 1]}["none" if rotary else attention]
     assert [len(kept) for kept in layers] == forms
     for p, normed, kept in zip(blocks, inputs, layers, strict=True):
         d = encoder.head_width
@@ -68,7 +68,7 @@ def test_keys_and_values_are_computed_once(encoder, frames, trainable, attention
     encoder.requires_grad_(trainable).attention = attention
     calls: dict[nn.Module, int] = {}
     layers = encoder.layers
-    plain = attention == "plain" or encoder.embed(frames)[1] is not None
+    plain = attention == "none" or encoder.embed(frames)[1] is not None
     for layer in layers:
         for module in (encoder.family.block(layer).key, encoder.family.block(layer).value):
             module.register_forward_hook(lambda m, i, o: calls.update({m: calls.get(m, 0) + 1}))
@@ -79,10 +79,11 @@ def test_keys_and_values_are_computed_once(encoder, frames, trainable, attention
     assert set(calls.values()) == {1}
 
 
-def test_the_rule_absorbs_in_the_last_layer():
-    x = torch.zeros(2, 5, 8)
-    assert absorbs(x, last=True)
-    assert not absorbs(x, last=False)
+@pytest.mark.parametrize(("state", "form"), [("trainable", "last"), ("checkpointed", "all"), ("frozen", "all")])
+def test_the_rule_keeps_rows_where_keys_and_values_would_be_kept_for_looks_alone(encoder, state, form):
+    encoder.requires_grad_(state != "frozen")
+    encoder.recompute = state == "checkpointed"
+    assert encoder.form == ("none" if encoder.family.is_rotary else form)
 
 
 @pytest.mark.parametrize("frame_of_look", [None, SEVERAL], ids=["one", "several"])
@@ -101,8 +102,8 @@ def test_both_forms_give_the_same_values_and_gradients(encoder, frames, state, f
         if state == "frozen":
             assert len(gradients) == 2
         found[encoder.attention] = [coarse, seen, *(g for g in gradients if g is not None)]
-    for attention in ("auto", "absorbed"):
-        for got, want in zip(found[attention], found["plain"], strict=True):
+    for attention in ("last", "all"):
+        for got, want in zip(found[attention], found["none"], strict=True):
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 

@@ -1,11 +1,11 @@
 """Where the encoder attends to keys and values and where to rows: python -m benchmarks.attention_forms
 
-A DINOv2-small of random weights and the looks at its frames, forward and backward, once with keys and values in every
-layer (`plain`), once with rows in the last layer (`last`), once with rows in all of them (`all`). `layer` is the last
-layer by itself, with the coarse row and as many looks at each frame; `encoder` all twelve layers, trainable, with
-checkpointed layers, or frozen. Milliseconds of processor time of one thread, which other processes change little:
-medians of rounds in which all forms take turns. `peak_mb` is the most that lives at once, weights and their gradients
-left out. Writes benchmarks/results/attention_forms.csv.
+A DINOv2-small of random weights and the looks at its frames, forward and backward, with rows in no layer (`none`:
+keys and values in every one), in the last layer (`last`) or in all of them (`all`). `layer` is the last layer alone,
+with the coarse row and as many looks at each frame; `encoder` all twelve layers, trainable, with checkpointed layers,
+or frozen. Milliseconds of processor time of one thread, which other processes change little: medians of rounds in which
+all forms take turns, in fp32. `kept_mb` is what one more frame keeps for the backward pass in bf16, its looks included.
+Writes benchmarks/results/attention_forms.csv.
 """
 
 import csv
@@ -30,20 +30,20 @@ STATES = ("trainable", "checkpointed", "frozen")
 REPEAT = 5
 
 
-def spread(per_frame: int) -> Tensor | None:
-    return None if per_frame == 1 else torch.arange(FRAMES * per_frame) // per_frame
+def spread(frames: int, per_frame: int) -> Tensor | None:
+    return None if per_frame == 1 else torch.arange(frames * per_frame) // per_frame
 
 
 def layer_step(encoder: Encoder, form: str, per_frame: int) -> Callable[[], None]:
     """The last layer over given rows, the coarse row with them."""
     layer, D = encoder.layers[-1], encoder.width
     hidden = torch.randn(FRAMES, ROWS + 1, D)
-    query, looks = torch.randn(FRAMES * per_frame, D), spread(per_frame)
+    query, looks = torch.randn(FRAMES * per_frame, D), spread(FRAMES, per_frame)
 
     def step() -> None:
         x, q = hidden.clone().requires_grad_(encoder.trainable), query.clone().requires_grad_()
         with torch.set_grad_enabled(encoder.trainable):
-            coarse, kept = walk_layer(encoder.family, layer, x, ROWS, HEAD, True, form != "plain", None)
+            coarse, kept = walk_layer(encoder.family, layer, x, ROWS, HEAD, True, form != "none", None)
         (look_layer(encoder.family, layer, q, kept, looks, HEAD).square().sum() + coarse.square().sum()).backward()
 
     return step
@@ -51,10 +51,11 @@ def layer_step(encoder: Encoder, form: str, per_frame: int) -> Callable[[], None
 
 def encoder_step(encoder: Encoder, form: str, per_frame: int) -> Callable[[], None]:
     frames = torch.randint(0, 256, (FRAMES, 3, 224, 224), dtype=torch.uint8)
-    row, query, looks = torch.randn(encoder.width), torch.randn(FRAMES * per_frame, encoder.width), spread(per_frame)
+    row, query = torch.randn(encoder.width), torch.randn(FRAMES * per_frame, encoder.width)
+    looks = spread(FRAMES, per_frame)
 
     def step() -> None:
-        encoder.attention = {"plain": "plain", "last": "auto", "all": "absorbed"}[form]
+        encoder.attention = form
         r, q = row.clone().requires_grad_(), query.clone().requires_grad_()
         cache, coarse = encoder.encode(frames, r)
         (encoder.look(q, cache, looks).square().sum() + coarse.square().sum()).backward()
@@ -62,34 +63,44 @@ def encoder_step(encoder: Encoder, form: str, per_frame: int) -> Callable[[], No
     return step
 
 
+def kept_mb(encoder: Encoder, form: str, per_frame: int) -> float:
+    """MB that live after the forward pass for one more frame."""
+    encoder.attention = form
+    live = []
+    for F in (2, 4):
+        frames = torch.randint(0, 256, (F, 3, 224, 224), dtype=torch.uint8)
+        row, query = (torch.ones(n, encoder.width, requires_grad=True) for n in (1, F * per_frame))
+        with Live() as now:
+            cache, coarse = encoder.encode(frames, row[0])
+            out = encoder.look(query, cache, spread(F, per_frame)).sum() + coarse.sum()
+            del cache, coarse
+            gc.collect()
+            live.append(now.now / 1e6)
+            del out
+    return (live[1] - live[0]) / 2
+
+
 def measure(what: str, state: str, per_frame: int) -> list[dict[str, object]]:
     torch.manual_seed(0)
     encoder = Encoder(Dinov2Model(Dinov2Config(**SMALL)), recompute=state == "checkpointed")
     encoder.requires_grad_(state != "frozen")
-    make, forms = (layer_step, ("plain", "last")) if what == "layer" else (encoder_step, ("plain", "last", "all"))
+    make, forms = (layer_step, ("none", "last")) if what == "layer" else (encoder_step, ("none", "last", "all"))
     steps = {form: make(encoder, form, per_frame) for form in forms}
     times: dict[str, list[float]] = {form: [] for form in forms}
-    peaks: dict[str, float] = {}
-    for form, step in steps.items():
+    for step in steps.values():
         step()  # makes the gradients
-        live = Live()
-        for p in encoder.parameters():
-            live.leave_out(p, p.grad)
-        gc.collect()
-        with live:
-            step()
-        peaks[form] = live.peak / 1e6
     for _ in range(REPEAT if what == "encoder" else 2 * REPEAT):
         for form, step in steps.items():
             start = time.process_time()
             step()
             times[form].append(1e3 * (time.process_time() - start))
+    kept = {form: kept_mb(encoder.bfloat16(), form, per_frame) if what == "encoder" else "" for form in forms}
     rows = []
     for form in forms:
         cut = statistics.quantiles(times[form], n=5)
         row = {"what": what, "state": state, "looks_per_frame": per_frame, "form": form}
-        row |= {"ms": statistics.median(times[form]), "ms20": cut[0], "ms80": cut[-1], "peak_mb": peaks[form]}
-        rows.append({name: round(cell, 1) if isinstance(cell, float) else cell for name, cell in row.items()})
+        row |= {"ms": statistics.median(times[form]), "ms20": cut[0], "ms80": cut[-1], "kept_mb": kept[form]}
+        rows.append({name: round(cell, 2) if isinstance(cell, float) else cell for name, cell in row.items()})
     return rows
 
 

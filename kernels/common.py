@@ -85,9 +85,9 @@ def attend_by_frame(
 ) -> tuple[Tensor, Tensor]:
     """A reference's `attend` for looks [K,...] at their frames [F,...] -> both of its results, [K,...].
 
-    `attend` takes c looks at each of f frames, [f,c,...] and [f,...], and gives [f,c,...]. On a CPU it is called for each
-    run of frames that have equally many looks, on views of the frames. Where counting looks would wait for the device
-    or break a graph, the frames are copied for each look instead.
+    `attend` takes c looks at each of f frames, [f,c,...] and [f,...], and gives [f,c,...]. On a CPU it is called for
+    each run of frames that have equally many looks, on views of the frames. Where counting looks would wait for the
+    device or break a graph, the frames are copied for each look instead.
     """
     if frame_of_look is None:
         out, lse = attend(looks[:, None], *frames)

@@ -176,7 +176,9 @@ def _memory(experiment: Experiment, shapes: Geometry, deepspeed: dict, world_siz
     said = estimate(experiment, shapes, deepspeed, world_size)
     names = ("weights", "gradients", "optimizer", "buckets", "activations", "device")
     rows = [[name, f"{getattr(said, name) / 1e9:.2f} GB"] for name in names]
-    stored = activations(experiment, shapes, 2 if deepspeed["bf16"]["enabled"] else 4)
+    stored = activations(
+        experiment, shapes, 2 if deepspeed["bf16"]["enabled"] else 4, stage=deepspeed["zero_optimization"]["stage"]
+    )
     inside = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in stored.items() if size)
     rows[4].append(inside)
     rows[5] = [

@@ -11,7 +11,8 @@ The convention, which is that of `torch.utils.flop_counter`:
   (not where nothing before it learns). A frozen encoder has no backward for its patches; a frozen language model still
   passes gradients through to the looks.
 - A sample is counted alone. Padding is waste.
-- What is computed again in the backward pass (checkpointed layers, the logits) is `recompute` and not in `total`.
+- What is computed to keep less in memory is `recompute` and not in `total`: checkpointed layers, the logits, and what
+  looks cost more over rows than over keys and values, where the layers before the last keep rows (`Encoder.form`).
 
 Letters as in `data/packing.py` and `shapes.py`: F frames, K looks, S text tokens, P of them ahead of the frames. A
 sample may be several conversations over the same frames.
@@ -142,6 +143,7 @@ def _largest(experiment: Experiment, source: DataSource) -> Shape:
 def _text_cost(experiment: Experiment, shapes: Geometry, size: Sized) -> dict[str, Cost]:
     model, optim = experiment.model, experiment.optim
     vit, llm = "encoder" not in optim.freeze, "llm" not in optim.freeze
+    again = "encoder" in model.grad_checkpoint
     F, K, S, P = size.frames, size.looks, size.text, size.prompt
     n = 1 + (size.shared // F if F else 0)  # conversations, which are counted as equally long
     D, E, Q, T, rounds = shapes.encoder.D, shapes.llm.E, shapes.Q, shapes.T, shapes.rounds
@@ -149,9 +151,9 @@ def _text_cost(experiment: Experiment, shapes: Geometry, size: Sized) -> dict[st
     rides = asks and model.deep_query and vit
     coarse = 1 if F and asks else 0
     return {
-        "encoder": _walk(shapes, F, rides, not model.deep_query or not asks, vit, "encoder" in model.grad_checkpoint),
-        "coarse_looks": _looks(shapes, F if asks and not rides else 0, model.deep_query, vit),
-        "fine_looks": _looks(shapes, K, model.deep_query, vit) * rounds,
+        "encoder": _walk(shapes, F, rides, not model.deep_query or not asks, vit, again),
+        "coarse_looks": _looks(shapes, F if asks and not rides else 0, model.deep_query, vit, again),
+        "fine_looks": _looks(shapes, K, model.deep_query, vit, again) * rounds,
         "coarse_llm": _read(shapes, (K + P) / n if K else 0, llm, "llm" in model.grad_checkpoint) * (n * rounds),
         "fine_llm": _read(shapes, (K * T + S) / n, llm, "llm" in model.grad_checkpoint) * n,
         "connector": _linear(coarse, Q, D)
@@ -198,13 +200,18 @@ def _walk(shapes: Geometry, F: int, rides: bool, whole: bool, learns: bool, chec
     return walk if learns else Cost(walk.forward)
 
 
-def _looks(shapes: Geometry, K: int, deep: bool, learns: bool) -> Cost:
-    """Queries through all layers over cached keys and values, or one attention over the features."""
+def _looks(shapes: Geometry, K: int, deep: bool, learns: bool, checkpoint: bool) -> Cost:
+    """Queries through all layers over their caches, or one attention over the features."""
     d = shapes.encoder
     attention = _attention(K, d.N, d.D, gradients=learns)
     if not deep:
         return attention
-    return (_block(shapes, K, learns) + attention) * (d.layers - 1) + _last_look(shapes, K, learns)
+    layer, last = _block(shapes, K, learns) + attention, _last_look(shapes, K, learns)
+    looks = layer * (d.layers - 1) + last
+    if learns and not checkpoint:
+        return looks
+    more = (last.total - layer.total) * (d.layers - 1)  # over rows in all layers
+    return looks + Cost(recompute=more + (last.forward * d.layers if checkpoint else 0))
 
 
 def _last_look(shapes: Geometry, K: int, learns: bool) -> Cost:

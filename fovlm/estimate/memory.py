@@ -10,6 +10,8 @@ What stays for the whole step follows DeepSpeed 0.19.8 (n trainable and z frozen
 - Offloading moves master weights and moments to the host, with an fp32 gradient and a staging copy beside them.
 - Gradients are reduced in buckets, two of them with overlap_comm. A weight larger than a bucket passes on its own: its
   gradient, a clone and an fp32 copy.
+- The norm of gradients copies none under ZeRO-1 and -2, where it is ours. ZeRO-3 copies one gradient at a time to fp64,
+  8 bytes of a rank's share of the largest; nothing of the activations lives then.
 
 Activations are what autograd stores for the backward pass, at its peak: parts run forward in the order encoder, coarse
 pass, looks, fine pass, head, and are freed in reverse, while the running part needs working memory and the gradients of
@@ -97,7 +99,9 @@ def estimate(
     bucket = zero.get("reduce_bucket_size", 5 * 10**8)
     buckets = w * bucket * (2 if zero.get("overlap_comm") else 1)
     buckets += min(big, n) * ((2 * w if big > bucket else w) + FP32 + (w if offload else 0))
-    moving = sum(activations(experiment, shapes, w, pack).values())
+    moving = sum(activations(experiment, shapes, w, pack, stage).values())
+    if stage == 3:
+        moving = max(moving, 2 * FP32 * -(-min(big, n) // world))
     return Estimate(weights, gradients, optimizer, buckets, moving, host)
 
 
@@ -106,20 +110,20 @@ def _on_host(zero: dict[str, Any], key: str) -> bool:
 
 
 def activations(
-    experiment: Experiment, shapes: Geometry, w: int, pack: tuple[int, int] | None = None
+    experiment: Experiment, shapes: Geometry, w: int, pack: tuple[int, int] | None = None, stage: int = 2
 ) -> dict[str, int]:
     """Bytes at the peak of a micro step, by the part that stores them; `working` is the running part's own.
 
-    `w` is the bytes of an activation: 2 in bf16, 4 in fp32. `pack` as for `estimate`.
+    `w` is the bytes of an activation: 2 in bf16, 4 in fp32. `pack` as for `estimate`, `stage` is that of ZeRO.
     """
     data = experiment.data
     # Bytes grow with frames and with text, and a budget buys one or the other, so one of its two ends takes most.
     ends = [(data.pack_cost // data.frame_cost, 1), (1, data.pack_cost)]
-    worst = [_activations(experiment, shapes, w, *one) for one in ([pack] if pack else ends)]
+    worst = [_activations(experiment, shapes, w, *one, stage) for one in ([pack] if pack else ends)]
     return max(worst, key=lambda parts: sum(parts.values()))
 
 
-def _activations(experiment: Experiment, shapes: Geometry, w: int, F: int, S: int) -> dict[str, int]:
+def _activations(experiment: Experiment, shapes: Geometry, w: int, F: int, S: int, stage: int) -> dict[str, int]:
     model, data = experiment.model, experiment.data
     vit, llm = "encoder" not in experiment.optim.freeze, "llm" not in experiment.optim.freeze
     K, P = F * data.image_frames, S if model.question == "before_frames" else 0
@@ -128,10 +132,16 @@ def _activations(experiment: Experiment, shapes: Geometry, w: int, F: int, S: in
     separate = asks and not (deep and vit)  # the static look, when it does not ride along
 
     rows = F * (d.N + (asks and deep and vit))
-    tensors = 2 * d.layers - (not d.rotary) if deep else 1  # the last layer caches rows, unless positions are rotary
+    again = "encoder" in model.grad_checkpoint
+    absorbs = deep and not d.rotary and stage < 3  # rows are cached, in the last layer or in all (`Encoder.form`)
+    everywhere = absorbs and (again or not vit)
+    tensors = (d.layers if everywhere else 2 * d.layers - absorbs) if deep else 1
     cached = w * rows * d.D * tensors if asks else 0
-    encoder = _walk(d, rows, cached, w, vit, "encoder" in model.grad_checkpoint)
-    looks = _block_bytes(d, w) * d.layers if deep else 2 * w * d.D
+    # The frames in bytes; rows of a checkpointed walk are the layers' inputs, which it stores in any case.
+    encoder = F * d.side**2 * d.patch + _walk(d, rows, 0 if everywhere and vit else cached, w, vit, again)
+    looks = 2 * w * d.D
+    if deep:  # a checkpointed look stores its inputs; over rows, every head's query and result are as wide as a row
+        looks = (w * d.D if again else _block_bytes(d, w) + everywhere * 2 * w * d.H * d.D) * d.layers
     per_look = looks * K
     coarse = looks * F * separate
     prefix, whole = (_read(shapes.llm, M, w, llm, "llm" in model.grad_checkpoint) for M in (K + P, L))
@@ -142,15 +152,17 @@ def _activations(experiment: Experiment, shapes: Geometry, w: int, F: int, S: in
 
     chunk = min(S, NLL_CHUNK)
     embedding = w * shapes.llm.V * shapes.llm.E * llm  # its gradient waits for its last use, and grows by copies
+    # The norm of a layer's rows, for its looks, and its gradient.
+    relook = 2 * w * rows * d.D if everywhere and again else 0
     working = {
-        "encoder": _layer_work(d, rows, w, "encoder" in model.grad_checkpoint) if vit else 0,
-        "coarse_looks": 0,
+        "encoder": _layer_work(d, rows, w, again) if vit else 0,
+        "coarse_looks": relook,
         "fine_llm": _read_work(shapes.llm, L, w, llm, "llm" in model.grad_checkpoint) + embedding,
         "head": 3 * FP32 * chunk * shapes.llm.V + embedding * (2 if chunk < S else 1),
     }
     for turn in range(shapes.rounds):
         prefix_work = _read_work(shapes.llm, K + P, w, llm, "llm" in model.grad_checkpoint)
-        working |= {f"coarse_llm_{turn}": prefix_work + embedding, f"fine_looks_{turn}": embedding}
+        working |= {f"coarse_llm_{turn}": prefix_work + embedding, f"fine_looks_{turn}": embedding + relook}
 
     order = [*stored, "head"]
     # Gradients of the cache exist from the last look's backward pass on.

@@ -13,8 +13,8 @@ Letters: F frames, N rows of a frame (CLS and registers, then patches), D width,
 K looks.
 """
 
-from dataclasses import dataclass
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -143,8 +143,8 @@ class Encoder(nn.Module):
     """A vision transformer with `encode` and `look`.
 
     `deep=False` is the shallow ablation: one cross-attention over the final features, which serve as keys and values
-    without projections of their own. `recompute` checkpoints each layer of the patch walk and of a look. `attention` says which
-    layers cache rows in place of keys and values: "none", "last", "all", or "auto" (`form`); none where positions are rotary.
+    without projections of their own. `recompute` checkpoints each layer of the patch walk and of a look. `attention`
+    says which layers cache rows in place of keys and values: "none", "last", "all", or "auto" (the rule of `form`).
     Raises ValueError for a model of another family, and for dropout, which the walk does not have.
     """
 

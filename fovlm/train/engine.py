@@ -95,6 +95,8 @@ class Engine:
             lighten(self.deepspeed.optimizer, "offload_optimizer" in config["zero_optimization"])
         self.dtype = next(model.parameters()).dtype
         self.reference = reference.to(device, self.dtype).eval().requires_grad_(False) if reference else None
+        if self.reference:  # sums in the order of the model, although it is frozen
+            self.reference.encoder.attention = model.encoder.form
         self.dpo_beta = dpo_beta
 
     @property

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as nnf
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import fovlm.model.encoder
@@ -74,8 +75,11 @@ def attention(query, key, value, frame_of_look, scale):
 
 
 def pooling(folded, hidden, frame_of_look, scale):
-    """The same for what the last layer's looks do."""
+    """The same for looks over rows; torch's formula counts gradients of frozen rows too, so those go by products."""
     hidden = hidden if frame_of_look is None else hidden[frame_of_look]
+    if not hidden.requires_grad:
+        weights = checkpoint(lambda u: (scale * u @ hidden.mT).softmax(-1), folded, use_reentrant=False)
+        return weights @ hidden, None
     hidden = hidden[:, None]
     return nnf.scaled_dot_product_attention(folded[:, None], hidden, hidden, scale=scale)[:, 0], None
 

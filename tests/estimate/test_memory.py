@@ -47,6 +47,7 @@ def experiment(frames=32, text=64, frozen=(), **model) -> Experiment:
         {},
         CHECKPOINT,
         {"frozen": ("encoder",)},
+        {"frozen": ("encoder",), "grad_checkpoint": ["encoder"]},
         {"frozen": ("encoder", "llm")},
         {"visual": "multi_token"},
         {"deep_query": False},

@@ -60,6 +60,33 @@ def test_no_frames_given_means_one_look_per_frame_and_gradients_are_right():
     assert torch.autograd.gradcheck(lambda *t: query_attention(*t, each[[2, 2, 0]], 0.3), (query, key, value))
 
 
+@pytest.mark.parametrize("where", [[2, 0, 2, 4, 0, 2], [0, 0, 1, 1, 3], [4], [0, 1, 2, 3, 4]])
+def test_looks_by_frame_are_looks_one_by_one(where):
+    """Runs of frames with equally many looks, frames without any, looks in any order; no frame is copied."""
+    query, key, value, slope = draw(len(where), 5, 7, 2, 4, torch.float64)
+    frames = torch.tensor(where, device=DEVICE)
+
+    def one_by_one(q, k, v):
+        return query_attention(q, k[frames], v[frames], None, 0.3, implementation="reference")
+
+    def by_frame(q, k, v):
+        return query_attention(q, k, v, frames, 0.3, implementation="reference")
+
+    want = results(one_by_one, [query, key, value], slope, torch.float64)
+    for mine, theirs in zip(results(by_frame, [query, key, value], slope, torch.float64), want):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there the kernel runs, and the reference copies")
+def test_several_looks_copy_no_keys_on_a_cpu():
+    query, key, value, _ = (t.requires_grad_() for t in draw(8, 2, 64, 2, 32))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        query_attention(query, key, value, torch.arange(8) // 4, 0.3)
+    large = {t.untyped_storage().data_ptr() for t in saved if t.untyped_storage().nbytes() >= key.nbytes}
+    assert large == {t.untyped_storage().data_ptr() for t in (key, value)}
+
+
 def test_keys_with_the_strides_of_a_wider_array():
     query, _, _, _ = draw(3, 3, 5, 2, 4)
     both = torch.randn(3, 6, 2, 2, 4, device=DEVICE)

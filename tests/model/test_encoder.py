@@ -4,7 +4,9 @@ not seen."""
 import pytest
 import torch
 from torch import nn
+from transformers import Dinov2Config, Dinov2Model
 
+from benchmarks.memory import Live
 from fovlm.model.encoder import Cache, Encoder, heads, rotate, weights_of
 from fovlm.model.encoders.families import family_of
 from helpers.models import ENCODERS, pixels, tiny_model
@@ -165,20 +167,42 @@ def test_a_frozen_encoder_keeps_no_graph_but_passes_gradients_to_the_query(encod
     row = torch.randn(encoder.width, requires_grad=True)
     cache, coarse = encoder.encode(frames, row)
     assert not any(t.requires_grad for kept in cache.layers for t in kept)
-    coarse.sum().backward()
+    coarse[:, 0].sum().backward()  # not all of it: the sum of a normed row is the same whatever it was
     assert row.grad.abs().sum() > 0
 
 
 def test_recomputing_gives_the_same_gradients(encoder, frames):
+    encoder.double()
     gradients = []
     for recompute in (False, True):
         encoder.recompute = recompute
         encoder.zero_grad()
-        cache, coarse = encoder.encode(frames, torch.ones(encoder.width))
-        (coarse.sum() + encoder.look(torch.ones(4, encoder.width), cache).square().sum()).backward()
+        cache, coarse = encoder.encode(frames, torch.ones(encoder.width).double())
+        seen = encoder.look(torch.ones(5, encoder.width).double(), cache, SEVERAL)
+        (coarse.sin().sum() + seen.sin().sum()).backward()
         gradients.append([p.grad.clone() for p in encoder.parameters() if p.grad is not None])
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, again)
+
+
+@pytest.mark.parametrize("per_frame", [1, 8])
+@pytest.mark.parametrize(("state", "rows"), [("trainable", 16), ("checkpointed", 2), ("frozen", 2)])
+def test_what_a_frame_keeps_for_the_backward_pass(state, rows, per_frame):
+    """In rows of N x D, per layer: one in a frozen or checkpointed encoder, whatever the number of looks."""
+    config = Dinov2Config(hidden_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=112, patch_size=7)
+    encoder = Encoder(Dinov2Model(config), recompute=state == "checkpointed").requires_grad_(state != "frozen")
+    kept = []
+    for F in (1, 3):
+        frames = torch.zeros(F, 3, 112, 112, dtype=torch.uint8)
+        where = None if per_frame == 1 else torch.arange(F * per_frame) // per_frame
+        row, query = (torch.ones(n, 64, requires_grad=True) for n in (1, F * per_frame))
+        with Live() as live:
+            cache, coarse = encoder.encode(frames, row[0])
+            out = encoder.look(query, cache, where).sum() + coarse.sum()  # noqa: F841 (it holds the graph)
+            del cache, coarse
+            kept.append(live.now)
+    per_frame_rows = (kept[1] - kept[0]) / 2 / (4 * 257 * 64) / 4
+    assert per_frame_rows < rows
 
 
 def test_attention_weights_are_those_of_the_look(encoder, frames):

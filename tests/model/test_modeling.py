@@ -170,7 +170,10 @@ def test_saved_and_loaded_gives_the_same_nll(tmp_path):
     model = tiny_model(seed=3)
     model.save_pretrained(tmp_path)
     again = FoveatedVLM.from_pretrained(tmp_path)
-    assert torch.equal(again(pack(SAMPLES)), model(pack(SAMPLES)))
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
+    # Loaded weights lie at other addresses, which changes how a batched product sums them.
+    torch.testing.assert_close(again(pack(SAMPLES)), model(pack(SAMPLES)), rtol=0, atol=1e-6)
     assert again.config.query_dim == 24
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from fovlm.config.schema import load
 from fovlm.data.packing import EMPTY, PackBudget, PackSize, pack_samples, pack_shape, round_up
+from fovlm.estimate.dry_run import real_shares
 from fovlm.estimate.flops import sample_cost, total
 from fovlm.estimate.shapes import geometry
 
@@ -79,7 +80,7 @@ def measured(name: str, steps: int = 100, packs: int = 8) -> Measured:
     sizes = sizes_of(mix, steps * packs * 60)
     experiment = load("LR1", [f"data.image_frames={mix.looks}"])
     shapes = geometry(experiment.model)
-    real, whole = np.zeros(4), np.zeros(4)
+    packed: list[list[PackSize]] = []
     seen, imbalance, taken, seconds = set(), [], 0, 0.0
     for _ in range(steps):
         window = sizes[taken : taken + packs * 60]
@@ -93,18 +94,14 @@ def measured(name: str, steps: int = 100, packs: int = 8) -> Measured:
             used = sum(rows, EMPTY)
             shape = pack_shape(used, all(size.looks == size.frames for size in rows))
             ahead, sequence = used.looks + used.prompt, used.looks + used.text
-            real += [used.frames, ahead, sequence, used.text]
-            whole += [shape.frames, round_up(max(ahead, 1)), round_up(sequence), shape.text]
+            packed.append(rows)
             seen.add((shape.frames, shape.looks, round_up(ahead), round_up(sequence), shape.text))
             costs.append(float(budget.of(window[pack]).sum()))
             flops.append(sum(total(sample_cost(experiment, shapes, size)).total for size in rows))
         imbalance.append([max(x) / np.mean(x) for x in (costs, flops)])
         taken += n
-    names = ("frames", "prefix", "sequence", "text")
     by_cost, by_flops = np.mean(imbalance, axis=0)
-    return Measured(
-        dict(zip(names, real / whole, strict=True)), by_cost, by_flops, len(seen), taken / steps, seconds / steps
-    )
+    return Measured(real_shares(packed), by_cost, by_flops, len(seen), taken / steps, seconds / steps)
 
 
 def main() -> int:

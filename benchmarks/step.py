@@ -29,10 +29,10 @@ from benchmarks.memory import LLM_135M, REAL, SMALL
 from fovlm.config.deepspeed import resolve
 from fovlm.config.schema import DataSettings, DataSource, Experiment, ModelSettings, TrainSettings
 from fovlm.data.packing import Batch, PackSize, Sample, collate
-from fovlm.estimate.flops import mean_cost, total
+from fovlm.estimate.flops import mean_cost, peak_flops, total
 from fovlm.estimate.shapes import geometry
 from fovlm.train.losses import text_loss, text_weight
-from fovlm.train.throughput import peak_flops
+from fovlm.train.throughput import device_name
 from kernels.bench import origin
 
 RESULTS = Path(__file__).parent / "results"
@@ -153,7 +153,7 @@ def measure(case: str, ways: list[str], compiled: bool, rounds: int, precision: 
                 peaks[way] = torch.cuda.max_memory_allocated() / 1e9
             if n > 1:  # the first two allocate and compile
                 seconds[way].append((time.perf_counter() if cuda else time.process_time()) - began)
-    peak, plain = peak_flops(device), statistics.median(seconds["plain"]) if "plain" in seconds else None
+    peak, plain = peak_flops(device_name(device)), statistics.median(seconds["plain"]) if "plain" in seconds else None
     rows = []
     for way, taken in seconds.items():
         median = statistics.median(taken)

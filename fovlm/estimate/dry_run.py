@@ -20,16 +20,17 @@ from fovlm.config.deepspeed import resolve
 from fovlm.config.schema import Experiment
 from fovlm.data.chat import load_tokenizer
 from fovlm.data.dataset import open_dataset, pack_budget, tokenizer_path
-from fovlm.data.packing import PackSize, pack_samples
+from fovlm.data.packing import EMPTY, PackSize, pack_samples, pack_shape, round_up
 from fovlm.data.sampling import MixtureSampler
 from fovlm.data.shards import URL, find_shards
 from fovlm.errors import UserError
-from fovlm.estimate.flops import largest, mean_cost, samples_for, total
+from fovlm.estimate.flops import PEAKS, largest, mean_cost, peak_flops, samples_for, total
 from fovlm.estimate.memory import activations, estimate
 from fovlm.estimate.shapes import Geometry, geometry, parameters
 from fovlm.paths import data_root
 from fovlm.tables import text_table
 
+MFU = (0.2, 0.3, 0.4, 0.5)  # shares of a GPU's peak for which a step's time is told
 SIZED = 2000  # samples whose mean size is taken for all
 
 
@@ -50,6 +51,7 @@ def describe(experiment: Experiment, world_size: int, device: str | None = None)
         _section("parameters", _parameters(experiment, shapes)),
         _section("FLOPs per sample", _flops(experiment, shapes, sizes, why_not)),
         _section("length", _length(experiment, shapes, sizes)),
+        _section("packs", _packs(experiment, shapes, sizes, world_size, device)),
         _section("memory per rank (estimated)", _memory(experiment, shapes, deepspeed, world_size, device)),
     ]
     return "\n\n".join(parts)
@@ -159,17 +161,54 @@ def _length(experiment: Experiment, shapes: Geometry, sizes: list[PackSize]) -> 
     return text_table([["", f"from train.{given}"], *rows]) + ("" if sizes else "\nwith the largest samples, as above")
 
 
-def samples_per_step(experiment: Experiment, sizes: Iterable[PackSize]) -> float:
-    """How many samples of these sizes a step takes on average."""
+def plan(experiment: Experiment, sizes: Iterable[PackSize]) -> tuple[list[list[PackSize]], int]:
+    """The packs of the steps that samples of these sizes fill, and the number of steps; of one step at least."""
     budget = pack_budget(experiment)
     left = np.array([astuple(size) for size in sizes])
-    steps = packed = 0
+    packs: list[list[PackSize]] = []
+    steps = 0
     while len(left):
-        _, taken = pack_samples(left, experiment.train.packs_per_step, budget)
+        contents, taken = pack_samples(left, experiment.train.packs_per_step, budget)
         if taken == len(left) and steps:  # the last step may not be full
             break
-        left, steps, packed = left[taken:], steps + 1, packed + taken
-    return packed / steps
+        packs += [[PackSize(*row) for row in left[pack].tolist()] for pack in contents]
+        left, steps = left[taken:], steps + 1
+    return packs, steps
+
+
+def samples_per_step(experiment: Experiment, sizes: Iterable[PackSize]) -> float:
+    """How many samples of these sizes a step takes on average."""
+    packs, steps = plan(experiment, sizes)
+    return sum(map(len, packs)) / steps
+
+
+def real_shares(packs: Iterable[list[PackSize]], tokens_per_look: int = 1) -> dict[str, float]:
+    """Of what is computed for packs of these samples, the share that is not padding, by dimension."""
+    real, whole = np.zeros(4), np.zeros(4)
+    for sizes in packs:
+        used = sum(sizes, EMPTY)
+        shape = pack_shape(used, all(size.looks == size.frames for size in sizes))
+        visual = used.looks * tokens_per_look
+        ahead, sequence = visual + used.prompt, visual + used.text
+        real += [used.frames, ahead, sequence, used.text]
+        whole += [shape.frames, round_up(max(ahead, 1)), round_up(max(sequence, 1)), shape.text]
+    return dict(zip(("frames", "prefix", "sequence", "text"), (real / whole).tolist(), strict=True))
+
+
+def _packs(experiment: Experiment, shapes: Geometry, sizes: list[PackSize], world_size: int, device: str) -> str:
+    long = length(experiment, shapes, sizes)
+    packs, steps = plan(experiment, sizes or islice(largest_sizes(experiment), SIZED))
+    name = torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else ""
+    gpu, peak = (name, known) if (known := peak_flops(name)) else ("H100", PEAKS["H100"])
+    step = long.per_step * long.per_sample
+    rows = [
+        ["samples in a pack", f"{sum(map(len, packs)) / len(packs):,.1f}"],
+        ["FLOPs of a pack", metric(step * steps / len(packs))],
+        *([f"real {part}", f"{share:.1%}"] for part, share in real_shares(packs, shapes.T).items()),
+        *([f"a step at {mfu:.0%} MFU", f"{1e3 * step / (mfu * peak * world_size):,.1f} ms"] for mfu in MFU),
+    ]
+    assumed = f"MFU is an assumption, of {metric(peak)}FLOP/s dense bf16 ({gpu}) on each of {world_size}"
+    return text_table([["", "mean"], *rows]) + f"\n{assumed}; waiting for data and other ranks comes on top"
 
 
 def _memory(experiment: Experiment, shapes: Geometry, deepspeed: dict, world_size: int, device: str) -> str:

@@ -27,6 +27,9 @@ from fovlm.config.schema import DataSource, Experiment
 from fovlm.errors import UserError
 from fovlm.estimate.shapes import Geometry, geometry
 
+# Dense bf16 FLOP/s from the vendor's data sheets, by a part of the device's name; the first match counts.
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
 
 class Sized(Protocol):
     """What a sample takes of a pack: a `PackSize`, or the `Shape` here."""
@@ -118,6 +121,11 @@ def samples_of(experiment: Experiment, sizes: Iterable[Sized]) -> int | None:
     if train.flops is None:
         return train.samples
     return samples_for(train.flops, total(mean_cost(experiment, geometry(experiment.model), sizes)).total)
+
+
+def peak_flops(name: str) -> float | None:
+    """Peak dense bf16 FLOP/s of a device of this name; None for a CPU or a GPU that is not in the list."""
+    return next((peak for known, peak in PEAKS.items() if known in name), None)
 
 
 def largest(experiment: Experiment) -> dict[str, Shape]:

@@ -1,5 +1,6 @@
 """The checkpoint that a run resumes from, and when it must not resume. All ranks decide together."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from fovlm import distributed
@@ -33,6 +34,12 @@ def find(experiment: Experiment, data_hash: str) -> Path | None:
     return path
 
 
+def check_named(experiment: Experiment) -> None:
+    """For the dry run: raises UserError when `train.resume` names no checkpoint. Its files are not verified."""
+    if experiment.train.resume not in ("auto", "none"):
+        _named(experiment.train.resume, lambda path: "")
+
+
 def _wanted(experiment: Experiment) -> Path | None:
     wanted, own = experiment.train.resume, Checkpoints(experiment.run_folder)
     if wanted == "auto":
@@ -50,8 +57,12 @@ def _wanted(experiment: Experiment) -> Path | None:
                 "or give this run another name with name=..."
             )
         return None
+    return _named(wanted, verify_together)
+
+
+def _named(wanted: str, verify: Callable[[Path], str]) -> Path:
     try:
-        return find_checkpoint(wanted, "newest", verify_together)
+        return find_checkpoint(wanted, "newest", verify)
     except UserError as error:
         raise SharedError(f"train.resume={wanted}: {error}") from error
 

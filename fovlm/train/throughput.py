@@ -9,6 +9,7 @@ import torch
 
 from fovlm import distributed
 from fovlm.checkpoint.store import State
+from fovlm.estimate.flops import peak_flops
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ class Throughput:
 
     def __init__(self, state: State, device: torch.device, flops_per_sample: float | None):
         self.device, self.flops_per_sample = device, flops_per_sample
-        self.peak_flops = peak_flops(device)
+        self.peak_flops = peak_flops(device_name(device))
         self._restart(state)
 
     def _restart(self, state: State) -> None:
@@ -51,16 +52,6 @@ class Throughput:
             row["mfu"] = row["samples_per_second"] * self.flops_per_sample / (self.peak_flops * distributed.world())
         self._restart(state)
         return row
-
-
-# Dense bf16 FLOP/s from the vendor's data sheets, by a part of the device's name; the first match counts.
-PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak dense bf16 FLOP/s of the GPU; None for a CPU or a GPU that is not in the list."""
-    name = device_name(device)
-    return next((peak for known, peak in PEAKS.items() if known in name), None)
 
 
 def device_name(device: torch.device) -> str:

@@ -321,6 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.dry_run:
             from fovlm.estimate.dry_run import describe
 
+            resume.check_named(experiment)
             print(describe(experiment, int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
         device = start(experiment.train.hang_minutes)

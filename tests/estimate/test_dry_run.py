@@ -10,12 +10,20 @@ from fovlm.data.dataset import open_dataset
 from fovlm.data.packing import PackSize
 from fovlm.data.shards import write_shards
 from fovlm.errors import UserError
-from fovlm.estimate.dry_run import describe, known_sizes, largest_sizes, samples_per_step
+from fovlm.estimate.dry_run import (
+    describe,
+    known_sizes,
+    largest_sizes,
+    length,
+    real_shares,
+    samples_per_step,
+)
 from fovlm.estimate.flops import mean_cost, total
 from fovlm.estimate.shapes import geometry
+from fovlm.train import trainer
 from helpers.tiny import picture, tokenizer
 
-SECTIONS = ["experiment", "DeepSpeed", "parameters", "FLOPs per sample", "length", "memory per rank"]
+SECTIONS = ["experiment", "DeepSpeed", "parameters", "FLOPs per sample", "length", "packs", "memory per rank"]
 
 
 @pytest.fixture
@@ -101,9 +109,28 @@ def test_real_sizes_are_used_where_shards_are_indexed(bare):
     assert f"{int(1e9 / mean):,}" in text
 
 
+def test_the_packs_of_a_step_and_its_time(bare):
+    """Sizes that fill packs exactly and others that do not; seconds from FLOPs, by hand."""
+    e = load("LR1", ["data.pack_cost=2560"])
+    full = [[PackSize(16, 16, 128, 0)] * 4, [PackSize(32, 32, 256, 0)] * 2]
+    assert real_shares(full) == dict.fromkeys(("frames", "prefix", "sequence", "text"), 1.0)
+    assert real_shares([[PackSize(65, 65, 1, 0)]])["frames"] == 65 / 66
+    text = describe(e, 4, "cuda")
+    long = length(e, geometry(e.model), [])
+    assert f"{1e3 * long.per_step * long.per_sample / (0.4 * 989e12 * 4):.1f} ms" in text
+    assert "989.00 TFLOP/s dense bf16 (H100) on each of 4" in text
+
+
 def test_samples_in_a_step_are_those_that_packing_takes(bare):
     e = load("LR1", ["data.pack_cost=2560"])
     assert samples_per_step(e, [PackSize(16, 16, 128, 0)] * 400) == 4 * e.train.packs_per_step
     assert samples_per_step(e, [PackSize(64, 64, 512, 0)] * 3) == 3
     sources = [next(largest_sizes(e)) for _ in range(1)]
     assert sources[0].frames in (0, 64)
+
+
+def test_a_checkpoint_that_does_not_exist_is_refused(bare, monkeypatch, capsys):
+    monkeypatch.setenv("FOVLM_RUNS", str(bare / "runs"))
+    assert trainer.main(["LR1", "train.resume=nowhere", "--dry-run"]) == 2
+    assert "train.resume=nowhere: nowhere: no such folder" in capsys.readouterr().err
+    assert trainer.main(["LR1", "--dry-run"]) == 0

@@ -1,12 +1,14 @@
 """`python -m kernels.bench [query|hidden] [--shapes small:64 base:512:8]`: check every kernel, then time it.
 
 `query` starts from keys and values in memory: the kernel, the eager reference, every backend of
-scaled_dot_product_attention that takes the shape, compiled flex_attention (on a GPU). `hidden` starts from the
-normalised hidden state: plain projects keys and values first, absorbed does not. A shape is a size of DINOv2, frames
-F and looks at each frame. An implementation that is not within tolerance of float64 is not timed and ends the run.
+scaled_dot_product_attention that takes the shape, compiled flex_attention with its kernel for long queries and the one
+for decoding (on a GPU). `hidden` starts from the normalised hidden state: plain projects keys and values first, absorbed
+does not, by our kernel, by SDPA with heads as wide as a row, and by ffpa-attn, which is made for such heads. A shape is
+a size of DINOv2, frames F and looks at each frame. An implementation that is not within tolerance of float64 is not
+timed and ends the run, and so does an SDPA that takes another backend than it should.
 
-Times are medians with 20/80 quantiles over buffers that together exceed the cache, forward and backward of the same
-repetition apart and together. GB/s counts what the operation must move (inputs read once, outputs written once), and
+Times are medians with 20/80 quantiles over buffers that together exceed the device's cache, on a GPU of replays of one
+CUDA graph. GB/s counts what the operation must move (inputs read once, outputs written once), and
 `of_copy` is the share of what a copy of as many bytes reaches. `times_general` is the best general kernel's time over
 this one's. Peak memory is measured on a GPU only. Writes a CSV and a plot.
 """
@@ -15,12 +17,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import itertools
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,9 +29,11 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.absorbed_attention import absorbed_attention
 from kernels.bench_plot import plot
+from kernels.bench_timing import Implementation, Inputs, buffers, copy_speed, measure
 from kernels.common import triton
 from kernels.query_attention import query_attention
 
@@ -38,9 +41,8 @@ HEADS = {"small": 6, "base": 12}  # DINOv2, heads of width 64
 ROWS, WIDTH, SCALE = 257, 64, 64**-0.5
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # relative RMS of a kernel
 BACKENDS = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
-GENERAL = ("sdpa", "flex")  # names of implementations that start like this are general kernels
-Inputs = dict[str, Tensor]
-Implementation = Callable[[Inputs, Tensor | None], Tensor]
+GENERAL = ("sdpa", "flex", "ffpa")  # names of implementations that start like this are general kernels
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def plain(implementation: str) -> Implementation:
@@ -49,7 +51,7 @@ def plain(implementation: str) -> Implementation:
     )
 
 
-def general(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Implementation:
+def general(attend: Attend) -> Implementation:
     """A general kernel [F,H,L,d] x [F,H,N,d], the L looks of a frame as its queries (all frames have as many)."""
 
     def run(t: Inputs, looks: Tensor | None) -> Tensor:
@@ -59,12 +61,33 @@ def general(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Implementatio
     return run
 
 
-def sdpa(backend: str) -> Implementation:
+def sdpa(backend: str) -> Attend:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with sdpa_kernel(getattr(SDPBackend, BACKENDS[backend])):
             return nnf.scaled_dot_product_attention(query, key, value, scale=SCALE)
 
-    return general(attend)
+    return attend
+
+
+def backend_taken(run: Implementation, inputs: Inputs, looks: Tensor | None) -> str:
+    """The backend of SDPA that runs, by the operators that are called."""
+    called = set()
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Calls():
+        run(inputs, looks)
+    return next((name for name in BACKENDS if any(f"_product_{name}_attention" in op for op in called)), "math")
+
+
+def flex(backend: str) -> Attend:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda query, key, value: compiled(query, key, value, scale=SCALE, kernel_options={"BACKEND": backend})
 
 
 def projected(attend: Implementation) -> Implementation:
@@ -89,22 +112,48 @@ def absorbed(implementation: str) -> Implementation:
     return run
 
 
+def absorbed_by(attend: Attend) -> Implementation:
+    """The absorbed form with a general kernel for the pooling: one head as wide as a row, each head a query."""
+
+    def run(t: Inputs, looks: Tensor | None) -> Tensor:
+        query, heads = t["query"], t["query"].shape[1]
+        key, value = (t[f"{name}_weight"].unflatten(0, (heads, -1)) for name in ("key", "value"))
+        folded = torch.einsum("khd,hdw->khw", query, key) * t["norm_weight"]
+        x = t["hidden"][:, None]
+        rows = folded.unflatten(0, (len(x), -1)).flatten(1, 2)[:, None]  # [F,1,looks*H,D]
+        pooled = attend(rows, x, x)[:, 0].unflatten(1, (-1, heads)).flatten(0, 1)
+        pooled = pooled * t["norm_weight"] + t["norm_bias"]
+        return torch.einsum("khw,hdw->khd", pooled, value) + t["value_bias"].unflatten(0, (heads, -1))
+
+    return run
+
+
 def implementations(op: str, device: str) -> dict[str, Implementation]:
     """What is compared for an operation: the eager reference first, then general kernels, then ours."""
     ours = ["triton"] if device == "cuda" and triton is not None else []
     backends = {f"sdpa_{name}": sdpa(name) for name in BACKENDS if device == "cuda" or name in ("flash", "math")}
+    wide = {
+        f"sdpa_absorbed_{name}": absorbed_by(sdpa(name)) for name in ("efficient", "math") if f"sdpa_{name}" in backends
+    }
+    if device == "cuda" and op == "query":
+        backends |= {"flex": flex("TRITON"), "flex_decode": flex("TRITON_DECODE")}
+    if device == "cuda" and op == "hidden" and find_spec("ffpa_attn"):
+        from ffpa_attn import ffpa_attn_func
+
+        wide["ffpa_absorbed"] = absorbed_by(lambda query, key, value: ffpa_attn_func(query, key, value, scale=SCALE))
+    elif op == "hidden":
+        print("ffpa_absorbed: not installed (pip install ffpa-attn), or no GPU", file=sys.stderr)
     if op == "hidden":
         named = {"plain_reference": projected(plain("reference")), "absorbed_reference": absorbed("reference")}
-        named |= {name: projected(attend) for name, attend in backends.items()}
+        named |= {name: projected(general(attend)) for name, attend in backends.items()} | wide
         for name in ours:
             named |= {f"plain_{name}": projected(plain(name)), f"absorbed_{name}": absorbed(name)}
         return named
-    if device == "cuda":
-        from torch.nn.attention.flex_attention import flex_attention
-
-        flex = torch.compile(flex_attention, dynamic=False)
-        backends["flex"] = general(lambda query, key, value: flex(query, key, value, scale=SCALE))
-    return {"reference": plain("reference"), **backends, **{name: plain(name) for name in ours}}
+    return {
+        "reference": plain("reference"),
+        **{n: general(a) for n, a in backends.items()},
+        **{name: plain(name) for name in ours},
+    }
 
 
 def make_inputs(op: str, heads: int, frames: int, looks: int, dtype: torch.dtype, device: str) -> Inputs:
@@ -154,77 +203,13 @@ def wrong(run: Implementation, inputs: Inputs, looks: Tensor | None, per_frame: 
     return None
 
 
-def clock(device: str) -> Callable[[], object]:
-    """A function that marks now: a time on the CPU, an event in the stream on a GPU."""
-    if device == "cpu":
-        return time.perf_counter
-
-    def mark():
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    return mark
-
-
-def microseconds(marks: list, device: str) -> list[float]:
-    if device == "cpu":
-        return [1e6 * (after - before) for before, after in itertools.pairwise(marks)]
-    torch.cuda.synchronize()
-    return [1e3 * before.elapsed_time(after) for before, after in itertools.pairwise(marks)]
-
-
-def measure(
-    run: Implementation, sets: list[Inputs], looks: Tensor | None, grads: str, repeat: int, device: str
-) -> tuple[dict[str, Tensor], float | None]:
-    """Microseconds [3] (20 %, median, 80 %) of forward, backward and both; peak MB beside the inputs."""
-    mark, times = clock(device), []
-    for number in range(repeat + 3):  # the first three warm up
-        tensors = sets[number % len(sets)]
-        leaves = {n: t.detach().requires_grad_(grads == "all" or n == "query") for n, t in tensors.items()}
-        slope = torch.randn_like(leaves["query"])
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            torch.cuda._sleep(4_000_000)  # about 2 ms, in which the host queues everything that is timed
-        marks = [mark()]
-        out = run(leaves, looks)
-        marks.append(mark())
-        torch.autograd.grad(out, [t for t in leaves.values() if t.requires_grad], slope)
-        marks.append(mark())
-        times.append(microseconds(marks, device))
-    forward, backward = torch.tensor(times[3:]).T
-    cut = torch.tensor([0.2, 0.5, 0.8])
-    modes = {"forward": forward, "backward": backward, "both": forward + backward}
-    peak = (torch.cuda.max_memory_allocated() - before) / 1e6 if device == "cuda" else None
-    return {mode: spread.quantile(cut) for mode, spread in modes.items()}, peak
-
-
-def copy_speed(nbytes: int, repeat: int, device: str) -> float:
-    """GB/s of a copy that moves as many bytes (half of them read, half written)."""
-    count = max(2, -(-CACHE // nbytes) + 1)
-    sources = [torch.randn(nbytes // 8 + 1, device=device) for _ in range(count)]
-    target = [source.clone() for source in sources]  # touched once already: no page faults in the times
-    mark, times = clock(device), []
-    for number in range(repeat + 3):
-        if device == "cuda":
-            torch.cuda._sleep(1_000_000)
-        marks = [mark()]
-        target[number % count].copy_(sources[number % count])
-        times += microseconds([*marks, mark()], device)
-    return nbytes / torch.tensor(times[3:]).median().item() / 1e3
-
-
-CACHE = 64 * 2**20  # above the last cache of the CPUs and GPUs this runs on (H200: 50 MB)
-
-
 def rows_of(op: str, shape: str, dtype: torch.dtype, grads: str, repeat: int, device: str) -> Iterator[dict]:
     """The table's rows for one operation and shape. Raises SystemExit for a kernel that is wrong."""
     size, *numbers = shape.split(":")
     heads, frames, per_frame = HEADS[size], int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 1
     looks = None if per_frame == 1 else torch.arange(frames * per_frame, device=device) // per_frame
     first = make_inputs(op, heads, frames, per_frame, dtype, device)
-    count = max(2, -(-CACHE // moved(first, "forward", grads)) + 1)
+    count = buffers(moved(first, "forward", grads), device)
     sets = [first] + [make_inputs(op, heads, frames, per_frame, dtype, device) for _ in range(count - 1)]
     # projecting rounds to bf16 between the steps, in every implementation alike
     limit = TOLERANCE[dtype] * (3 if op == "hidden" else 1)
@@ -232,14 +217,17 @@ def rows_of(op: str, shape: str, dtype: torch.dtype, grads: str, repeat: int, de
     for name, run in implementations(op, device).items():
         try:
             fault = wrong(run, first, looks, per_frame, limit)
-        except RuntimeError as error:
+            taken = backend_taken(run, first, looks) if name.startswith("sdpa") else ""
+            if not fault and taken and not name.endswith(taken):
+                fault = f"SDPA took its backend '{taken}'"
+            times, peak = ({}, None) if fault else measure(run, sets, looks, grads, repeat, device)
+        except (RuntimeError, ValueError) as error:
             if not name.startswith(GENERAL):
                 raise
             print(f"{op} {name} does not take {shape} {dtype}: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
         if fault:
             raise SystemExit(f"kernels.bench: {op} {name} on {shape} {dtype} is wrong, not timed: {fault}")
-        times, peak = measure(run, sets, looks, grads, repeat, device)
         for mode, (low, median, high) in times.items():
             rows.append(
                 {

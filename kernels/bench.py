@@ -2,9 +2,9 @@
 
 `query` starts from keys and values in memory: the kernel, the eager reference, every backend of
 scaled_dot_product_attention that takes the shape, compiled flex_attention with its kernel for long queries and the one
-for decoding (on a GPU). `hidden` starts from the normalised hidden state: plain projects keys and values first, absorbed
-does not, by our kernel, by SDPA with heads as wide as a row, and by ffpa-attn, which is made for such heads. A shape is
-a size of DINOv2, frames F and looks at each frame. An implementation that is not within tolerance of float64 is not
+for decoding (on a GPU). `hidden` starts from the normalised hidden state: plain projects keys and values first;
+absorbed does not, by our kernel, by SDPA with heads as wide as a row, and by ffpa-attn, which is made for such. A shape
+is a size of DINOv2, frames F and looks at each frame. An implementation that is not within tolerance of float64 is not
 timed and ends the run, and so does an SDPA that takes another backend than it should.
 
 Times are medians with 20/80 quantiles over buffers that together exceed the device's cache, on a GPU of replays of one
@@ -21,9 +21,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as nnf
@@ -87,7 +88,8 @@ def flex(backend: str) -> Attend:
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda query, key, value: compiled(query, key, value, scale=SCALE, kernel_options={"BACKEND": backend})
+    options: Any = {"BACKEND": backend}
+    return lambda query, key, value: compiled(query, key, value, scale=SCALE, kernel_options=options)
 
 
 def projected(attend: Implementation) -> Implementation:
@@ -123,7 +125,8 @@ def absorbed_by(attend: Attend) -> Implementation:
         rows = folded.unflatten(0, (len(x), -1)).flatten(1, 2)[:, None]  # [F,1,looks*H,D]
         pooled = attend(rows, x, x)[:, 0].unflatten(1, (-1, heads)).flatten(0, 1)
         pooled = pooled * t["norm_weight"] + t["norm_bias"]
-        return torch.einsum("khw,hdw->khd", pooled, value) + t["value_bias"].unflatten(0, (heads, -1))
+        bias = t["value_bias"] + 0.0 * t["key_bias"]  # softmax drops the bias of keys: it gets the gradient zero
+        return torch.einsum("khw,hdw->khd", pooled, value) + bias.unflatten(0, (heads, -1))
 
     return run
 
@@ -132,28 +135,21 @@ def implementations(op: str, device: str) -> dict[str, Implementation]:
     """What is compared for an operation: the eager reference first, then general kernels, then ours."""
     ours = ["triton"] if device == "cuda" and triton is not None else []
     backends = {f"sdpa_{name}": sdpa(name) for name in BACKENDS if device == "cuda" or name in ("flash", "math")}
-    wide = {
-        f"sdpa_absorbed_{name}": absorbed_by(sdpa(name)) for name in ("efficient", "math") if f"sdpa_{name}" in backends
-    }
+    wide_names = ("math", "efficient") if device == "cuda" else ("math",)
+    wide = {f"sdpa_absorbed_{name}": absorbed_by(sdpa(name)) for name in wide_names}
     if device == "cuda" and op == "query":
         backends |= {"flex": flex("TRITON"), "flex_decode": flex("TRITON_DECODE")}
     if device == "cuda" and op == "hidden" and find_spec("ffpa_attn"):
-        from ffpa_attn import ffpa_attn_func
-
-        wide["ffpa_absorbed"] = absorbed_by(lambda query, key, value: ffpa_attn_func(query, key, value, scale=SCALE))
-    elif op == "hidden":
-        print("ffpa_absorbed: not installed (pip install ffpa-attn), or no GPU", file=sys.stderr)
+        ffpa = import_module("ffpa_attn").ffpa_attn_func
+        wide["ffpa_absorbed"] = absorbed_by(lambda query, key, value: ffpa(query, key, value, scale=SCALE))
     if op == "hidden":
         named = {"plain_reference": projected(plain("reference")), "absorbed_reference": absorbed("reference")}
         named |= {name: projected(general(attend)) for name, attend in backends.items()} | wide
         for name in ours:
             named |= {f"plain_{name}": projected(plain(name)), f"absorbed_{name}": absorbed(name)}
         return named
-    return {
-        "reference": plain("reference"),
-        **{n: general(a) for n, a in backends.items()},
-        **{name: plain(name) for name in ours},
-    }
+    named = {"reference": plain("reference")} | {name: general(attend) for name, attend in backends.items()}
+    return named | {name: plain(name) for name in ours}
 
 
 def make_inputs(op: str, heads: int, frames: int, looks: int, dtype: torch.dtype, device: str) -> Inputs:
@@ -296,6 +292,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     about = origin(device)
     print(f"device: {about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}")
+    if device == "cuda" and not find_spec("ffpa_attn"):
+        print("ffpa_absorbed: not installed (pip install ffpa-attn)")
     names = ("op", "implementation", "mode", "grads", "shape", "dtype", "us", "us20", "us80", "gb_s", "of_copy",
              "times_general", "peak_mb")  # fmt: skip
     print(show({name: name for name in names}))

@@ -6,6 +6,7 @@ buffers take turns.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 
@@ -45,7 +46,7 @@ def replays(work: Callable[[int], object], count: int, repeat: int) -> Tensor:
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    return torch.tensor([1e3 * a.elapsed_time(b) / count for a, b in zip(events, events[1:])])
+    return torch.tensor([1e3 * a.elapsed_time(b) / count for a, b in itertools.pairwise(events)])
 
 
 def measure(

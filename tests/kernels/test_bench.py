@@ -16,7 +16,10 @@ def test_a_run_writes_a_table_and_a_plot(tmp_path, capsys, op):
     bench.main([op, *shapes, "--repeat", "3", "--out", str(tmp_path)])
     assert "device: cpu" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "kernels_cpu.csv").open()))
-    ours = {"query": {"reference"}, "hidden": {"plain_reference", "absorbed_reference"}}[op]
+    ours = {
+        "query": {"reference"},
+        "hidden": {"plain_reference", "absorbed_reference", "sdpa_absorbed_math"},
+    }[op]
     assert ours | {"sdpa_math"} <= {row["implementation"] for row in rows}
     assert {(row["mode"], row["grads"]) for row in rows} == {
         (mode, grads) for mode in ("forward", "backward", "both") for grads in ("all", "query")
@@ -35,6 +38,13 @@ def test_a_mistake_is_one_line(capsys, words):
         bench.main(words)
     assert end.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_another_backend_than_named_is_not_timed(tmp_path, monkeypatch):
+    named = {"sdpa_flash": bench.general(bench.sdpa("math"))}
+    monkeypatch.setattr(bench, "implementations", lambda op, device: named)
+    with pytest.raises(SystemExit, match=r"sdpa_flash .* not timed: SDPA took its backend 'math'"):
+        bench.main(["query", "--shapes", "small:2", "--dtypes", "float32", "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize("where", ["out", "query", "key"])

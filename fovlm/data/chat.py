@@ -17,6 +17,8 @@ The tokens are the same for both. A record has one of
     {"conversations": [RECORD, ..]}                                   several conversations over the same frames
 """
 
+import sys
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +33,7 @@ from fovlm.fileio import digest
 
 SYSTEM = "You are a helpful AI assistant."
 SHOWN, ANSWER = "\ue000shown\ue000", "\ue000answer\ue000"  # private-use characters, to find places in rendered text
+SPARE = 64  # tokens that are looked at beyond those that are used: the last ones depend on where the text is cut
 MOST = 2**16 - 1  # conversations of a sample: the table of samples counts so far
 Pieces = Callable[[int], tuple[str, ...]]  # `around` of one tokenizer
 
@@ -54,6 +57,7 @@ class ChatTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, question: str, loss_on: str, most: int):
         self.tokenizer, self.question, self.loss_on, self.most = tokenizer, question, loss_on, most
         self.around: dict[int, tuple[str, ...]] = {}  # by the number of turns
+        self.characters = (most + SPARE) * max(map(len, tokenizer.get_vocab()))  # what so many tokens can hold
         what = [tokenizer.backend_tokenizer.to_str(), *template(tokenizer), question, loss_on, str(most)]
         self.hash = digest("\n".join(what))
 
@@ -74,7 +78,8 @@ class ChatTokenizer:
         if "token_ids" in record:
             ids, weight, frames_at = self._ready_made(record)
         else:
-            ids, mask, frames_at = encode(record, question, self.tokenizer, self._around)
+            limits = (self.most, self.characters)
+            ids, mask, frames_at = encode(record, question, self.tokenizer, self._around, *limits)
             weight = [1.0 if self.loss_on == "all_text" else float(m) for m in mask]
         prompt = frames_at if frames and self.question == "before_frames" else 0
         if prompt or not frames:
@@ -214,11 +219,21 @@ def conversation(
 
 
 def encode(
-    record: dict[str, Any], question: str | None, tokenizer: PreTrainedTokenizerBase, pieces: Pieces
+    record: dict[str, Any],
+    question: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    pieces: Pieces,
+    most: int = sys.maxsize,
+    characters: int = sys.maxsize,
 ) -> tuple[list[int], list[int], int]:
     """(token ids, 1 for each token of an answer and 0 for others, the number of tokens up to the end of the first
-    question) of a conversation. Raises SampleError."""
+    question) of a conversation. Raises SampleError.
+
+    Only the first `most` tokens must be right. A long text is tokenized up to so many `characters`, which usually hold
+    more, and as a whole only where they do not.
+    """
     system, turns = turns_of(record, question)
+    turns = turns[:most]  # each has a token at least
     head, before, *rest = pieces(len(turns))
     text, answers = head + system + before, []
     asked = len(text) + len(turns[0][0])
@@ -226,7 +241,9 @@ def encode(
         text += user + middle
         answers.append((len(text), len(text) + len(answer)))
         text += answer + after
-    ids, spans = _tokenize(text, tokenizer)
+    ids, spans = _tokenize(text[:characters], tokenizer)
+    if len(text) > characters and len(ids) < most + SPARE:
+        ids, spans = _tokenize(text, tokenizer)
     mask, end = [0] * len(ids), 0
     for first, last in answers:
         # The closing token of the turn belongs to the answer: with it the model learns to stop. White space after the
@@ -260,15 +277,17 @@ def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int],
 
 def _tokens_up_to(spans: list[tuple[int, int]], end: int) -> int:
     """How many tokens end at or before the character `end`."""
-    return sum(to <= end for _, to in spans)
+    return bisect_right(spans, end, key=lambda span: span[1])
 
 
 def _words(value: object) -> str:
     """A message without surrounding white space; "" for a value that is no string. Raises SampleError."""
     if not isinstance(value, str):
         return ""
-    if any("\ud800" <= letter <= "\udfff" for letter in value):  # JSON can hold half a surrogate pair
-        raise SampleError("text is not Unicode")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can hold half a surrogate pair
+        raise SampleError("text is not Unicode") from None
     return value.strip()
 
 

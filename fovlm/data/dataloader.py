@@ -27,6 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch.utils.data
 
 from fovlm.data.dataset import Dataset
@@ -65,14 +66,16 @@ def plan_steps(
 ) -> Iterator[StepPlan]:
     """The steps from `cursor` on, without end, or up to the position `stop` (the last step may then hold less)."""
     deal_to, ahead = world * packs_of_each(packs, world), packs * WINDOW
+    sizes = dataset.sizes(cursor, cursor)  # from the cursor on; most of them were looked up for the step before
     while stop is None or cursor < stop:
-        sizes = dataset.sizes(cursor, cursor + ahead if stop is None else min(cursor + ahead, stop))
+        end = cursor + ahead if stop is None else min(cursor + ahead, stop)
+        sizes = np.concatenate([sizes, dataset.sizes(cursor + len(sizes), end)])
         if budget.of(sizes).sum() <= packs * budget.cost and len(sizes) == ahead:
             ahead *= 2  # the step goes beyond them
             continue
         contents, taken = pack_samples(sizes, packs, budget, deal_to)
         yield StepPlan([[cursor + number for number in pack] for pack in contents], cursor + taken)
-        cursor += taken
+        cursor, sizes = cursor + taken, sizes[taken:]
 
 
 def samples_that_fill(packs: int, dataset: Dataset, budget: PackBudget) -> int:

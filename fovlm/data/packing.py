@@ -250,7 +250,7 @@ def collate(
         whole, ahead = K * T + S, K * T + shape.prompt
 
     batch = Batch(
-        frames=torch.zeros(F, 3, frame_size, frame_size, dtype=torch.uint8),
+        frames=torch.empty(F, frame_size, frame_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2),  # as decoders write
         # Padding looks are spread over the frames: a kernel that takes a frame's looks together has no long tail.
         frame_of_look=None if one_look_each else torch.arange(K) % F,
         tokens=torch.zeros(S, dtype=torch.int64),
@@ -291,6 +291,7 @@ def collate(
         batch.text_segment[text : text + s] = number
         batch.look_segment[look : look + k] = number
         frame, look, text, at = frame + f, look + k, text + s, at + k * T + s
+    batch.frames[frame:] = 0
     # Padded positions read the slots that no sample took, as far as there are any.
     free = torch.cat([torch.arange(look * T, K * T), K * T + torch.arange(text, S)])
     for layout in (batch.sequence, batch.prefix):

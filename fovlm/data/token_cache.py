@@ -86,9 +86,10 @@ def read_texts(file: Path, at: int, texts: int, tokens: int, crc32: int) -> list
         return None
     found = []
     for part in parts:
-        numbers = torch.frombuffer(bytearray(part), dtype=torch.int32)
+        numbers = np.frombuffer(part, np.int32)
         mine, prompt = numbers[2:], int(numbers[1])
-        found.append(TokenizedText(torch.where(mine < 0, ~mine, mine).long(), (mine >= 0).float(), prompt))
+        arrays = np.maximum(mine, ~mine).astype(np.int64), (mine >= 0).astype(np.float32)  # faster than torch
+        found.append(TokenizedText(*map(torch.from_numpy, arrays), prompt))
     return found
 
 

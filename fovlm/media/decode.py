@@ -72,28 +72,39 @@ def decode_pictures(pictures: list[tuple[str, bytes]], size: int) -> Tensor:
     JPEGs are decoded at the smallest of libjpeg's scales that is still large enough; a picture of the right size is
     not resampled. Transparent pixels become white. Raises SampleError.
     """
-    frames = np.empty((len(pictures), 3, size, size), dtype=np.uint8)
+    frames = np.empty((len(pictures), size, size, 3), dtype=np.uint8)
     for frame, (extension, data) in zip(frames, pictures, strict=True):
         with decoder_errors("undecodable picture", PICTURE_ERRORS):
-            pixels = _decode_jpeg(data, size) if PICTURES[extension] == "JPEG" else None
+            pixels = _decode_jpeg(data, frame) if PICTURES[extension] == "JPEG" else None
             if pixels is None:
                 with Image.open(io.BytesIO(data), formats=[PICTURES[extension]]) as image:
                     refuse_absurd(*image.size, 16 if extension == "webp" else 4)  # bytes a pixel that they take
                     pixels = read_pixels(image, size)
-        frame[:] = fit(pixels, size).transpose(2, 0, 1)
-    return torch.from_numpy(frames)
+        if pixels is not frame:
+            frame[:] = fit(pixels, size)
+    return channels_first(frames)
 
 
-def _decode_jpeg(data: bytes, size: int) -> np.ndarray | None:
-    """u8 [h, w, 3], or None for CMYK, which only Pillow reads."""
+def channels_first(frames: np.ndarray) -> Tensor:
+    """u8 [f, h, w, 3] -> [f, 3, h, w] without moving a byte: decoders write pixel by pixel, and a copy takes time."""
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
+
+
+def _decode_jpeg(data: bytes, frame: np.ndarray) -> np.ndarray | None:
+    """u8 [h, w, 3], which is `frame` where that has its size; or None for CMYK, which only Pillow reads."""
     height, width, colours, sampling = simplejpeg.decode_jpeg_header(data)
-    scans = max(1, data.count(b"\xff\xda"))
-    refuse_absurd(width, height, 0 if scans == 1 else JPEG_BYTES.get(sampling, 8))
-    if width * height * scans > MAX_SCANNED:
-        raise SampleError("absurd number of scans")
+    refuse_absurd(width, height)
+    # A scan takes some bytes, so small files need no search. Compressed data never hold these two markers.
+    if width * height * len(data) > 8 * MAX_SCANNED and any(sof in data for sof in (b"\xff\xc2", b"\xff\xca")):
+        refuse_absurd(width, height, JPEG_BYTES.get(sampling, 8))
+        if width * height * data.count(b"\xff\xda") > MAX_SCANNED:
+            raise SampleError("absurd number of scans")
     if colours in ("CMYK", "YCCK"):
         return None
-    return simplejpeg.decode_jpeg(data, "RGB", min_height=size, min_width=size)
+    if (height, width, 3) == frame.shape:
+        simplejpeg.decode_jpeg(data, "RGB", buffer=frame)
+        return frame
+    return simplejpeg.decode_jpeg(data, "RGB", min_height=len(frame), min_width=len(frame))
 
 
 def opaque(image: Image.Image) -> np.ndarray:
@@ -189,17 +200,17 @@ def decode_video(data: bytes, extension: str, size: int, seconds: int, most: int
     Decodes in one thread, since the data loader's workers already run in parallel. Raises SampleError.
     """
     wanted = spread(seconds, most)
-    frames = np.empty((len(wanted), 3, size, size), dtype=np.uint8)
+    frames = np.empty((len(wanted), size, size, 3), dtype=np.uint8)
     found = 0
     with (
         decoder_errors("undecodable video", VIDEO_ERRORS),
         av.open(io.BytesIO(data), format=VIDEOS[extension]) as container,
     ):
         for found, frame in enumerate(_frames_at(container, video_stream(container), wanted), start=1):
-            frames[found - 1] = fit_frame(frame, size).transpose(2, 0, 1)
+            frames[found - 1] = fit_frame(frame, size)
     if found != len(wanted):
         raise SampleError("video shorter than its index says")
-    return torch.from_numpy(frames)
+    return channels_first(frames)
 
 
 def video_stream(container) -> av.VideoStream:

@@ -151,6 +151,10 @@ class Batch:
         """A copy in page-locked memory; torch's DataLoader calls this by name."""
         return self._map(lambda t: t.pin_memory())
 
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory of every tensor until `stream` has done what was launched on it so far."""
+        self._map(lambda t: t.record_stream(stream))
+
     def _map(self, move) -> "Batch":
         def moved(value):
             if isinstance(value, Tensor):

@@ -88,8 +88,8 @@ def read_texts(file: Path, at: int, texts: int, tokens: int, crc32: int) -> list
     for part in parts:
         numbers = np.frombuffer(part, np.int32)
         mine, prompt = numbers[2:], int(numbers[1])
-        arrays = np.maximum(mine, ~mine).astype(np.int64), (mine >= 0).astype(np.float32)  # faster than torch
-        found.append(TokenizedText(*map(torch.from_numpy, arrays), prompt))
+        ids, weight = np.maximum(mine, ~mine).astype(np.int64), (mine >= 0).astype(np.float32)  # faster than torch
+        found.append(TokenizedText(torch.from_numpy(ids), torch.from_numpy(weight), prompt))
     return found
 
 

@@ -26,6 +26,7 @@ from fovlm.checkpoint.reference import ReferenceBatch, ReferenceOutputs
 from fovlm.checkpoint.store import ENGINE
 from fovlm.config.schema import OptimSettings
 from fovlm.data.packing import Batch
+from fovlm.data.prefetch import DeviceCopies
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.train.losses import Loss, pair_weight, preference_loss, text_loss, text_weight
 
@@ -98,6 +99,7 @@ class Engine:
         if self.reference:  # sums in the order of the model, although it is frozen
             self.reference.encoder.attention = model.encoder.form
         self.dpo_beta = dpo_beta
+        self.copies = DeviceCopies(device)
 
     @property
     def model(self) -> FoveatedVLM:
@@ -138,8 +140,8 @@ class Engine:
         total, first_weight = (max(w, 1e-9) for w in distributed.sum_over_ranks([sum(weights), weights[0]]).tolist())
         scale = distributed.world() / total
         losses: list[dict[str, Tensor]] = []
-        for batch in batches:
-            loss = self._loss(batch.to(self.device))
+        for batch in self.copies.ahead(batches):
+            loss = self._loss(batch)
             self.deepspeed.backward(loss.total * scale, scale_wrt_gas=False)
             self.deepspeed.step()
             losses.append({"loss": loss.total.detach(), **loss.parts})

@@ -20,8 +20,13 @@ class UserError(Exception):
 class SampleError(ValueError):
     """One sample cannot be used; training continues with a substitute.
 
-    The message is the cause, the same for every sample that is broken in this way: causes are counted.
+    The message is the cause, the same for every sample that is broken in this way: causes are counted. `about` names
+    what it is about, such as a file.
     """
+
+    def __init__(self, cause: str, about: str = ""):
+        super().__init__(cause)
+        self.about = about
 
 
 def did_you_mean(word: str, words: Iterable[object]) -> str:

@@ -1,6 +1,7 @@
 """Commands for data: prepare, check."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,8 +23,8 @@ def prepare(
     source: Annotated[
         str,
         typer.Argument(
-            help="openvid, webvid, videos, cauldron, smoltalk, rlaif-v, scenes; mvbench, videomme, scienceqa, pope; "
-            "or val: draw an evaluation set."
+            help="table, llava, messages: your own data; openvid, webvid, videos, cauldron, finevision, smoltalk, "
+            "rlaif-v, scenes; mvbench, videomme, scienceqa, pope; or val: draw an evaluation set."
         ),
     ],
     raw: Annotated[
@@ -34,14 +35,26 @@ def prepare(
     seed: Annotated[int, typer.Option(help="Of the order. The same seed gives the same bytes.")] = 0,
     workers: Workers = None,
     per_shard: Annotated[int, typer.Option(min=1, help="Rows of the raw data per shard.")] = 1000,
-    videos: Annotated[Path | None, typer.Option(help="Folder of the videos, when not beside the table.")] = None,
-    turns: Annotated[
-        str,
+    media: Annotated[
+        Path | None, typer.Option(help="Folder of the videos and pictures, when not beside the table.")
+    ] = None,
+    video: Annotated[str, typer.Option(metavar="COLUMN", help="table: the column of videos.")] = "",
+    image: Annotated[str, typer.Option(metavar="COLUMN", help="table: the column of pictures.")] = "",
+    question: Annotated[str, typer.Option(metavar="COLUMN", help="table: the column of questions.")] = "",
+    answer: Annotated[str, typer.Option(metavar="COLUMN", help="table: the column of answers.")] = "",
+    max_bad: Annotated[
+        float | None,
         typer.Option(
-            help="Of a conversation: the `first` exchange, or `each` as a sample.  [default: each for cauldron]"
+            min=0, max=1, help="Share of the rows that may be rejected.  [default: 0.1 of your own data, all of others]"
         ),
-    ] = "",
-    stage: Annotated[int, typer.Option(min=0, max=3, help="smoltalk: the third for stage 1, 2 or 3; 0: all.")] = 0,
+    ] = None,
+    turns: Annotated[str, typer.Option(help="Of a conversation: `all`, or the `first`.")] = "all",
+    rating: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=LEAST", help="finevision: keep exchanges rated so, `relevance=4`.")
+    ] = None,
+    stage: Annotated[
+        int, typer.Option(min=0, max=3, help="messages, smoltalk: the third for stage 1, 2 or 3; 0: all.")
+    ] = 0,
     tokenize: Annotated[
         str, typer.Option(help="Store token ids ahead of time: `stage1` (loss on all text) or `sft` (on answers).")
     ] = "",
@@ -77,6 +90,8 @@ def prepare(
     One frame a second, short side 224, center crop, JPEG. Run the same command again to resume a killed run. OUT gets
     NAME-*.tar, manifest.json (their contents) and rejected.jsonl (the rejected rows and why).
 
+        fovlm prepare table clips.csv data/mine --media clips --video file --question q --answer a
+        fovlm prepare llava llava.json data/llava --media images
         fovlm prepare openvid raw/openvid pool/openvid
         fovlm prepare cauldron raw/the_cauldron pool/cauldron --workers 16
         fovlm prepare smoltalk raw/smoltalk pool/smoltalk --stage 2
@@ -85,7 +100,7 @@ def prepare(
     """
     from fovlm.prepare.job import Job, SceneSettings
     from fovlm.prepare.pipeline import prepare as make
-    from fovlm.prepare.sources import find_source
+    from fovlm.prepare.sources import source_of
     from fovlm.prepare.summary import summarize_holdout, summarize_job
 
     workers = workers or os.cpu_count() or 1
@@ -97,7 +112,6 @@ def prepare(
 
             _print(summarize_holdout(out, draw(raw, out, name or "val", samples or 10_000, seed, workers)))
             return
-        kind = find_source(source)
         drawn = (
             SceneSettings(samples or 10_000, objects, grid, frames or 1, ask, held_out) if source == "scenes" else None
         )
@@ -105,16 +119,19 @@ def prepare(
             raise UserError(f"--samples is for val and scenes; all of {source} is prepared")
         for option, value, allowed in (
             ("--tokenize", tokenize, ("stage1", "sft")),
-            ("--turns", turns, ("first", "each")),
+            ("--turns", turns, ("all", "first")),
             ("--ask", ask, ("name", "place", "left", "kind")),
         ):
             if value and value not in allowed:
                 raise UserError(f"{option} {value}: it is {' or '.join(allowed)}{did_you_mean(value, allowed)}")
         job = Job(
-            source, Path(raw), out, name or "train", seed, per_shard, size, frames or 64, videos=videos, stage=stage,
-            turns=turns or kind.turns, tokenize=tokenize, tokenizer=tokenizer, prompt=prompt, exclude=exclude,
+            source, Path(raw), out, name or "train", seed, per_shard, size, frames or 64, media=media, stage=stage,
+            turns=turns, columns=_columns(source, video, image, question, answer), ratings=_ratings(rating or []),
+            tokenize=tokenize, tokenizer=tokenizer, prompt=prompt, exclude=exclude,
             skip_missing=skip_missing, scenes=drawn,
         )  # fmt: skip
+        kind = source_of(job)
+        job = replace(job, max_bad=kind.max_bad if max_bad is None else max_bad)
         _print(summarize_job(out, make(job, workers), kind))
     except OSError as error:  # a full disk, a folder without write permission
         raise UserError(
@@ -163,6 +180,25 @@ def check(
         print(f"{left} samples in {repair}")
     elif problems(scans):
         raise typer.Exit(1)
+
+
+def _columns(source: str, *named: str) -> tuple[tuple[str, str], ...]:
+    columns = [pair for pair in zip(("video", "image", "question", "answer"), named, strict=True) if pair[1]]
+    if columns and source != "table":
+        raise UserError(f"--{columns[0][0]} names a column for the source table; {source} has columns of its own")
+    return tuple(columns)
+
+
+def _ratings(given: list[str]) -> tuple[tuple[str, float], ...]:
+    from fovlm.prepare.sources.cauldron import RATINGS
+
+    found = []
+    for one in given:
+        name, _, least = one.partition("=")
+        if name not in RATINGS or not least.replace(".", "", 1).isdigit():
+            raise UserError(f"--rating {one}: NAME=LEAST with one of {', '.join(RATINGS)}{did_you_mean(name, RATINGS)}")
+        found.append((name, float(least)))
+    return tuple(found)
 
 
 def _print(lines: list[str]) -> None:

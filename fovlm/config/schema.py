@@ -57,7 +57,7 @@ class DataSource(Strict):
     """Where one kind of data comes from."""
 
     shards: str  # tar files: braces and ${FOVLM_DATA} are expanded; a relative pattern is below FOVLM_DATA; or a URL
-    kind: Literal["text", "image", "video", "preference"]
+    kind: Literal["text", "image", "video", "mixed", "preference"]  # mixed: any of the first three
     prompt: str | None = None  # the question for samples without one of their own
     loss_weight: Rate = 1.0  # of each of its tokens in the training loss
 

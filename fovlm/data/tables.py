@@ -2,14 +2,16 @@
 
 A block is cheap to read at once: a row group of a parquet file, or neighbouring lines of a text file. One pass over the
 files finds all blocks and keeps only their positions, so tables of any size can be shuffled.
+
+Rows about the same video can be read as one, {"rows": [(line, row), ..]}: those with the same values in the columns
+`same` that follow each other in a file, or in a row group of parquet; in a JSON list, wherever they are.
 """
 
 import csv
 import functools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +33,8 @@ class Block:
     place: int = 0
     length: int = 0
     names: tuple[str, ...] = ()  # the columns of a CSV; the files of a sidecar block
+    line: int = 0  # the number of its first line, which is `first` unless rows are read as one
+    same: tuple[str, ...] = ()  # columns by which rows are read as one
 
 
 def find_tables(where: Path, formats: tuple[str, ...]) -> list[Path]:
@@ -71,20 +75,22 @@ def _is_list(file: Path) -> bool:
         return data.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
-def blocks_of(file: Path, needs: tuple[tuple[str, ...], ...]) -> list[Block]:
-    """The blocks of one table. `needs` are the required columns, each with its alternative names.
+def blocks_of(file: Path, needs: tuple[tuple[str, ...], ...], same: tuple[str, ...] = ()) -> list[Block]:
+    """The blocks of one table. `needs` are the required columns, each with its alternative names; rows with the same
+    values in the columns `same` are read as one.
 
     Raises UserError naming the file, the missing column and the columns present.
     """
     try:
         kind = FORMATS[file.suffix[1:].lower()]
         if kind == "parquet":
-            columns, blocks = _parquet_blocks(file)
+            columns, blocks = _parquet_blocks(file, same)
         elif kind == "json":
             rows = read_json_list(file)
-            columns, blocks = _keys(rows[:LINES]), [Block(file, kind, 0, len(rows))] if rows else []
+            n = len(_json_rows(file, same))
+            columns, blocks = _keys(rows[:LINES]), [Block(file, kind, 0, n, same=same)] if rows else []
         else:
-            columns, blocks = _line_blocks(file, kind)
+            columns, blocks = _line_blocks(file, kind, same)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
     if not blocks:
@@ -114,10 +120,35 @@ def sidecar_blocks(folder: Path, formats: tuple[str, ...]) -> list[Block]:
 
 def read_block(block: Block, columns: tuple[str, ...]) -> list[Row | str]:
     """The rows of a block; the cause in place of an unreadable row. Only `columns` of parquet files are read."""
+    rows = _read(block, columns)
+    return _as_one(rows, block.same, block.line) if block.same and block.format != "json" else rows
+
+
+def _as_one(rows: Sequence[Row | str], same: tuple[str, ...], line: int, anywhere: bool = False) -> list[Row | str]:
+    """Rows, of which the first is number `line`, as {"rows": [(line, row), ..]}: neighbours, or all with `anywhere`,
+    that have the same values."""
+    found: dict[tuple[int, Any], list[tuple[int, Row | str]]] = {}
+    run, last = 0, None
+    for number, row in enumerate(rows, line):
+        key: Any = _key(row, same) or number
+        run += key != last and not anywhere
+        last = key
+        found.setdefault((run, key), []).append((number, row))
+    return [{"rows": some} for some in found.values()]
+
+
+def _key(row: Row | str, same: tuple[str, ...]) -> str | None:
+    """What must be equal in rows that are read as one; None for a row that is not read with others."""
+    values = [row.get(name) for name in same] if isinstance(row, dict) else []
+    names = all(v is None or isinstance(v, str | int) for one in values for v in (one if type(one) is list else [one]))
+    return json.dumps(values) if names and any(values) else None  # the bytes of pictures are not compared
+
+
+def _read(block: Block, columns: tuple[str, ...]) -> list[Row | str]:
     if block.format == "parquet":
         return _parquet_rows(block, columns)
     if block.format == "json":
-        return list(read_json_list(block.file))
+        return _json_rows(block.file, block.same)
     if block.format == "sidecar":
         return [_row_of((block.file / name).read_bytes(), {"file": name}) for name in block.names]
     with open(block.file, "rb") as file:
@@ -157,6 +188,12 @@ def _header(file: Path) -> list[str]:
 
 
 @functools.lru_cache(maxsize=2)
+def _json_rows(file: Path, same: tuple[str, ...]) -> list[Row | str]:
+    rows: list[Row | str] = [*read_json_list(file)]
+    return _as_one(rows, same, 0, anywhere=True) if same else rows
+
+
+@functools.lru_cache(maxsize=2)
 def read_json_list(file: Path) -> list[Row]:
     """A JSON file that holds a list of objects. Raises UserError."""
     try:
@@ -168,24 +205,40 @@ def read_json_list(file: Path) -> list[Row]:
     return rows
 
 
-def _line_blocks(file: Path, kind: str) -> tuple[list[str], list[Block]]:
+def _line_blocks(file: Path, kind: str, same: tuple[str, ...]) -> tuple[list[str], list[Block]]:
     """(columns, blocks) of a CSV or JSONL file, from one pass over it."""
     blocks: list[Block] = []
     columns: list[str] = []
-    rows = start = 0
+    start = line = first = 0
     with open(file, "rb") as data:
         ends = _csv_ends(data, file) if kind == "csv" else _jsonl_ends(data)
         if kind == "csv":
             columns = _header(file)
-            start = next(ends, 0)
-        while some := list(islice(ends, LINES)):
-            blocks.append(Block(file, kind, rows, len(some), start, some[-1] - start, tuple(columns)))
-            rows, start = rows + len(some), some[-1]
+            start, _ = next(ends, (0, None))
+        for end, lines, rows in _cut(ends, tuple(columns), same):
+            blocks.append(Block(file, kind, first, rows, start, end - start, tuple(columns), line, same))
+            start, line, first = end, line + lines, first + rows
     if kind == "jsonl" and blocks:
-        columns = _keys(read_block(blocks[0], ()))
+        columns = _keys(_read(blocks[0], ()))
         if not columns:
             raise UserError(f"{file} is not JSONL: none of its first lines is a JSON object")
     return columns, blocks
+
+
+def _cut(
+    ends: Iterator[tuple[int, Any]], columns: tuple[str, ...], same: tuple[str, ...]
+) -> Iterator[tuple[int, int, int]]:
+    """(end, lines, rows) of blocks of LINES lines, or more where the last ones are read as one row."""
+    last, end, lines, rows = None, 0, 0, 0
+    for this_end, line in ends:
+        key = _key(_csv_row(columns, line) if columns else _row_of(line), same) if same else None
+        more = key is not None and key == last
+        if lines >= LINES and not more:
+            yield end, lines, rows
+            lines = rows = 0
+        last, end, lines, rows = key, this_end, lines + 1, rows + (not more)
+    if lines:
+        yield end, lines, rows
 
 
 def _keys(rows: Sequence[Row | str]) -> list[str]:
@@ -193,17 +246,17 @@ def _keys(rows: Sequence[Row | str]) -> list[str]:
     return list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
 
 
-def _jsonl_ends(file: BinaryIO) -> Iterator[int]:
-    """The end of each line that is not empty."""
+def _jsonl_ends(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The end of each line that is not empty, and the line."""
     place = 0
     for line in file:
         place += len(line)
         if line.strip():
-            yield place
+            yield place, line
 
 
-def _csv_ends(file: BinaryIO, path: Path) -> Iterator[int]:
-    """The end of each row of a CSV file, the header's first. A quoted cell may span lines."""
+def _csv_ends(file: BinaryIO, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The end of each row of a CSV file, the header's first, and its cells. A quoted cell may span lines."""
     place = 0
 
     def lines() -> Iterator[str]:
@@ -215,7 +268,7 @@ def _csv_ends(file: BinaryIO, path: Path) -> Iterator[int]:
     try:
         for cells in csv.reader(lines()):  # reads exactly the lines of a row
             if cells:
-                yield place
+                yield place, cells
     except csv.Error as error:
         raise UserError(f"{path} is not CSV after byte {place}: {error}") from error
 
@@ -231,15 +284,25 @@ def _open_parquet(file: Path) -> Any:
         raise UserError(f"{file} is not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _parquet_blocks(file: Path) -> tuple[list[str], list[Block]]:
+def _parquet_blocks(file: Path, same: tuple[str, ...]) -> tuple[list[str], list[Block]]:
     with _open_parquet(file) as table:
-        blocks, first = [], 0
+        blocks, first, line = [], 0, 0
+        columns = list(table.schema_arrow.names)
         for group in range(table.metadata.num_row_groups):
-            rows = table.metadata.row_group(group).num_rows
+            lines = rows = table.metadata.row_group(group).num_rows
+            block = Block(file, "parquet", first, rows, group, line=line, same=same)
+            if paths := [name for name in same if name in columns and not _holds_files(table, name)]:
+                rows = len(_as_one(_parquet_rows(block, tuple(paths)), same, line))
             if rows:
-                blocks.append(Block(file, "parquet", first, rows, group))
-            first += rows
-        return list(table.schema_arrow.names), blocks
+                blocks.append(replace(block, rows=rows))
+            first, line = first + rows, line + lines
+        return columns, blocks
+
+
+def _holds_files(table: Any, name: str) -> bool:
+    """True for a column of bytes, or of {bytes, path}: its values are not compared."""
+    kind = str(table.schema_arrow.field(name).type)
+    return "binary" in kind or "struct" in kind
 
 
 def _parquet_rows(block: Block, columns: tuple[str, ...]) -> list[Row | str]:

@@ -123,7 +123,7 @@ def _conversations(index: Index, kind: str) -> Iterator[tuple[int, dict[str, Any
             try:
                 if row in index.broken:
                     raise SampleError(index.broken[row])
-                if index.kind(row) != kind:
+                if index.kind(row) != kind and (kind != "mixed" or index.preference[row]):
                     raise SampleError(f"a sample of kind {index.kind(row)} in a source of kind {kind}")
                 file.seek(int(index.json_offset[row]))
                 for record in conversations(parse_json(file.read(int(index.json_length[row])))):

@@ -12,6 +12,7 @@ from typing import Any
 
 from braceexpand import braceexpand
 
+from fovlm.data.chat import conversations, turns_of
 from fovlm.data.index import make_index, stored_indices
 from fovlm.data.sample_format import contents, parse_json, read_members
 from fovlm.data.workers import each
@@ -150,7 +151,8 @@ def _check_sample(entry: SampleEntry, data: bytes, frames: int, decode: bool) ->
     record = parse_json(next(content for member, content in files.items() if member.extension == "json"))
     entry.source, entry.frames = str(record.get("source") or ""), len(pictures)
     entry.sample, entry.pictures = content_hashes(record, [files[member] for member in pictures])
-    _check_record(record)
+    for conversation in conversations(record):
+        _check_record(conversation)
     if decode:
         media = [(member.extension.rpartition(".")[2], files[member]) for member in pictures]
         decode_media(media, frames, SIZE, most=max(64, len(pictures)))
@@ -165,6 +167,7 @@ def _check_record(record: dict[str, Any]) -> None:
         if not any(mask):
             raise SampleError("empty answer")
         return
-    answers = ("chosen", "rejected") if "chosen" in record or "rejected" in record else ("assistant",)
-    if not all(isinstance(record.get(name), str) and record[name].strip() for name in answers):
+    if "chosen" not in record and "rejected" not in record:
+        turns_of(record, "?")
+    elif not all(isinstance(record.get(name), str) and record[name].strip() for name in ("chosen", "rejected")):
         raise SampleError("empty answer")

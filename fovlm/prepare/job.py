@@ -1,12 +1,14 @@
 """The settings of one `fovlm prepare`, and the interface of sources."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fovlm.data.tables import Row
+from fovlm.errors import SampleError
 from fovlm.fileio import digest
 
 Record = dict[str, Any]
@@ -37,8 +39,11 @@ class Job:
     size: int = 224  # pixels of a frame's sides
     max_frames: int = 64  # of a video
     quality: int = 90  # of JPEG
-    videos: Path | None = None  # folder of the videos, when not with the table
-    turns: str = "first"  # "first" exchange of a conversation, or "each" as a sample of its own
+    media: Path | None = None  # folder of the videos and pictures, when not with the table
+    turns: str = "all"  # of a conversation, or the "first"
+    columns: tuple[tuple[str, str], ...] = ()  # table: (video, image, question or answer, its column)
+    ratings: tuple[tuple[str, float], ...] = ()  # cauldron: (rating, least)
+    max_bad: float = 1.0  # share of the rows that may be rejected
     stage: int = 0  # 1, 2, 3: that third of the conversations; 0: all
     tokenize: str = ""  # "stage1", "sft", or not ahead of time
     tokenizer: str = ""
@@ -55,11 +60,15 @@ class Job:
 
 @dataclass
 class NewSample:
-    """A record and its JPEGs: the frames of a video, one picture (`still`), or none."""
+    """A record and its JPEGs: the frames of a video, one picture (`still`), or none.
+
+    `rejected` are (line, cause) of rows of which nothing is in the record, which is empty when that is all of them.
+    """
 
     record: Record
     pictures: list[bytes] = field(default_factory=list)
     still: bool = False
+    rejected: list[tuple[int, SampleError]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -67,13 +76,14 @@ class RawSource:
     """A kind of raw data. `make` turns a row into samples, in the workers; it raises SampleError."""
 
     name: str
-    kind: str  # video, image, text, preference
+    kind: str  # video, image, text, preference, mixed
     formats: tuple[str, ...]  # of its tables; the first one present is read
     required: tuple[tuple[str, ...], ...]  # columns, each with its alternative names
     columns: tuple[str, ...]  # that are read from parquet files
     make: Callable[[Row, Job], Iterator[NewSample]]
     prompt: str = ""  # the question of samples without one
-    turns: str = "first"
+    same: tuple[str, ...] = ()  # columns: rows with the same values there are made together (`data/tables.py`)
+    max_bad: float = 1.0
     rows: Callable[[Job], list[Row]] | None = None  # instead of tables: all rows
     finish: Callable[[Job], None] = lambda job: None  # after the shards
     complete: str = ""  # the table or folder whose rows are repeated by others beside it
@@ -90,6 +100,7 @@ def content_hashes(record: Record, pictures: list[bytes]) -> tuple[str, str]:
         hashed.update(hashlib.blake2b(picture, digest_size=16).digest())
     of_pictures = hashed.hexdigest() if pictures else ""
     texts = [" ".join(str(record.get(part) or "").split()) for part in ("user", "assistant", "chosen", "rejected")]
+    texts += [json.dumps(record[part]) for part in ("turns", "messages", "conversations") if part in record]
     if not any(texts[1:]):
         texts.append(str(record.get("token_ids")))
     return digest("\0".join([*texts, of_pictures]).encode("utf-8", "replace")), of_pictures

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from fovlm.errors import UserError
 from fovlm.fileio import digest, locked, write_atomically
 
 MANIFEST, REJECTED = "manifest.json", "rejected.jsonl"
+Rejected = list[dict[str, Any]]  # {shard, file, row, cause}, and what it is `about`
+NAMED = 5  # rejected rows that are named for each cause
 VERSION = 2  # of the manifest; folders of another version are not resumed
 PACKAGES = ("av", "pillow", "simplejpeg", "pyarrow", "webdataset")  # other versions may give other bytes
 
@@ -94,6 +97,23 @@ def load_manifest(folder: Path) -> Manifest | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}): remove it, and all shards are made again") from error
+
+
+def read_rejected(folder: Path, manifest: Manifest) -> Rejected:
+    """The rejected rows of complete shards."""
+    file = folder / REJECTED
+    lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []  # a killed run leaves half a last line
+    return [row for row in map(json.loads, lines) if row["shard"] in manifest.shards]
+
+
+def describe_rejected(rejected: Rejected, rows: int) -> list[str]:
+    """A line for each cause, the most frequent first: how many of so many rows, and the first ones by name."""
+    lines = []
+    for cause, count in Counter(row["cause"] for row in rejected).most_common():
+        first = islice((row for row in rejected if row["cause"] == cause), NAMED)
+        names = [" of ".join(filter(None, (row.get("about"), f"row {row['row']}", row["file"]))) for row in first]
+        lines.append(f"{count} of {rows} rows: {cause} ({', '.join(names)}{', ...' if count > NAMED else ''})")
+    return lines
 
 
 @contextmanager

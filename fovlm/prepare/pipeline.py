@@ -11,15 +11,25 @@ from fovlm.data.tables import LINES, Block, blocks_of, find_tables, refuse_twice
 from fovlm.data.workers import each
 from fovlm.errors import UserError
 from fovlm.fileio import digest_file, remove_unfinished, write_atomically
-from fovlm.prepare.frames import NO_VIDEO, video_folders
+from fovlm.prepare.frames import NO_VIDEO, media_folders
 from fovlm.prepare.job import Job, RawSource
-from fovlm.prepare.manifest import REJECTED, Manifest, ShardEntry, exclusive, resume_or_new
+from fovlm.prepare.manifest import (
+    REJECTED,
+    Manifest,
+    Rejected,
+    ShardEntry,
+    describe_rejected,
+    exclusive,
+    read_rejected,
+    resume_or_new,
+)
 from fovlm.prepare.shard_plan import plan_shards
-from fovlm.prepare.sources import find_source
-from fovlm.prepare.write_shard import Rejected, all_rows, excluded, make_shard, shard_path
+from fovlm.prepare.sources import source_of
+from fovlm.prepare.write_shard import all_rows, excluded, make_shard, shard_path
 from fovlm.progress import track
 
-WITHOUT_EFFECT = {"raw", "out", "videos", "exclude", "tokenizer", "skip_missing"}  # on the content of the shards
+# Settings without an effect on the content of the shards.
+WITHOUT_EFFECT = {"raw", "out", "media", "exclude", "tokenizer", "skip_missing", "max_bad"}
 
 
 def prepare(job: Job, workers: int, log: Callable[[str], None] = print) -> Manifest:
@@ -27,7 +37,7 @@ def prepare(job: Job, workers: int, log: Callable[[str], None] = print) -> Manif
 
     A killed run leaves complete shards and a manifest that lists them; the same call resumes.
     """
-    source = find_source(job.source)
+    source = source_of(job)
     job = replace(job, prompt=job.prompt or source.prompt)
     _check(job, source)
     blocks = _blocks(job, source)
@@ -48,8 +58,9 @@ def _make(job: Job, blocks: list[Block], workers: int, log: Callable[[str], None
         log(f"{len(tasks) - len(missing)} of {len(tasks)} shards exist already")
     manifest.complete = not missing
     rejected_file = job.out / REJECTED
-    rejected = _read_rejected(rejected_file, manifest)
+    rejected = read_rejected(job.out, manifest)
     _write_rejected(rejected_file, rejected)
+    _check_rejected(job, manifest, rejected, sum(block.rows for block in blocks))
     with rejected_file.open("a", encoding="utf-8") as file:
         results = each(make_shard, [(job, task) for task in missing], workers)
         for shard, rows in track(results, f"shards of {job.out.name}", len(missing)):
@@ -60,6 +71,7 @@ def _make(job: Job, blocks: list[Block], workers: int, log: Callable[[str], None
             rejected += rows
             manifest.shards[shard.name] = shard
             manifest.save(job.out)
+            _check_rejected(job, manifest, rejected, sum(block.rows for block in blocks))
     if not manifest.total("samples"):
         message = _why_empty(job, manifest)
         manifest.shards.clear()  # the next run makes them again
@@ -71,6 +83,16 @@ def _make(job: Job, blocks: list[Block], workers: int, log: Callable[[str], None
     return manifest
 
 
+def _check_rejected(job: Job, manifest: Manifest, rejected: Rejected, planned: int) -> None:
+    """Raise UserError when more rows are rejected than may be, of all or of those that were planned."""
+    rows = manifest.total("rows")
+    if len(rejected) > job.max_bad * max(rows, planned) and manifest.total("samples"):
+        raise UserError(
+            f"{len(rejected)} of {rows} rows are rejected, more than --max-bad {job.max_bad:g} of all: "
+            f"{'; '.join(describe_rejected(rejected, rows))}"
+        )
+
+
 def _without_videos(shard: ShardEntry) -> bool:
     return not shard.samples and set(shard.rejected) == {NO_VIDEO}
 
@@ -80,8 +102,8 @@ def _why_empty(job: Job, manifest: Manifest) -> str:
     stages = f"they are of other stages than {job.stage}" if job.stage else "nothing"
     cause = next(iter(manifest.rejected), stages if rows else "there are no rows")
     if cause == NO_VIDEO:
-        folders = ", ".join(str(folder) for folder in video_folders(job))
-        return f"none of the {manifest.rejected[cause]} videos exists (looked in {folders}): give --videos DIR"
+        folders = ", ".join(str(folder) for folder in media_folders(job))
+        return f"none of the {manifest.rejected[cause]} videos exists (looked in {folders}): give --media DIR"
     return f"no sample could be made of the {rows} rows in {job.raw}; mostly: {cause}"
 
 
@@ -95,10 +117,10 @@ def _check(job: Job, source: RawSource) -> None:
         if not job.tokenizer:
             raise UserError("--tokenize needs --tokenizer: a folder or Hugging Face id of the language model")
         template(load_tokenizer(job.tokenizer))
-    if job.stage and source.name != "smoltalk":
-        raise UserError(f"--stage divides the conversations of smoltalk; {source.name} has none")
-    if job.videos is not None and not job.videos.is_dir():
-        raise UserError(f"--videos: no folder {job.videos}")
+    if job.stage and source.name not in ("smoltalk", "messages"):
+        raise UserError(f"--stage divides the conversations of messages and smoltalk; {source.name} has none")
+    if job.media is not None and not job.media.is_dir():
+        raise UserError(f"--media: no folder {job.media}")
     if job.exclude is not None:
         excluded(job.exclude)
 
@@ -112,14 +134,15 @@ def _blocks(job: Job, source: RawSource) -> list[Block]:
     tables = find_tables(job.raw, source.formats)
     if source.complete:
         refuse_twice(tables, job.folder, source.complete)
-    return [block for table in tables for block in blocks_of(table, source.required)]
+    return [block for table in tables for block in blocks_of(table, source.required, source.same)]
 
 
 def _settings(job: Job) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(job).items() if name not in WITHOUT_EFFECT and value is not None}
     if job.tokenize:
         settings["tokens"] = load_tokenizer(job.tokenizer).name_or_path.rstrip("/").rpartition("/")[2]
-    return settings | {"exclude": digest_file(job.exclude) if job.exclude else ""}
+    settings["exclude"] = digest_file(job.exclude) if job.exclude else ""
+    return json.loads(json.dumps(settings))  # as the manifest has them
 
 
 def _inputs(job: Job, blocks: list[Block]) -> list[dict[str, Any]]:
@@ -131,12 +154,6 @@ def _inputs(job: Job, blocks: list[Block]) -> list[dict[str, Any]]:
     return [
         {"file": str(f.relative_to(job.folder)), "bytes": sizes[f], "rows": rows} for f, rows in sorted(files.items())
     ]
-
-
-def _read_rejected(file: Path, manifest: Manifest) -> Rejected:
-    """The rejected rows of complete shards."""
-    lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []  # a killed run leaves half a last line
-    return [row for row in map(json.loads, lines) if row["shard"] in manifest.shards]
 
 
 def _write_rejected(file: Path, rejected: Rejected) -> None:

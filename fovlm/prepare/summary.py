@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fovlm.prepare.check import ShardScan, problems
 from fovlm.prepare.job import RawSource
-from fovlm.prepare.manifest import MANIFEST, REJECTED, Manifest
+from fovlm.prepare.manifest import MANIFEST, REJECTED, Manifest, describe_rejected, read_rejected
 from fovlm.tables import text_table
 
 PROMPTS = {"video": "Describe the video.", "image": "Describe the picture."}  # for samples without a question
@@ -41,7 +41,7 @@ def _totals(out: Path, manifest: Manifest) -> list[str]:
     row = [*map(str, counts), f"{manifest.total('bytes') / 1e6:.1f}", str(rejected), manifest.hash[:12]]
     return [
         text_table([["shards", "samples", "frames", "MB", "rejected", "hash"], row], left=()),
-        *(f"  rejected {count}: {cause}" for cause, count in manifest.rejected.items()),
+        *(f"  rejected {line}" for line in describe_rejected(read_rejected(out, manifest), manifest.total("rows"))),
         *(f"  {count} of {stratum}" for stratum, count in manifest.strata.items()),
         f"contents: {out / MANIFEST}" + (f"; rejected rows: {out / REJECTED}" if rejected else ""),
     ]

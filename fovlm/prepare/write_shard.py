@@ -13,33 +13,40 @@ from fovlm.data.tables import Row, read_block
 from fovlm.errors import SampleError, UserError
 from fovlm.fileio import digest, digest_file
 from fovlm.prepare.job import Job, NewSample, content_hashes
-from fovlm.prepare.manifest import ShardEntry
+from fovlm.prepare.manifest import Rejected, ShardEntry
 from fovlm.prepare.shard_plan import ShardTask
-from fovlm.prepare.sources import find_source
+from fovlm.prepare.sources import source_of
 
-Rejected = list[dict[str, Any]]  # {shard, file, row, cause}
 TOKENIZE = {"stage1": chat.tokenize_stage1, "sft": chat.tokenize_sft}
 
 
 def make_shard(job: Job, task: ShardTask) -> tuple[ShardEntry, Rejected]:
     """Write one shard and list its rejected rows. The same task gives the same bytes."""
-    path, make = shard_path(job, task.number), find_source(job.source).make
+    path, source = shard_path(job, task.number), source_of(job)
     rejected: Rejected = []
     counts: Counter[str] = Counter()
 
     def reject(error: SampleError, **where: Any) -> None:
-        rejected.append({"shard": path.name, **where, "cause": str(error)})
+        about = {"about": error.about} if error.about else {}
+        rejected.append({"shard": path.name, **where, "cause": str(error), **about})
 
     def samples() -> Iterator[dict[str, Any]]:
         for file, number, row in _rows(job, task):
+            lines = [line for line, _ in row["rows"]] if source.same and isinstance(row, dict) else [number]
+            counts["rows"] += len(lines)
             try:
                 if isinstance(row, str):
                     raise SampleError(row)
-                made = list(make(row, job))
+                made = list(source.make(row, job))
             except SampleError as error:
-                reject(error, file=file, row=number)
+                for line in lines:
+                    reject(error, file=file, row=line)
                 continue
             for turn, sample in enumerate(made):
+                for line, cause in sample.rejected:
+                    reject(cause, file=file, row=line)
+                if not sample.record:
+                    continue
                 several = len(made) > 1
                 key = f"{_key_prefix(file)}-{number:08d}" + (f"-{turn}" if several else "")
                 try:
@@ -52,9 +59,9 @@ def make_shard(job: Job, task: ShardTask) -> tuple[ShardEntry, Rejected]:
     causes = dict(sorted(Counter(row["cause"] for row in rejected).items()))
     if not counts["samples"]:
         path.unlink()
-        return ShardEntry(path.name, task.rows, 0, 0, 0, "", causes), rejected
+        return ShardEntry(path.name, counts["rows"], 0, 0, 0, "", causes), rejected
     size, checksum = path.stat().st_size, digest_file(path)
-    return ShardEntry(path.name, task.rows, counts["samples"], counts["frames"], size, checksum, causes), rejected
+    return ShardEntry(path.name, counts["rows"], counts["samples"], counts["frames"], size, checksum, causes), rejected
 
 
 def shard_path(job: Job, number: int) -> Path:
@@ -63,7 +70,7 @@ def shard_path(job: Job, number: int) -> Path:
 
 def _rows(job: Job, task: ShardTask) -> Iterator[tuple[str, int, Row | str]]:
     """(table, row number, row or why it is unreadable) of each row, in the shard's order."""
-    source = find_source(job.source)
+    source = source_of(job)
     rows: list[tuple[str, int, Row | str]] = []
     for block, chosen in task.parts:
         if source.rows is not None:
@@ -79,17 +86,16 @@ def _rows(job: Job, task: ShardTask) -> Iterator[tuple[str, int, Row | str]]:
 def _content(key: str, sample: NewSample, job: Job) -> dict[str, Any]:
     """A sample as `write_shard` takes it. Raises SampleError."""
     record = dict(sample.record)
-    answers = [name for name in ("assistant", "chosen", "rejected") if name in record]
-    if not all(record[name].strip() for name in answers):
-        raise SampleError("empty answer")
-    if any("\ud800" <= letter <= "\udfff" for name in ("user", *answers) for letter in record[name]):
-        raise SampleError("text is not Unicode")
-    if not sample.pictures and not record["user"].strip():
-        raise SampleError("no question")
+    question = job.prompt or ("?" if sample.pictures else "")
+    for one in chat.conversations(record):
+        for answer in ("chosen", "rejected") if "chosen" in one else ("",):
+            chat.turns_of(one | {"assistant": one[answer]} if answer else one, question)
     if job.exclude is not None and excluded(job.exclude).intersection(content_hashes(record, sample.pictures)):
         raise SampleError("in the evaluation set")
     if job.tokenize:
-        record |= TOKENIZE[job.tokenize](record, _tokenizer(job.tokenizer), job.prompt)
+        tokenize, tokenizer = TOKENIZE[job.tokenize], _tokenizer(job.tokenizer)
+        several = [one | tokenize(one, tokenizer, job.prompt) for one in chat.conversations(record)]
+        record |= {"conversations": several} if "conversations" in record else several[0]
     if sample.still:
         return {"__key__": key, "json": record, "jpg": sample.pictures[0]}
     return {"__key__": key, "json": record} | {f"{n:03d}.jpg": frame for n, frame in enumerate(sample.pictures)}
@@ -98,7 +104,7 @@ def _content(key: str, sample: NewSample, job: Job) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1)
 def all_rows(job: Job) -> list[Row | str]:
     """The rows of a source without tables, read once per process."""
-    rows = find_source(job.source).rows
+    rows = source_of(job).rows
     assert rows is not None
     return list(rows(job))
 

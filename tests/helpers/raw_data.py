@@ -11,7 +11,6 @@ from fovlm.data.sample_format import read_members
 from fovlm.prepare.job import Job
 from fovlm.prepare.manifest import Manifest
 from fovlm.prepare.pipeline import prepare
-from fovlm.prepare.sources import SOURCES
 from helpers import tiny
 
 VIDEO = tiny.video(3)  # 0, 1 and 2 s
@@ -37,7 +36,6 @@ def table(file: Path, header: list[str], rows: list[list[str]]) -> Path:
 
 
 def made(source: str, raw: Path, out: Path, workers: int = 1, **more) -> Manifest:
-    more.setdefault("turns", SOURCES[source].turns)
     return prepare(Job(source, raw, out, size=16, **more), workers, lambda line: None)
 
 

@@ -15,7 +15,7 @@ from fovlm.errors import UserError
 from fovlm.prepare import pipeline
 from fovlm.prepare.manifest import load_manifest
 from fovlm.prepare.shard_plan import plan_shards
-from fovlm.prepare.sources import smoltalk
+from fovlm.prepare.sources import messages
 from helpers import tiny
 from helpers.raw_data import VIDEO, bytes_of, conversations, jsonl, made, openvid, parquet, samples_of, table
 
@@ -79,10 +79,10 @@ def test_videos_with_questions(tmp_path):
     ((_, record, pictures),) = samples_of(tmp_path / "out")
     assert record == {"user": "what is this ?", "assistant": "red", "source": "videos"}
     assert len(pictures) == 2
-    assert manifest.rejected == {"the video's path leads out of the folder": 1}
+    assert manifest.rejected == {"the path leads out of the folder": 1}
 
 
-def test_cauldron_makes_a_sample_of_each_exchange(tmp_path):
+def test_cauldron_makes_one_sample_of_the_exchanges_about_a_picture(tmp_path):
     image = {"bytes": tiny.picture(50, 40), "path": None}
     texts = [
         {"user": "what ?", "assistant": "red", "source": "vqa"},
@@ -92,12 +92,13 @@ def test_cauldron_makes_a_sample_of_each_exchange(tmp_path):
     rows.append({"images": [{"bytes": b"nonsense", "path": None}], "texts": texts})
     parquet(tmp_path / "raw" / "vqa" / "train-0.parquet", rows)
     manifest = made("cauldron", tmp_path / "raw", tmp_path / "out")
-    found = samples_of(tmp_path / "out")
-    assert sorted(record["assistant"] for _, record, _ in found) == ["no", "red"]
-    assert all(pictures == ["jpg"] for _, _, pictures in found)
+    ((_, record, pictures),) = samples_of(tmp_path / "out")
+    asked = [{"user": "what ?", "assistant": "red"}, {"user": "yes ?", "assistant": "no"}]
+    assert (record, pictures) == ({"conversations": asked, "source": "vqa"}, ["jpg"])
     assert manifest.rejected == {"not a picture": 1, "several pictures in one row": 1}
     first = made("cauldron", tmp_path / "raw", tmp_path / "first", turns="first")
-    assert first.total("samples") == 1
+    ((_, record, _),) = samples_of(tmp_path / "first")
+    assert (record["assistant"], first.total("samples")) == ("red", 1)
 
 
 def test_rlaif_v_pairs(tmp_path):
@@ -123,14 +124,13 @@ def test_smoltalk_turns_system_messages_and_stages(tmp_path):
     raw = parquet(
         tmp_path / "raw.parquet", [row, {"messages": [{"role": "assistant", "content": "x"}] * 2, "source": "y"}]
     )
-    manifest = made("smoltalk", raw, tmp_path / "first")
-    ((_, record, pictures),) = samples_of(tmp_path / "first")
-    assert (record, pictures) == ({"user": "be brief\n\na ?", "assistant": "b", "source": "magpie"}, [])
-    assert manifest.rejected == {"turns of user and assistant do not alternate": 1}
-    made("smoltalk", raw, tmp_path / "each", turns="each")
-    later = samples_of(tmp_path / "each")[1][1]
-    assert later["user"] == "be brief\n\nUser: a ?\nAssistant: b\nUser: c ?"
-    assert later["assistant"] == "d"
+    manifest = made("smoltalk", raw, tmp_path / "all")
+    ((_, record, pictures),) = samples_of(tmp_path / "all")
+    assert (record, pictures) == ({"messages": row["messages"], "source": "magpie"}, [])
+    assert manifest.rejected == {"the roles of messages do not alternate between user and assistant": 1}
+    made("smoltalk", raw, tmp_path / "first", turns="first")
+    ((_, record, _),) = samples_of(tmp_path / "first")
+    assert record["messages"] == row["messages"][:3]
     rows = conversations(60)
     jsonl(tmp_path / "talk.jsonl", rows)
     parts = [
@@ -139,7 +139,7 @@ def test_smoltalk_turns_system_messages_and_stages(tmp_path):
     ]
     assert sum(parts) == 60
     assert min(parts) > 8
-    assert {smoltalk.stage_of(row["messages"]) for row in rows} == {1, 2, 3}
+    assert {messages.stage_of(row) for row in rows} == {1, 2, 3}
 
 
 def test_tokens_made_ahead_are_those_made_when_read(tmp_path):

@@ -10,7 +10,7 @@ from fovlm.cli.main import main
 from fovlm.errors import SampleError, UserError
 from fovlm.prepare.job import Job
 from fovlm.prepare.manifest import exclusive
-from fovlm.prepare.sources import smoltalk
+from fovlm.prepare.sources import messages
 from helpers import tiny
 from helpers.raw_data import VIDEO, conversations, jsonl, made, parquet, table
 
@@ -37,7 +37,7 @@ def test_mistakes_are_told_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"holds no \*\.parquet"):
         made("cauldron", tmp_path, tmp_path / "out")
     table(tmp_path / "x.csv", ["video", "caption"], [["a", "b"]])
-    with pytest.raises(UserError, match=r"none of the 1 videos .*looked in .*/video, .*--videos DIR"):
+    with pytest.raises(UserError, match=r"none of the 1 videos .*looked in .*/video, .*--media DIR"):
         made("openvid", file, tmp_path / "out")
     (tmp_path / "z.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(UserError, match="not a readable parquet"):
@@ -53,21 +53,21 @@ def test_without_pyarrow_parquet_asks_for_it(tmp_path, monkeypatch):
 
 def test_a_row_without_a_value_is_bad_not_fatal(tmp_path):
     with pytest.raises(SampleError, match="no messages"):
-        list(smoltalk.make({"messages": None}, replace(Job("smoltalk", tmp_path, tmp_path))))
+        list(messages.read({"messages": None}, replace(Job("smoltalk", tmp_path, tmp_path))))
 
 
 def test_a_row_of_the_wrong_type_is_rejected_and_the_others_are_made(tmp_path):
     (tmp_path / "a.webm").write_bytes(VIDEO)
     (tmp_path / "folder.mp4").mkdir()
-    odd = ["x" * 300, "x\0y", ["a.webm"], "folder.mp4"]
+    odd = ["x" * 300, "x\0y", "folder.mp4"]
     jsonl(tmp_path / "t.jsonl", [{"video": name, "answer": "Red."} for name in ["a", *odd]])
     assert made("videos", tmp_path, tmp_path / "v").rejected == {"no such video file": len(odd)}
 
     talk = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hi?"}]}, talk[1]]
     jsonl(tmp_path / "talk.jsonl", [{"messages": talk}, {"messages": 5}, {"messages": parts}])
-    found = made("smoltalk", tmp_path / "talk.jsonl", tmp_path / "s", stage=smoltalk.stage_of(talk))
-    assert (found.total("samples"), sum(found.rejected.values())) == (1, 2)
+    found = made("smoltalk", tmp_path / "talk.jsonl", tmp_path / "s")
+    assert (found.total("samples"), sum(found.rejected.values())) == (2, 1)
 
     picture = {"bytes": tiny.picture(9), "path": None}
     texts = [{"user": "What?", "assistant": "Red.", "source": "s"}]
@@ -105,9 +105,9 @@ def test_videos_that_were_not_found_are_made_once_they_are(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a.webm").write_bytes(VIDEO)
     table(tmp_path / "raw" / "t.csv", ["video", "caption"], [["a.webm", "Red."]])
-    with pytest.raises(UserError, match="give --videos DIR"):
+    with pytest.raises(UserError, match="give --media DIR"):
         made("openvid", tmp_path / "raw", tmp_path / "out")
-    found = made("openvid", tmp_path / "raw", tmp_path / "out", videos=tmp_path / "elsewhere")
+    found = made("openvid", tmp_path / "raw", tmp_path / "out", media=tmp_path / "elsewhere")
     assert (found.total("samples"), found.complete) == (1, True)
 
 
@@ -126,7 +126,7 @@ def test_a_data_set_that_is_partly_there_is_prepared_as_far_as_it_goes(tmp_path)
 
 def test_a_part_without_any_conversation_says_so(tmp_path):
     raw = jsonl(tmp_path / "talk.jsonl", conversations(1))
-    stage = next(s for s in (1, 2, 3) if s != smoltalk.stage_of(conversations(1)[0]["messages"]))
+    stage = next(s for s in (1, 2, 3) if s != messages.stage_of(conversations(1)[0]))
     with pytest.raises(UserError, match=f"of the 1 rows in .*mostly: they are of other stages than {stage}"):
         made("smoltalk", raw, tmp_path / "out", stage=stage)
 

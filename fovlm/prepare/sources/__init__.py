@@ -1,16 +1,24 @@
-"""The published data sets that `fovlm prepare` reads, one module each."""
+"""What `fovlm prepare` reads: general forms (table, llava, messages), published data sets, benchmarks, scenes."""
 
 from fovlm.errors import UserError, did_you_mean
-from fovlm.prepare.job import RawSource
-from fovlm.prepare.sources import benchmarks, cauldron, openvid, rlaif_v, scenes, smoltalk, videos, webvid
+from fovlm.prepare.job import Job, RawSource
+from fovlm.prepare.sources import benchmarks, cauldron, llava, messages, rlaif_v, scenes, table, webvid
 
+GENERAL = ("table", "llava", "messages")
 SOURCES: dict[str, RawSource] = {
-    module.SOURCE.name: module.SOURCE for module in (openvid, webvid, cauldron, smoltalk, rlaif_v, videos, scenes)
-} | {source.name: source for source in benchmarks.SOURCES}
+    source.name: source
+    for source in (
+        llava.SOURCE, messages.SOURCE, table.VIDEOS, table.OPENVID, webvid.SOURCE, *cauldron.SOURCES, messages.SMOLTALK,
+        rlaif_v.SOURCE, scenes.SOURCE, *benchmarks.SOURCES,
+    )
+}  # fmt: skip
 
 
-def find_source(name: str) -> RawSource:
-    """Raises UserError for an unknown source, naming those there are."""
-    if name not in SOURCES:
-        raise UserError(f"no source '{name}'{did_you_mean(name, SOURCES)}: there are {', '.join(SOURCES)}, and val")
-    return SOURCES[name]
+def source_of(job: Job) -> RawSource:
+    """The source of a job. Raises UserError for an unknown one, naming those there are."""
+    if job.source == "table":
+        return table.source_for(job)
+    if job.source not in SOURCES:
+        names = ["table", *SOURCES, "val"]
+        raise UserError(f"no source '{job.source}'{did_you_mean(job.source, names)}: there are {', '.join(names)}")
+    return SOURCES[job.source]

@@ -1,7 +1,9 @@
-"""The Cauldron: parquet files with `images` [{bytes, path}] and `texts` [{user, assistant, source}]. Source: its card.
+"""The Cauldron and FineVision: parquet with `images` [{bytes, path}] and `texts` [{user, assistant}].
 
-Each exchange about a picture is a sample of its own, because a sample is one question and one answer and most subsets
-ask independent questions. Rows with several pictures are rejected: a sample has one picture, or frames in time.
+All exchanges about a picture become one sample with several conversations, because most subsets ask independent
+questions (`--turns first`: the first alone). FineVision rates each exchange in `relevance_ratings` and so on;
+`--rating relevance=4` keeps those with at least 4. Rows with several pictures are rejected: a sample has one picture,
+or frames in time. Sources: their cards.
 """
 
 from collections.abc import Iterator
@@ -11,31 +13,42 @@ from fovlm.errors import SampleError
 from fovlm.prepare.frames import picture
 from fovlm.prepare.job import Job, NewSample, RawSource
 
+RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
+
 
 def make(row: Row, job: Job) -> Iterator[NewSample]:
-    """The picture with each of its exchanges, or the first."""
+    """The picture with its exchanges, or the first."""
     images, texts = pick(row, "images"), pick(row, "texts")
     if not isinstance(images, list):
         raise SampleError("images are not a list")
     if not isinstance(texts, list) or not all(isinstance(text, dict) for text in texts):
-        raise SampleError("texts are not a list of {user, assistant, source}")
+        raise SampleError("texts are not a list of {user, assistant}")
     if len(images) != 1:
         raise SampleError("several pictures in one row" if len(images) > 1 else "no picture")
     if not texts:
         raise SampleError("no texts")
-    jpeg = picture(images[0], job)
-    for text in texts[:1] if job.turns == "first" else texts:
-        record = {part: str(text.get(part) or "").strip() for part in ("user", "assistant", "source")}
-        yield NewSample(record | {"source": record["source"] or "cauldron"}, [jpeg], still=True)
+    for name, least in job.ratings:
+        rated = row.get(f"{name}_ratings")
+        if not isinstance(rated, list) or len(rated) != len(texts):
+            raise SampleError(f"no {name}_ratings for each of the texts")
+        texts = [text if one is not None and one >= least else {} for text, one in zip(texts, rated, strict=True)]
+    if not (texts := [text for text in texts if text]):
+        raise SampleError("rated too low")
+    records = [{part: str(text.get(part) or "").strip() for part in ("user", "assistant")} for text in texts]
+    source = {"source": str(texts[0].get("source") or row.get("source") or job.source).strip()}
+    record = records[0] if len(records) == 1 or job.turns == "first" else {"conversations": records}
+    yield NewSample(record | source, [picture(images[0], job)], still=True)
 
 
-SOURCE = RawSource(
-    name="cauldron",
-    kind="image",
-    formats=("parquet",),
-    required=(("images",), ("texts",)),
-    columns=("images", "texts"),
-    make=make,
-    prompt="Describe the picture.",
-    turns="each",
-)
+SOURCES = [
+    RawSource(
+        name=name,
+        kind="image",
+        formats=("parquet",),
+        required=(("images",), ("texts",)),
+        columns=("images", "texts", "source", *(f"{rating}_ratings" for rating in RATINGS)),
+        make=make,
+        prompt="Describe the picture.",
+    )
+    for name in ("cauldron", "finevision")
+]

@@ -1,0 +1,68 @@
+"""Tables with a file, a question and an answer in each row: `table` with the columns that you name, and published sets.
+
+A file is a name below --media, {bytes, path}, or bytes. Neighbours about the same file (in a JSON list: all rows)
+become one sample with several conversations. Rows without a file are text.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+from fovlm.data.tables import Row, pick
+from fovlm.errors import UserError
+from fovlm.prepare.job import Job, NewSample, RawSource
+from fovlm.prepare.sources.messages import Conversation, combine, listed
+
+FORMATS = ("jsonl", "csv", "parquet", "json")
+Columns = dict[str, tuple[str, ...]]  # video, image, question, answer -> its column, with alternative names
+
+
+def make(columns: Columns, row: Row, job: Job) -> Iterator[NewSample]:
+    """The questions about one file."""
+    yield combine(row["rows"], job, partial(read, columns))
+
+
+def read(columns: Columns, row: Row, job: Job) -> Conversation:
+    """A row of a table. Raises SampleError."""
+    named = [(kind, name) for kind in ("image", "video") for name in columns.get(kind, ())]
+    files = [(kind, one) for kind, name in named for one in listed(row.get(name))]
+    question = next((str(row[name]).strip() for name in columns.get("question", ()) if row.get(name)), "")
+    return Conversation({"user": question, "assistant": str(pick(row, *columns["answer"])).strip()}, files)
+
+
+def source_for(job: Job) -> RawSource:
+    """The source `table` of a job. Raises UserError."""
+    columns: Columns = {part: (name,) for part, name in job.columns}
+    if "answer" not in columns:
+        raise UserError("table: --answer COLUMN is missing, and --video or --image and --question where there are any")
+    return source("table", "mixed", columns, FORMATS, max_bad=0.1)
+
+
+def source(name: str, kind: str, columns: Columns, formats: tuple[str, ...], **more) -> RawSource:
+    """A source of tables with these columns; only the question may be missing."""
+    return RawSource(
+        name=name,
+        kind=kind,
+        formats=formats,
+        required=tuple(names for part, names in columns.items() if part != "question" or name == "table"),
+        columns=(*(name for names in columns.values() for name in names), "source"),
+        make=partial(make, columns),
+        same=(*columns.get("video", ()), *columns.get("image", ())),
+        **more,
+    )
+
+
+VIDEOS = source(
+    "videos",
+    "video",
+    {"video": ("video", "file"), "answer": ("answer", "caption", "assistant"), "question": ("question", "user")},
+    ("jsonl", "csv", "json"),
+    prompt="Describe the video.",
+)
+OPENVID = source(
+    "openvid",
+    "video",
+    {"video": ("video",), "answer": ("caption",)},
+    ("csv", "parquet"),
+    prompt="Describe the video.",
+    complete="OpenVid-1M.csv",  # OpenVidHD.csv beside it is a part of it
+)

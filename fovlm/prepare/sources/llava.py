@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 from fovlm.data.tables import Row, pick
 from fovlm.errors import SampleError
+from fovlm.prepare.conversations import Conversation, combine, listed, record_of
 from fovlm.prepare.job import Job, NewSample, RawSource
-from fovlm.prepare.sources.messages import Conversation, combine, listed, record_of
 
 MARK = re.compile(r"\s*<(?:image|video)>\s*")
 ROLES = {"human": "user", "gpt": "assistant"}

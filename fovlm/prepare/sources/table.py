@@ -9,8 +9,8 @@ from functools import partial
 
 from fovlm.data.tables import Row, pick
 from fovlm.errors import UserError
+from fovlm.prepare.conversations import Conversation, combine, listed
 from fovlm.prepare.job import Job, NewSample, RawSource
-from fovlm.prepare.sources.messages import Conversation, combine, listed
 
 FORMATS = ("jsonl", "csv", "parquet", "json")
 Columns = dict[str, tuple[str, ...]]  # video, image, question, answer -> its column, with alternative names

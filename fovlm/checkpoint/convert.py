@@ -1,6 +1,6 @@
 """Convert a ZeRO checkpoint to a folder that transformers loads.
 
-    OUT/  config.json  model.safetensors  generation_config.json  tokenizer and processor files  README.md
+    OUT/  config.json  model.safetensors  generation_config.json  tokenizer and processor files  code/  README.md
 
 Weights are copied one at a time from the memory-mapped shards, so memory does not grow with the model. The written
 model is reloaded and compared with the outputs recorded at save time (`verify.py`). OUT gets its name only when all of
@@ -75,10 +75,19 @@ def convert(
         write_settings(staging, config, words, DTYPES[dtype])
         on_progress(0, 0, "verifying the written model")
         checked = check(staging, saved.path, DTYPES[dtype], saved.weights(trust))
-        text = card(out.resolve().name, saved.experiment, saved.state, read_summary(saved.run), dtype, checked)
+        gaze = _copy_gaze(saved.run, staging)
+        text = card(out.resolve().name, saved.experiment, saved.state, read_summary(saved.run), dtype, checked, gaze)
         (staging / "README.md").write_text(text, encoding="utf-8")
     print(checked, file=sys.stderr)
     return out
+
+
+def _copy_gaze(run: Path, out: Path) -> str:
+    """Copy the newest attention maps of a run -> the picture's name, "" without any."""
+    maps = sorted((run / "maps").glob("step-*.png"))
+    if maps:
+        shutil.copy2(maps[-1], out / "gaze.png")
+    return "gaze.png" if maps else ""
 
 
 def refuse_occupied(out: Path) -> None:

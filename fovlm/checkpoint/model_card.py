@@ -12,22 +12,30 @@ from fovlm.model.modes import MODE_NOTES
 from fovlm.redact import redact
 from fovlm.tables import Rows, markdown_table
 
-USE = """```python
-from fovlm import FoveatedProcessor, FoveatedVLM
+USE = """```bash
+pip install transformers torch av simplejpeg pillow
+```
 
-model = FoveatedVLM.from_pretrained("{name}")
-processor = FoveatedProcessor.from_pretrained("{name}")
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+# The code that this runs is in `code/`; where fovlm is installed, `import fovlm` in its place.
+model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 video = {{"type": "video", "video": "clip.mp4"}}
 question = {{"type": "text", "text": "What happens?"}}
-inputs = processor(messages=[{{"role": "user", "content": [video, question]}}], return_tensors="pt")
+inputs = processor(messages=[{{"role": "user", "content": [video, question]}}])
 print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64))[0])
 ```
 
-From the command line: `fovlm ask clip.mp4 "What happens?" --model {name}`; `fovlm look` shows where the model looks."""
+With fovlm: `fovlm ask clip.mp4 "What happens?" --model {name}`; `fovlm look` shows where the model looks."""
 
 
-def card(name: str, experiment: Experiment, state: State, summary: dict[str, Any], dtype: str, checked: str) -> str:
-    """The card's text: `name` of the folder, `summary` of the run (or empty), `checked` the result of the check."""
+def card(
+    name: str, experiment: Experiment, state: State, summary: dict[str, Any], dtype: str, checked: str, gaze: str = ""
+) -> str:
+    """The card's text: `name` of the folder, `summary` of the run (or empty), `checked` the result of the check, `gaze`
+    a picture beside the card."""
     model, optim = experiment.model, experiment.optim
     objective = {"text": "next token", "dpo": "preferences (DPO)"}[experiment.train.objective]
     facts = [
@@ -48,6 +56,7 @@ def card(name: str, experiment: Experiment, state: State, summary: dict[str, Any
         _table([("", ""), *facts]),
         "## How to load it",
         USE.format(name=name),
+        *(["## Where it looks", f"![Validation clips; coarse looks above fine ones]({gaze})"] if gaze else []),
         "## Data",
         _data(experiment),
         "## Scores",
@@ -81,8 +90,13 @@ def _table(rows: Rows) -> str:
 
 def _metadata(model: ModelSettings | None) -> str:
     """The hub's metadata block."""
-    tags: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "video-text-to-text", "tags": ["fovlm"]}
-    sources = (model.llm, model.encoder) if model else ()
+    tags: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    tags["tags"] = ["fovlm", "video-text-to-text", "custom_code"]
+    sources = (model.llm, model.encoder) if model else ("",)
+    if any(isinstance(source, str) for source in sources):  # weights from elsewhere
+        tags |= {"license": "other", "license_name": "that-of-the-base-models"}
+    else:
+        tags["license"] = "apache-2.0"
     bases = [name for name in sources if isinstance(name, str) and name.count("/") == 1]
     if bases := [name for name in bases if not name.startswith((".", "/", "~"))]:
         tags["base_model"] = bases
@@ -114,7 +128,9 @@ def _scores(state: State, summary: dict[str, Any], best: str) -> str:
         sources = sorted({source for score in scores.values() for source in score["by_source"]})
         rows = [("mode", "all", *sources)]
         for mode, score in scores.items():
-            values = [score["loss"], *(score["by_source"][source] for source in sources)]
-            rows.append((f"`{mode}`: {MODE_NOTES[mode]}", *(f"{value:.4f}" for value in values)))
-        parts += [f"Validation loss (nats per token) at step {summary['step']}:", _table(rows)]
+            every = f"{score['loss']:.4f}" + (f" ± {1.96 * score['error']:.4f}" if score.get("error") else "")
+            by_source = (f"{score['by_source'][source]:.4f}" for source in sources)
+            rows.append((f"`{mode}`: {MODE_NOTES[mode]}", every, *by_source))
+        about = "nats per token, ± for a 95 % interval over samples"
+        parts += [f"Validation loss ({about}) at step {summary['step']}:", _table(rows)]
     return "\n\n".join(parts) or "Not measured yet: the run was converted before it ended."

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -27,11 +28,12 @@ if TYPE_CHECKING:  # a converted model is scored without deepspeed
 
 @dataclass
 class Score:
-    """Mean nll (nats) per weighted token: over all `tokens`, and by source."""
+    """Mean nll (nats) per weighted token, over all `tokens` and by source, and its standard error over samples."""
 
     loss: float
     tokens: float
     by_source: dict[str, float] = field(default_factory=dict)
+    error: float = 0.0
 
 
 class Validator:
@@ -114,29 +116,29 @@ def evaluate(
 ) -> dict[str, Score]:
     """Score this rank's packs in each mode and sum over the ranks. Every rank gets the same numbers."""
     model.eval()
-    nlls: dict[tuple[str, str], float] = defaultdict(float)
-    weights: dict[tuple[str, str], float] = defaultdict(float)
+    sums: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(5))  # n, w, n², nw, w² of nll and weight
     modes = list(modes)
     for batch in batches:
         batch = batch.to(device)
         weight = per_sample((batch.predict_from >= 0).float(), batch).tolist()
         for mode in modes:
             nll = per_sample(nll_in_mode(model, batch, mode, forward).float(), batch).tolist()
-            for source, sample_nll, sample_weight in zip(batch.sources, nll, weight, strict=True):
-                nlls[mode, source] += sample_nll
-                weights[mode, source] += sample_weight
-    totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for rank_nlls, rank_weights in distributed.gather((dict(nlls), dict(weights))):
-        for key, weight in rank_weights.items():
-            totals[key][0] += rank_nlls[key]
-            totals[key][1] += weight
-    return {mode: _score({source: pair for (m, source), pair in sorted(totals.items()) if m == mode}) for mode in modes}
+            for source, n, w in zip(batch.sources, nll, weight, strict=True):
+                sums[mode, source] += [n, w, n * n, n * w, w * w]
+    totals: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(5))
+    for of_rank in distributed.gather(dict(sums)):
+        for key, part in of_rank.items():
+            totals[key] += part
+    return {mode: _score({source: part for (m, source), part in sorted(totals.items()) if m == mode}) for mode in modes}
 
 
-def _score(totals: dict[str, list[float]]) -> Score:
-    """From (nll, weight) by source."""
-    nll, tokens = (sum(pair[i] for pair in totals.values()) for i in (0, 1))
-    return Score(nll / max(tokens, 1.0), tokens, {source: v / w for source, (v, w) in totals.items() if w})
+def _score(totals: dict[str, np.ndarray]) -> Score:
+    """From the sums by source. The error is that of a ratio: samples weigh differently."""
+    nll, tokens, nn, nw, ww = sum(totals.values(), np.zeros(5)).tolist()
+    loss = nll / max(tokens, 1.0)
+    error = max(nn - 2 * loss * nw + loss**2 * ww, 0.0) ** 0.5 / max(tokens, 1.0)
+    by_source = {source: float(part[0] / part[1]) for source, part in totals.items() if part[1]}
+    return Score(loss, tokens, by_source, error)
 
 
 def score_tables(scores: dict[str, Score], facts: dict[str, float]) -> str:

@@ -165,18 +165,30 @@ def test_large_models_are_split_with_an_index(run, tmp_path):
 
 
 def test_tokenizer_generation_config_and_card_are_written(run, tmp_path):
-    (run / "run_summary.json").write_text(
-        json.dumps(
-            {"step": 5, "commit": "abc", "scores": {"coarse_fine": {"loss": 1.25, "by_source": {"clips": 1.25}}}}
-        )
-    )
+    score = {"loss": 1.25, "by_source": {"clips": 1.25}, "error": 0.01}
+    (run / "run_summary.json").write_text(json.dumps({"step": 5, "commit": "abc", "scores": {"coarse_fine": score}}))
+    (run / "maps").mkdir()
+    for step in (2, 5):
+        (run / "maps" / f"step-{step:08}.png").write_bytes(b"picture %d" % step)
     out = convert.convert(run, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.chat_template
     assert GenerationConfig.from_pretrained(out).eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     card = (out / "README.md").read_text()
-    for line in ("`tiny`: a test", "5 steps, 90 samples", "`clips`", "1.2500", "from_pretrained", "Verified: NLL"):
+    for line in (
+        "`tiny`: a test",
+        "5 steps, 90 samples",
+        "`clips`",
+        "1.2500 ± 0.0196",
+        "from_pretrained",
+        "Verified: NLL",
+        "pipeline_tag: image-text-to-text",
+        "license: apache-2.0",
+        "pip install transformers",
+        "(gaze.png)",
+    ):
         assert line in card
+    assert (out / "gaze.png").read_bytes() == b"picture 5"
     assert str(tmp_path) not in card.split("All settings")[0], "no folder of this machine"
     assert not [p for p in tmp_path.iterdir() if p.name not in ("run", "out")], "nothing is left beside it"
 

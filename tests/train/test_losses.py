@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fovlm.train.losses import pair_weight, per_sample, preference_loss, text_loss, text_weight
+from fovlm.train.validation import evaluate
 from helpers.models import pack, sample, tiny_model
 
 BETA = 0.3
@@ -74,3 +75,15 @@ def test_the_text_loss_sums_weighted_tokens(pairs):
     assert float(per_sample(nll, pairs).sum()) == pytest.approx(float(text_loss(nll, pairs).total))
     predicted = pairs.predict_from >= 0
     assert float(text_weight(pairs)) == pytest.approx(float(pairs.weight[predicted].sum()))
+
+
+def test_the_error_of_a_validation_loss_is_that_of_its_samples():
+    model = tiny_model()
+    batches = [pack([sample(f"{p}{n}", text=5 + n) for n in range(4)]) for p in "ab"]
+    score = evaluate(model, batches, ["coarse_only"])["coarse_only"]
+    with torch.no_grad():
+        nll = torch.cat([per_sample(model(batch, "coarse"), batch) for batch in batches])
+    weight = torch.cat([per_sample((batch.predict_from >= 0).float(), batch) for batch in batches])
+    assert score.loss == pytest.approx(float(nll.sum() / weight.sum()), rel=1e-5)
+    left = (nll - score.loss * weight).double()
+    assert score.error == pytest.approx(float(left.square().sum().sqrt() / weight.sum()), rel=1e-4)

@@ -80,6 +80,7 @@ DOORS = {
     "av": {"fovlm.media.decode", "fovlm.media.encode", "fovlm.media.tolerant"},
     "matplotlib": {"fovlm.viz.contact_sheet", "fovlm.report.figures", "kernels.bench_plot"},
     "pyarrow": {"fovlm.data.tables"},
+    "peft": {"fovlm.model.lora"},
     "gradio": {"fovlm.viz.demo"},
     "scipy": {"fovlm.eval.metrics", "fovlm.report.scaling_law", "fovlm.report.statistics"},
     "markdown_it": {"fovlm.report.document"},

@@ -71,10 +71,11 @@ def convert(
             _write_universal(saved, staging)
             return out
         config, words = saved.model_config(), saved.tokenizer(tokenizer)
-        write_weights(staging, config, saved.weights(trust), DTYPES[dtype], largest, on_progress)
+        config.lora = None
+        write_weights(staging, config, saved.merged(trust), DTYPES[dtype], largest, on_progress)
         write_settings(staging, config, words, DTYPES[dtype])
         on_progress(0, 0, "verifying the written model")
-        checked = check(staging, saved.path, DTYPES[dtype], saved.weights(trust))
+        checked = check(staging, saved.path, DTYPES[dtype], saved.merged(trust))
         gaze = _copy_gaze(saved.run, staging)
         text = card(out.resolve().name, saved.experiment, saved.state, read_summary(saved.run), dtype, checked, gaze)
         (staging / "README.md").write_text(text, encoding="utf-8")

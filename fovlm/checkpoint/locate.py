@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from fovlm.checkpoint import store
 from fovlm.checkpoint.store import ENGINE, MANIFEST, UNIVERSAL, Checkpoints, State
-from fovlm.checkpoint.zero_reader import ZeroWeights
+from fovlm.checkpoint.zero_reader import MergedWeights, Weights, ZeroWeights
 from fovlm.config.schema import Experiment
 from fovlm.data.chat import load_tokenizer
 from fovlm.data.dataset import tokenizer_path
 from fovlm.errors import UserError, did_you_mean
+from fovlm.model.lora import is_adapter, plain_name
 from fovlm.model.modeling import FoveatedConfig, FoveatedVLM
 from fovlm.model.processing import load_model
 from fovlm.paths import run_root
@@ -53,6 +54,11 @@ class SavedRun:
     def weights(self, trust: bool = False) -> ZeroWeights:
         """The weights, read from the ranks' shards on demand. Raises UserError (see ZeroWeights)."""
         return ZeroWeights(self.path / ENGINE, trust)
+
+    def merged(self, trust: bool = False) -> Weights:
+        """The weights with adapters taken into those that they belong to."""
+        lora = self.model_config().lora
+        return MergedWeights(self.weights(trust), lora) if lora else self.weights(trust)
 
     def model(self) -> FoveatedVLM:
         """The model with these weights, on the CPU. Raises UserError."""
@@ -135,6 +141,10 @@ def load_weights(model: FoveatedVLM, where: str) -> None:
 
 
 def _load_state(model: FoveatedVLM, weights: dict[str, torch.Tensor], where: str) -> None:
+    state = model.state_dict()
+    if any(map(is_adapter, state)) and not any(map(is_adapter, weights)):  # new adapters on a trained model
+        plain, weights = weights, {name: weight for name, weight in state.items() if is_adapter(name)}
+        weights |= {name: plain[plain_name(name)] for name in state if plain_name(name) in plain}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from fovlm.checkpoint.reference import FILE, ReferenceOutputs, collate_tight, mean_nll, split_nll
-from fovlm.checkpoint.zero_reader import ZeroWeights
+from fovlm.checkpoint.zero_reader import Weights
 from fovlm.errors import UserError
 from fovlm.model.encoders.dinov2 import released_name
 from fovlm.model.modeling import FoveatedVLM
@@ -17,7 +17,7 @@ from fovlm.model.processing import load_model
 TOLERANCE = {"float32": 2e-3, "bfloat16": 5e-2}
 
 
-def check(out: Path, checkpoint: Path, dtype: torch.dtype, stored: ZeroWeights) -> str:
+def check(out: Path, checkpoint: Path, dtype: torch.dtype, stored: Weights) -> str:
     """Load the written model and compare it with the reference outputs -> a sentence with the result.
 
     Where fp32 weights were written as bf16, each must be the stored one rounded, bit for bit; the comparison then uses
@@ -47,7 +47,7 @@ def check(out: Path, checkpoint: Path, dtype: torch.dtype, stored: ZeroWeights) 
 
 
 @torch.no_grad()
-def restore_weights(model: FoveatedVLM, stored: ZeroWeights) -> None:
+def restore_weights(model: FoveatedVLM, stored: Weights) -> None:
     """Replace weights that were rounded to bf16 by the stored ones. Raises UserError if one is not that, rounded."""
     sources = {released_name(name): name for name in (*stored.ties, *stored.shapes)}
     for name, weight in model.state_dict().items():

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fovlm.errors import UserError
+from fovlm.model.lora import BASE, A, B, is_adapter, merge, plain_name
 
 
 class _Placeholder:
@@ -76,6 +77,30 @@ class Weights:
         if sum(len(piece) for piece in pieces) < math.prod(shape):
             raise UserError(f"{self.origin}: the shards end before the end of {name}")
         self.shapes[name], self._pieces[name] = shape, pieces
+
+
+class MergedWeights(Weights):
+    """The weights of `inner` with the adapters of `lora` (rank, alpha) taken into the ones that they belong to."""
+
+    def __init__(self, inner: Weights, lora: dict[str, Any]):
+        super().__init__(inner.origin)
+        self.inner, self.lora = inner, lora
+        self.stored = {plain_name(name): name for name in inner.shapes if not is_adapter(name)}
+        self.shapes = {name: inner.shapes[stored] for name, stored in self.stored.items()}
+        self.ties = {plain_name(name): plain_name(other) for name, other in inner.ties.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.inner.dtype(self.stored[self.ties.get(name, name)])
+
+    def read(self, name: str) -> Tensor:
+        stored = self.stored[self.ties.get(name, name)]
+        weight, names = self.inner.read(stored), [stored.replace(BASE, part) for part in (A, B)]
+        if BASE not in stored or names[0] not in self.inner.shapes:
+            return weight
+        return merge(weight, self.inner.read(names[0]), self.inner.read(names[1]), self.lora)
+
+    def close(self) -> None:
+        self.inner.close()
 
 
 class ZeroWeights(Weights):

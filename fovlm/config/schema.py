@@ -34,6 +34,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
+class LoraSettings(Strict):
+    """Adapters in place of training the language model (`fovlm/model/lora.py`); `optim.lr_llm` is their rate."""
+
+    rank: Count = 16
+    alpha: Rate = 32.0  # an adapter counts alpha / rank
+    targets: Annotated[list[str], Field(min_length=1)] = ["q_proj", "k_proj", "v_proj", "o_proj"]  # linear layers
+
+
 class ModelSettings(Strict):
     """The network. `llm` and `encoder` are a folder (as given, or below FOVLM_MODELS), a Hugging Face id, or the
     keyword arguments of an HF configuration (`model_type`: llama / dinov2 by default) for random weights."""
@@ -50,6 +58,7 @@ class ModelSettings(Strict):
     frame_size: Size = 224  # pixels, height and width
     grad_checkpoint: list[Backbone] = []  # recompute activations in the backward pass: less memory, a third more time
     compile: bool = False  # torch.compile of the backbones
+    lora: LoraSettings | None = None  # train adapters of the language model, and freeze the rest of it
     init_from: str | None = None  # a run's name or folder: start from its weights with a fresh optimizer
 
 
@@ -300,6 +309,8 @@ def _problems(e: Experiment) -> list[tuple[str, str]]:
         found.append(("data.pack_cost", f"{d.pack_cost} is too small for one sample, which may cost {most} with data."
                       f"max_frames={d.max_frames} of {d.frame_cost} each and data.max_tokens={d.max_tokens}: raise "
                       "data.pack_cost or lower one of the others"))  # fmt: skip
+    if e.model.lora and "llm" in e.optim.freeze:
+        found.append(("model.lora", "its adapters belong to the language model: take llm out of optim.freeze"))
     if e.optim.schedule == "converging" and e.optim.lr_common is None:
         found.append(("optim.lr_common", "converging needs the learning rate where all groups end"))
     if isinstance(e.model.llm, dict) and e.model.tokenizer is None and d.generate is None:

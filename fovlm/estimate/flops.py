@@ -150,7 +150,7 @@ def _largest(experiment: Experiment, source: DataSource) -> Shape:
 
 def _text_cost(experiment: Experiment, shapes: Geometry, size: Sized) -> dict[str, Cost]:
     model, optim = experiment.model, experiment.optim
-    vit, llm = "encoder" not in optim.freeze, "llm" not in optim.freeze
+    vit, llm = "encoder" not in optim.freeze, "llm" not in optim.freeze and not model.lora
     again = "encoder" in model.grad_checkpoint
     F, K, S, P = size.frames, size.looks, size.text, size.prompt
     n = 1 + (size.shared // F if F else 0)  # conversations, which are counted as equally long

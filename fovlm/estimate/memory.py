@@ -65,7 +65,7 @@ def estimate(
     n, z = sum(c.trainable for c in counts), sum(c.frozen for c in counts)
     share = -(-n // world)
     big = max(
-        shapes.llm.V * shapes.llm.E if "llm" not in experiment.optim.freeze else 0,
+        shapes.llm.V * shapes.llm.E if "llm" not in experiment.optim.freeze and not experiment.model.lora else 0,
         shapes.encoder.D * shapes.encoder.mlp,
     )
 

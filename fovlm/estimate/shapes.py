@@ -21,6 +21,7 @@ from fovlm.errors import UserError, did_you_mean
 from fovlm.model.build import check_supported, configuration, random_config
 from fovlm.model.configuration import FoveatedConfig
 from fovlm.model.encoders.families import patch_of, side_of, vision_config
+from fovlm.model.lora import is_adapter
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.paths import local_folder
 
@@ -163,7 +164,8 @@ def _config(key: str, source: str | dict[str, Any]) -> PreTrainedConfig:
 
 
 def _linears(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    return tuple((m.in_features, m.out_features) for m in module.modules() if isinstance(m, nn.Linear))
+    linears = ((name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear))
+    return tuple((m.in_features, m.out_features) for name, m in linears if not is_adapter(f"{name}."))
 
 
 def _encoder_shape(model: FoveatedVLM) -> EncoderShape:

@@ -70,6 +70,7 @@ def configuration(
         visual_scale=visual_scale,
         frame_size=settings.frame_size,
         image_frames=image_frames,
+        lora=settings.lora.model_dump() if settings.lora else None,
     )
 
 

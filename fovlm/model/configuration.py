@@ -52,6 +52,7 @@ class FoveatedConfig(PreTrainedConfig):
         visual_scale: float = 0.14,
         frame_size: int = 224,
         image_frames: int = 1,
+        lora: dict[str, Any] | None = None,
         **kwargs,
     ):
         if visual not in VISUALS:
@@ -68,6 +69,7 @@ class FoveatedConfig(PreTrainedConfig):
         self.visual_scale = visual_scale
         self.frame_size = frame_size
         self.image_frames = image_frames
+        self.lora = lora
         kwargs.setdefault("tie_word_embeddings", False)  # a tie inside the language model is its own affair
         super().__init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)

@@ -34,6 +34,7 @@ from fovlm.model.encoder import Cache, Encoder
 from fovlm.model.encoders.families import side_of
 from fovlm.model.generation import FoveatedGenerationMixin
 from fovlm.model.kv_cache import ATTENTION
+from fovlm.model.lora import add_adapters
 from fovlm.model.modes import NLL_CHUNK, POOLED
 from fovlm.model.supervised import supervised
 
@@ -101,6 +102,8 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         self.connector = Connector(
             config.query_dim, self.encoder.width, config.llm_config.hidden_size, config.visual_scale
         )
+        if config.lora:
+            add_adapters(self.llm, **config.lora)
         for unused in self._unused():
             unused.requires_grad_(False)
         self.post_init()

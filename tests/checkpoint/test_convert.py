@@ -19,7 +19,6 @@ from fovlm.checkpoint.zero_reader import ZeroWeights
 from fovlm.cli.main import main
 from fovlm.errors import EXIT_USER_ERROR, UserError
 from fovlm.model.encoders.dinov2 import released_name
-from fovlm.model.lora import is_adapter
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.model.processing import load_model
 from helpers.models import pack, tiny_model
@@ -88,23 +87,6 @@ def test_every_family_converts(tmp_path, families):
     again = FoveatedVLM.from_pretrained(convert.convert(tmp_path / "run", tmp_path / "out", dtype="fp32"))
     assert again.state_dict().keys() == model.state_dict().keys()
     same(again, model)
-
-
-def test_adapters_are_merged(tmp_path):
-    model = tiny_model(seed=3, lora={"rank": 4, "alpha": 16.0, "targets": ["q_proj", "down_proj"]})
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if is_adapter(name):
-                weight.normal_(std=0.3)
-    assert {name for name, p in model.llm.named_parameters() if p.requires_grad} == {
-        name for name, _ in model.llm.named_parameters() if is_adapter(name)
-    }
-    write_run(tmp_path / "run", model)
-    again = FoveatedVLM.from_pretrained(convert.convert(tmp_path / "run", tmp_path / "out", dtype="fp32"))
-    assert again.state_dict().keys() == tiny_model().state_dict().keys()
-    torch.testing.assert_close(nll(again), nll(model), rtol=1e-5, atol=1e-5)
-    assert (nll(again) - nll(tiny_model(seed=3))).abs().max() > 0.01
-    same(open_run(tmp_path / "run").model(), model)
 
 
 def test_an_untied_head_is_converted(tmp_path):

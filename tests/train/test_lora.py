@@ -1,6 +1,7 @@
 """Adapters in our own training: only they and the connector move, a resume is exact, the folder of a run converts."""
 
 import pytest
+import torch
 
 from fovlm import FoveatedVLM
 from fovlm.checkpoint.convert import convert
@@ -10,7 +11,9 @@ from fovlm.errors import UserError
 from fovlm.estimate.shapes import geometry, parameters
 from fovlm.model.lora import is_adapter
 from helpers.launch import run_ranks
+from helpers.models import pack, tiny_model
 from helpers.training import arguments, environment, rows, write_data
+from helpers.zero_files import SAMPLES, write_run
 
 LORA = ["model.lora={rank: 4, alpha: 8.0}", "train.steps=8", "train.save_every=4", "data.workers=0"]
 QUIET = ["data.val=[]", "train.eval_every=0", "train.best=train_loss"]
@@ -27,6 +30,25 @@ def test_the_dry_run_counts_adapters_and_mistakes_are_named():
         schema.load("LR1", ["model.lora={}", "optim.freeze=[llm]"])
     with pytest.raises(UserError, match=r"no linear layer 'q_prj' \(did you mean 'q_proj'"):
         geometry(schema.load("LR1", ["model.lora.targets=[q_prj]"]).model)
+
+
+def test_adapters_are_merged(tmp_path):
+    model = tiny_model(seed=3, lora={"rank": 4, "alpha": 16.0, "targets": ["q_proj", "down_proj"]})
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if is_adapter(name):
+                weight.normal_(std=0.3)
+    assert {name for name, p in model.llm.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.llm.named_parameters() if is_adapter(name)
+    }
+    write_run(tmp_path / "run", model)
+    again = FoveatedVLM.from_pretrained(convert(tmp_path / "run", tmp_path / "out", dtype="fp32"))
+    assert again.state_dict().keys() == tiny_model().state_dict().keys()
+    with torch.no_grad():
+        trained, merged, plain = (each(pack(SAMPLES)) for each in (model, again, tiny_model(seed=3)))
+        assert torch.equal(open_run(tmp_path / "run").model()(pack(SAMPLES)), trained)
+    torch.testing.assert_close(merged, trained, rtol=1e-5, atol=1e-5)
+    assert (merged - plain).abs().max() > 0.01
 
 
 @pytest.mark.slow

@@ -31,7 +31,12 @@ EXPERIMENTS = (
 SECTIONS = ("note", "seeds", "versus", "deepspeed", "model", "data", "optim", "train", "logger")
 FORMS = ("base", "runs", "grid")
 RENAMED = {"journal": "renamed to logger", "engine": "renamed to deepspeed"}
-WHOLE = {("data", "mixture"), ("model", "llm"), ("model", "encoder")}  # a mixture or a model is written in one place
+WHOLE = {
+    ("data", "mixture"),
+    ("data", "first"),
+    ("model", "llm"),
+    ("model", "encoder"),
+}  # a mixture or a model is written in one place
 ONE_OF: dict[tuple[str, ...], set[str]] = {("train",): {"samples", "steps", "flops"}}
 MOST, DEEPEST = 100_000, 50  # values in a YAML text or runs in a grid, and nested levels: more is a mistake or a trap
 

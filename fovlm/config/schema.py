@@ -54,6 +54,7 @@ class ModelSettings(Strict):
     encoder: str | dict[str, Any] = "facebook/dinov2-small"
     tokenizer: str | None = None  # folder or id; null: the language model's own
     query_dim: Size = 384  # Q
+    query_scale: Rate = 1.0  # std with which a (deep) query enters the encoder when training starts
     visual_scale: Rate | None = 0.14  # std of a visual token, that of SmolLM2's embeddings; null: measure the model's
     frame_size: Size = 224  # pixels, height and width
     grad_checkpoint: list[Backbone] = []  # recompute activations in the backward pass: less memory, a third more time
@@ -94,6 +95,7 @@ class DataSettings(Strict):
 
     sources: dict[str, DataSource] = {}
     mixture: dict[str, Rate] = {}  # source -> weight: its share of the samples, relative to the others
+    first: dict[str, Count] = {}  # samples of these sources ahead of the mixture: easy ones, until they are learnt
     val: list[str] = []  # validation sources, each read from its start
     pack_cost: Count = 4096  # budget of a pack in text tokens: the memory and the work of one micro step
     frame_cost: Count = 32  # text tokens that one frame counts as: about the ratio of their FLOPs
@@ -293,6 +295,8 @@ def _problems(e: Experiment) -> list[tuple[str, str]]:
             if source not in d.sources:
                 at = f"data.mixture.{source}" if key == "mixture" else "data.val"
                 found.append((at, f"'{source}' is not in data.sources{did_you_mean(source, d.sources)}"))
+    for source in set(d.first) - set(d.mixture):
+        found.append(("data.first", f"'{source}' is not in data.mixture{did_you_mean(source, d.mixture)}"))
     if (task := d.generate) and max(task.objects) > min(task.names, task.grid**2):
         found.append(("data.generate.objects", f"{max(task.objects)} objects need as many names and places: there are "
                       f"{task.names} names and {task.grid**2} places"))  # fmt: skip

@@ -42,9 +42,9 @@ def open_dataset(
 ) -> "Dataset":
     """The sources named in `weights` (`data.mixture`, or one of `data.val` with any weight), indexed and counted.
 
-    The first time this reads every shard once. `weigh` applies `loss_weight` and `data.length_weight` to the tokens;
-    validation counts all tokens alike. Raises UserError for missing shards, a source without a usable sample, and a
-    sample larger than a pack.
+    The first time this reads every shard once. `weigh` is for training: it begins with `data.first`, and applies
+    `loss_weight` and `data.length_weight` to the tokens; validation counts all tokens alike. Raises UserError for
+    missing shards, a source without a usable sample, and a sample larger than a pack.
     """
     data, model = experiment.data, experiment.model
     chat = ChatTokenizer(tokenizer, model.question, data.loss_on, data.max_tokens)
@@ -59,6 +59,7 @@ def open_dataset(
         seed=data.seed,
         grouping=Grouping(data.questions_per_encoding, budget, data.max_frames),
         length_weight=data.length_weight if weigh else None,
+        first=data.first if weigh else None,
     )
     dataset.check_fits(budget)
     return dataset
@@ -70,11 +71,13 @@ def pack_budget(experiment: Experiment) -> PackBudget:
 
 
 def tokenizer_path(experiment: Experiment) -> str:
-    """The tokenizer's folder or hub id: as given, that of the synthetic task, or the language model's own."""
+    """The tokenizer's folder or hub id: as given or below FOVLM_MODELS or FOVLM_DATA, that of the synthetic task, or
+    the language model's own."""
     model, task = experiment.model, experiment.data.generate
     name = model.tokenizer or model.llm
     if isinstance(name, str):
-        return str(local_folder(name) or name)
+        prepared = data_root() / name
+        return str(local_folder(name) or (prepared if prepared.is_dir() else name))
     assert task is not None  # schema.py checks this
     return str(data_root() / task.folder / "tokenizer")
 
@@ -125,15 +128,18 @@ class Dataset:
         seed: int = 0,
         grouping: Grouping | None = None,
         length_weight: str | None = None,
+        first: dict[str, int] | None = None,
     ):
         self.chat, self.frame_size, self.max_frames, self.image_frames = chat, frame_size, max_frames, image_frames
         self.seed, self.grouping, self.length_weight = seed, grouping, length_weight
-        self.mix = MixtureSampler(weights)
+        self.mix = MixtureSampler(weights, first)
         self.sources = [self._open(name, sources[name], seed) for name in self.mix.names]
         self.identity: dict[str, Any] = {
             "sources": [[s.name, s.settings.kind, s.settings.prompt, s.table.hash] for s in self.sources],
             "weights": weights,
         }
+        if first:
+            self.identity["first"] = first
         if any(source.table.several for source in self.sources):
             self.identity["grouping"] = grouping and asdict(grouping)
         self.hash = _hash(self.identity | {"settings": [chat.hash, max_frames, image_frames, seed]})

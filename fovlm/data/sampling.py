@@ -27,11 +27,11 @@ class MixtureSampler:
     """Which source each position of the run belongs to, by weight and per sample.
 
     Weights are taken as the decimal fractions in the YAML, so the pattern is exact and periodic: the source of a
-    position, and its number among that source's samples, are looked up in one period. Raises UserError when the period
-    would be longer than LONGEST_PERIOD samples.
+    position, and its number among that source's samples, are looked up in one period. Ahead of the mixture come `first`
+    samples of some of its sources. Raises UserError when the period would be longer than LONGEST_PERIOD samples.
     """
 
-    def __init__(self, weights: dict[str, float]):
+    def __init__(self, weights: dict[str, float], first: dict[str, int] | None = None):
         exact = {name: Fraction(str(weight)) for name, weight in weights.items() if weight > 0}
         if not exact:
             raise UserError("data.mixture: no source has a weight above 0")
@@ -49,6 +49,7 @@ class MixtureSampler:
         self.number = np.empty(period, np.int64)  # [period]: which one of its source's samples it is
         for source, count in enumerate(self.counts):
             self.number[self.pattern == source] = np.arange(count)
+        self.first = np.array([(first or {}).get(name, 0) for name in self.names])
 
     def __call__(self, position: int) -> tuple[int, int]:
         """Position -> (source, number among the samples of that source), both from 0."""
@@ -57,9 +58,14 @@ class MixtureSampler:
 
     def window(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """The same for the positions from `start` to before `stop` -> i64 [n] each."""
-        period, at = np.divmod(np.arange(start, stop), len(self.pattern))
-        source = self.pattern[at]
-        return source, period * self.counts[source] + self.number[at]
+        positions, ahead = np.arange(start, stop), self.first.cumsum()
+        early = np.searchsorted(ahead, positions[positions < ahead[-1]], side="right")
+        period, at = np.divmod(positions[len(early) :] - ahead[-1], len(self.pattern))
+        late = self.pattern[at]
+        number = self.first[late] + period * self.counts[late] + self.number[at]
+        return np.concatenate([early, late]), np.concatenate(
+            [positions[: len(early)] - (ahead - self.first)[early], number]
+        )
 
 
 def spread_evenly(counts: list[int]) -> list[int]:

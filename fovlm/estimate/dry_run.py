@@ -86,7 +86,7 @@ def _index_of(shard: Path) -> Path:
 def largest_sizes(experiment: Experiment) -> Iterator[PackSize]:
     """The samples of the run in order, each of its source's largest size. Endless."""
     shapes = largest(experiment)
-    mix = MixtureSampler(experiment.data.mixture)
+    mix = MixtureSampler(experiment.data.mixture, experiment.data.first)
     position = 0
     while True:
         source, _ = mix(position)

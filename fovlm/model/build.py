@@ -43,6 +43,9 @@ def build(settings: ModelSettings, image_frames: int = 1) -> FoveatedVLM:
     )
     scale = settings.visual_scale or llm.get_input_embeddings().weight.detach().std().item()
     model = FoveatedVLM(configuration(settings, llm.config, encoder.config, scale, image_frames), llm, encoder)
+    if settings.deep_query:  # nothing normalises the query of a shallow look: a weak one would attend uniformly
+        with torch.no_grad():
+            model.connector.query_in.weight.mul_(settings.query_scale)
     model.recompute(settings.grad_checkpoint)
     return model
 

@@ -100,3 +100,16 @@ def test_the_order_is_the_same_in_every_release():
     places = [ShardShuffle([3, 2], 0, "a")(i) for i in range(5)]
     assert places == [Place(0, 1, 1), Place(0, 0, 2), Place(0, 0, 0), Place(0, 1, 0), Place(0, 0, 1)]
     assert MixtureSampler({"a": 0.5, "b": 0.3, "c": 0.2}).pattern.tolist() == [0, 1, 0, 2, 0, 1, 0, 2, 1, 0]
+
+
+def test_samples_of_some_sources_come_ahead_of_the_mixture_and_are_not_read_again():
+    mix = MixtureSampler({"a": 1, "b": 3, "c": 1}, {"c": 5, "b": 2})
+    found = [mix(position) for position in range(500)]
+    assert found[:7] == [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (2, 3), (2, 4)]
+    plain = MixtureSampler({"a": 1, "b": 3, "c": 1})
+    assert [source for source, _ in found[7:]] == [plain(position)[0] for position in range(493)]
+    for source in range(3):
+        numbers = [number for which, number in found if which == source]
+        assert numbers == list(range(len(numbers)))
+    source, number = mix.window(3, 40)
+    assert list(zip(source.tolist(), number.tolist(), strict=True)) == found[3:40]

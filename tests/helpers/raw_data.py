@@ -4,16 +4,20 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fovlm.data.index import make_index
 from fovlm.data.sample_format import read_members
 from fovlm.prepare.job import Job
 from fovlm.prepare.manifest import Manifest
 from fovlm.prepare.pipeline import prepare
+from fovlm.prepare.sources import scenes
 from helpers import tiny
 
 VIDEO = tiny.video(3)  # 0, 1 and 2 s
+GREY = 100  # of the films of `stamps_and_films`
 
 
 def parquet(file: Path, rows: list[dict], group: int = 4) -> Path:
@@ -73,4 +77,24 @@ def openvid(folder: Path) -> Path:
     (folder / "video" / "cut.mp4").write_bytes(VIDEO[: len(VIDEO) // 2])
     rows = [["a.mp4", 'red, "blue"\nred', "5"], ["b.mp4", "blue", "4"], ["cut.mp4", "no", "4"], ["gone.mp4", "no", "4"]]
     table(folder / "OpenVid-1M.csv", ["video", "caption", "aesthetic score"], [*rows, ["a.mp4", " ", "5"]])
+    return folder
+
+
+def stamps_and_films(folder: Path) -> Path:
+    """What scenes are drawn from: discs of one colour, all but one on a transparent ground, and grey films."""
+    more = [f"thing{letter}" for letter in "abcdefghijklmnopqrstuvwx"]
+    rows = [{"file": "opaque.png", "caption": "A frog.", "category": "animals"}]
+    (folder / "stamps").mkdir()
+    Image.new("RGB", (9, 9)).save(folder / "stamps" / "opaque.png")
+    for n, name in enumerate([*scenes.NAMES, *more]):
+        pixels = np.zeros((40, 40, 4), np.uint8)
+        y, x = np.mgrid[:40, :40]
+        pixels[(y - 20) ** 2 + (x - 20) ** 2 < 300] = (255, 6 * n, 0, 255)
+        Image.fromarray(pixels).save(folder / "stamps" / f"{name}.png")
+        rows.append({"file": f"{name}.png", "caption": f"A {name}.", "category": ["animals", "food"][n % 2]})
+    jsonl(folder / "stamps" / "stamps.jsonl", rows)
+    (folder / "clips").mkdir()
+    for n in range(12):
+        film = [Image.new("RGB", (80, 60), (GREY, GREY, GREY + k)) for k in range(4)]
+        film[0].save(folder / "clips" / f"film{n}-1.webp", save_all=True, append_images=film[1:], duration=500)
     return folder

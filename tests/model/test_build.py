@@ -136,6 +136,16 @@ def test_the_scale_of_visual_tokens_can_be_that_of_the_embeddings(tmp_path):
     assert FoveatedVLM.from_pretrained(tmp_path).connector.visual_scale == model.config.visual_scale
 
 
+def test_a_deep_query_enters_the_encoder_at_its_scale_and_a_shallow_one_at_std_1():
+    def entering(**changed) -> float:
+        torch.manual_seed(0)
+        model = build(settings().model_copy(update=changed))
+        return model.connector.query_in.weight.std().item()
+
+    assert entering(query_scale=0.1) == pytest.approx(0.1 * entering(), rel=1e-5)
+    assert entering(query_scale=0.1, deep_query=False) == entering()
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [

@@ -10,41 +10,26 @@ from fovlm.data.chat import load_tokenizer
 from fovlm.errors import UserError
 from fovlm.prepare.job import Job, SceneSettings
 from fovlm.prepare.sources import scenes
-from helpers.raw_data import bytes_of, jsonl, made, samples_of
-
-GREY = 100
+from helpers.raw_data import GREY, bytes_of, made, samples_of, stamps_and_films
 
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
-    """Discs of one colour as pictures, on grey films."""
-    folder = tmp_path_factory.mktemp("raw")
-    more = [f"thing{letter}" for letter in "abcdefghijklmnopqrstuvwx"]
-    rows = [{"file": "opaque.png", "caption": "A frog.", "category": "animals"}]
-    (folder / "stamps").mkdir()
-    Image.new("RGB", (9, 9)).save(folder / "stamps" / "opaque.png")
-    for n, name in enumerate([*scenes.NAMES, *more]):
-        pixels = np.zeros((40, 40, 4), np.uint8)
-        y, x = np.mgrid[:40, :40]
-        pixels[(y - 20) ** 2 + (x - 20) ** 2 < 300] = (255, 6 * n, 0, 255)
-        Image.fromarray(pixels).save(folder / "stamps" / f"{name}.png")
-        rows.append({"file": f"{name}.png", "caption": f"A {name}.", "category": ["animals", "food"][n % 2]})
-    jsonl(folder / "stamps" / "stamps.jsonl", rows)
-    (folder / "clips").mkdir()
-    for n in range(12):
-        film = [Image.new("RGB", (80, 60), (GREY, GREY, GREY + k)) for k in range(4)]
-        film[0].save(folder / "clips" / f"film{n}-1.webp", save_all=True, append_images=film[1:], duration=500)
-    return folder
+    return stamps_and_films(tmp_path_factory.mktemp("raw"))
 
 
-def drawn(raw, frames: int, ask: str, held_out: bool = False) -> list[tuple[dict, list[np.ndarray]]]:
+def drawn(raw, frames: int, ask: str) -> list[tuple[dict, list[np.ndarray]]]:
     """(record, frames) of the questions of thirty scenes."""
-    settings = SceneSettings(30, "2,4", 3, frames, ask, held_out)
+    settings = SceneSettings(30, "2,4", 3, frames, ask)
     job = Job("scenes", raw, raw / "unused", size=126, scenes=settings)
     return [
-        (sample.record, [np.asarray(Image.open(io.BytesIO(picture))).astype(int) for picture in sample.pictures])
+        (
+            sample.record | asked,
+            [np.asarray(Image.open(io.BytesIO(picture))).astype(int) for picture in sample.pictures],
+        )
         for row in scenes.rows(job)
         for sample in scenes.make(row, job)
+        for asked in sample.record["conversations"]
     ]
 
 
@@ -105,8 +90,9 @@ def test_the_same_bytes_whatever_the_workers_and_a_tokenizer(raw, tmp_path):
     assert all(pictures == ["jpg"] for _, _, pictures in found)
     tokenizer = load_tokenizer(str(tmp_path / "a" / "tokenizer"))
     assert all(
-        tokenizer.unk_token_id not in tokenizer(record["user"] + " " + record["assistant"])["input_ids"]
+        tokenizer.unk_token_id not in tokenizer(asked["user"] + " " + asked["assistant"])["input_ids"]
         for _, record, _ in found
+        for asked in record["conversations"]
     )
 
 

@@ -5,7 +5,7 @@
 IN holds `stamps/stamps.jsonl` ({file, caption, category}; cutouts are PNGs with transparency, and captions like "A
 frog." give the names) and `clips/` (videos or animations). A scene has `--objects` pictures in different cells of a
 grid of `--grid` x `--grid`, on the frames of one film; in every frame they are in new cells. A scene is asked up to
-QUESTIONS times, about different objects, each a sample of its own. The question:
+QUESTIONS times, about different objects: conversations that share its encoded frames. The question:
 
     name    what is in row 1 column 3 ?              the picture at a place. The names are NAMES.
     place   where is the frog ?                      the other way round
@@ -14,7 +14,7 @@ QUESTIONS times, about different objects, each a sample of its own. The question
 
 With several frames the question ends in "in frame 2 ?". `--held-out` takes the films, and for `kind` the names, that a
 set made without it never has. Records hold `objects` [{name, kind, boxes}], a box [left, top, right, bottom] in pixels
-for each frame, and the `asked` object and `frame`. The same settings and seed give the same bytes.
+for each frame, and for each conversation the `asked` object and `frame`. A seed gives the same bytes every time.
 """
 
 import functools
@@ -144,17 +144,16 @@ def make(row: Row, job: Job) -> Iterator[NewSample]:
     objects = [
         {"name": name, "kind": stock.kinds[name], "boxes": track} for name, track in zip(names, boxes, strict=True)
     ]
-    asked = 0
+    conversations = []
     for target in rng.permutation(count):
         shown = int(rng.integers(drawn.frames))
-        found = _question(drawn.ask, names, stock.kinds, cells[shown], int(target), drawn.grid)
-        if found and asked < QUESTIONS:
-            asked += 1
-            question, answer = found
+        if found := _question(drawn.ask, names, stock.kinds, cells[shown], int(target), drawn.grid):
             when = f"in frame {shown + 1} ?" if drawn.frames > 1 else "?"
-            record = {"user": f"{question} {when}", "assistant": answer, "source": f"scenes/{count}"}
-            details = {"objects": objects, "asked": int(target), "frame": shown}
-            yield NewSample(record | details, pictures, still=drawn.frames == 1)
+            texts = {"user": f"{found[0]} {when}", "assistant": found[1]}
+            conversations.append(texts | {"asked": int(target), "frame": shown})
+    if conversations:
+        record = {"conversations": conversations[:QUESTIONS], "objects": objects, "source": f"scenes/{count}"}
+        yield NewSample(record, pictures, still=drawn.frames == 1)
 
 
 def _question(

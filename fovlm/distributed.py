@@ -1,6 +1,7 @@
 """Collectives that also work without a process group: then there is one rank."""
 
 import re
+import socket
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -95,3 +96,10 @@ def rank_zero_first(work: Callable[[], T]) -> T:
     """
     result = collective_call(lambda: work() if rank() == 0 else None)
     return cast(T, collective_call(lambda: result if rank() == 0 else work()))
+
+
+def check_same(value: Any, problem: str) -> None:
+    """Raise SharedError with the names of the hosts where `value` is not that of rank 0, and `problem`."""
+    found = gather((value, socket.gethostname()))
+    if hosts := {host for other, host in found if other != found[0][0]}:
+        raise SharedError(f"{', '.join(sorted(hosts))}: {problem}")

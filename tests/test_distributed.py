@@ -42,3 +42,11 @@ def test_the_failure_of_another_rank_ends_this_one(monkeypatch):
     monkeypatch.setattr(distributed, "gather", lambda value: [value, "rank 1 failed, see its traceback"])
     with pytest.raises(SharedError, match="rank 1 failed"):
         collective_call(lambda: 3)
+
+
+def test_a_host_with_another_value_is_named(monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, (value[0], "b"), ("other", "c"), ("other", "c")])
+    with pytest.raises(SharedError, match=r"^c: other shards$"):
+        distributed.check_same("shards", "other shards")
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, (value[0], "b")])
+    distributed.check_same("shards", "other shards")

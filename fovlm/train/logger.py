@@ -16,7 +16,8 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -99,8 +100,7 @@ class Logger:
             return
         run_folder.append_metrics(self.folder, {"step": step, "seconds": round(self.seconds, 3), **row})
         self.terminal.row(step, row)
-        if self.wandb is not None:
-            self.wandb.log({"step": step, **row})
+        self._to_wandb(lambda run: run.log({"step": step, **row}))
 
     def info(self, text: str) -> None:
         """A message: on the terminal above the bar, and in log.txt."""
@@ -134,11 +134,24 @@ class Logger:
         }
         text = json.dumps(summary, indent=2, default=str)
         write_atomically(self.folder / run_folder.SUMMARY, text, durable=True)
-        if self.wandb is not None:
-            self.wandb.summary.update(
-                {"status": status, **{f"best/{k}": v["value"] for k, v in summary["best"].items()}}
-            )
-            self.wandb.finish(exit_code=0 if status == "finished" else 1)
+        best = {f"best/{name}": entry["value"] for name, entry in summary["best"].items()}
+        self._to_wandb(lambda run: run.summary.update({"status": status, **best}))
+        self._to_wandb(lambda run: run.finish(exit_code=0 if status == "finished" else 1))
+
+    def _to_wandb(self, call: Callable[[Any], object]) -> None:
+        """Call wandb. Its process can die before ours, as from SLURM's scancel, which signals every process of a job:
+        then the run continues without it."""
+        if self.wandb is None:
+            return
+        try:
+            call(self.wandb)
+        except OSError as error:
+            import wandb
+
+            self.wandb = None
+            self.info(f"no connection to wandb ({error}): the run continues without it")
+            with suppress(OSError):
+                wandb.teardown()
 
     def __enter__(self) -> "Logger":
         return self

@@ -8,6 +8,7 @@ minute is taken for dead. So a lock that was left behind never has to be removed
 import fcntl
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -34,10 +35,23 @@ def run_lock(folder: Path) -> Iterator[None]:
     """Rank 0 locks the run folder; every rank must call it. Raises SharedError when another process trains there."""
     lock = distributed.collective_call(lambda: RunLock(folder) if distributed.rank() == 0 else None)
     try:
+        check_shared(folder)
         yield
     finally:
         if lock:
             lock.release()
+
+
+def check_shared(folder: Path) -> None:
+    """Raise SharedError that names the hosts which do not see what rank 0 writes into `folder`."""
+    probe = folder / distributed.broadcast(f".{secrets.token_hex(8)}")
+    distributed.collective_call(lambda: probe.touch() if distributed.rank() == 0 else None)
+    seen = probe.exists()
+    try:
+        distributed.check_same(seen, f"{folder} is not that of the first node: all must share FOVLM_RUNS")
+    finally:
+        if distributed.rank() == 0:
+            probe.unlink()
 
 
 class RunLock:

@@ -69,6 +69,7 @@ class Trainer:
         tokenizer = distributed.collective_call(lambda: load_tokenizer(tokenizer_path(experiment)))
         self.tokenizer = tokenizer
         self.train_set = distributed.rank_zero_first(lambda: open_dataset(experiment, tokenizer, data.mixture, True))
+        distributed.check_same(self.train_set.hash, "other shards than on the first node (FOVLM_DATA)")
         weights = dict.fromkeys(data.val, 1.0)
         val_set = distributed.rank_zero_first(lambda: open_dataset(experiment, tokenizer, weights)) if weights else None
         sizes = [PackSize(*row) for row in self.train_set.sizes(0, SIZED).tolist()]

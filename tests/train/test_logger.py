@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import time
 
+import psutil
 import pytest
 
 from fovlm.checkpoint.run_folder import Row, read_metrics
@@ -193,3 +195,21 @@ def test_wandb_gets_the_rows_but_no_secret_and_no_path(experiment, monkeypatch):
     hosts = [host] if len(host) > 6 else [bytes([len(host)]) + host, b'"' + host + b'"']
     for hidden in (b"s3cr3t-value", b"/home/someone", *hosts):
         assert hidden not in sent
+
+
+def test_a_run_outlives_wandb(experiment, monkeypatch):
+    """Its process gets the signals that SLURM sends to every process of a job."""
+    for variable in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(variable, str(experiment.run_folder / variable))
+    values = experiment.model_dump()
+    values["logger"]["wandb"] = "offline"
+    with Logger(Experiment.model_validate(values), 10, out=io.StringIO()) as logger:
+        for process in psutil.Process().children(recursive=True):
+            if process.name().startswith("wandb"):
+                process.kill()
+        for step in range(1, 4):
+            logger.log(step, {"loss": 3.25})
+            time.sleep(0.2)  # the first write to a dead process may succeed
+    assert len(read_metrics(experiment.run_folder)) == 3
+    assert json.loads((experiment.run_folder / "run_summary.json").read_text())["status"] == "finished"
+    assert "the run continues without it" in (experiment.run_folder / "log.txt").read_text()

@@ -10,9 +10,10 @@ import time
 
 import pytest
 
+from fovlm import distributed
 from fovlm.errors import UserError
 from fovlm.train import run_lock
-from fovlm.train.run_lock import RunLock
+from fovlm.train.run_lock import RunLock, check_shared
 
 HOLD = """
 import sys, time
@@ -105,3 +106,11 @@ def test_a_damaged_lock_stops_nobody(tmp_path, text):
     lock = RunLock(tmp_path)
     assert (tmp_path / "run.lock").read_text().startswith(f"{socket.gethostname()}:{os.getpid()} ")
     lock.release()
+
+
+def test_a_run_folder_that_another_host_does_not_see_is_refused(tmp_path, monkeypatch):
+    of_two = {tuple: [(True, "a"), (False, "b")], str: ["", ""]}  # what the ranks say
+    monkeypatch.setattr(distributed, "gather", lambda value: of_two[type(value)])
+    with pytest.raises(UserError, match=f"^b: {tmp_path} is not that of the first node"):
+        check_shared(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -64,7 +64,7 @@ up() {
   local node
   rm -rf -- "$1" && mkdir -p "$1" && cd "$1"
   settings
-  trap 'kill -KILL $(cat node-?/pid) $(jobs -p) 2>/dev/null; wait' EXIT
+  trap 'exec 2>/dev/null; kill -KILL $(cat node-?/pid) $(jobs -p); wait' EXIT
   trap exit TERM INT HUP
   for node in node-a node-b; do
     unshare --net --uts --ipc --mount --pid --fork --kill-child --mount-proc "$here" node "$PWD" "$node" &

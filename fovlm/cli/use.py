@@ -170,7 +170,11 @@ def look(
 def demo(
     model: ModelFolder = "",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Default: the first free port from 7860.")] = 0,
-    examples: Annotated[str, typer.Option(metavar="DIR", help="A folder of example clips.")] = "",
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines open the page.")] = "127.0.0.1",
+    share: Annotated[bool, typer.Option("--share", help="Ask Gradio for a public address, over the network.")] = False,
+    examples: Annotated[
+        str, typer.Option(metavar="DIR", help="A folder of example clips, or of the numbered frames of one.")
+    ] = "",
     tokens: Tokens = 128,
     frames: Frames = 64,
     mode: Mode = "",
@@ -194,7 +198,7 @@ def demo(
 
         clips = list_clips(examples) if examples else []
         net, processor = open_(model, frames, dtype)
-    serve(net, processor, Path(model).resolve().name, clips, tokens, frames, mode or None, port)
+    serve(net, processor, Path(model).resolve().name, clips, tokens, frames, mode or None, port, host, share)
 
 
 def bench(context: typer.Context) -> None:

@@ -68,21 +68,33 @@ def _read_file(
 
 
 def list_clips(folder: str | Path) -> list[Path]:
-    """The files of a folder that `read_clip` supports, by their first bytes, in natural order. Raises UserError."""
+    """What `read_clip` supports in a folder, in natural order: files, by their first bytes, and folders of pictures.
+
+    Pictures whose names differ in numbers alone are the frames of one clip: the folder itself. Raises UserError.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")
-    found = []
     try:
-        for path in sorted((p for p in folder.iterdir() if p.is_file()), key=_natural):
-            with path.open("rb") as file:
-                if tolerant.kind_of(file):
-                    found.append(path)
+        found = [path for path in sorted(folder.iterdir(), key=_natural) if _is_clip(path)]
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror or error}") from error
     if not found:
         raise UserError(f"{folder} holds no video or picture (supported: {KINDS})")
-    return found
+    numbered = {re.sub(r"\d+", "", path.name) for path in found}
+    return [folder] if len(found) > len(numbered) == 1 and _kind(found[0]) in decode.PICTURES.values() else found
+
+
+def _is_clip(path: Path) -> bool:
+    return any(_kind(p) in decode.PICTURES.values() for p in path.iterdir()) if path.is_dir() else bool(_kind(path))
+
+
+def _kind(path: Path) -> str | None:
+    """The kind of a file; None for what is no video or picture."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return tolerant.kind_of(file)
 
 
 def _explained(cause: str, kind: str | None) -> str:

@@ -57,8 +57,8 @@ def app(
     def chosen(path: str | None, fps: float) -> str:
         return strip(read(path, fps)) if path else ""
 
-    def picked(event: gr.SelectData) -> str:
-        return str(examples[event.index])
+    def picked(event: gr.SelectData) -> tuple[str, None]:
+        return str(examples[event.index]), None
 
     def asked(path: str | None, question: str | None, other: str | None, fps: float) -> Iterator[tuple[str, str]]:
         questions = [text.strip() for text in (question, other) if text and text.strip()]
@@ -95,6 +95,7 @@ def app(
         gr.Markdown(f"## Where does it look?\n**{title}** spends one token on each frame and decides where to look.")
         with gr.Row():
             with gr.Column(scale=2):
+                clip_path = gr.State("")  # an upload has a file, an example may be a folder
                 file = gr.File(label="A video, animation or picture", elem_id="clip", height=150)
                 if examples:
                     gallery = gr.Gallery(
@@ -107,7 +108,7 @@ def app(
                         buttons=[],
                         elem_id="examples",
                     )
-                    gallery.select(picked, None, file)
+                    gallery.select(picked, None, [clip_path, file])
             with gr.Column(scale=3):
                 question = gr.Textbox(label="Question", value="What happens in this video?", elem_id="question")
                 with gr.Accordion("More", open=False):
@@ -117,8 +118,10 @@ def app(
                 answered = gr.Textbox(label="Answer", lines=3, interactive=False, elem_id="answer")
         seen = gr.HTML(elem_id="frames")
         gaze = gr.HTML(elem_id="gaze")
-        gr.on([file.change, fps.release], chosen, [file, fps], seen)
-        gr.on([go.click, question.submit], asked, [file, question, other, fps], [answered, gaze])
+        file.upload(lambda path: path, file, clip_path)
+        file.clear(lambda: "", None, clip_path)
+        gr.on([clip_path.change, fps.release], chosen, [clip_path, fps], seen)
+        gr.on([go.click, question.submit], asked, [clip_path, question, other, fps], [answered, gaze])
     return page
 
 
@@ -131,21 +134,24 @@ def serve(
     frames: int = 64,
     mode: str | None = None,
     port: int = 0,
+    host: str = "127.0.0.1",
+    share: bool = False,
     wait: bool = True,
 ) -> str:
-    """Serve the page on this machine until Ctrl-C (or return at once, unless `wait`) -> its address.
+    """Serve the page until Ctrl-C (or return at once, unless `wait`) -> its address.
 
-    `port` 0 is the first free one from 7860. Raises UserError if the port is taken.
+    `port` 0 is the first free one from 7860. `host` 0.0.0.0 is for other machines too, `share` asks Gradio for a public
+    address. Raises UserError if the port is taken.
     """
     page = app(model, processor, title, examples, tokens, frames, mode)
     theme = gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     try:
-        _, address, _ = page.queue().launch(
-            server_name="127.0.0.1",
+        _, address, public = page.queue().launch(
+            server_name=host,
             server_port=port or None,
             prevent_thread_lock=True,
             quiet=True,
-            share=False,
+            share=share,
             ssr_mode=False,
             footer_links=[],
             max_file_size=LARGEST,
@@ -156,7 +162,7 @@ def serve(
     except OSError as error:
         raise UserError(f"port {port or '7860 and those after it'} is taken: give another --port") from error
     if wait:
-        print(f"fovlm: open {address} in a browser on this machine; Ctrl-C ends", flush=True)
+        print(f"fovlm: open {public or address} in a browser; Ctrl-C ends", flush=True)
         page.block_thread()
     return address
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from fovlm.errors import SampleError, UserError
 from fovlm.media import decode, tolerant
-from fovlm.media.clip import read_clip
+from fovlm.media.clip import list_clips, read_clip
 from helpers import tiny
 
 
@@ -212,3 +212,16 @@ def test_a_trimmed_film_is_not_called_cut_short(tmp_path):
 def test_a_path_that_the_system_refuses_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"\.\.\. cannot be read: File name too long"):
         read_clip(tmp_path / ("x" * 300), 16)
+
+
+def test_a_folder_of_clips_is_listed_and_numbered_frames_are_one_clip(tmp_path):
+    for n in (1, 2, 10):
+        (tmp_path / "frames" / f"val7.{n}.jpg").parent.mkdir(exist_ok=True)
+        (tmp_path / "frames" / f"val7.{n}.jpg").write_bytes(tiny.picture(n))
+    assert list_clips(tmp_path / "frames") == [tmp_path / "frames"]
+    (tmp_path / "b.mp4").write_bytes(tiny.video(2, size=32))
+    (tmp_path / "notes.txt").write_text("no clip")
+    (tmp_path / "empty").mkdir()
+    assert list_clips(tmp_path) == [tmp_path / "b.mp4", tmp_path / "frames"]
+    (tmp_path / "frames" / "cat.jpg").write_bytes(tiny.picture(3))
+    assert len(list_clips(tmp_path / "frames")) == 4  # pictures of their own

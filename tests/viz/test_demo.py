@@ -28,6 +28,9 @@ def examples(tmp_path_factory):
     folder = tmp_path_factory.mktemp("examples")
     for n, seconds in enumerate((2, 4)):
         (folder / f"clip{n}.mp4").write_bytes(tiny.video(seconds, size=32))
+    (folder / "frames").mkdir()
+    for n in range(3):
+        (folder / "frames" / f"{n}.jpg").write_bytes(tiny.picture(80 * n))
     return sorted(folder.iterdir())
 
 
@@ -74,9 +77,10 @@ def test_upload_a_clip_and_ask(page, address, tmp_path):
     # Another clip, of those on offer, takes its place.
     page.locator("#examples img").nth(1).click()
     page.wait_for_function("document.querySelectorAll('.fovlm-strip img').length == 4")
+    page.locator("#examples img").nth(2).click()  # a folder of frames is one clip
+    page.wait_for_function("document.querySelectorAll('.fovlm-strip img').length == 3")
     # A mistake is shown, and the page still works.
     (tmp_path / "letter.mp4").write_text("Dear Sir or Madam")
-    page.locator("#clip button[aria-label*='lear'], #clip button[aria-label*='emove']").first.click()
     page.set_input_files("#clip input[type=file]", tmp_path / "letter.mp4")
     page.get_by_text("letter.mp4 is no video or picture").first.wait_for()
     assert page.wrong == []

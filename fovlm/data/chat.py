@@ -25,6 +25,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -36,6 +38,10 @@ SHOWN, ANSWER = "\ue000shown\ue000", "\ue000answer\ue000"  # private-use charact
 SPARE = 64  # tokens that are looked at beyond those that are used: the last ones depend on where the text is cut
 MOST = 2**16 - 1  # conversations of a sample: the table of samples counts so far
 Pieces = Callable[[int], tuple[str, ...]]  # `around` of one tokenizer
+# What transformers raises for files and settings that make no sense, or a model that does not fit in memory.
+TRANSFORMERS_ERRORS: tuple[type[Exception], ...] = (ArithmeticError, AssertionError, AttributeError, ImportError)
+TRANSFORMERS_ERRORS += (LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
+TRANSFORMERS_ERRORS += (SafetensorError, StrictDataclassError)
 
 
 @dataclass
@@ -111,8 +117,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder or a Hugging Face id. Raises UserError."""
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except TRANSFORMERS_ERRORS as error:
+        reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"no tokenizer in '{source}' ({reason}): set model.tokenizer to a folder or id with one"
         ) from error

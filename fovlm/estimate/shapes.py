@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from fovlm.config.schema import Experiment, ModelSettings
+from fovlm.data.chat import TRANSFORMERS_ERRORS
 from fovlm.errors import UserError, did_you_mean
 from fovlm.model.build import check_supported, configuration, random_config
 from fovlm.model.configuration import FoveatedConfig
@@ -149,7 +150,7 @@ def _config(key: str, source: str | dict[str, Any]) -> PreTrainedConfig:
         where = str(folder or source)
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, local_files_only=True)
         config = vision_config(config) if key == "encoder" else config
-    except (OSError, ValueError) as error:
+    except TRANSFORMERS_ERRORS as error:
         if folder is None:
             raise UserError(
                 f"model.{key}: the shapes of '{source}' are not known: it is no local folder (see FOVLM_MODELS) "

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -20,6 +18,7 @@ from transformers import (
 )
 
 from fovlm.config.schema import ModelSettings
+from fovlm.data.chat import TRANSFORMERS_ERRORS
 from fovlm.errors import UserError, did_you_mean
 from fovlm.model.configuration import FoveatedConfig, backbone_config
 from fovlm.model.encoder import DROPOUTS
@@ -28,8 +27,6 @@ from fovlm.model.modeling import FoveatedVLM, check_report
 from fovlm.paths import local_folder
 
 SIZE = re.compile(r"(size|heads|layers|dim|channels|embeddings)$")  # names of what must be above 0
-MISTAKES: tuple[type[Exception], ...] = (ArithmeticError, AssertionError, AttributeError, ImportError)
-MISTAKES += (LookupError, MemoryError, RuntimeError, TypeError, ValueError, StrictDataclassError)
 
 
 def build(settings: ModelSettings, image_frames: int = 1) -> FoveatedVLM:
@@ -118,7 +115,7 @@ def _mistakes(key: str) -> Iterator[None]:
     """Raise UserError for what transformers raises when settings make no sense, or no model that fits in memory."""
     try:
         yield
-    except MISTAKES as error:
+    except TRANSFORMERS_ERRORS as error:
         reason = " ".join(str(error).split()).split("Error: ")[-1][:200]
         raise UserError(f"model.{key}: transformers cannot make this model: {reason}") from error
 
@@ -142,7 +139,7 @@ def _pretrained(key: str, source: str) -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # the report has their names, an error would not
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except TRANSFORMERS_ERRORS as error:
         reason = " ".join(str(error).split())[:160]
         missing = "no folder here (nor below FOVLM_MODELS), and it cannot be downloaded"
         problem = "does not load" if local_folder(source) else missing

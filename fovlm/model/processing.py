@@ -19,11 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from fovlm.data.chat import TokenizedText, conversation, load_tokenizer
+from fovlm.data.chat import TRANSFORMERS_ERRORS, TokenizedText, conversation, load_tokenizer
 from fovlm.errors import UserError, did_you_mean
 from fovlm.media import decode as media
 from fovlm.media.clip import read_clip
@@ -310,7 +309,7 @@ def load_model(folder: Path, dtype: str | torch.dtype) -> FoveatedVLM:
         model, report = FoveatedVLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except TRANSFORMERS_ERRORS as error:
         raise UserError(f"{folder}: the model does not load: {' '.join(str(error).split())[:200]}") from error
     check_report(report, str(folder))
     return model.eval()

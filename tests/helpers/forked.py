@@ -122,8 +122,9 @@ def _fork(request: dict[str, Any], rank: int) -> int:
         if request["hook"]:
             module, _, name = request["hook"].partition(":")
             getattr(importlib.import_module(module), name)(rank=rank, **request["options"])
-        from fovlm.train import trainer
+        from fovlm.train import process, trainer
 
+        process.keep_running_without_output()
         status = trainer.main(request["start"])
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1

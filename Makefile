@@ -3,7 +3,7 @@ ENV := . scripts/env.sh && use_python dev && use_caches
 # One thread: the matrices of the tests are small.
 RUN := $(ENV) && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=$$PWD
 
-.PHONY: test pins lint format unit lines install cluster real gpu docs
+.PHONY: test pins lint format unit lines install cluster real gpu docs faults
 test: lint unit lines
 
 # Do the pinned versions resolve on other machines? Needs the package index.
@@ -37,6 +37,10 @@ real:
 # Uses the Python of FOVLM_PYTHON if that is set, and says what it leaves out for want of packages.
 gpu:
 	@$(RUN) && python -m benchmarks.gpu
+
+# What goes wrong with a run or its files, tried on purpose, into docs/faults.md. SCALE=0.25 tries a quarter.
+faults:
+	@$(RUN) && FOVLM_FAULTS=$${SCALE:-1} python -m pytest tests/faults -o faulthandler_timeout=3600 $(ARGS)
 
 format:
 	@$(RUN) && ruff check --fix . && ruff format .

@@ -45,11 +45,11 @@ def card(
         ("visual tokens", f"{model.visual}, frames of {model.frame_size} pixels, question {model.question}"),
         ("trained", f"{state.step} steps, {state.samples:,} samples, {state.tokens:,} weighted tokens, {objective}"),
         ("weights", f"{dtype}, from a ZeRO-{state.zero_stage} checkpoint of {state.world_size} rank(s)"),
-        ("commit", f"`{summary['commit']}`" if summary.get("commit") else "unknown"),
+        ("commit", f"`{summary['commit'][:12]}`" if summary.get("commit") else "unknown"),
         ("data hash", f"`{state.data_hash or 'unknown'}`"),
     ]
     settings = yaml.dump(redact(experiment.model_dump()), Dumper=Dumper, sort_keys=False, allow_unicode=True)
-    return _join(
+    text = _join(
         _metadata(model),
         f"# {name}",
         "A fovlm model: a video language model that spends one token on each frame and decides where to look.",
@@ -65,6 +65,7 @@ def card(
         checked,
         f"<details><summary>All settings</summary>\n\n```yaml\n{settings}```\n\n</details>",
     )
+    return redact(text)
 
 
 def imported_card(name: str, origin: str, facts: list[tuple[str, str]]) -> str:

@@ -17,6 +17,8 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from fovlm.errors import UserError
 from fovlm.media import encode
@@ -25,6 +27,7 @@ from fovlm.viz.answer import ALIKE, answer, stream_answer
 from fovlm.viz.gaze import Gaze, gaze_of
 from fovlm.viz.html import write_page
 
+HOSTS = ["127.0.0.1", "localhost"]  # a page elsewhere whose name leads here is another host to a browser
 LARGEST = "1gb"  # of an uploaded file
 # Gives the iframe the height of its content.
 FIT = "this.style.height = this.contentDocument.documentElement.scrollHeight + 8 + 'px'"
@@ -158,6 +161,7 @@ def serve(
             allowed_paths=[str(path.absolute()) for path in examples],
             theme=theme,
             css=CSS,
+            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)]},
         )
     except OSError as error:
         raise UserError(f"port {port or '7860 and those after it'} is taken: give another --port") from error

@@ -159,6 +159,40 @@ def test_redact_hides_secrets_and_the_home_folder(monkeypatch):
     assert redact("hf_" + "a" * 30) == HIDDEN
 
 
+JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJl"
+SECRETS = ["ghp_" + "a1" * 18, "github_pat_" + "b2" * 20, "sk-" + "c3" * 20, "sk-proj-" + "d4" * 20, JWT, "e5" * 20,
+           "AKIA" + "F6" * 8, "ASIA" + "F6" * 8, "glpat-" + "g7" * 10, "xoxb-1234567890-abc"]  # fmt: skip
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_redact_knows_a_secret_by_its_form(secret):
+    assert redact(f"key {secret}, and more") == f"key {HIDDEN}, and more"
+    assert redact(f"Authorization: Bearer {secret}").endswith(HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("https://me:p@ss:w@rd@host/a.tar", f"https://{HIDDEN}@host/a.tar"),
+        ("s3://bucket/a?password=hunter2&part=1", f"s3://bucket/a?{HIDDEN}&part=1"),
+        ("https://host/a?x=1&passwd=a&auth_token=b", f"https://host/a?x=1&{HIDDEN}&{HIDDEN}"),
+        ("WANDB_API_KEY='abcdefgh'", f"{HIDDEN}'"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----\nrest", f"{HIDDEN}\nrest"),
+    ],
+)
+def test_redact_knows_a_secret_by_its_place(text, hidden):
+    assert redact(text) == hidden
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["data.max_tokens=48", "tokenizer: /models/SmolLM2", "https://host/a.tar?design=2", "mask-1234567890-1234567890-12",
+     "key: value", "step-00000100", "0123456789abcdef", "https://host/path@2x.png"],
+)  # fmt: skip
+def test_redact_leaves_what_is_no_secret(text):
+    assert redact(text) == text
+
+
 @pytest.mark.parametrize("name", ["HF_TOKEN", "MY_API_KEY", "PGPASSWORD", "DB_PASS", "AWS_SECRETS", "TOKEN2", "apikey"])
 def test_redact_knows_a_secret_by_a_word_of_its_name(monkeypatch, name):
     monkeypatch.setenv(name, "s3cr3t-value")

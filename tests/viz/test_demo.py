@@ -1,5 +1,6 @@
 """The demo in a real browser: upload a clip, ask, move the gaze; no errors, no requests to other hosts."""
 
+import http.client
 import shutil
 import tempfile
 
@@ -86,6 +87,15 @@ def test_upload_a_clip_and_ask(page, address, tmp_path):
     assert page.wrong == []
     afar = [url for url in page.asked if not url.startswith((address, "data:", "blob:", "about:"))]
     assert afar == []
+
+
+def test_a_page_under_another_name_is_not_served(address):
+    port = int(address.rstrip("/").rsplit(":", 1)[1])
+    for host, status in (("127.0.0.1", 200), ("localhost", 200), ("evil.example", 400)):
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request("GET", "/", headers={"Host": f"{host}:{port}"})
+        assert connection.getresponse().status == status, host
+        connection.close()
 
 
 def test_a_taken_port_is_an_error(model, address):

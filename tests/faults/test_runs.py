@@ -29,19 +29,10 @@ def until(condition, seconds: float = 120) -> bool:
     return condition()
 
 
-def changes(whole: Reference) -> list[int]:
-    """How many changes of the disk a save makes on each rank."""
-    folder = whole.run("counted")
-    if not folder.is_dir():
-        hook = {"hook": HOOK + "install", "folder": str(folder), "step": STEPS}
-        assert whole.start("counted", **hook).wait() == [0, 0]
-    return [int((folder / f"changes-{rank}").read_text()) for rank in range(2)]
-
-
 def test_kills_at_random_times(row: Row, whole: Reference):
     """SIGKILL of one rank or both at a random time of a run.
     The others end with a line; the same command resumes to the same losses and weights, to the bit."""
-    for i in row.times(1, 30):
+    for i in row.times(0, 30):
         ranks = whole.start(name := f"killed-{i}")
         time.sleep(row.random.uniform(0.1, 1.0) * whole.seconds)
         victim = row.random.choice((0, 1, None))
@@ -55,7 +46,7 @@ def test_kills_at_random_times(row: Row, whole: Reference):
 def test_kills_at_every_change_of_a_save(row: Row, whole: Reference):
     """SIGKILL at every change of the disk that a save makes, on each of two ranks.
     A whole checkpoint with the weights of its step is left; every fourth is resumed to the end, to the bit."""
-    for rank, count in enumerate(changes(whole)):
+    for rank, count in enumerate(whole.changes):
         for n, at in enumerate(row.each(count)):
             name = f"save-{rank}-{at}"
             hook = {"hook": HOOK + "install", "folder": str(whole.run(name)), "step": STEPS, "target": rank, "at": at}
@@ -63,7 +54,7 @@ def test_kills_at_every_change_of_a_save(row: Row, whole: Reference):
             statuses = ranks.wait()
             problem = "" if statuses[rank] == DIED else f"statuses {statuses}"
             problem = problem or ("" if one_line(ranks.said(1 - rank)) else ranks.said(1 - rank)[-800:])
-            problem = problem or whole.state(name) or (whole.resumes(name) if n % 4 == 0 else "")
+            problem = problem or whole.state(name) or (whole.resumes(name) if row.full and n % 4 == 0 else "")
             row.check(not problem, f"{name}: {problem}")
 
 
@@ -71,7 +62,7 @@ def test_a_full_disk_at_every_change_of_a_save(row: Row, whole: Reference):
     """A disk that is full, read-only or broken from any change of a save on, on each of two ranks.
     The rank ends with status 2 and one line; a whole checkpoint is left; every fourth is resumed, to the bit."""
     errors = ("ENOSPC", "EROFS", "EIO")
-    for rank, count in enumerate(changes(whole)):
+    for rank, count in enumerate(whole.changes):
         for n, at in enumerate(row.each(count)):
             name, error = f"full-{rank}-{at}", errors[at % len(errors)]
             hook = {"hook": HOOK + "install", "folder": str(whole.run(name)), "step": STEPS, "target": rank, "at": at}
@@ -79,14 +70,14 @@ def test_a_full_disk_at_every_change_of_a_save(row: Row, whole: Reference):
             statuses = ranks.wait()
             problem = "" if statuses[rank] == 2 else f"statuses {statuses}: {ranks.said(rank)[-800:]}"
             problem = problem or "".join(s[-800:] for s in (ranks.said(0), ranks.said(1)) if not one_line(s))
-            problem = problem or whole.state(name) or (whole.resumes(name) if n % 4 == 0 else "")
+            problem = problem or whole.state(name) or (whole.resumes(name) if row.full and n % 4 == 0 else "")
             row.check(not problem, f"{name} {error}: {problem}")
 
 
 def test_files_that_cannot_grow(row: Row, whole: Reference):
     """Real writes that fail in mid-run (a limit of the size of files), for limits from 0 bytes to a checkpoint's.
     The run ends with status 2 and one line; the same command resumes to the end, to the bit."""
-    for i in row.times(1, 8):
+    for i in row.times(0, 8):
         size = (0, 200, 1000, 5000, 20_000, 60_000, 100_000, 200_000)[i]
         ranks = whole.start(name := f"limited-{size}", hook=HOOK + "limit_files", after=SAVE, size=size)
         statuses = ranks.wait()
@@ -98,7 +89,7 @@ def test_files_that_cannot_grow(row: Row, whole: Reference):
 def test_signals(row: Row, whole: Reference):
     """SIGTERM, SIGHUP or SIGUSR1 at a random step.
     Every rank saves and ends with 75 (or has ended already); the same command resumes to the end, to the bit."""
-    for i in row.times(1, 9):
+    for i in row.times(0, 9):
         number = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)[i % 3]
         ranks, seen = whole.start(name := f"signal-{i}"), row.random.randrange(1, STEPS)
         until(lambda name=name, seen=seen: len(rows(whole.home, name)) >= seen)
@@ -140,8 +131,8 @@ def test_ranks_2_1_2(row: Row, whole: Reference):
 def test_losses_that_are_not_numbers(row: Row, whole: Reference):
     """Losses of one rank that are NaN, in every pattern over two ranks and some steps.
     The steps are skipped on both ranks, up to two in a row; three in a row end the run with status 2."""
-    for rank in range(2) if row.full else [1]:
-        for steps in ([2], [3], [1, 2], [2, 4, 6], [1, 2, 4, 5], [2, 3, 4]) if row.full else ([2, 4],):
+    for rank in row.times(0, 2):
+        for steps in ([2], [3], [1, 2], [2, 4, 6], [1, 2, 4, 5], [2, 3, 4]):
             name = f"nan-{rank}-{'-'.join(map(str, steps))}"
             ranks = whole.start(name, hook=HOOK + "spoil", target=rank, steps=steps)
             ends = steps == [2, 3, 4]
@@ -154,7 +145,8 @@ def test_losses_that_are_not_numbers(row: Row, whole: Reference):
 def test_a_closed_output(row: Row, whole: Reference):
     """A reader of the output that goes away after a line (`| head -1`), of stdout or stderr; a full disk behind it.
     The run ends with status 0, and log.txt has every line."""
-    for case in ("stdout", "stderr", "both", "full") if row.full else ():
+    for i in row.times(0, 4):
+        case = ("stdout", "full", "stderr", "both")[i]
         command = [sys.executable, "-u", "-m", "fovlm.train", *whole.words(name := f"closed-{case}")]
         env = {**os.environ, **whole.env, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}

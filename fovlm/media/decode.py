@@ -52,7 +52,7 @@ def decoder_errors(cause: str, errors: tuple[type[BaseException], ...]) -> Itera
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SampleError("absurd picture size") from error
     except errors as error:
-        raise SampleError(cause) from error
+        raise SampleError("decoding takes too much memory" if isinstance(error, MemoryError) else cause) from error
 
 
 def decode_media(media: list[tuple[str, bytes]], count: int, size: int, most: int) -> Tensor:

@@ -99,6 +99,25 @@ def test_long_text_is_cut():
     assert chat(most=20, question="before_frames").text(record, None, frames=True).prompt == 20
 
 
+@pytest.mark.parametrize("words", ["it is red ", "red\n\nblue ? ", "unknownandlong" * 40 + " ", "🐶" * 30])
+@pytest.mark.parametrize("where", ["user", "assistant", "turns"])
+def test_a_text_far_beyond_the_limit_is_cut_before_it_is_tokenized(tokenizer, words, where, monkeypatch):
+    long = words * (30_000 // len(words))
+    record = {"user": "what ?", "assistant": "red"} | {where: long}
+    if where == "turns":
+        record = {"turns": [{"user": f"what is {n} ?", "assistant": words} for n in range(2000)]}
+    limited, whole = chat(tokenizer, most=50), chat(tokenizer, most=50)
+    whole.characters = 10**9
+    expected = whole.text(record, None, True)
+    seen = []
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda t, text, **o: seen.append(len(text)) or call(t, text, **o))
+    text = limited.text(record, None, True)
+    assert (text.tokens.tolist(), text.weight.tolist()) == (expected.tokens.tolist(), expected.weight.tolist())
+    assert seen[0] <= limited.characters < 20_000
+    assert len(seen) == 1 or "unknown" in words, "only where tokens hold more than any of the vocabulary"
+
+
 @settings(deadline=None, max_examples=50)
 @given(
     st.text(min_size=1).filter(str.strip),

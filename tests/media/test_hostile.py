@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fovlm.data.dataloader import bounded_memory
 from fovlm.errors import SampleError
 from fovlm.media import clip, decode
 from helpers import tiny
@@ -55,11 +56,12 @@ def test_pictures_take_bounded_memory(tmp_path):
         assert int(line.split()[-1]) < WORKER_MB, line
 
 
-def test_large_pictures_are_reduced_first_and_look_the_same():
+def test_large_pictures_are_reduced_first_and_look_the_same(monkeypatch):
+    monkeypatch.setattr(decode, "LARGE", 10_000)
     pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
-    whole = Image.fromarray(pixels).resize((3900, 2700), Image.Resampling.BICUBIC)
-    frame = decode.decode_pictures([("png", saved(whole, "PNG", compress_level=1))], 64)[0]
-    expected = decode.fit(np.asarray(whole), 64).transpose(2, 0, 1)
+    whole = Image.fromarray(pixels).resize((396, 270), Image.Resampling.BICUBIC)
+    frame = decode.decode_pictures([("png", saved(whole, "PNG"))], 32)[0]
+    expected = decode.fit(np.asarray(whole), 32).transpose(2, 0, 1)
     assert np.abs(frame.numpy().astype(int) - expected).mean() < 2
 
 
@@ -80,6 +82,23 @@ def test_the_scans_of_a_jpeg_are_limited(monkeypatch):
     assert time.process_time() - start < 1
     camera = saved(Image.new("RGB", (1000, 1000)), "JPEG", progressive=True)
     assert len(decode.decode_pictures([("jpg", camera)], 16)) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's own memory")
+@pytest.mark.skipif("libx264" not in av.codecs_available, reason="needs an encoder that keeps 16 frames")
+def test_a_video_that_keeps_many_frames_in_memory_is_refused():
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 1600, 1200, "yuv420p"
+        stream.options = {"preset": "ultrafast", "x264-params": "ref=16:bframes=0"}
+        for _ in range(18):
+            container.mux(stream.encode(av.VideoFrame(1600, 1200, "yuv420p")))
+        container.mux(stream.encode())
+    with pytest.raises(SampleError, match=r"undecodable video|too much memory"), bounded_memory(12 << 20):
+        decode.decode_video(out.getvalue(), "mp4", 16, 18, 64)
+    with bounded_memory():
+        assert len(decode.decode_video(out.getvalue(), "mp4", 16, 18, 64)) == 18
 
 
 def test_a_time_stamp_beyond_all_videos(tmp_path):

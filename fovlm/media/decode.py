@@ -122,8 +122,9 @@ def read_pixels(image: Image.Image, size: int) -> np.ndarray:
     Done in bands: beside the decoded picture it takes no memory to speak of.
     """
     width, height = _longest(*image.size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
     factor = max(1, min(width, height) // (2 * size)) if width * height > LARGE else 1
+    width, height = width - width % factor, height - height % factor
+    left, top = (image.width - width) // 2, (image.height - height) // 2
     rows = -(-BAND // (width * factor)) * factor
     bands = []
     for y in range(top, top + height, rows):

@@ -5,7 +5,6 @@ Every rank runs this file, started by `launch.sh`. What one rank decides is shar
 
 import argparse
 import contextlib
-import faulthandler
 import json
 import logging
 import os
@@ -49,6 +48,7 @@ from fovlm.train.saving import CheckpointSaver
 from fovlm.train.synthetic_score import score_looks
 from fovlm.train.throughput import Throughput, device_name
 from fovlm.train.validation import Validator, score_tables
+from fovlm.train.watchdog import Watchdog
 from fovlm.viz.heatmap import entropy
 
 SIZED = 5000  # samples whose mean size converts a budget of FLOPs into samples
@@ -142,10 +142,9 @@ class Trainer:
         with self.logger:
             self._write_settings()
             throughput = Throughput(state, self.device, self.flops_per_sample)
-            steps = iter(self.loader)
+            steps, watchdog = iter(self.loader), Watchdog(train.hang_minutes * 60)
             while self.progress < 1.0:
-                # A rank that waits in vain, for a dead peer or a stuck disk, prints where and ends the run.
-                faulthandler.dump_traceback_later(train.hang_minutes * 60, exit=True)
+                watchdog.restart()
                 step = throughput.next_of(steps)
                 state.step += 1
                 state.samples += step.samples
@@ -174,7 +173,7 @@ class Trainer:
                     self.logger.info(self.saver.save(state, self._validate))
                 if stops:
                     return self._stop()
-            faulthandler.cancel_dump_traceback_later()
+            watchdog.stop()
             self._finish()
         return 0
 

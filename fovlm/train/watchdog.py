@@ -1,0 +1,78 @@
+"""Ends a run in which a step takes too long, and names the rank that hangs: one that waits for others is not it."""
+
+import faulthandler
+import math
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+
+import torch.distributed as dist
+
+from fovlm import distributed
+from fovlm.errors import EXIT_FAILED
+
+GRACE = 10.0  # seconds for all ranks to say where they are
+
+
+class Watchdog:
+    """From `restart` on, this process has `seconds` until the next `restart` or `stop`.
+
+    Past that each rank tells the others where it is, rank 0 (or the first that answers) prints it, and all end.
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds, self.deadline = seconds, math.inf
+        self.hosts = distributed.gather(socket.gethostname())
+        self.main = threading.main_thread().ident
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def restart(self) -> None:
+        self.deadline = time.monotonic() + self.seconds
+        # Also where C code holds Python's lock, and no thread runs.
+        faulthandler.dump_traceback_later(self.seconds + 2 * GRACE, exit=True)
+
+    def stop(self) -> None:
+        self.deadline = math.inf
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while time.monotonic() < self.deadline:
+            time.sleep(min(1.0, self.seconds / 10))
+        places = self._exchange(self._place())
+        if min(rank for rank, place in enumerate(places) if place) == distributed.rank():
+            for rank, place in enumerate(places):
+                where = place or "does not answer"
+                print(f"fovlm: rank {rank} on {self.hosts[rank]} {where}", file=sys.stderr, flush=True)
+            print(f"fovlm: a step took longer than {self.seconds / 60:g} minutes (train.hang_minutes): ending",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        faulthandler.dump_traceback()
+        os._exit(EXIT_FAILED)
+
+    def _place(self) -> str:
+        """Where the main thread is."""
+        stack = traceback.extract_stack(sys._current_frames()[self.main or 0])
+        if any("torch/distributed/" in frame.filename for frame in stack):
+            return "waits for the others"
+        return f"hangs in {stack[-1].name} ({stack[-1].filename}:{stack[-1].lineno})"
+
+    def _exchange(self, place: str) -> list[str]:
+        """The places of all ranks; "" for those that do not answer in time, or can no longer be asked."""
+        places = [""] * distributed.world()
+        places[distributed.rank()] = place
+        if not dist.is_initialized():
+            return places
+        try:
+            store = dist.PrefixStore("hang", dist.distributed_c10d._get_default_store())
+            store.set(str(distributed.rank()), place)
+            until = time.monotonic() + GRACE
+            while not all(places) and time.monotonic() < until:
+                for rank, known in enumerate(places):
+                    if not known and store.check([str(rank)]):
+                        places[rank] = store.get(str(rank)).decode()
+                time.sleep(0.1)
+        except RuntimeError:  # the node of rank 0, which holds the store, is gone
+            pass
+        return places

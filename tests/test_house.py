@@ -59,6 +59,7 @@ LIGHT = (
     "config.experiments",
     "config.schema",
     "config.deepspeed",
+    "config.existing_run",
     "launch.main",
     "checkpoint.run_folder",
     "media.location",

@@ -194,7 +194,7 @@ def import_published(
         write_weights(staging, config, stored, DTYPES[dtype], largest, on_progress)
         write_settings(staging, config, words, DTYPES[dtype])
         model = load_model(staging, DTYPES[dtype])
-        check_vocabulary(model, len(words))
+        check_vocabulary(model.config.llm_config.vocab_size, len(words))
         facts = [
             ("language model", f"{Path(llm).name if isinstance(llm, str) else 'Llama'}, width {E}, {layers} layers"),
             ("encoder", f"DINOv2, width {model.encoder.width}, {len(model.encoder.layers)} layers"),

@@ -27,6 +27,7 @@ from fovlm.errors import UserError
 from fovlm.estimate.flops import PEAKS, largest, mean_cost, peak_flops, samples_for, total
 from fovlm.estimate.memory import activations, estimate
 from fovlm.estimate.shapes import Geometry, geometry, parameters
+from fovlm.model.build import check_vocabulary
 from fovlm.paths import data_root
 from fovlm.tables import text_table
 
@@ -43,6 +44,8 @@ def describe(experiment: Experiment, world_size: int, device: str | None = None)
         device = "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
     deepspeed = resolve(experiment, world_size, device)
     shapes = geometry(experiment.model)
+    if Path(tokenizer := tokenizer_path(experiment)).is_dir():
+        check_vocabulary(shapes.llm.V, len(load_tokenizer(tokenizer)))
     sizes, why_not = known_sizes(experiment)
     parts = [
         f"{experiment.name}: {experiment.note}" if experiment.note else experiment.name,

@@ -44,14 +44,17 @@ def last_line(request: Request, status: int, killed: bool = False) -> str:
 def launch(request: Request) -> int:
     """Check a run and train it to its end; returns the exit status. Raises UserError before anything starts."""
     from fovlm.config import deepspeed, schema
+    from fovlm.config.existing_run import check_same_settings
 
     where = find_resources(request.chooses)
-    deepspeed.resolve(schema.load(request.words[0], list(request.words[1:])), where.world, where.device)
+    experiment = schema.load(request.words[0], list(request.words[1:]))
+    deepspeed.resolve(experiment, where.world, where.device)
     if where.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     if request.dry_run:
         os.environ["WORLD_SIZE"] = str(where.world)
         os.execv(sys.executable, [sys.executable, "-m", "fovlm.train", *request.words, "--dry-run"])
+    check_same_settings(experiment)
     command, env = command_of(request, where)
     run = Nodes(command, env, where) if where.hosts else Run(command, env, through_srun=where.slurm)
     status = run.wait()

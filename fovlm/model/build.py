@@ -202,9 +202,8 @@ def _set(config: PreTrainedConfig, name: str) -> bool:
     return getattr(config, name, None) not in (None, 0, 1)
 
 
-def check_vocabulary(model: FoveatedVLM, words: int) -> None:
-    """Refuse a tokenizer with more tokens than the model has embeddings for. Raises UserError."""
-    rows = model.config.llm_config.vocab_size
+def check_vocabulary(rows: int, words: int) -> None:
+    """Refuse a tokenizer with more `words` than the language model has embeddings, `rows`. Raises UserError."""
     if words > rows:
         raise UserError(
             f"the tokenizer has {words} words and the language model's vocabulary {rows}: set model.tokenizer to the "

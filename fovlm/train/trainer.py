@@ -67,16 +67,18 @@ class Trainer:
         if task := data.generate:
             distributed.rank_zero_first(lambda: synthetic.make(task))
         tokenizer = distributed.collective_call(lambda: load_tokenizer(tokenizer_path(experiment)))
-        self.tokenizer = tokenizer
+        self.tokenizer, shapes = tokenizer, None
+        with contextlib.suppress(UserError):  # shapes that only the hub knows
+            shapes = geometry(experiment.model)
+        if shapes:  # before shards are counted
+            distributed.collective_call(lambda: check_vocabulary(shapes.llm.V, len(tokenizer)))
         self.train_set = distributed.rank_zero_first(lambda: open_dataset(experiment, tokenizer, data.mixture, True))
         distributed.check_same(self.train_set.hash, "other shards than on the first node (FOVLM_DATA)")
         weights = dict.fromkeys(data.val, 1.0)
         val_set = distributed.rank_zero_first(lambda: open_dataset(experiment, tokenizer, weights)) if weights else None
         sizes = [PackSize(*row) for row in self.train_set.sizes(0, SIZED).tolist()]
         self.total_samples = samples_of(experiment, sizes) or 0
-        self.flops_per_sample: float | None = None
-        with contextlib.suppress(UserError):  # shapes that only the hub knows
-            self.flops_per_sample = total(mean_cost(experiment, geometry(experiment.model), sizes)).total
+        self.flops_per_sample = total(mean_cost(experiment, shapes, sizes)).total if shapes else None
 
         torch.manual_seed(train.seed)
         model = build_model(experiment, len(tokenizer))
@@ -287,7 +289,7 @@ def build_model(experiment: Experiment, vocabulary: int) -> FoveatedVLM:
     """The model with its first weights, with what is frozen and compiled. `vocabulary`: entries of the tokenizer."""
     settings = experiment.model
     model = distributed.collective_call(lambda: build(settings, experiment.data.image_frames))
-    distributed.collective_call(lambda: check_vocabulary(model, vocabulary))
+    distributed.collective_call(lambda: check_vocabulary(model.config.llm_config.vocab_size, vocabulary))
     if source := settings.init_from:
         distributed.collective_call(lambda: load_weights(model, source))
     model.freeze(experiment.optim.freeze)

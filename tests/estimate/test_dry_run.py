@@ -134,3 +134,14 @@ def test_a_checkpoint_that_does_not_exist_is_refused(bare, monkeypatch, capsys):
     assert trainer.main(["LR1", "train.resume=nowhere", "--dry-run"]) == 2
     assert "train.resume=nowhere: nowhere: no such folder" in capsys.readouterr().err
     assert trainer.main(["LR1", "--dry-run"]) == 0
+
+
+def test_a_tokenizer_that_the_model_has_no_embeddings_for_is_told(tmp_path, bare):
+    tokenizer().save_pretrained(tmp_path / "words")
+    data = DataSettings(
+        sources={"a": DataSource(shards="none.tar", kind="text", prompt=str(tmp_path / "words"))}, mixture={"a": 1.0}
+    )
+    e = tiny(data, steps=3)
+    small = e.model_copy(update={"model": e.model.model_copy(update={"llm": e.model.llm | {"vocab_size": 7}})})
+    with pytest.raises(UserError, match="38 words and the language model's vocabulary 7"):
+        describe(small, 1, "cpu")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fovlm.config import schema
 from helpers import ROOT
 from helpers.launch import TREE, Place
 
@@ -99,6 +100,18 @@ def test_the_list_has_every_run_and_imports_neither_torch_nor_pydantic(place):
     listed = place.launch("--list").stdout
     assert listed.splitlines() == done.stdout.splitlines()[:-1]
     assert [line.split()[0] for line in listed.splitlines()] == (ROOT / "tests/golden/names.txt").read_text().split()
+
+
+def test_settings_that_differ_from_those_of_the_run_are_told_at_once(place):
+    checkpoint = place.folder / "runs" / "LR1" / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "experiment.yaml").write_text(schema.load("LR1").dump())
+    runs = {"FOVLM_RUNS": str(place.folder / "runs")}
+    place.recorded("LR1", "train.log_every=7", **runs)  # not of the result
+    done = place.launch("LR1", "optim.clip=0.5", "train.seed=3", **runs)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "made under other settings: optim.clip=0.5 (was 1.0), train.seed=3 (was 0): undo the change" in done.stderr
+    place.recorded("LR1", "optim.clip=0.5", "name=other", **runs)
 
 
 def test_resume_is_an_override(place):

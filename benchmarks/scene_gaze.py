@@ -1,0 +1,90 @@
+"""Where the looks of the study of scenes land: the pointing game, what does not know the question, and faithfulness."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from benchmarks.scene_looks import Looks, Scenes, encode
+from fovlm.viz.contact_sheet import Strip, draw_sheet
+from fovlm.viz.heatmap import maps
+
+HIDDEN = 9  # patches that the test of faithfulness hides
+SHOWN = 8  # scenes of the figure
+
+
+def gaze(looks: Looks, batch: dict[str, Tensor], query: Tensor) -> Tensor:
+    """Where the looks of queries [B, Q] attend: f32 [B, side, side], mean over layers and heads."""
+    seen: list[Tensor] = []
+    looks.look(looks.model.connector.query_in(query), batch["keys"], seen)
+    return maps(torch.stack(seen))
+
+
+def pointing(grid: Tensor, boxes: list[list[int]], size: int) -> dict[str, list[float]]:
+    """Of maps [B, side, side]: is the center of the brightest patch in the box, the share of attention whose patch has
+    its center there, and the share of such patches, which is what a look anywhere would score."""
+    side = grid.shape[1]
+    centers = (torch.arange(side) + 0.5) * size / side
+    left, top, right, bottom = torch.tensor(boxes).T[:, :, None]
+    inside = ((centers >= top) & (centers <= bottom))[:, :, None] & ((centers >= left) & (centers <= right))[:, None]
+    flat, inside = grid.flatten(1), inside.flatten(1)
+    return {
+        "pointing": inside.gather(1, flat.argmax(1, keepdim=True))[:, 0].float().tolist(),
+        "mass": ((flat * inside).sum(1) / flat.sum(1)).tolist(),
+        "anywhere": inside.float().mean(1).tolist(),
+    }
+
+
+@torch.no_grad()
+def baselines(looks: Looks, scenes: Scenes, source: str) -> dict[str, dict[str, float]]:
+    """Pointing of what does not know the question: the encoder's own CLS, and a look at the center."""
+    questions, found = scenes.questions[source], {}
+    batch, boxes = scenes.batch(questions), [q.box for q in questions]
+    seen: list[Tensor] = []
+    pixels = scenes.frames(source, [0])
+    cls = looks.model.encoder.embed(pixels)[0][0, 0]
+    looks.look(cls.float().expand(len(questions), -1), batch["keys"], seen)
+    grid = maps(torch.stack(seen))
+    side = grid.shape[1]
+    far = (torch.arange(side) - (side - 1) / 2) ** 2
+    center = torch.exp(-(far[:, None] + far) / (side / 4) ** 2 / 2).expand_as(grid)
+    for name, shown in (("CLS", grid), ("center", center)):
+        found[name] = {k: float(np.mean(v)) for k, v in pointing(shown, boxes, scenes.size).items()}
+    return found
+
+
+@torch.no_grad()
+def faithfulness(looks: Looks, scenes: Scenes, source: str) -> dict[str, float]:
+    """The loss when the HIDDEN patches that a look attends to most are painted over, and as many others at random."""
+    questions = scenes.questions[source][:96]
+    batch, prompt = scenes.batch(questions), questions[0].prompt
+    nll, _, query = looks.nll(batch, prompt)
+    grid = gaze(looks, batch, query)
+    side, random = grid.shape[1], torch.Generator().manual_seed(0)
+    top = grid.flatten(1).topk(HIDDEN).indices
+    others = torch.rand(grid.flatten(1).shape, generator=random).scatter(1, top, -1.0).topk(HIDDEN).indices
+    frames = scenes.frames(source, [q.picture for q in questions])
+    found = {"as it is": float(nll.mean())}
+    for name, which in (("where it looks", top), ("elsewhere", others)):
+        hidden = torch.zeros(grid.flatten(1).shape, dtype=torch.bool).scatter(1, which, True).view(-1, 1, side, side)
+        pixels = nnf.interpolate(hidden.float(), frames.shape[-1:] * 2) > 0
+        painted = torch.where(pixels, frames.float().mean((2, 3), keepdim=True).to(torch.uint8), frames)
+        parts = [encode(looks.model, painted[n : n + 16])[0] for n in range(0, len(painted), 16)]
+        found[name] = float(looks.nll(batch | {"keys": torch.cat(parts)}, prompt)[0].mean())
+    return found
+
+
+@torch.no_grad()
+def figure(looks: Looks, scenes: Scenes, source: str, path: Path) -> None:
+    """SHOWN scenes with their question and answer, and where the look that it steers attends."""
+    questions = scenes.questions[source][::4][:SHOWN]
+    batch = scenes.batch(questions)
+    grid = gaze(looks, batch, looks.nll(batch, questions[0].prompt)[2])
+    frames = torch.cat([scenes.frames(source, [q.picture]) for q in questions])
+    strips = [
+        Strip(frames[n : n + 1], {"": grid[n : n + 1]}, title=q.words.replace("what is in ", "").replace(" ? ", ": "))
+        for n, q in enumerate(questions)
+    ]
+    draw_sheet(strips, path, columns=4, width=9, dpi=100)

@@ -1,4 +1,4 @@
-"""Commands for data: prepare, check."""
+"""Commands for data: prepare, check, data view, data stats."""
 
 import os
 from dataclasses import replace
@@ -17,6 +17,10 @@ def register(app: typer.Typer) -> None:
     """Add these commands to the app."""
     for command in (prepare, check):
         app.command(rich_help_panel=PANEL)(command)
+    group = typer.Typer(help="Look at the data of a run as the model gets it.", no_args_is_help=True)
+    group.command()(view)
+    group.command()(stats)
+    app.add_typer(group, name="data", rich_help_panel=PANEL)
 
 
 def prepare(
@@ -180,6 +184,51 @@ def check(
         print(f"{left} samples in {repair}")
     elif problems(scans):
         raise typer.Exit(1)
+
+
+Run = Annotated[str, typer.Argument(metavar="NAME", help="A run of experiments/.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Other settings.")]
+
+
+def view(
+    name: Run,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=1, help="About so many samples.")] = 50,
+    out: Annotated[Path, typer.Option(help="The file.")] = Path("samples.html"),
+) -> None:
+    """Write one HTML file of a run's first samples: frames, tokens by their weight in the loss, packs, what was cut.
+
+    fovlm data view quickstart
+    """
+    from fovlm.viz.samples import write_page
+
+    dataset, budget, packs = _open(name, overrides)
+    print(f"{write_page(dataset, budget, packs, samples, out)} samples in {out}")
+
+
+def stats(name: Run, overrides: Overrides = None) -> None:
+    """Print what a run reads: samples, frames and tokens of each source, what is broken, the mix, how full packs are.
+
+    fovlm data stats quickstart
+    """
+    from fovlm.viz.samples import stats as tables
+
+    print(tables(*_open(name, overrides)))
+
+
+def _open(name: str, overrides: list[str] | None):
+    """(the training data of a run, the budget of its packs, how many of them a step has)."""
+    from fovlm.config.schema import load
+    from fovlm.data import synthetic
+    from fovlm.data.chat import load_tokenizer
+    from fovlm.data.dataset import open_dataset, pack_budget, tokenizer_path
+
+    experiment = load(name, overrides)
+    if task := experiment.data.generate:
+        synthetic.make(task)
+    tokenizer = load_tokenizer(tokenizer_path(experiment))
+    dataset = open_dataset(experiment, tokenizer, experiment.data.mixture, weigh=True)
+    return dataset, pack_budget(experiment), experiment.train.packs_per_step
 
 
 def _columns(source: str, *named: str) -> tuple[tuple[str, str], ...]:

@@ -23,6 +23,7 @@ from fovlm.paths import ROOT
 
 # No questions; a silent node is given up after two minutes, so that a short outage ends nothing.
 SSH = ["ssh", *(f"-o{o}" for o in ("BatchMode=yes", "ConnectTimeout=20", "ServerAliveInterval=30"))]
+GIVE_UP = 30.0  # seconds for an agent to end its ranks; it may wait GRACE itself
 SSH_FAILED = 255  # ssh's own status: no connection, or none any more
 
 
@@ -101,7 +102,7 @@ class Nodes:
         self._tell(number)
 
     def _kill(self) -> None:
-        self.ending, self.deadline = True, time.monotonic() + GRACE
+        self.ending, self.deadline = True, time.monotonic() + GIVE_UP
         self._tell(signal.SIGKILL)
 
     def _tell(self, number: int) -> None:

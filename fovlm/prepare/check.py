@@ -14,7 +14,7 @@ from braceexpand import braceexpand
 
 from fovlm.data.chat import conversations, turns_of
 from fovlm.data.index import make_index, stored_indices
-from fovlm.data.sample_format import contents, parse_json, read_members
+from fovlm.data.sample_format import contents, parse_json, printable, read_members
 from fovlm.data.workers import each
 from fovlm.errors import SampleError, UserError, did_you_mean
 from fovlm.media.decode import decode_media
@@ -149,7 +149,7 @@ def _check_sample(entry: SampleEntry, data: bytes, frames: int, decode: bool) ->
     files = read_members(data)
     _, pictures = contents(list(files))
     record = parse_json(next(content for member, content in files.items() if member.extension == "json"))
-    entry.source, entry.frames = str(record.get("source") or ""), len(pictures)
+    entry.source, entry.frames = printable(str(record.get("source") or "")), len(pictures)
     entry.sample, entry.pictures = content_hashes(record, [files[member] for member in pictures])
     for conversation in conversations(record):
         _check_record(conversation)

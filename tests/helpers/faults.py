@@ -33,7 +33,7 @@ class Row:
     def times(self, short: int, full: int) -> range:
         if not (short or self.full):
             pytest.skip("its short form is among the tests of fovlm.train and launch.sh")
-        return range(max(short, round(full * self.scale)))
+        return range(max(1, short, round(full * self.scale)))
 
     def each(self, count: int) -> range:
         """Every one of `count` places, every fourth at a quarter of the scale; in the short form the middle one."""

@@ -24,7 +24,8 @@ ROWS: list[Row] = []
 HEAD = """# Faults
 
 What goes wrong with a run or with its files, tried on purpose. `make faults` repeats it in full and writes this page;
-the default tests have a short form of each row. "Held" counts the trials after which everything below the name is true.
+the default tests have a short form of each row. "Held" counts the trials after which what
+stands beside the name is true. `SCALE=0.25 make faults` tries a quarter; the scale of this run is below the table.
 
 """
 
@@ -67,5 +68,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     tried, failed = sum(row.tried for row in ROWS), sum(len(row.failed) for row in ROWS)
     lines.append(("**all**", "", f"**{tried}**", f"**{tried - failed}**", f"**{time.time() - BEGAN:.0f}**"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    when = f"Commit {commit.strip()}, {time.strftime('%Y-%m-%d %H:%M %Z')}, {os.cpu_count()} cores.\n"
+    when = f"Commit {commit.strip()}, {time.strftime('%Y-%m-%d %H:%M %Z')}, {os.cpu_count()} cores, scale {SCALE:g}.\n"
     (ROOT / "docs" / "faults.md").write_text(HEAD + markdown_table(lines, left=(0, 1)) + "\n\n" + when)

@@ -46,32 +46,30 @@ def test_kills_at_random_times(row: Row, whole: Reference):
 def test_kills_at_every_change_of_a_save(row: Row, whole: Reference):
     """SIGKILL at every change of the disk that a save makes, on each of two ranks.
     A whole checkpoint with the weights of its step is left; every fourth is resumed to the end, to the bit."""
-    for rank, count in enumerate(whole.changes):
-        for n, at in enumerate(row.each(count)):
-            name = f"save-{rank}-{at}"
-            hook = {"hook": HOOK + "install", "folder": str(whole.run(name)), "step": STEPS, "target": rank, "at": at}
-            ranks = whole.start(name, **hook)
-            statuses = ranks.wait()
-            problem = "" if statuses[rank] == DIED else f"statuses {statuses}"
-            problem = problem or ("" if one_line(ranks.said(1 - rank)) else ranks.said(1 - rank)[-800:])
-            problem = problem or whole.state(name) or (whole.resumes(name) if row.full and n % 4 == 0 else "")
-            row.check(not problem, f"{name}: {problem}")
+    for n, (rank, at) in enumerate(row.each(whole.changes, short=0)):
+        name = f"save-{rank}-{at}"
+        hook = {"hook": HOOK + "install", "folder": str(whole.run(name)), "step": STEPS, "target": rank, "at": at}
+        ranks = whole.start(name, **hook)
+        statuses = ranks.wait()
+        problem = "" if statuses[rank] == DIED else f"statuses {statuses}"
+        problem = problem or ("" if one_line(ranks.said(1 - rank)) else ranks.said(1 - rank)[-800:])
+        problem = problem or whole.state(name) or (whole.resumes(name) if row.full and n % 4 == 0 else "")
+        row.check(not problem, f"{name}: {problem}")
 
 
 def test_a_full_disk_at_every_change_of_a_save(row: Row, whole: Reference):
     """A disk that is full, read-only or broken from any change of a save on, on each of two ranks.
     The rank ends with status 2 and one line; a whole checkpoint is left; every fourth is resumed, to the bit."""
     errors = ("ENOSPC", "EROFS", "EIO")
-    for rank, count in enumerate(whole.changes):
-        for n, at in enumerate(row.each(count)):
-            name, error = f"full-{rank}-{at}", errors[at % len(errors)]
-            hook = {"hook": HOOK + "install", "folder": str(whole.run(name)), "step": STEPS, "target": rank, "at": at}
-            ranks = whole.start(name, **hook, error=error)
-            statuses = ranks.wait()
-            problem = "" if statuses[rank] == 2 else f"statuses {statuses}: {ranks.said(rank)[-800:]}"
-            problem = problem or "".join(s[-800:] for s in (ranks.said(0), ranks.said(1)) if not one_line(s))
-            problem = problem or whole.state(name) or (whole.resumes(name) if row.full and n % 4 == 0 else "")
-            row.check(not problem, f"{name} {error}: {problem}")
+    for n, (rank, at) in enumerate(row.each(whole.changes, short=1)):
+        name, error = f"full-{rank}-{at}", errors[at % len(errors)]
+        hook = {"hook": HOOK + "install", "folder": str(whole.run(name)), "step": STEPS, "target": rank, "at": at}
+        ranks = whole.start(name, **hook, error=error)
+        statuses = ranks.wait()
+        problem = "" if statuses[rank] == 2 else f"statuses {statuses}: {ranks.said(rank)[-800:]}"
+        problem = problem or "".join(s[-800:] for s in (ranks.said(0), ranks.said(1)) if not one_line(s))
+        problem = problem or whole.state(name) or (whole.resumes(name) if row.full and n % 4 == 0 else "")
+        row.check(not problem, f"{name} {error}: {problem}")
 
 
 def test_files_that_cannot_grow(row: Row, whole: Reference):

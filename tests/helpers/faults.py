@@ -32,12 +32,15 @@ class Row:
 
     def times(self, short: int, full: int) -> range:
         if not (short or self.full):
-            pytest.skip("its short form is among the tests of fovlm.train and launch.sh")
+            pytest.skip("its short form is among the tests of fovlm.train, fovlm.data or launch.sh")
         return range(max(1, short, round(full * self.scale)))
 
-    def each(self, count: int) -> range:
-        """Every one of `count` places, every fourth at a quarter of the scale; in the short form the middle one."""
-        return range(0, count, max(1, round(1 / self.scale))) if self.full else range(count // 2, count // 2 + 1)
+    def each(self, counts: list[int], short: int) -> list[tuple[int, int]]:
+        """(rank, place) of all places of every rank, every fourth at a quarter of the scale; in the short form the
+        middle one of rank `short`."""
+        if not self.full:
+            return [(short, counts[short] // 2)]
+        return [(rank, at) for rank, n in enumerate(counts) for at in range(0, n, max(1, round(1 / self.scale)))]
 
     def check(self, held: bool, what: str) -> None:
         """Count a trial; `what` says more if it did not hold."""

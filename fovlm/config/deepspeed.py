@@ -123,6 +123,9 @@ def merge(experiment: Experiment, ds_json: dict[str, Any], world_size: int, devi
         precision = "bf16" if merged["bf16"]["enabled"] and device != "cpu" else "fp32"
     merged["bf16"]["enabled"] = precision == "bf16"
     merged.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+    if merged["zero_optimization"]["stage"] == 1 and precision == "bf16":
+        # `fovlm/train/gradients.py` adds up in fp32; with "fp32" here DeepSpeed would take another optimizer.
+        merged["data_types"]["grad_accum_dtype"] = "bf16"
     if device == "cpu":
         # There are no streams to overlap with and no pinned memory.
         merged["zero_optimization"]["overlap_comm"] = False

@@ -6,7 +6,7 @@ What stays for the whole step follows DeepSpeed 0.19.8 (n trainable and z frozen
   runs) and two moments, 12 n / W. ZeRO-3 shares the weights too, and gathers those it is about to use.
 - ZeRO-2 in bf16 accumulates gradients in one fp32 buffer of its share, 4 n / W, which lies on the GPU even when the
   optimizer is offloaded (`_build_compact_grad_partition_buffer`). In fp32 the share exists twice while accumulating.
-- ZeRO-1 in bf16 (`BF16_Optimizer`) keeps fp32 and bf16 gradients of all weights, 6 n.
+- ZeRO-1 keeps an fp32 gradient of all weights, 4 n (`fovlm/train/gradients.py`), beside that of a micro-step, w n.
 - Offloading moves master weights and moments to the host, with an fp32 gradient and a staging copy beside them.
 - Gradients are reduced in buckets, two of them with overlap_comm. A weight larger than a bucket passes on its own: its
   gradient, a clone and an fp32 copy.
@@ -82,7 +82,7 @@ def estimate(
 
     accumulates = ds_config["gradient_accumulation_steps"] > 1
     if stage == 1:
-        gradients = n * (FP32 if not bf16 or offload else FP32 + w) + (0 if bf16 else FP32 * share)
+        gradients = n * FP32 + (FP32 * share * (not bf16) if offload else w * n)
     elif stage == 3:
         gradients = 0 if offload else FP32 * share
     elif bf16:
@@ -98,6 +98,8 @@ def estimate(
 
     bucket = zero.get("reduce_bucket_size", 5 * 10**8)
     buckets = w * bucket * (2 if zero.get("overlap_comm") else 1)
+    if stage == 1 and not offload:
+        buckets = 0
     buckets += min(big, n) * ((2 * w if big > bucket else w) + FP32 + (w if offload else 0))
     moving = sum(activations(experiment, shapes, w, pack, stage).values())
     if stage == 3:

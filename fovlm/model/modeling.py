@@ -36,6 +36,7 @@ from fovlm.model.generation import FoveatedGenerationMixin
 from fovlm.model.kv_cache import ATTENTION
 from fovlm.model.lora import add_adapters
 from fovlm.model.modes import NLL_CHUNK, POOLED
+from fovlm.model.scoring import WeightedNll
 from fovlm.model.supervised import supervised
 
 
@@ -146,6 +147,7 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         self,
         batch: Batch | None = None,
         visual: str | None = None,
+        weight: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         frames: Tensor | None = None,
@@ -158,12 +160,14 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         """Negative log-likelihood f32 [S] of every text token of the pack; 0 at padding and at a sample's first token.
 
         `visual` overrides the configured mode: "coarse" on a foveated model gives its `coarse_only` evaluation.
+        With `weight` f32 [S] it is the sum of weight * nll instead (0-d), whose backward pass costs less.
         With `input_ids` in place of a pack: loss and logits of padded rows, as `supervised` says.
         """
         if batch is None:
             assert input_ids is not None, "give a pack, or input_ids"
             return supervised(self, input_ids, attention_mask, frames, looks, prompt, labels, num_items_in_batch)
-        return self.nll(batch, self.read(batch.sequence, self.looks(batch, visual).tokens, batch.tokens))
+        hidden = self.read(batch.sequence, self.looks(batch, visual).tokens, batch.tokens)
+        return self.nll(batch, hidden) if weight is None else self.weighted_nll(batch, hidden, weight)
 
     def looks(self, batch: Batch, visual: str | None = None, encoded: tuple[Cache, Tensor] | None = None) -> Looks:
         """The looks of a pack: coarse tokens, then `query_rounds` rounds of queries and fine tokens.
@@ -225,6 +229,15 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
             )
         ]
         return torch.cat(scores) * known
+
+    def weighted_nll(self, batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
+        """The sum of weight [S] * nll [S] (0-d); its logits are computed once for both passes."""
+        head = self.llm.get_output_embeddings()
+        if type(head) is not nn.Linear or head.bias is not None:
+            return (self.nll(batch, hidden) * weight).sum()
+        known = batch.predict_from >= 0
+        scored = hidden[batch.predict_from.clamp(min=0)]
+        return WeightedNll.apply(scored, head.weight, batch.tokens, weight * known)
 
     def score(self, hidden: Tensor, target: Tensor) -> Tensor:
         """-log p(target) f32 [s] from hidden states [s, E]; the logits [s, V] live only inside."""

@@ -28,6 +28,7 @@ from fovlm.config.schema import OptimSettings
 from fovlm.data.packing import Batch
 from fovlm.data.prefetch import DeviceCopies
 from fovlm.model.modeling import FoveatedVLM
+from fovlm.train.gradients import lighten
 from fovlm.train.losses import Loss, pair_weight, preference_loss, text_loss, text_weight
 
 
@@ -93,7 +94,7 @@ class Engine:
         optimizer = torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if self.stage < 3:
-            lighten(self.deepspeed.optimizer, "offload_optimizer" in config["zero_optimization"])
+            lighten(self.deepspeed.optimizer, self.stage, "offload_optimizer" in config["zero_optimization"])
         self.dtype = next(model.parameters()).dtype
         self.reference = reference.to(device, self.dtype).eval().requires_grad_(False) if reference else None
         if self.reference:  # sums in the order of the model, although it is frozen
@@ -128,7 +129,7 @@ class Engine:
         """One optimizer step over this rank's packs, as many as there are accumulation steps -> how to read its result.
 
         The gradient is that of the mean over all weighted tokens of the global batch: ranks, accumulation and packing
-        do not change it. DeepSpeed averages over the ranks, so the factor is their number over the total weight.
+        do not change it. ZeRO-3 averages over the ranks, so there the factor has their number in it.
 
         Nothing here reads from the device before the optimizer step. The result is copied to the host while the next
         step starts; reading it waits for the copy alone. Every rank may read at a time of its own.
@@ -138,7 +139,7 @@ class Engine:
         self.deepspeed.train()
         weights = [self._weight(batch) for batch in batches]  # on the host, like their sum over the ranks
         total, first_weight = (max(w, 1e-9) for w in distributed.sum_over_ranks([sum(weights), weights[0]]).tolist())
-        scale = distributed.world() / total
+        scale = (distributed.world() if self.stage == 3 else 1) / total
         losses: list[dict[str, Tensor]] = []
         for batch in self.copies.ahead(batches):
             loss = self._loss(batch)
@@ -168,6 +169,8 @@ class Engine:
         return float(pair_weight(batch) if self.reference is not None else text_weight(batch))
 
     def _loss(self, batch: Batch) -> Loss:
+        if self.reference is None and self.stage < 3:  # ZeRO-3 has the weights only inside their modules' forward
+            return Loss(self.deepspeed(batch, weight=batch.weight), {})
         nll = self.nll(batch)
         if self.reference is None:
             return text_loss(nll, batch)
@@ -236,36 +239,6 @@ class Engine:
         own = path / f"random-{distributed.rank():05d}.pt"
         if own.exists():
             _set_random_states(torch.load(own, weights_only=True))
-
-
-def lighten(optimizer: Any, offload: bool) -> None:
-    """Replace two parts of DeepSpeed's ZeRO-1/2 optimizer that launch many kernels for every parameter, and mend one.
-
-    A gradient that is not finite makes the norm so, and the step is skipped on that: nothing needs to look at every
-    gradient first (bf16). The norm is in fp64 like DeepSpeed's, from one call for all gradients. With offload in
-    bf16, DeepSpeed 0.19.8 adds the gradients of the next step to those of a skipped one, and then skips every step.
-    """
-
-    def norm(gradients: list[Tensor], parameters: Any, norm_type: int = 2) -> Tensor:
-        real = [g.detach() for g in gradients if not getattr(g, "_zero_padding", False)]
-        norms = torch._foreach_norm(real, 2, dtype=torch.float64) if real else []
-        total = (
-            torch.stack(list(norms)).square().sum()
-            if norms
-            else torch.zeros((), dtype=torch.float64, device=optimizer.device)
-        )
-        total = distributed.sum_over_ranks(total, total.device).sqrt().float()
-        return torch.where(total.isfinite(), total, -1.0)  # DeepSpeed's sign of a norm that is not finite
-
-    def reset_offload() -> None:
-        reset()
-        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
-
-    if offload:
-        reset = optimizer.reset_cpu_buffers
-        optimizer.reset_cpu_buffers = reset_offload
-    optimizer.check_overflow = lambda partition_gradients=True: None
-    optimizer.get_grad_norm_direct = norm
 
 
 def start_copy(numbers: Tensor) -> Callable[[], list[float]]:

@@ -51,8 +51,8 @@ def preference_loss(nll: Tensor, reference_nll: Tensor, batch: Batch, beta: floa
     pairs = _pairs(batch)
     # log-ratio of model to reference per sample; nll is -log p
     ratio = per_sample(reference_nll, batch) - per_sample(nll, batch)
-    chosen, rejected = (ratio[[p[i] for p in pairs]] for i in (0, 1))
-    margin = beta * (chosen - rejected)
+    each = ratio.unbind()  # a list of indices would be copied to the device
+    margin = beta * torch.stack([each[c] - each[r] for c, r in pairs]) if pairs else ratio[:0]
     # A pack without a pair still has a backward pass: a rank that skips it makes ZeRO hang.
     total = -nnf.logsigmoid(margin).sum() + 0.0 * nll.sum()
     return Loss(total, {"preferred": (margin > 0).sum().float()})

@@ -110,6 +110,9 @@ def main() -> None:
     for stage in (2, 3):
         unusual(device, stage, out / f"unusual{stage}")
     found["bf16"] = {"first": run(engine(device, 2, bf16=True), 0, 5)}
+    whole = engine(device, 1, bf16=True, data_types={"grad_accum_dtype": "bf16"})
+    found["bf16, zero1"] = {"first": run(whole, 0, 5)}
+    found["not finite, zero1"] = not_finite(engine(device, 1))
     found["not finite"] = not_finite(engine(device, 2))
     offload = settings(2, bf16=True, zero_force_ds_cpu_optimizer=False)
     offload["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}

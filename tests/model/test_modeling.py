@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from fovlm.data.packing import PackSize, collate
-from fovlm.model import attention
+from fovlm.model import attention, scoring
 from fovlm.model import modeling as model_module
 from fovlm.model.autoregressive import autoregressive
 from fovlm.model.modeling import Connector, FoveatedVLM
@@ -186,6 +187,36 @@ def test_recomputing_gives_the_same_gradients():
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, again)
+
+
+@pytest.mark.parametrize("frozen", [[], ["llm"]])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_weighted_loss_has_the_gradients_of_the_weighted_nll(frozen, tied, monkeypatch):
+    """With a chunk of 4 tokens there are several, the last one shorter, and one without weight."""
+    monkeypatch.setattr(scoring, "NLL_CHUNK", 4)
+    batch = pack(SAMPLES)
+    weight = torch.rand(len(batch.weight), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight[4:8] = 0
+    outcomes = []
+    for once in (True, False):
+        model = tiny_model().double()
+        if not tied:
+            head = model.llm.lm_head
+            head.weight = nn.Parameter(head.weight.detach() * 1.5)
+        model.freeze(frozen)
+        loss = model(batch, weight=weight) if once else (model(batch) * weight).sum()
+        (loss * 0.3).backward()
+        outcomes.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for ours, plain in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, plain)
+    assert bool(frozen) == (model.llm.lm_head.weight.grad is None)
+
+
+def test_the_weighted_loss_has_one_backward_pass():
+    loss = tiny_model()(pack(SAMPLES), weight=torch.ones(len(pack(SAMPLES).weight)))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
 
 
 def test_the_backbones_compile_without_breaks_or_recompiles(monkeypatch):

@@ -125,8 +125,10 @@ def test_zero3_on_another_number_of_ranks_is_refused(found):
     assert "moved" not in found[2]["zero3"]
 
 
-def test_bf16_stays_near_fp32(found, plain):
-    for step, (loss, _) in zip(found[2]["bf16"]["first"], plain, strict=False):
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", ["bf16", "bf16, zero1"])
+def test_bf16_stays_near_fp32(found, plain, world, stage):
+    for step, (loss, _) in zip(found[world][stage]["first"], plain, strict=False):
         assert math.isclose(step["loss"], loss, rel_tol=1e-2)
 
 
@@ -147,8 +149,9 @@ def test_preferences_follow_plain_pytorch(found, world):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_step_that_is_not_finite_is_skipped_by_every_rank(found, plain, world):
-    result = found[world]["not finite"]
+@pytest.mark.parametrize("kind", ["not finite", "not finite, zero1"])
+def test_a_step_that_is_not_finite_is_skipped_by_every_rank(found, plain, world, kind):
+    result = found[world][kind]
     assert result["skipped"] == [True] * world
     assert result["same"] == [True] * world
     assert math.isclose(result["after_frames"]["loss"], plain[0][0], rel_tol=2e-6), (

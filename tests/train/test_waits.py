@@ -8,10 +8,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fovlm.train.losses import Loss, preference_loss, text_loss
+from fovlm.train.losses import Loss, preference_loss
 from helpers.models import pack, sample, tiny_model
 
 PACKS = {
+    "pairs": lambda: [sample(role, 2, role=role) for role in ("chosen", "rejected")],
     "video": lambda: [sample("v", 4), sample("w", 2, text=4)],
     "text": lambda: [sample("t", text=8)],
     "pictures of several looks": lambda: [sample("p", 1, 4), sample("q", 2)],
@@ -43,8 +44,11 @@ def micro_step(kind: str, objective: str, **settings) -> list[str]:
     """The copies from the host in the forward and backward pass of one pack."""
     model, batch = tiny_model(**settings).to("meta"), pack(PACKS[kind]()).to("meta")
     with Copies() as copies:
-        nll = model(batch)
-        loss: Loss = text_loss(nll, batch) if objective == "text" else preference_loss(nll, nll.detach(), batch, 0.1)
+        if objective == "text":
+            loss = Loss(model(batch, weight=batch.weight), {})
+        else:
+            nll = model(batch)
+            loss = preference_loss(nll, nll.detach(), batch, 0.1)
         loss.total.backward()
     assert all(p.grad is not None for p in model.connector.query_in.parameters()), "the backward pass ran"
     return copies.found
@@ -58,6 +62,10 @@ def test_a_micro_step_waits_for_nothing(kind):
 @pytest.mark.parametrize("settings", [{"query_rounds": 2}, {"deep_query": False}, {"visual": "coarse"}])
 def test_nor_does_it_in_other_ways_of_looking(settings):
     assert not micro_step("video", "text", **settings)
+
+
+def test_nor_do_preferences():
+    assert not micro_step("pairs", "dpo")
 
 
 def test_copies_and_reads_would_be_seen():

@@ -1,0 +1,109 @@
+"""The gradients of ZeRO-1 and 2 on their way into the optimizer: what is ours of it, in place of DeepSpeed 0.19.8's.
+
+DeepSpeed's objects are patched, since it has no hooks for any of this. `tests/train/test_engine.py` compares all stages
+with plain PyTorch.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fovlm import distributed
+
+CHUNK = 1 << 20  # numbers whose squares are summed in fp32
+
+
+def lighten(optimizer: Any, stage: int, offload: bool) -> None:
+    """Replace what DeepSpeed does parameter by parameter, or more often than needed. Gradients are summed over ranks.
+
+    A gradient that is not finite makes the norm so, and the step is skipped on that: nothing needs to look at every
+    gradient first. The norm is one call. With offload in bf16, DeepSpeed adds the gradients of the next step to those
+    of a skipped one, and then skips every step. ZeRO-1 gets `WholeGradients`.
+    """
+
+    def norm(gradients: list[Tensor], parameters: Any, norm_type: int = 2) -> Tensor:
+        total = square_sum([g for g in gradients if not getattr(g, "_zero_padding", False)], optimizer.device)
+        total = distributed.sum_over_ranks(total, total.device).sqrt().float()
+        return torch.where(total.isfinite(), total, -1.0)  # DeepSpeed's sign of a norm that is not finite
+
+    def reset_offload() -> None:
+        reset()
+        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+
+    optimizer.gradient_average = False
+    optimizer.check_overflow = lambda partition_gradients=True: None
+    optimizer.get_grad_norm_direct = norm
+    if offload:
+        reset = optimizer.reset_cpu_buffers
+        optimizer.reset_cpu_buffers = reset_offload
+    elif stage == 1:
+        WholeGradients(optimizer).install()
+
+
+def square_sum(tensors: list[Tensor], device: torch.device | str) -> Tensor:
+    """The sum of the squares of all numbers f64 (0-d): in fp32 within a chunk, in fp64 over the chunks.
+
+    fp64 throughout would copy every tensor; fp32 throughout loses digits over a hundred million numbers.
+    """
+    chunks = [chunk for t in tensors for chunk in t.detach().view(-1).split(CHUNK)]
+    if not chunks:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(chunks, 2)).double().square().sum()
+
+
+class WholeGradients:
+    """ZeRO-1's gradients of all parameters, in one fp32 tensor a group, where the micro-steps of a step are added up.
+
+    DeepSpeed copies each gradient three times, in four calls each: to a bucket, from it, and into the optimizer's flat
+    gradient. Here each micro-step is one copy or addition a group, and the ranks reduce once a step, in fp32.
+    """
+
+    def __init__(self, optimizer: Any):
+        self.optimizer = optimizer
+        self.groups: list[list[Tensor]] = optimizer.round_robin_bit16_groups
+        self.sizes = [sum(p.numel() for p in group) for group in self.groups]
+        self.flat = [torch.zeros_like(weights, dtype=torch.float32) for weights in optimizer.bit16_groups_flat]
+        self.added = 0  # micro-steps in `flat`
+
+    def install(self) -> None:
+        """Take the place of DeepSpeed's hooks, buckets and sums."""
+        for hook in self.optimizer._grad_acc_hooks:
+            hook.remove()
+        self.optimizer._grad_acc_hooks.clear()
+        self.optimizer.reduce_gradients = lambda pipeline_parallel=False: None
+        self.optimizer.backward_epilogue = self.add
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Add up the parameters' gradients after a backward pass; after the last one of a step reduce them."""
+        for group, size, flat in zip(self.groups, self.sizes, self.flat, strict=True):
+            gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).view(-1) for p in group]
+            if self.added:
+                flat[:size].add_(torch.cat(gradients))
+            elif gradients[0].dtype == flat.dtype:
+                torch.cat(gradients, out=flat[:size])
+            else:
+                flat[:size].copy_(torch.cat(gradients))
+            for p in group:
+                p.grad = None
+        self.added += 1
+        if self.optimizer.is_gradient_accumulation_boundary():
+            self.added = 0
+            self.optimizer.averaged_gradients = {i: Partition(self._reduce(flat)) for i, flat in enumerate(self.flat)}
+
+    def _reduce(self, flat: Tensor) -> Tensor:
+        """This rank's share of a group's gradient, summed over the ranks."""
+        share = flat.chunk(distributed.world())[distributed.rank()]
+        if distributed.world() > 1:
+            dist.reduce_scatter_tensor(share, flat)
+        return share
+
+
+class Partition(list):
+    """What DeepSpeed's optimizer step takes for the gradient of a group: a list, and the same as one flat tensor."""
+
+    def __init__(self, flat: Tensor):
+        super().__init__([flat])
+        self.flat_partition = flat

@@ -91,7 +91,7 @@ def plain_step(e: Experiment, batch: Batch, device: torch.device, compiled: bool
 
     model = build(e.model).to(device).train()
     if compiled:
-        model.compile_backbones()
+        model.compile_layers()
     rates = {"connector": e.optim.lr_connector, "encoder": e.optim.lr_encoder, "llm": e.optim.lr_llm}
     groups = [{"params": parameters, "lr": rates[name]} for name, parameters in model.groups().items()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=e.optim.weight_decay, fused=True)
@@ -116,7 +116,7 @@ def engine_step(e: Experiment, batch: Batch, device: torch.device, compiled: boo
 
     model = build(e.model)
     if compiled:
-        model.compile_backbones()
+        model.compile_layers()
     trained = Engine(model, e.optim, resolve(e, 1, device.type), device)
     return lambda: trained.step([batch])()
 

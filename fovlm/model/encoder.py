@@ -161,12 +161,16 @@ class Encoder(nn.Module):
         self.recompute = recompute
         self.attention = attention
         self.head_width = config.hidden_size // config.num_attention_heads
-        self._walk_layer, self._look_layer = walk_layer, look_layer
+        self.run_eagerly()
 
     def compile(self, **options: Any) -> None:
         """Compile one layer's walk and one layer's look; all layers then share the two graphs."""
         self._walk_layer = torch.compile(walk_layer, dynamic=True, **options)
         self._look_layer = torch.compile(look_layer, dynamic=True, **options)
+
+    def run_eagerly(self) -> None:
+        """Undo `compile`."""
+        self._walk_layer, self._look_layer = walk_layer, look_layer
 
     @property
     def layers(self) -> nn.ModuleList:

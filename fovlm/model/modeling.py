@@ -36,7 +36,7 @@ from fovlm.model.generation import FoveatedGenerationMixin
 from fovlm.model.kv_cache import ATTENTION
 from fovlm.model.lora import add_adapters
 from fovlm.model.modes import NLL_CHUNK, POOLED
-from fovlm.model.scoring import WeightedNll
+from fovlm.model.scoring import WeightedNll, nll_and_slope
 from fovlm.model.supervised import supervised
 
 
@@ -107,6 +107,7 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
             add_adapters(self.llm, **config.lora)
         for unused in self._unused():
             unused.requires_grad_(False)
+        self._nll_and_slope = nll_and_slope
         self.post_init()
         self.generation_config = self.llm.generation_config
 
@@ -237,7 +238,7 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
             return (self.nll(batch, hidden) * weight).sum()
         known = batch.predict_from >= 0
         scored = hidden[batch.predict_from.clamp(min=0)]
-        return WeightedNll.apply(scored, head.weight, batch.tokens, weight * known)
+        return WeightedNll.apply(scored, head.weight, batch.tokens, weight * known, self._nll_and_slope)
 
     def score(self, hidden: Tensor, target: Tensor) -> Tensor:
         """-log p(target) f32 [s] from hidden states [s, E]; the logits [s, V] live only inside."""
@@ -285,11 +286,22 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         if "llm" in backbones:
             self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def compile_backbones(self, **options) -> None:
-        """torch.compile for both backbones, layer by layer: one graph serves all layers of a kind."""
+    def compile_layers(self, **options: Any) -> None:
+        """torch.compile for the layers of both backbones and for the scoring: one graph serves all layers of a kind.
+
+        Dimensions are dynamic, so that packs of other shapes compile nothing again.
+        """
         self.encoder.compile(**options)
+        self._nll_and_slope = torch.compile(nll_and_slope, dynamic=True, **options)
         for layer in self.llm.base_model.layers:
             layer.compile(dynamic=True, **options)
+
+    def run_eagerly(self) -> None:
+        """Undo `compile_layers`."""
+        self.encoder.run_eagerly()
+        self._nll_and_slope = nll_and_slope
+        for layer in self.llm.base_model.layers:
+            layer._compiled_call_impl = None
 
 
 def check_report(report: dict[str, Any], where: str, skipped: tuple[str, ...] = ()) -> None:

@@ -294,7 +294,7 @@ def build_model(experiment: Experiment, vocabulary: int) -> FoveatedVLM:
         distributed.collective_call(lambda: load_weights(model, source))
     model.freeze(experiment.optim.freeze)
     if settings.compile:
-        model.compile_backbones()
+        model.compile_layers()
     return model
 
 

@@ -236,7 +236,7 @@ def test_the_backbones_compile_without_breaks_or_recompiles(monkeypatch):
 
     plain = tiny_model()(pack(SAMPLES))
     model = tiny_model()
-    model.compile_backbones(backend=count, fullgraph=True)
+    model.compile_layers(backend=count, fullgraph=True)
     compiled = model(pack(SAMPLES))
     torch.testing.assert_close(compiled, plain)
     compiled.sum().backward()

@@ -118,6 +118,11 @@ def merge(experiment: Experiment, ds_json: dict[str, Any], world_size: int, devi
     steps, rounded up. Raises UserError for unknown keys, wrong types, "auto", and keys that belong to the experiment.
     """
     merged = _checked(ds_json, experiment.deepspeed)
+    if experiment.model.compile and merged["zero_optimization"]["stage"] == 3:
+        raise UserError(
+            f"model.compile=true: not with ZeRO-3 (deepspeed: {experiment.deepspeed}), which gathers weights inside the "
+            "layers: take zero2, or leave model.compile out"
+        )
     precision = experiment.train.precision
     if precision == "auto":
         precision = "bf16" if merged["bf16"]["enabled"] and device != "cpu" else "fp32"

@@ -58,7 +58,7 @@ class ModelSettings(Strict):
     visual_scale: Rate | None = 0.14  # std of a visual token, that of SmolLM2's embeddings; null: measure the model's
     frame_size: Size = 224  # pixels, height and width
     grad_checkpoint: list[Backbone] = []  # recompute activations in the backward pass: less memory, a third more time
-    compile: bool = False  # torch.compile of the backbones
+    compile: bool | None = None  # torch.compile of the layers and the loss; null: on a GPU, except with ZeRO-3
     lora: LoraSettings | None = None  # train adapters of the language model, and freeze the rest of it
     init_from: str | None = None  # a run's name or folder: start from its weights with a fresh optimizer
 

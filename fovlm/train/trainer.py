@@ -41,6 +41,7 @@ from fovlm.model.modeling import FoveatedVLM
 from fovlm.paths import TRAIN
 from fovlm.train import resume, schedule
 from fovlm.train.bad_samples import BadSamples
+from fovlm.train.compiled import compile_on_trial, wants_compiled
 from fovlm.train.engine import Engine, StepResult, start
 from fovlm.train.logger import Logger
 from fovlm.train.run_lock import run_lock
@@ -92,6 +93,8 @@ class Trainer:
         if frozen:
             frozen.load_state_dict(model.state_dict())
         self.engine = Engine(model, experiment.optim, self.engine_settings, device, frozen, train.dpo_beta)
+        if wants_compiled(experiment.model, device, self.engine.stage):
+            compile_on_trial(self.engine.model, device)
         if checkpoint:
             self.engine.load(checkpoint, universal)
             universal_done(self.folder / "universal")
@@ -286,15 +289,13 @@ class Trainer:
 
 
 def build_model(experiment: Experiment, vocabulary: int) -> FoveatedVLM:
-    """The model with its first weights, with what is frozen and compiled. `vocabulary`: entries of the tokenizer."""
+    """The model with its first weights, with what is frozen. `vocabulary`: entries of the tokenizer."""
     settings = experiment.model
     model = distributed.collective_call(lambda: build(settings, experiment.data.image_frames))
     distributed.collective_call(lambda: check_vocabulary(model.config.llm_config.vocab_size, vocabulary))
     if source := settings.init_from:
         distributed.collective_call(lambda: load_weights(model, source))
     model.freeze(experiment.optim.freeze)
-    if settings.compile:
-        model.compile_layers()
     return model
 
 

@@ -27,6 +27,12 @@ def test_precision(precision, device):
     assert merged["bf16"]["enabled"] == (precision == "bf16" or (precision == "auto" and device == "cuda"))
 
 
+def test_compiled_layers_are_refused_with_zero3():
+    with pytest.raises(UserError, match=r"model\.compile=true: not with ZeRO-3"):
+        resolve(small(deepspeed="zero3", model={"compile": True}), 1, "cuda")
+    resolve(small(deepspeed="zero3"), 1, "cuda")
+
+
 BAD_ENGINES = {
     "zero_optimisation": (
         {"zero_optimisation": {"stage": 2}},

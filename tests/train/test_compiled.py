@@ -1,0 +1,83 @@
+"""Compiling is on trial: where it fails in any way there is one warning, and the plain layers run."""
+
+import functools
+import logging
+
+import pytest
+import torch
+
+from fovlm.config.schema import ModelSettings
+from fovlm.model.modeling import FoveatedVLM
+from fovlm.train.compiled import compile_on_trial, wants_compiled
+from helpers.models import pack, sample, tiny_model
+
+CPU = torch.device("cpu")
+
+
+def compiler_fails(graph, inputs):
+    raise RuntimeError("no C compiler")
+
+
+def launch_fails(graph, inputs):
+    def run(*arguments):
+        raise RuntimeError("CUDA error: invalid argument")
+
+    return run
+
+
+def wrong_values(graph, inputs):
+    return lambda *arguments: [x * 1.5 for x in graph(*arguments)]
+
+
+def outcome(model: FoveatedVLM) -> list[torch.Tensor]:
+    batch = pack([sample("v", 3, text=7), sample("t", text=5)])
+    loss = model(batch, weight=batch.weight)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def warnings(caplog) -> list[str]:
+    return [record.message for record in caplog.records if record.name == "fovlm"]
+
+
+def tried(backend, caplog) -> tuple[FoveatedVLM, bool]:
+    torch._dynamo.reset()
+    model = tiny_model()
+    model.compile_layers = functools.partial(model.compile_layers, backend=backend)
+    state = torch.get_rng_state()
+    with caplog.at_level(logging.WARNING, "fovlm"):
+        stays = compile_on_trial(model, CPU)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None for p in model.parameters()), "a trial leaves no gradient"
+    for ours, plain in zip(outcome(model), outcome(tiny_model()), strict=True):
+        torch.testing.assert_close(ours, plain)
+    return model, stays
+
+
+def test_layers_stay_compiled_where_they_compute_the_same(caplog):
+    model, stays = tried(lambda graph, inputs: graph.forward, caplog)
+    assert stays
+    assert not warnings(caplog)
+    assert all(layer._compiled_call_impl for layer in model.llm.base_model.layers)
+
+
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [(compiler_fails, "no C compiler"), (launch_fails, "invalid argument"), (wrong_values, "loss and gradient norm")],
+)
+def test_one_warning_and_the_plain_layers_where_it_fails(backend, reason, caplog):
+    model, stays = tried(backend, caplog)
+    assert not stays
+    assert [reason in message for message in warnings(caplog)] == [True]
+    assert not any(layer._compiled_call_impl for layer in model.llm.base_model.layers)
+
+
+def test_it_is_the_default_on_a_gpu_except_with_zero3():
+    asked = {
+        (given, device, stage): wants_compiled(ModelSettings(compile=given), torch.device(device), stage)
+        for given in (None, True, False)
+        for device in ("cuda", "cpu")
+        for stage in (2, 3)
+    }
+    assert {key for key, wants in asked.items() if wants and key[0] is None} == {(None, "cuda", 2)}
+    assert all(wants is given for (given, *_), wants in asked.items() if given is not None)

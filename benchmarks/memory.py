@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.samples import draw
 from fovlm.config.deepspeed import resolve
 from fovlm.config.schema import DataSettings, DataSource, Experiment, ModelSettings, OptimSettings, TrainSettings
 from fovlm.data.packing import Batch, Sample, collate
@@ -124,10 +125,7 @@ def pack(e: Experiment, vocabulary: int, tokens_per_look: int) -> Batch:
     """One video that fills the budget."""
     F, S, size = e.data.max_frames, e.data.max_tokens, e.model.frame_size
     ahead = S // 2 if e.model.question == "before_frames" else 0
-    frames = torch.randint(0, 256, (F, 3, size, size), dtype=torch.uint8)
-    tokens = torch.randint(0, vocabulary, (S,))
-    sample = Sample("one", "a", frames, F, tokens, torch.ones(S), ahead)
-    return collate([sample], size, tokens_per_look)
+    return collate(draw([(F, F, S, ahead)], size, vocabulary, Sample), size, tokens_per_look)
 
 
 def measure(name: str) -> dict[str, Any]:

@@ -3,9 +3,10 @@
     ways     plain (fused AdamW, clipping, autocast where the case is bf16), zero1, zero2, zero2_offload
     modes    eager, compiled
 
-Random weights, one rank, one pack a step. A case and mode is one process: its ways step in turns on the same pack, so
-that a busy machine slows all of them. Time is wall time on a GPU and process time on a CPU, one thread. MFU counts the
-model's own FLOPs, without padding and recomputation. Writes benchmarks/results/step_DEVICE.csv and a plot.
+Random weights, one pack a step and rank. A case and mode is one process a rank: its ways step in turns on the same
+packs, so that a busy machine slows all of them. With `--ranks 2` the plain loop is under DistributedDataParallel. Time
+is wall time on a GPU and process time on a CPU, one thread, of the first rank. MFU counts the model's own FLOPs,
+without padding and recomputation. On one rank it writes benchmarks/results/step_DEVICE.csv and a plot.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.memory import LLM_135M, REAL, SMALL
+from benchmarks.samples import draw
 from fovlm.config.deepspeed import resolve
 from fovlm.config.schema import DataSettings, DataSource, Experiment, ModelSettings, TrainSettings
 from fovlm.data.packing import Batch, PackSize, Sample, collate
@@ -71,36 +73,31 @@ def experiment(case: str, way: str, precision: str) -> Experiment:
 def pack(case: str, frame_size: int, vocabulary: int) -> Batch:
     """The case's samples in one pack."""
     count, frames, looks, text = CASES[case][1]
-    samples = [
-        Sample(
-            str(n),
-            "drawn",
-            torch.randint(0, 256, (frames, 3, frame_size, frame_size), dtype=torch.uint8),
-            looks,
-            torch.randint(0, vocabulary, (text,)),
-            torch.ones(text),
-        )
-        for n in range(count)
-    ]
+    samples = draw([(frames, looks, text, 0)] * count, frame_size, vocabulary, Sample)
     return collate(samples, frame_size)
 
 
 def plain_step(e: Experiment, batch: Batch, device: torch.device, compiled: bool) -> Callable[[], Any]:
-    """A step as a plain loop has it: fp32 weights, autocast in bf16."""
+    """A step as a plain loop has it: fp32 weights, autocast in bf16, DistributedDataParallel on several ranks."""
+    from fovlm import distributed
     from fovlm.model.build import build
 
     model = build(e.model).to(device).train()
+    if e.train.precision == "bf16":
+        model.encoder.attention = "plain"  # under autocast rows and weights have two types
     if compiled:
         model.compile_layers()
     rates = {"connector": e.optim.lr_connector, "encoder": e.optim.lr_encoder, "llm": e.optim.lr_llm}
     groups = [{"params": parameters, "lr": rates[name]} for name, parameters in model.groups().items()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=e.optim.weight_decay, fused=True)
-    weight = float(text_weight(batch))
+    many = distributed.world() > 1
+    scale = distributed.world() / float(distributed.sum_over_ranks([float(text_weight(batch))]))
+    forward = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if many else model
 
     def step() -> None:
         here = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=e.train.precision == "bf16"):
-            loss = text_loss(model(here), here).total / weight
+            loss = text_loss(forward(here), here).total * scale
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -122,7 +119,7 @@ def engine_step(e: Experiment, batch: Batch, device: torch.device, compiled: boo
 
 
 def measure(case: str, ways: list[str], compiled: bool, rounds: int, precision: str) -> list[dict[str, Any]]:
-    """All ways of a case in this process, in turns."""
+    """All ways of a case in this process, in turns. Every rank gets as many samples, drawn for itself."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -133,6 +130,7 @@ def measure(case: str, ways: list[str], compiled: bool, rounds: int, precision: 
     cuda = device.type == "cuda"
     e = experiment(case, ways[0], precision)
     shapes = geometry(e.model)
+    torch.manual_seed(int(os.environ["RANK"]))
     batch = pack(case, e.model.frame_size, shapes.llm.V)
     count, frames, looks, text = CASES[case][1]
     flops = count * total(mean_cost(e, shapes, [PackSize(frames, looks, text, 0)])).total
@@ -153,12 +151,14 @@ def measure(case: str, ways: list[str], compiled: bool, rounds: int, precision: 
                 peaks[way] = torch.cuda.max_memory_allocated() / 1e9
             if n > 1:  # the first two allocate and compile
                 seconds[way].append((time.perf_counter() if cuda else time.process_time()) - began)
+    many = os.environ["WORLD_SIZE"] != "1"
     peak, plain = peak_flops(device_name(device)), statistics.median(seconds["plain"]) if "plain" in seconds else None
     rows = []
     for way, taken in seconds.items():
         median = statistics.median(taken)
         rows.append({
-            "case": case, "way": way, "mode": "compiled" if compiled else "eager", "precision": precision,
+            "case": case, "way": "ddp" if way == "plain" and many else way,
+            "mode": "compiled" if compiled else "eager", "precision": precision,
             "ms": round(1e3 * median, 2), "ms_min": round(1e3 * min(taken), 2), "ms_max": round(1e3 * max(taken), 2),
             "samples_per_s": round(count / median, 3), "plain_over_this": round(plain / median, 3) if plain else "",
             "mfu": round(flops / median / peak, 4) if peak else "", "peak_gb_of_process": round(peaks[way], 2) or "",
@@ -190,12 +190,14 @@ def main() -> int:
     parser.add_argument("--modes", nargs="+", default=["eager"] if device == "cpu" else ["eager", "compiled"])
     parser.add_argument("--rounds", type=int, default=5 if device == "cpu" else 20)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="fp32" if device == "cpu" else "bf16")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--one", nargs=2, metavar=("CASE", "MODE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     has_deepspeed = find_spec("deepspeed") is not None
     if options.one:
         case, mode = options.one
-        ways = [way for way in CASES[case][2] if way == "plain" or has_deepspeed]
+        ways = [way for way in CASES[case][2] if way in options.ways and (way == "plain" or has_deepspeed)]
         print("rows", json.dumps(measure(case, ways, mode == "compiled", options.rounds, options.precision)))
         return 0
     if unknown := set(options.cases) - CASES.keys():
@@ -210,19 +212,31 @@ def main() -> int:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = str(free.getsockname()[1])
-            alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            command = [sys.executable, "-m", "benchmarks.step", "--one", case, mode]
+            command = [sys.executable, "-m", "benchmarks.step", "--one", case, mode, "--ways", *options.ways]
             command += ["--rounds", str(options.rounds), "--precision", options.precision]
-            done = subprocess.run(command, env=os.environ | alone, capture_output=True, text=True, check=False)
-            found = re.search(r"^rows (.*)$", done.stdout, re.MULTILINE)
+            world = {"WORLD_SIZE": str(options.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            processes = [
+                subprocess.Popen(
+                    command,
+                    env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                    stderr=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                    text=True,
+                )
+                for rank in range(options.ranks)
+            ]
+            said, errors = processes[0].communicate()
+            for process in processes[1:]:
+                process.wait()
+            found = re.search(r"^rows (.*)$", said, re.MULTILINE)
             if not found:
                 failed = True
-                print(f"{case}, {mode}: failed: {done.stderr.strip()[-1500:]}")
+                print(f"{case}, {mode}: failed: {errors.strip()[-1500:]}")
                 continue
             for row in json.loads(found[1]):
                 print("  ".join(f"{name} {value}" for name, value in row.items() if value != ""), flush=True)
                 rows.append(row | about)
-    if rows:
+    if rows and options.ranks == 1:
         path = RESULTS / f"step_{'cpu' if device == 'cpu' else about['device'].replace(' ', '_')}.csv"
         with path.open("w", newline="") as file:
             table = csv.DictWriter(file, rows[0])

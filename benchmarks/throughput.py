@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
+from benchmarks.samples import draw
+
 FRAME = 224
 LLM = {
     "vocab_size": 16384,
@@ -90,17 +92,7 @@ def measure(rounds: int) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     for n in range(rounds):
         sys.stdin.readline()
-        samples = [
-            Sample(
-                str(i),
-                "drawn",
-                torch.randint(0, 256, (frames, 3, FRAME, FRAME), dtype=torch.uint8),
-                looks,
-                torch.randint(0, LLM["vocab_size"], (text,)),
-                torch.ones(text),
-            )
-            for i, (frames, looks, text, _) in enumerate(packs[n].tolist())
-        ]
+        samples = draw(packs[n].tolist(), FRAME, LLM["vocab_size"], Sample)
         begun = time.process_time()
         batch = collate(samples)
         (model(batch) * batch.weight).sum().backward()

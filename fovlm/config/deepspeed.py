@@ -120,8 +120,8 @@ def merge(experiment: Experiment, ds_json: dict[str, Any], world_size: int, devi
     merged = _checked(ds_json, experiment.deepspeed)
     if experiment.model.compile and merged["zero_optimization"]["stage"] == 3:
         raise UserError(
-            f"model.compile=true: not with ZeRO-3 (deepspeed: {experiment.deepspeed}), which gathers weights inside the "
-            "layers: take zero2, or leave model.compile out"
+            f"model.compile=true: not with ZeRO-3 (deepspeed: {experiment.deepspeed}), which gathers "
+            "weights inside the layers: take zero2, or leave model.compile out"
         )
     precision = experiment.train.precision
     if precision == "auto":

@@ -51,9 +51,13 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, int, int, int], tuple[str, ...
     "135M video": (REAL, (8, 16, 16, 128), WAYS),
     "135M pictures x8": (REAL, (64, 1, 8, 64), WAYS),
     "135M one clip": (REAL, (1, 8, 8, 128), WAYS),
+    "135M one picture": (REAL, (1, 1, 1, 16), WAYS),  # what is not forward and backward weighs most here
     "1.7B video": (LARGE, (4, 16, 16, 128), ("zero2_offload",)),
 }
-DEFAULT = {"cpu": ["small video", "135M one clip"], "cuda": [name for name in CASES if name != "small video"]}
+DEFAULT = {
+    "cpu": ["small video", "135M one clip", "135M one picture"],
+    "cuda": ["135M video", "135M pictures x8", "135M one clip", "1.7B video"],
+}
 
 
 def experiment(case: str, way: str, precision: str) -> Experiment:

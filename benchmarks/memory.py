@@ -155,9 +155,10 @@ def measure(name: str) -> dict[str, Any]:
         gc.collect()
         stays, live.peak = live.now, live.now
         trainer.step(batches)
-    # ZeRO-1's and ZeRO-3's fp32 gradients are never given back; the others' come and go with each step.
+    # The fp32 gradients of ZeRO-3, and of ZeRO-1 and 2 on the device, are never given back.
     stage = config["zero_optimization"]["stage"]
-    static = said.weights + said.optimizer + said.host + {1: said.gradients * 2 // 3, 3: said.gradients}.get(stage, 0)
+    grown = 0 if said.host else said.gradients if stage == 3 else said.gradients * 4 // (4 + trainer.dtype.itemsize)
+    static = said.weights + said.optimizer + said.host + grown
     return {
         "case": name,
         "stays_mb": round(stays / 1e6, 1),

@@ -6,7 +6,8 @@ What stays for the whole step follows DeepSpeed 0.19.8 (n trainable and z frozen
   runs) and two moments, 12 n / W. ZeRO-3 shares the weights too, and gathers those it is about to use.
 - ZeRO-2 in bf16 accumulates gradients in one fp32 buffer of its share, 4 n / W, which lies on the GPU even when the
   optimizer is offloaded (`_build_compact_grad_partition_buffer`). In fp32 the share exists twice while accumulating.
-- ZeRO-1 keeps an fp32 gradient of all weights, 4 n (`fovlm/train/gradients.py`), beside that of a micro-step, w n.
+- ZeRO-1, and ZeRO-2 on one rank, keep an fp32 gradient of all weights, 4 n, beside that of a micro-step, w n
+  (`fovlm/train/gradients.py`).
 - Offloading moves master weights and moments to the host, with an fp32 gradient and a staging copy beside them.
 - Gradients are reduced in buckets, two of them with overlap_comm. A weight larger than a bucket passes on its own: its
   gradient, a clone and an fp32 copy.
@@ -81,8 +82,11 @@ def estimate(
         weights += w * (n + z)  # the frozen reference
 
     accumulates = ds_config["gradient_accumulation_steps"] > 1
-    if stage == 1:
-        gradients = n * FP32 + (FP32 * share * (not bf16) if offload else w * n)
+    whole = not offload and (stage == 1 or (stage == 2 and world == 1))
+    if whole:
+        gradients = (FP32 + w) * n
+    elif stage == 1:
+        gradients = FP32 * n + (0 if bf16 else FP32 * share)
     elif stage == 3:
         gradients = 0 if offload else FP32 * share
     elif bf16:
@@ -97,9 +101,7 @@ def estimate(
         optimizer = 0
 
     bucket = zero.get("reduce_bucket_size", 5 * 10**8)
-    buckets = w * bucket * (2 if zero.get("overlap_comm") else 1)
-    if stage == 1 and not offload:
-        buckets = 0
+    buckets = 0 if whole else w * bucket * (2 if zero.get("overlap_comm") else 1)
     buckets += min(big, n) * ((2 * w if big > bucket else w) + FP32 + (w if offload else 0))
     moving = sum(activations(experiment, shapes, w, pack, stage).values())
     if stage == 3:

@@ -20,7 +20,7 @@ def lighten(optimizer: Any, stage: int, offload: bool) -> None:
 
     A gradient that is not finite makes the norm so, and the step is skipped on that: nothing needs to look at every
     gradient first. The norm is one call. With offload in bf16, DeepSpeed adds the gradients of the next step to those
-    of a skipped one, and then skips every step. ZeRO-1 gets `WholeGradients`.
+    of a skipped one, and then skips every step. ZeRO-1, and ZeRO-2 on one rank, get `WholeGradients`.
     """
 
     def norm(gradients: list[Tensor], parameters: Any, norm_type: int = 2) -> Tensor:
@@ -38,7 +38,7 @@ def lighten(optimizer: Any, stage: int, offload: bool) -> None:
     if offload:
         reset = optimizer.reset_cpu_buffers
         optimizer.reset_cpu_buffers = reset_offload
-    elif stage == 1:
+    elif stage == 1 or distributed.world() == 1:
         WholeGradients(optimizer).install()
 
 
@@ -54,7 +54,7 @@ def square_sum(tensors: list[Tensor], device: torch.device | str) -> Tensor:
 
 
 class WholeGradients:
-    """ZeRO-1's gradients of all parameters, in one fp32 tensor a group, where the micro-steps of a step are added up.
+    """The gradients of all parameters, in one fp32 tensor a group, where the micro-steps of a step are added up.
 
     DeepSpeed copies each gradient three times, in four calls each: to a bucket, from it, and into the optimizer's flat
     gradient. Here each micro-step is one copy or addition a group, and the ranks reduce once a step, in fp32.
@@ -72,7 +72,8 @@ class WholeGradients:
         for hook in self.optimizer._grad_acc_hooks:
             hook.remove()
         self.optimizer._grad_acc_hooks.clear()
-        self.optimizer.reduce_gradients = lambda pipeline_parallel=False: None
+        self.optimizer.reduce_gradients = lambda pipeline_parallel=False: None  # ZeRO-1
+        self.optimizer.overlapping_partition_gradients_reduce_epilogue = lambda: None  # ZeRO-2
         self.optimizer.backward_epilogue = self.add
 
     @torch.no_grad()

@@ -97,8 +97,8 @@ def spoil(rank: int, target: int, steps: list[int]) -> None:
 
     nll, step, done = Engine.nll, Engine.step, [0]
 
-    def spoiled(self: Engine, *arguments: Any) -> torch.Tensor:
-        return nll(self, *arguments) * (float("nan") if done[0] in steps and rank == target else 1.0)
+    def spoiled(self: Engine, *arguments: Any, **named: Any) -> torch.Tensor:
+        return nll(self, *arguments, **named) * (float("nan") if done[0] in steps and rank == target else 1.0)
 
     def counted(self: Engine, batches: list[Any]) -> Any:
         done[0] += 1

@@ -8,6 +8,7 @@ import errno
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,14 @@ def spoil(rank: int, target: int, steps: list[int]) -> None:
     """In these steps no loss of rank `target` is a number."""
     from fovlm.train.engine import Engine
 
-    nll, step, done = Engine.nll, Engine.step, [0]
+    loss, step, done = Engine._loss, Engine.step, [0]
 
-    def spoiled(self: Engine, *arguments: Any, **named: Any) -> torch.Tensor:
-        return nll(self, *arguments, **named) * (float("nan") if done[0] in steps and rank == target else 1.0)
+    def spoiled(self: Engine, batch: Any) -> Any:
+        whole = loss(self, batch)
+        return replace(whole, total=whole.total * float("nan")) if done[0] in steps and rank == target else whole
 
     def counted(self: Engine, batches: list[Any]) -> Any:
         done[0] += 1
         return step(self, batches)
 
-    Engine.nll, Engine.step = spoiled, counted
+    Engine._loss, Engine.step = spoiled, counted

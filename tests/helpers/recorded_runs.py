@@ -8,24 +8,24 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
 
 from fovlm.data.packing import Batch
 from fovlm.train import trainer
 from fovlm.train.engine import Engine, StepResult
+from fovlm.train.losses import Loss
 
 
 class Recorded(Engine):
-    """An engine that keeps what its steps gave. In the steps that are to be spoilt, no nll is a number."""
+    """An engine that keeps what its steps gave. In the steps that are to be spoilt, no loss is a number."""
 
     steps: list[Callable[[], StepResult]]
     spoilt: list[int]
 
-    def nll(self, batch: Batch, visual: str | None = None) -> Tensor:
-        nll = super().nll(batch, visual)
-        return nll * float("nan") if len(self.steps) + 1 in self.spoilt else nll
+    def _loss(self, batch: Batch) -> Loss:
+        loss = super()._loss(batch)
+        return replace(loss, total=loss.total * float("nan")) if len(self.steps) + 1 in self.spoilt else loss
 
     def step(self, batches: list[Batch]) -> Callable[[], StepResult]:
         done = super().step(batches)

@@ -193,7 +193,7 @@ def demo(
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] != "gradio":
                 raise
-            raise UserError("the demo needs gradio: pip install 'fovlm[demo]'") from error
+            raise UserError("the demo needs gradio: pip install 'gradio>=6'") from error
         from fovlm.media.clip import list_clips
 
         clips = list_clips(examples) if examples else []

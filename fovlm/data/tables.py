@@ -277,7 +277,7 @@ def _open_parquet(file: Path) -> Any:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise UserError("parquet files need pyarrow: pip install 'fovlm[data]'") from None
+        raise UserError("parquet files need pyarrow: pip install 'pyarrow>=18'") from None
     try:
         return parquet.ParquetFile(file)
     except ValueError as error:  # pyarrow's ArrowInvalid is one

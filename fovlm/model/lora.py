@@ -19,7 +19,7 @@ def add_adapters(llm: PreTrainedModel, rank: int, alpha: float, targets: list[st
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:
-        raise UserError("model.lora needs peft: pip install 'fovlm[lora]'") from error
+        raise UserError("model.lora needs peft: pip install 'peft>=0.17'") from error
     layers = llm.base_model.layers
     linears = {name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
     for target in targets:

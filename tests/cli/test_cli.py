@@ -292,4 +292,4 @@ def test_a_name_that_is_too_long_is_one_line(capsys, film):
 def test_the_demo_asks_for_gradio(capsys, saved_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "fovlm.viz.demo", raising=False)
-    assert "pip install 'fovlm[demo]'" in user_error(capsys, "demo", "-m", saved_model)
+    assert "pip install 'gradio>=6'" in user_error(capsys, "demo", "-m", saved_model)

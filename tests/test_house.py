@@ -1,4 +1,4 @@
-"""Rules for the whole source: layers of imports, one door per package, length of files, declared packages."""
+"""Rules for the whole source: layers of imports, who may import which package, length of files, declared packages."""
 
 import ast
 import functools

@@ -1,4 +1,4 @@
-"""Whether a run folder that is there already was made under the same settings. No torch: a change is told at once."""
+"""Whether a run folder that exists was made under the same settings. No torch: a change is reported at once."""
 
 from fovlm.config import experiments
 from fovlm.config.schema import Experiment

@@ -31,7 +31,7 @@ from fovlm.model.build import check_vocabulary
 from fovlm.paths import data_root
 from fovlm.tables import text_table
 
-MFU = (0.2, 0.3, 0.4, 0.5)  # shares of a GPU's peak for which a step's time is told
+MFU = (0.2, 0.3, 0.4, 0.5)  # shares of a GPU's peak for which a step's time is printed
 SIZED = 2000  # samples whose mean size is taken for all
 
 

@@ -1,6 +1,6 @@
 """`python -m fovlm.launch.agent`, at the other end of an ssh connection: the ranks of one node of a hostfile.
 
-The first line of standard input says what to start, in JSON, so that no key stands on a command line. Each further line
+The first line of standard input says what to start, in JSON, so that no secret is on a command line. Each further line
 is a signal for the ranks. When it ends the connection is gone: the ranks save and stop if they can.
 """
 

@@ -1,4 +1,4 @@
-"""Where a user's video or camera is. No torch: a wrong name is told at once."""
+"""Where a user's video or camera is. No torch: a wrong name is reported at once."""
 
 import sys
 from pathlib import Path

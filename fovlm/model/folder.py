@@ -1,4 +1,4 @@
-"""What must be right about a model's folder before it is loaded. No torch: a mistake is told at once."""
+"""What must be right about a model's folder before it is loaded. No torch: a mistake is reported at once."""
 
 import json
 from collections.abc import Iterable

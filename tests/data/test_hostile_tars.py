@@ -1,4 +1,4 @@
-"""Tars made to hang or crash a reader: what comes before the damage is used, and the run goes on."""
+"""Tars made to hang or crash a reader: what comes before the damage is used, and the run continues."""
 
 import io
 import json

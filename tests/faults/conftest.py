@@ -24,8 +24,8 @@ ROWS: list[Row] = []
 HEAD = """# Faults
 
 What goes wrong with a run or with its files, tried on purpose. `make faults` repeats it in full and writes this page;
-the default tests have a short form of each row. "Held" counts the trials after which what
-stands beside the name is true. `SCALE=0.25 make faults` tries a quarter; the scale of this run is below the table.
+the default tests have a short form of each row. A trial "held" if the second column is true after it.
+`SCALE=0.25 make faults` tries a quarter; the scale of this run is below the table.
 
 """
 

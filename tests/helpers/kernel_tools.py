@@ -13,7 +13,7 @@ TYPES = list(TOLERANCE)
 
 needs_triton = pytest.mark.skipif(
     DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="Triton's interpreter has a process of its own: test_kernel_interpreter.py",
+    reason="Triton's interpreter has a process of its own: test_interpreter.py",
 )
 
 

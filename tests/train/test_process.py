@@ -1,4 +1,4 @@
-"""A rank whose launcher dies saves and stops; a rank whose output closes goes on."""
+"""A rank whose launcher dies saves and stops; a rank whose output closes continues."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""All that wants a GPU, part by part: make gpu
+"""All that needs a GPU, part by part: make gpu
 
     tests     those marked `gpu`, and the kernels' own, which run on the GPU where there is one
     kernels   python -m kernels.bench

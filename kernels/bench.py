@@ -287,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--grads", nargs="+", default=["all", "query"], choices=["all", "query"])
     parser.add_argument("--repeat", type=int, default=50 if device == "cuda" else 15)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the CSV and the plot")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the CSV and the plot")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     about = origin(device)

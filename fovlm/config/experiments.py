@@ -25,18 +25,13 @@ from fovlm.errors import UserError, did_you_mean
 from fovlm.paths import ROOT, SHIPPED
 from fovlm.paths import in_project as _short
 
-EXPERIMENTS = (
-    ROOT / "experiments"
-)  # an installed package adds its own, of which a file of the same name takes the place
+# An installed package adds its own, of which a file of the same name here takes the place.
+EXPERIMENTS = ROOT / "experiments"
 SECTIONS = ("note", "seeds", "versus", "deepspeed", "model", "data", "optim", "train", "logger")
 FORMS = ("base", "runs", "grid")
 RENAMED = {"journal": "renamed to logger", "engine": "renamed to deepspeed"}
-WHOLE = {
-    ("data", "mixture"),
-    ("data", "first"),
-    ("model", "llm"),
-    ("model", "encoder"),
-}  # a mixture or a model is written in one place
+# A mixture or a model is written in one place.
+WHOLE = {("data", "mixture"), ("data", "first"), ("model", "llm"), ("model", "encoder")}
 ONE_OF: dict[tuple[str, ...], set[str]] = {("train",): {"samples", "steps", "flops"}}
 MOST, DEEPEST = 100_000, 50  # values in a YAML text or runs in a grid, and nested levels: more is a mistake or a trap
 

@@ -4,7 +4,7 @@ This is WebDataset's rule. The rest of the name is the *extension*: `json` is th
 picture; `000.jpg`, `001.jpg` ... the frames of a video; `mp4`, `webm`, `mkv` a video. Everything else is ignored: it is
 never opened or unpickled.
 
-Tars come from strangers, so their headers are read here: Python's `tarfile` goes round for ever on a negative size, and
+Tars come from strangers, so their headers are read here: Python's `tarfile` never ends on a negative size, and
 reads extended headers of any length into memory. Plain files in ustar, GNU and pax archives are all that is needed.
 """
 

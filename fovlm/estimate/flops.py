@@ -237,5 +237,5 @@ def _read(shapes: Geometry, M: float, learns: bool, checkpoint: bool) -> Cost:
     m = shapes.llm
     *linears, down = (_linear(M, width, out, learns) for width, out in m.linears)
     before = sum(linears, _attention(M, M, m.asked))
-    # Recomputation stops once everything is there that the backward pass wants, which is ahead of the last product.
+    # Recomputation stops once everything is there that the backward pass needs, which is ahead of the last product.
     return ((_again(before) if checkpoint else before) + down) * m.layers

@@ -1,4 +1,4 @@
-"""The code that a saved model brings along, so that `trust_remote_code=True` loads it where fovlm is not installed.
+"""The code inside a saved model, so that `trust_remote_code=True` loads it where fovlm is not installed.
 
 `code/` of a model's folder holds the modules that inference needs, copied from the package with flat relative imports,
 which are all that transformers follows. `auto_map` in config.json and processor_config.json names its classes. Where

@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics, log, terminal, wandb and a summary at the end. The one door to wandb.
+"""What a run writes about itself: metrics, log, terminal, wandb and a summary at the end. No other file imports wandb.
 
 Only rank 0 writes; on the other ranks a Logger does nothing. In the run folder (`Experiment.run_folder`):
 

@@ -36,5 +36,5 @@ class Dinov3(Family):
 
     def rotary(self, backbone: Any, pixels: Tensor) -> Rotary:
         rope = backbone.rope_embeddings
-        rope.eval()  # in training mode it rescales the positions at random, which pre-training wants
+        rope.eval()  # in training mode it rescales the positions at random, as in pre-training
         return rope(pixels)

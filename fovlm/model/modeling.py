@@ -9,7 +9,8 @@ The forward pass over a pack (letters as in `data/packing.py`; E language-model 
     nll         language model over the whole pack with the fine tokens -> nll [S]
 
 It returns the negative log-likelihood of every text token: every loss and every score is a sum of these numbers. With
-`weight` it returns such a sum; over padded rows, for other trainers, a loss and logits (`supervised.py`). `looks` is the first four lines: training, attention maps, gaze and evaluation all read it.
+`weight` it returns such a sum; over padded rows, for other trainers, a loss and logits (`supervised.py`). `looks` is
+the first four lines: training, attention maps, gaze and evaluation all read it.
 
 With `query_rounds` R, the fine tokens of one round give the queries of the next. No round is the coarse pass, one is
 the default, and after K rounds every query comes from the fine tokens of all frames before it, which is what

@@ -1,7 +1,7 @@
 """`fovlm demo`: choose a clip, ask, read the answer as it is generated, see where the model looked.
 
-No other file imports Gradio. Nothing uses the network: no analytics, no fonts or scripts from elsewhere. The gaze is the
-page of `fovlm look` in an iframe.
+No other file imports Gradio. Nothing uses the network: no analytics, no fonts or scripts from elsewhere. The gaze is
+the page of `fovlm look` in an iframe.
 """
 
 import base64

@@ -72,11 +72,12 @@ def after(case: Case):
     from fovlm.model.modeling import FoveatedVLM
 
     config = FoveatedConfig(llm_config=LlamaConfig(**LLM), encoder_config=Dinov2Config(**ENCODER))
-    sizes, budget = np.array(case.sizes), packing.PackBudget(case.cost, 32)
+    drawn, budget = np.array(case.sizes)[:, :4], packing.PackBudget(case.cost, 32)
+    sizes = np.pad(drawn, ((0, 0), (0, 1)))  # none has further conversations
     packs, first = [], 0
     while len(packs) < 16:
         contents, taken = packing.pack_samples(sizes[first:], 8, budget)
-        packs += [sizes[first:][pack] for pack in contents]
+        packs += [drawn[first:][pack] for pack in contents]
         first += taken
     return FoveatedVLM(config), packs, lambda samples: packing.collate(samples, FRAME), packing.Sample
 

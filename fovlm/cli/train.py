@@ -78,6 +78,7 @@ def sweep(
     from fovlm.sweep.progress import SweepProgress
     from fovlm.sweep.runner import Slot, SweepRunner, cpu_slots, exit_status, gpu_slots
     from fovlm.sweep.select import plan, select
+    from fovlm.train.process import keep_running_without_output
 
     words = what or []
     patterns, overrides = [w for w in words if "=" not in w], [w for w in words if "=" in w]
@@ -105,6 +106,7 @@ def sweep(
         found = cost.estimates(planned, table.read(run_root()), each, on_gpu, flops_per_second)
         print(cost.describe(found, len(slots), price, on_gpu))
         return
+    keep_running_without_output()
     with SweepProgress(len(planned)) as progress:
         results = SweepRunner(planned, slots, progress).work(again)
     raise typer.Exit(exit_status(results, planned, progress.say))

@@ -1,6 +1,8 @@
 """Which runs are asked for, what they are made of, and what they would cost."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -223,3 +225,27 @@ def test_a_damaged_table_is_told_in_a_line(tmp_path, monkeypatch, capsys, damage
         assert main(["sweep", "LR1", *words]) == 2
         assert "runs.csv is damaged" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["runs.csv"]
+
+
+def test_a_sweep_outlives_the_reader_of_its_output(tmp_path):
+    """As in `fovlm sweep quickstart | head -1`; training is replaced by lines of output."""
+    code = """
+import pathlib, sys
+from fovlm.cli.main import main
+from fovlm.sweep.runner import SweepRunner
+
+def work(self, again):
+    for n in range(2000):
+        self.progress.say(f"line {n}")
+    pathlib.Path(sys.argv[1]).write_text("done")
+    return {}
+
+SweepRunner.work = work
+main(["sweep", "quickstart", "--jobs", "1"])
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "done")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "line 0\n"
+        process.stdout.close()
+        process.stderr.read()
+    assert (tmp_path / "done").read_text() == "done"

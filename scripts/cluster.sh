@@ -71,6 +71,8 @@ up() {
     until first=$(cat "/proc/$!/task/$!/children") && [ -n "$first" ]; do sleep 0.1; done
     echo "${first% }" >"$node/pid"
   done
+  # Without this, the link of both nodes would vanish with the last process of one.
+  exec 8<"/proc/$(cat node-a/pid)/ns/net" 9<"/proc/$(cat node-b/pid)/ns/net"
   ip link add eth0 netns "$(cat node-a/pid)" type veth peer name eth0 netns "$(cat node-b/pid)"
   until [ "$("$here" on . node-a sinfo --noheader --states=idle --format=%D 2>/dev/null)" = 2 ]; do sleep 0.5; done
   echo ready

@@ -7,7 +7,7 @@ import torch
 
 
 def draw(sizes: Iterable[Iterable[int]], frame_size: int, vocabulary: int, make: Callable[..., Any]) -> list[Any]:
-    """One sample for each (frames, looks, text tokens, prompt); `make` is the `Sample` of the tree at hand."""
+    """One sample for each (frames, looks, text tokens, prompt); `make` is the `Sample` of the tree that runs it."""
     return [
         make(
             str(n),

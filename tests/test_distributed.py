@@ -10,9 +10,9 @@ from fovlm.errors import UserError
 @pytest.fixture
 def sent(monkeypatch) -> list[str]:
     """What this rank tells a second one, which has no problem."""
-    told: list[str] = []
-    monkeypatch.setattr(distributed, "gather", lambda value: told.append(value) or [value, ""])
-    return told
+    gathered: list[str] = []
+    monkeypatch.setattr(distributed, "gather", lambda value: gathered.append(value) or [value, ""])
+    return gathered
 
 
 def failing(error: BaseException):

@@ -48,8 +48,8 @@ def test_a_wheel_is_the_whole_product(wheel, tmp_path):
     names = (ROOT / "tests" / "golden" / "names.txt").read_text().split()
     assert sorted(listed) == sorted([*names, "mine"])
     # It imports the model, and with it the kernels.
-    told = run([*fovlm, "train", "mine", "--dry-run"], folder, PYTHONPATH=str(site), CPU_RANKS="1")
-    assert "steps" in told
+    printed = run([*fovlm, "train", "mine", "--dry-run"], folder, PYTHONPATH=str(site), CPU_RANKS="1")
+    assert "steps" in printed
     assert run([*fovlm, "sweep", "mine", "--dry-run", "--jobs", "1"], folder, PYTHONPATH=str(site))
     assert {path.name for path in folder.iterdir()} <= {"experiments", "data", "runs", ".cache"}
 

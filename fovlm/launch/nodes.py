@@ -33,7 +33,7 @@ class Nodes:
     def __init__(self, command: list[str], env: Mapping[str, str], where: Resources):
         """Start `command`, to which each node adds its number, with `env` on every node of `where`."""
         self.stop_asked = self.killed = False  # by a signal, by a second Ctrl-C
-        self.ending = False  # the ranks were told to end at once
+        self.ending = False  # the ranks were asked to end at once
         self.deadline = math.inf  # when what is left of the run is killed, or given up
         self.agents: dict[str, subprocess.Popen[str]] = {}
         early: list[int] = []
@@ -83,7 +83,9 @@ class Nodes:
     def _check(self, failed: dict[str, int]) -> None:
         """Add the nodes that have failed by themselves to `failed`, and name them."""
         for name, agent in self.agents.items():
-            if self.ending or name in failed or agent.poll() in (None, 0, EXIT_STOPPED):
+            if name in failed or agent.poll() in (None, 0, EXIT_STOPPED):
+                continue
+            if self.ending and agent.returncode != SSH_FAILED:  # it was asked to
                 continue
             failed[name] = agent.returncode
             self.deadline = min(self.deadline, time.monotonic() + GRACE)

@@ -44,7 +44,8 @@ def test_a_lost_node_ends_the_run_with_its_name_and_the_same_command_resumes(clu
     began = time.monotonic()
     assert run.wait(600) == 1
     assert time.monotonic() - began < 60 + 60, "train.hang_minutes, and the time to end"
-    assert "fovlm: node-b does not answer" in cluster.text("link.log")
+    # Which of the two depends on whether ssh gives the connection up before the launcher does.
+    assert re.search("fovlm: node-b (does not answer|is lost)", cluster.text("link.log"))
     wait_for("the ranks of node-b end by themselves", lambda: not cluster.processes("node-b"), 60)
     cluster.on("node-b", "ip", "link", "set", "eth0", "up")
 

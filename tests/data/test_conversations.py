@@ -35,8 +35,8 @@ def messages(turns, system: str | None = None) -> list[dict]:
 
 @pytest.mark.parametrize("system", [None, "it is yes ."])
 def test_several_turns_are_the_template_of_all_of_them_with_a_loss_on_each_answer(system):
-    told = messages(TURNS, system or SYSTEM)
-    whole = TOKENIZER(TOKENIZER.apply_chat_template(told, tokenize=False), add_special_tokens=False)["input_ids"]
+    expected = messages(TURNS, system or SYSTEM)
+    whole = TOKENIZER(TOKENIZER.apply_chat_template(expected, tokenize=False), add_special_tokens=False)["input_ids"]
     text = chat().text({"messages": messages(TURNS, system)}, None, frames=True)
     assert text.tokens.tolist() == whole[:-1]  # without the newline behind the last turn
     learnt = TOKENIZER.decode(text.tokens[text.weight == 1]).replace(" ", "")
@@ -44,7 +44,7 @@ def test_several_turns_are_the_template_of_all_of_them_with_a_loss_on_each_answe
     assert TOKENIZER.decode(text.tokens[: text.prompt]).replace(" ", "").endswith("user\nwhatisthis?")
 
 
-def test_turns_are_messages_without_roles_and_one_turn_is_a_question_and_an_answer():
+def test_turns_are_expectedwithout_roles_and_one_turn_is_a_question_and_an_answer():
     turns = [{"user": user, "assistant": answer} for user, answer in TURNS]
     for record, other in (
         ({"turns": turns}, {"messages": messages(TURNS)}),

@@ -9,8 +9,7 @@ hidden state [F,N,D], and W_k,h, W_v,h the rows [d,D] of head h (all sums over n
     out[k,h]    = W_v,h (gamma * pooled[k,h] + beta) + b_v,h
 
 Everything but the pooling is small (no N in it) and plain PyTorch; the pooling is the kernel. It is attention with
-x as keys and as values of all heads at once, so the heads of a frame's looks fill the rows of a tensor-core tile. The
-width D is cut into slices, one per warp, so that no warp holds more of u, x and the sums than its registers take.
+x as keys and as values of all heads at once, so the heads of a frame's looks fill the rows of a tensor-core tile.
 Backward, with g = d loss / d pooled, delta[k,h] = <g[k,h], pooled[k,h]> and ds = p (<g, x> - delta):
 
     du[k,h] = scale * sum_n ds[k,h,n] x[f,n]        dx[f,n] = sum_k,h p[k,h,n] g[k,h] + scale * ds[k,h,n] u[k,h]
@@ -40,6 +39,8 @@ from kernels.common import (
 )
 
 ROWS = 16  # (look, head) pairs that share one read of a frame: the smallest tile of tl.dot
+BLOCK = 32  # rows of a frame at a time
+H100 = 232448  # bytes of shared memory that one program may take there
 
 
 def reference(folded: Tensor, hidden: Tensor, frame_of_look: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -54,43 +55,43 @@ def reference(folded: Tensor, hidden: Tensor, frame_of_look: Tensor | None, scal
     return attend_by_frame(attend, folded, (hidden,), frame_of_look)
 
 
-def slices(width: int) -> int:
-    """W: a row of D numbers is cut into at most 8 slices of a power of two, one per warp; 0 where that does not go."""
-    for slice_width in (16, 32, 64, 128):
-        if width % slice_width == 0 and width <= 8 * slice_width:
-            return slice_width
-    return 0
+def tile_width(width: int) -> int:
+    """WIDE: a row of D numbers is cut into at most 16 tiles of a power of two; 0 where that does not go."""
+    wide = min(width & -width, 128)
+    return wide if wide >= 16 and width <= 16 * wide else 0
 
 
-def shared_memory(width: int) -> int:
+def shared_memory(width: int, stages: int) -> int:
     """Bytes of shared memory that a program of the backward kernel, the larger one, takes in 16-bit types.
 
-    Read off the compiled kernels and checked by tests/kernels/test_compile.py: a padded tile for each stage and one
-    more, and 8 KiB for sums across warps.
+    Blocks of rows that are on their way, u and g, and sums across warps. Read off the compiled kernels and checked by
+    tests/kernels/test_compile.py.
     """
-    shape = tiles(width)
-    return (shape["num_stages"] + 1) * 2 * shape["BLOCK"] * shape["C"] * shape["W"] + 8192
+    return ((stages - 1) * BLOCK + 2 * ROWS) * 2 * width + 2048
+
+
+def stages(width: int, limit: int) -> int:
+    """The stages of loads (2: one block of rows ahead of its use, 3: two), for a device with `limit` bytes a program;
+    0 where no kernel fits."""
+    fitting = [stages for stages in (3, 2) if shared_memory(width, stages) <= limit]
+    return fitting[0] if fitting and tile_width(width) else 0
 
 
 def available(hidden: Tensor) -> bool:
     """Whether the kernel runs on rows [F,N,D] like these: the type, the width, and the GPU's shared memory allow it.
 
-    Cards with 99 KiB a program (compute capability 8.6, 8.9, 12.0) hold DINOv2-small's 384 numbers, not base's 768.
+    Cards with 99 KiB a program (compute capability 8.6, 8.9, 12.0) hold up to DINOv2-base's 768 numbers.
     """
-    if triton is None or slices(hidden.shape[-1]) == 0 or hidden.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return not torch.cuda.is_available() or shared_memory(hidden.shape[-1]) <= shared_memory_limit(hidden.device)
+    return triton is not None and hidden.dtype in (torch.bfloat16, torch.float16) and tiles(hidden)["num_stages"] > 0
 
 
-def tiles(width: int) -> dict[str, int]:
-    """How the kernels cut a row of D numbers; 257 rows = 16 * 16 + 1 cost one row more to read, not one block.
-
-    Wide rows leave fewer registers for loads ahead of their use: fewer stages, or registers would spill.
-    """
-    count = 1 << (width // slices(width) - 1).bit_length()
+def tiles(hidden: Tensor) -> dict[str, int]:
+    """How the kernels cut a frame's rows [F,N,D], and the warps that share a program."""
+    width = hidden.shape[-1]
+    limit = shared_memory_limit(hidden.device) if torch.cuda.is_available() else H100
     return {
-        "D": width, "W": slices(width), "C": count, "BLOCK": 16, "ROWS": ROWS,
-        "num_warps": count, "num_stages": 3 if width > 512 else 4, "enable_fp_fusion": True,
+        "D": width, "WIDE": tile_width(width), "BLOCK": BLOCK, "ROWS": ROWS,
+        "num_warps": 4 if width <= 512 else 8, "num_stages": stages(width, limit), "enable_fp_fusion": True,
     }  # fmt: skip
 
 
@@ -99,7 +100,7 @@ def _forward(
     folded: Tensor, hidden: Tensor, look_of: Tensor | None, first: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The forward kernel -> (pooled [K,H,D], lse [K,H] fp32). look_of, first: as group_looks gives them."""
-    (looks, heads, width), (frames, rows) = folded.shape, hidden.shape[:2]
+    (looks, heads, _), (frames, rows) = folded.shape, hidden.shape[:2]
     folded, hidden = folded.contiguous(), dense_rows(hidden)
     pooled = torch.empty_like(folded)
     lse = torch.empty((looks, heads), dtype=torch.float32, device=folded.device)
@@ -109,7 +110,7 @@ def _forward(
     if frames and looks:
         _forward_kernel[(frames,)](
             folded, hidden, look_of, first, pooled, lse, scale * 1.4426950408889634, rows, heads,
-            *hidden.stride()[:2], ONE=first is None, **tiles(width),
+            *hidden.stride()[:2], ONE=first is None, **tiles(hidden),
         )  # fmt: skip
     return pooled, lse
 
@@ -130,17 +131,18 @@ def _backward(
     grad, folded, hidden, one = grad.contiguous(), folded.contiguous(), dense_rows(hidden), first is None
     dfolded = torch.empty_like(folded) if one else torch.full_like(folded, float("nan"))
     dhidden = torch.empty(hidden.shape if need_hidden else 0, dtype=hidden.dtype, device=hidden.device)
-    kept = (2, looks * heads, rows) if need_hidden else (2, 0)
-    weight, dscore = torch.empty(kept, dtype=hidden.dtype, device=hidden.device)
+    kept = -(-rows // 16) * 16  # whole aligned blocks
+    shape = (2, looks * heads, kept) if need_hidden else (2, 0)
+    weight, dscore = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
     if frames and looks:
         _backward_kernel[(frames,)](
             grad, folded, hidden, pooled, lse, look_of, first, dfolded, weight, dscore, scale, rows, heads,
-            *hidden.stride()[:2], ONE=one, NEED_X=need_hidden, **tiles(width),
+            *hidden.stride()[:2], kept, ONE=one, NEED_X=need_hidden, **tiles(hidden),
         )  # fmt: skip
     if frames and need_hidden:
-        wide, block = min(width & -width, 128), 32 if hidden.dtype == torch.float32 else 64
+        wide, block = tile_width(width), 32 if hidden.dtype == torch.float32 else 64
         _rows_kernel[(frames * (width // wide), -(-rows // block))](
-            grad, folded, weight, dscore, look_of, first, dhidden, rows, heads,
+            grad, folded, weight, dscore, look_of, first, dhidden, rows, heads, kept,
             D=width, WIDE=wide, BLOCK=block, ONE=one, ROWS=ROWS, num_warps=4, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip
     return dfolded, dhidden
@@ -183,7 +185,7 @@ def absorbed_pooling(
         raise ValueError(f"absorbed_attention: N, H and D must be 1 or more; got {shapes}")
     check_looks("absorbed_attention", folded, hidden, frame_of_look)
     # in fp32 the tiles don't fit a thread's registers: correct, for tests, but no faster than two matrix products
-    fits = available(hidden) or (implementation == "triton" and slices(hidden.shape[2]) > 0)
+    fits = available(hidden) or (implementation == "triton" and tile_width(hidden.shape[2]) > 0)
     if not uses_triton("absorbed_attention", implementation, folded, fits):
         pooled, lse = reference(folded, hidden, frame_of_look, scale)
         return pooled, lse.detach()

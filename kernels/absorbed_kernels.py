@@ -1,4 +1,9 @@
-"""The Triton kernels of `absorbed_attention.py`, which has the formulas."""
+"""The Triton kernels of `absorbed_attention.py`, which has the formulas.
+
+A program walks the rows of one frame in blocks, and reads each once. The width D is cut into tiles of WIDE numbers, a
+tuple of them for a block of rows or pairs; each tile of rows is the right operand of two products, one over WIDE (the
+scores) and one over the rows (the sums). The first row starts the sums, so that 257 rows are it and whole blocks.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +11,72 @@ from kernels.common import LOG2E, dot, jit, tl
 
 
 @jit
-def _places(row, stride, D: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
-    """Offsets [C,R,W] of rows [R] of D numbers, cut into C slices of W; and which slices lie inside the row."""
-    part = tl.arange(0, C)[:, None, None]
-    return row[None, :, None] * stride + part * W + tl.arange(0, W)[None, None, :], part < D // W
+def _read(base, place, fits, stride, D: tl.constexpr, WIDE: tl.constexpr):
+    """Rows `place` [R] of D numbers as tiles [R,WIDE]; zeros, which cost no reading, where a row does not fit."""
+    at = base + place[:, None] * stride + tl.arange(0, WIDE)[None, :]
+    tiles: tl.tuple = ()
+    for part in tl.static_range(D // WIDE):
+        tiles += (tl.load(at + part * WIDE, mask=fits[:, None], other=0.0),)
+    return tiles
 
 
 @jit
-def _load(base, row, fits, stride, D: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
-    """Rows [R] as a tile [C,R,W]; zeros, which cost no reading, where a row does not fit."""
-    at, inside = _places(row, stride, D, W, C)
-    return tl.load(base + at, mask=inside & fits[None, :, None], other=0.0)
+def _write(base, place, fits, tiles, D: tl.constexpr, WIDE: tl.constexpr):
+    """The opposite of `_read`, to dense rows."""
+    at = base + place[:, None] * D + tl.arange(0, WIDE)[None, :]
+    for part in tl.static_range(D // WIDE):
+        tl.store(at + part * WIDE, tiles[part].to(base.dtype.element_ty), mask=fits[:, None])
 
 
 @jit
-def _store(base, row, fits, tile, D: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
-    """The opposite of `_load`, to dense rows."""
-    at, inside = _places(row, D, D, W, C)
-    tl.store(base + at, tile.to(base.dtype.element_ty), mask=inside & fits[None, :, None])
+def _scores(pairs, rows, D: tl.constexpr, WIDE: tl.constexpr):
+    """Tiles of pairs [R] and of rows [B] -> their products [R,B]."""
+    total = dot(pairs[0], tl.trans(rows[0]))
+    for part in tl.static_range(1, D // WIDE):
+        total += dot(pairs[part], tl.trans(rows[part]))
+    return total
 
 
 @jit
-def _scores(rows, pairs):
-    """[C,B,W], [C,R,W] -> [B,R]: every warp multiplies its slices of D, then the warps add up."""
-    return tl.sum(dot(rows, tl.permute(pairs, (0, 2, 1))), 0)
+def _first_scores(pairs, x, D: tl.constexpr, WIDE: tl.constexpr):
+    """Tiles of pairs [R] and the frame's first row -> their products [R]."""
+    total = tl.sum(pairs[0].to(tl.float32) * _first_row(x, 0, WIDE), 1)
+    for part in tl.static_range(1, D // WIDE):
+        total += tl.sum(pairs[part].to(tl.float32) * _first_row(x, part, WIDE), 1)
+    return total
 
 
 @jit
-def _share(weights, rows, C: tl.constexpr):
-    """[B,R] -> [C,B,R] in the type of `rows`: every warp takes all weights to its slice of D."""
-    return tl.broadcast_to(weights.to(rows.dtype)[None, :, :], (C, weights.shape[0], weights.shape[1]))
+def _first_row(x, part, WIDE: tl.constexpr):
+    return tl.load(x + part * WIDE + tl.arange(0, WIDE)).to(tl.float32)[None, :]
+
+
+@jit
+def _begin(weights, x, D: tl.constexpr, WIDE: tl.constexpr):
+    """Weights [R] times the frame's first row: the sums so far, as tiles [R,WIDE]."""
+    sums: tl.tuple = ()
+    for part in tl.static_range(D // WIDE):
+        sums += (weights[:, None] * _first_row(x, part, WIDE),)
+    return sums
+
+
+@jit
+def _scaled(sums, by, D: tl.constexpr, WIDE: tl.constexpr):
+    """The sums of each pair times its number in `by` [R]."""
+    new: tl.tuple = ()
+    for part in tl.static_range(D // WIDE):
+        new += (sums[part] * by[:, None],)
+    return new
+
+
+@jit
+def _add(sums, weights, rows, D: tl.constexpr, WIDE: tl.constexpr):
+    """The sums and weights [R,B] times the rows [B]."""
+    new: tl.tuple = ()
+    weights = weights.to(rows[0].dtype)
+    for part in tl.static_range(D // WIDE):
+        new += (sums[part] + dot(weights, rows[part]),)
+    return new
 
 
 @jit
@@ -50,110 +91,109 @@ def _pairs(tile, end, look_of, H, ONE: tl.constexpr, ROWS: tl.constexpr):
 
 
 @jit
-def _forward_block(
-    top, total, acc, u, x, row, x_row, N, scale2, D: tl.constexpr, W: tl.constexpr, C: tl.constexpr
-):  # fmt: skip
-    """One block of rows in the online softmax (base 2): `top` the largest score so far; `total` and `acc` its sums."""
-    rows = _load(x, row, row < N, x_row, D, W, C)
-    scores = tl.where((row < N)[:, None], _scores(rows, u) * scale2, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 0))
-    shrink = tl.exp2(top - new_top)
-    weights = tl.exp2(scores - new_top[None, :])
-    acc = acc * shrink[None, :, None] + dot(_share(tl.trans(weights), rows, C), rows)
-    return new_top, total * shrink + tl.sum(weights, 0), acc
+def _pairs_of(frame, first, H, ONE: tl.constexpr):
+    """The frame's (look, head) pairs, from .. to."""
+    if ONE:
+        return frame * H, frame * H + H
+    else:
+        return tl.load(first + frame) * H, tl.load(first + frame + 1) * H
 
 
 @jit
 def _forward_kernel(
     u, x, look_of, first, pooled, lse, scale2, N, H, x_frame, x_row,
-    D: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
-    ONE: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program: all heads of all looks at one frame. scale2 = scale * log2(e)."""
+    """One program: all heads of all looks at one frame, by the online softmax in base 2. scale2 = scale * log2(e)."""
     frame = tl.program_id(0)
     x += frame.to(tl.int64) * x_frame
-    begin = (frame if ONE else tl.load(first + frame)) * H
-    end = (frame + 1 if ONE else tl.load(first + frame + 1)) * H
+    begin, end = _pairs_of(frame, first, H, ONE)
     for tile in range(begin, end, ROWS):
         pair, fits = _pairs(tile, end, look_of, H, ONE, ROWS)
-        pair_u = _load(u, pair, fits, D, D, W, C)
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([C, ROWS, W], tl.float32)
-        for start in range(0, N, BLOCK):
+        pair_u = _read(u, pair, fits, D, D, WIDE)
+        top = _first_scores(pair_u, x, D, WIDE) * scale2
+        sums = _begin(tl.full([ROWS], 1.0, tl.float32), x, D, WIDE)
+        total = tl.zeros([ROWS, BLOCK], tl.float32) + tl.where(tl.arange(0, BLOCK) == 0, 1.0, 0.0)[None, :]
+        for start in range(1, N, BLOCK):
             row = start + tl.arange(0, BLOCK)
-            top, total, acc = _forward_block(top, total, acc, pair_u, x, row, x_row, N, scale2, D, W, C)
-        _store(pooled, pair, fits, acc / total[None, :, None], D, W, C)
-        tl.store(lse + pair, (top + tl.log2(total)) / LOG2E, mask=fits)
-
-
-@jit
-def _backward_block(
-    du_sum, pair, fits, pair_u, pair_grad, lse2, delta, x, weight, dscore, row, x_row, N, scale,
-    D: tl.constexpr, W: tl.constexpr, C: tl.constexpr, NEED_X: tl.constexpr,
-):  # fmt: skip
-    """One block of rows: -> the sum of du; keeps p and scale * ds where dx will be computed from them."""
-    rows = _load(x, row, row < N, x_row, D, W, C)
-    weights = tl.exp2(_scores(rows, pair_u) * (scale * LOG2E) - lse2[None, :])
-    weights = tl.where((row < N)[:, None], weights, 0.0)
-    dscores = weights * (_scores(rows, pair_grad) - delta[None, :]) * scale
-    if NEED_X:
-        at = pair[None, :] * N + row[:, None]
-        inside = (row < N)[:, None] & fits[None, :]
-        tl.store(weight + at, weights.to(weight.dtype.element_ty), mask=inside)
-        tl.store(dscore + at, dscores.to(dscore.dtype.element_ty), mask=inside)
-    return du_sum + dot(_share(tl.trans(dscores), rows, C), rows)
+            rows = _read(x, row, row < N, x_row, D, WIDE)
+            scores = tl.where((row < N)[None, :], _scores(pair_u, rows, D, WIDE) * scale2, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            shrink = tl.exp2(top - new_top)
+            weights = tl.exp2(scores - new_top[:, None])
+            total = total * shrink[:, None] + weights
+            sums = _add(_scaled(sums, shrink, D, WIDE), weights, rows, D, WIDE)
+            top = new_top
+        whole = tl.sum(total, 1)
+        _write(pooled, pair, fits, _scaled(sums, 1.0 / whole, D, WIDE), D, WIDE)
+        tl.store(lse + pair, (top + tl.log2(whole)) / LOG2E, mask=fits)
 
 
 @jit
 def _backward_kernel(
-    grad, u, x, pooled, lse, look_of, first, du, weight, dscore, scale, N, H, x_frame, x_row,
-    D: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
-    ONE: tl.constexpr, NEED_X: tl.constexpr, ROWS: tl.constexpr,
+    grad, u, x, pooled, lse, look_of, first, du, weight, dscore, scale, N, H, x_frame, x_row, kept,
+    D: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr, NEED_X: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program: all heads of all looks at one frame -> du, and with NEED_X weight p and dscore [K*H,N]."""
+    """One program: all heads of all looks at one frame -> du, and with NEED_X weight p and dscore [K*H,kept].
+
+    Row n is number n - 1 of those that are kept, and the first row is behind them, so that blocks are aligned.
+    """
     frame = tl.program_id(0)
     x += frame.to(tl.int64) * x_frame
-    begin = (frame if ONE else tl.load(first + frame)) * H
-    end = (frame + 1 if ONE else tl.load(first + frame + 1)) * H
+    begin, end = _pairs_of(frame, first, H, ONE)
     for tile in range(begin, end, ROWS):
         pair, fits = _pairs(tile, end, look_of, H, ONE, ROWS)
-        pair_u = _load(u, pair, fits, D, D, W, C)
-        pair_grad = _load(grad, pair, fits, D, D, W, C)
-        product = pair_grad.to(tl.float32) * _load(pooled, pair, fits, D, D, W, C).to(tl.float32)
-        delta = tl.sum(tl.sum(product, 2), 0)
+        pair_u = _read(u, pair, fits, D, D, WIDE)
+        pair_grad = _read(grad, pair, fits, D, D, WIDE)
+        pair_pooled = _read(pooled, pair, fits, D, D, WIDE)
+        delta = tl.zeros([ROWS], tl.float32)
+        for part in tl.static_range(D // WIDE):
+            delta += tl.sum(pair_grad[part].to(tl.float32) * pair_pooled[part].to(tl.float32), 1)
         lse2 = tl.load(lse + pair, mask=fits, other=0.0) * LOG2E
-        du_sum = tl.zeros([C, ROWS, W], tl.float32)
-        for start in range(0, N, BLOCK):
+        weight_0 = tl.exp2(_first_scores(pair_u, x, D, WIDE) * (scale * LOG2E) - lse2)
+        dscore_0 = weight_0 * (_first_scores(pair_grad, x, D, WIDE) - delta) * scale
+        at = pair.to(tl.int64) * kept
+        if NEED_X:
+            tl.store(weight + at + N - 1, weight_0.to(weight.dtype.element_ty), mask=fits)
+            tl.store(dscore + at + N - 1, dscore_0.to(dscore.dtype.element_ty), mask=fits)
+        sums = _begin(dscore_0, x, D, WIDE)
+        for start in range(1, N, BLOCK):
             row = start + tl.arange(0, BLOCK)
-            du_sum = _backward_block(
-                du_sum, pair, fits, pair_u, pair_grad, lse2, delta, x, weight, dscore, row, x_row, N, scale,
-                D, W, C, NEED_X,
-            )  # fmt: skip
-        _store(du, pair, fits, du_sum, D, W, C)
+            rows = _read(x, row, row < N, x_row, D, WIDE)
+            weights = tl.exp2(_scores(pair_u, rows, D, WIDE) * (scale * LOG2E) - lse2[:, None])
+            weights = tl.where((row < N)[None, :], weights, 0.0)
+            dscores = weights * (_scores(pair_grad, rows, D, WIDE) - delta[:, None]) * scale
+            if NEED_X:
+                place = at[:, None] + (row - 1)[None, :]
+                inside = fits[:, None] & (row < N)[None, :]
+                tl.store(weight + place, weights.to(weight.dtype.element_ty), mask=inside)
+                tl.store(dscore + place, dscores.to(dscore.dtype.element_ty), mask=inside)
+            sums = _add(sums, dscores, rows, D, WIDE)
+        _write(du, pair, fits, sums, D, WIDE)
 
 
 @jit
 def _rows_kernel(
-    grad, u, weight, dscore, look_of, first, dx, N, H,
+    grad, u, weight, dscore, look_of, first, dx, N, H, kept,
     D: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK rows of one frame and WIDE of their numbers, dx = p^T g + (scale ds)^T u. x is not read."""
     part = tl.program_id(0) % (D // WIDE)
     frame = tl.program_id(0) // (D // WIDE)
-    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column = part * WIDE + tl.arange(0, WIDE)[None, :]
-    begin = (frame if ONE else tl.load(first + frame)) * H
-    end = (frame + 1 if ONE else tl.load(first + frame + 1)) * H
+    begin, end = _pairs_of(frame, first, H, ONE)
     total = tl.zeros([BLOCK, WIDE], tl.float32)
     for tile in range(begin, end, ROWS):
         pair, fits = _pairs(tile, end, look_of, H, ONE, ROWS)
-        at = pair.to(tl.int64)[None, :] * N + row[:, None]
-        inside = (row < N)[:, None] & fits[None, :]
+        at = pair.to(tl.int64)[None, :] * kept + place[:, None]
+        inside = (place < N)[:, None] & fits[None, :]
         weights = tl.load(weight + at, mask=inside, other=0.0)
         dscores = tl.load(dscore + at, mask=inside, other=0.0)
         at = pair[:, None] * D + column
         total += dot(weights, tl.load(grad + at, mask=fits[:, None], other=0.0))
         total += dot(dscores, tl.load(u + at, mask=fits[:, None], other=0.0))
+    row = tl.where(place == N - 1, 0, place + 1)
     at = (frame.to(tl.int64) * N + row[:, None]) * D + column
-    tl.store(dx + at, total.to(dx.dtype.element_ty), mask=(row < N)[:, None])
+    tl.store(dx + at, total.to(dx.dtype.element_ty), mask=(place < N)[:, None])

@@ -2,9 +2,9 @@
 
 Each operation is called with small tensors, its launches are caught instead of run, and what would have been
 compiled at that launch is compiled for each of TARGETS whose shared memory allows it. Per kernel, as CSV: registers and
-stack bytes of a thread (a stack means spilled registers), shared memory of a program, the widest load from memory, and
-how many of an SM's warps fit at once (occupancy) by registers and shared memory. `--narrow` keeps to DINOv2-small in
-bf16, one look at each frame, trainable.
+stack bytes of a thread (a stack means spilled registers), shared memory of a program, the widest load from memory,
+instructions and barriers of one pass of the loop over memory, and how many of an SM's warps fit at once (occupancy) by
+registers and shared memory. `--narrow` keeps to DINOv2-small in bf16, one look at each frame, trainable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from functools import partial
 import torch
 
 from kernels import absorbed_attention, query_attention
-from kernels.absorbed_attention import shared_memory
+from kernels.absorbed_attention import stages
 from kernels.common import group_looks, triton
 
 # By compute capability: KiB of shared memory of one program, of all programs of an SM, and an SM's warps. CUDA C++
@@ -52,6 +52,8 @@ class Cost:
     shared: int
     shared_limit: int
     widest_load: int
+    loop: int
+    barriers: int
     occupancy: float
 
 
@@ -89,11 +91,7 @@ def _scalar(value: float) -> str:
 
 def cost(compiled, name: str, case: str, capability: int) -> Cost:
     """Read what the compiled kernel takes from its binary and its PTX."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage, code = _cuobjdump(compiled, "-res-usage"), _cuobjdump(compiled, "-sass")
     ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     registers, stack = int(registers), int(stack)
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
@@ -104,7 +102,30 @@ def cost(compiled, name: str, case: str, capability: int) -> Cost:
     limit, total = 1024 * limit, 1024 * total
     by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
     programs = min(by_registers, most // warps, PROGRAMS.get(capability, 32), total // (shared + 1024))
-    return Cost(name, case, f"sm_{capability}", warps, registers, stack, shared, limit, widest, programs * warps / most)
+    loop = _loop(code)
+    barriers, occupancy = sum(text.startswith("BAR") for text in loop), programs * warps / most
+    target = f"sm_{capability}"
+    return Cost(
+        name, case, target, warps, registers, stack, shared, limit, widest, len(loop), barriers, occupancy
+    )  # fmt: skip
+
+
+def _cuobjdump(compiled, what: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _loop(code: str) -> list[str]:
+    """The instructions of the shortest loop that reads from global memory; none where everything is unrolled."""
+    found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+ )?(.*?);", code)
+    places, texts = [int(place, 16) for place, _ in found], [text for _, text in found]
+    jumps = [(n, re.match(r"BRA.*0x([0-9a-f]+)", text)) for n, text in enumerate(texts)]
+    back = [(int(jump[1], 16), n) for n, jump in jumps if jump and int(jump[1], 16) < places[n]]
+    loops = [texts[places.index(start) : n + 1] for start, n in back if start in places]
+    return min((loop for loop in loops if any(text.startswith("LDG") for text in loop)), key=len, default=[])
 
 
 def cases(heads: int, looks: int | None, dtype: torch.dtype) -> Iterator[tuple]:
@@ -152,8 +173,8 @@ def main(arguments: list[str] | None = None) -> None:
                     continue
                 ((args, kwargs),) = catch_launches(kernel, call)
                 for capability in options.targets:
-                    if name.startswith("absorbed") and shared_memory(heads * 64) > 1024 * TARGETS[capability][0]:
-                        continue  # `available` says no there, and the encoder keeps keys and values
+                    if "NEED_X" in kwargs or name == "absorbed_forward":
+                        kwargs["num_stages"] = stages(heads * 64, 1024 * TARGETS[capability][0])
                     compiled = compile_launch(kernel, args, kwargs, capability)
                     table.writerow(asdict(cost(compiled, name, case, capability)))
 

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from helpers.kernel_tools import DEVICE, TOLERANCE, TYPES, assert_close, needs_triton, poisoned, results
 from kernels import absorbed_attention as absorbed_module
-from kernels.absorbed_attention import _backward, _forward, absorbed_attention, absorbed_pooling, available, slices
+from kernels.absorbed_attention import (
+    _backward,
+    _forward,
+    absorbed_attention,
+    absorbed_pooling,
+    available,
+    tile_width,
+    tiles,
+)
 from kernels.common import group_looks
 from kernels.query_attention import query_attention
 
@@ -101,21 +109,22 @@ def test_weights_that_do_not_fit_are_refused():
         )  # fmt: skip
 
 
-def test_widths_that_cut_into_slices():
-    assert {width: slices(width) for width in (32, 48, 192, 384, 768, 1024)} == {
-        32: 16, 48: 16, 192: 32, 384: 64, 768: 128, 1024: 128,
+def test_widths_that_cut_into_tiles():
+    assert {width: tile_width(width) for width in (32, 48, 192, 384, 768, 1152)} == {
+        32: 32, 48: 16, 192: 64, 384: 128, 768: 128, 1152: 128,
     }  # fmt: skip
-    assert slices(40) == slices(1536) == 0
+    assert tile_width(40) == tile_width(272) == 0
 
 
 def test_the_kernel_runs_where_its_shared_memory_fits(monkeypatch):
-    """DINOv2-base asks for 136 KiB: a card with 99 KiB a program takes the plain form, one with 163 KiB this one."""
-    small, base = (torch.zeros(1, 1, width, dtype=torch.bfloat16) for width in (384, 768))
+    """DINOv2-base: two blocks of rows ahead on a card with 163 KiB a program, one with 99 KiB, else the plain form."""
+    rows = [torch.zeros(1, 1, width, dtype=torch.bfloat16) for width in (384, 768, 1024)]
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    for kib, fits in ((64, (False, False)), (99, (True, False)), (163, (True, True))):
+    for kib, ahead in ((48, (0, 0, 0)), (64, (2, 0, 0)), (99, (3, 2, 0)), (163, (3, 3, 2)), (227, (3, 3, 3))):
         monkeypatch.setattr(absorbed_module, "shared_memory_limit", lambda device, kib=kib: 1024 * kib)
-        assert (available(small), available(base)) == fits
-    assert not available(small.float())
+        assert tuple(tiles(hidden)["num_stages"] for hidden in rows) == ahead
+        assert [available(hidden) for hidden in rows] == [stages > 0 for stages in ahead]
+    assert not available(rows[0].float())
 
 
 @pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=needs_triton)])

@@ -23,7 +23,7 @@ COLOURS = {"red": (230, 30, 30), "green": (20, 200, 40), "blue": (40, 70, 255)}
 @pytest.fixture
 def project(tmp_path) -> Path:
     """A checkout of its own, and pictures and questions where the first command puts them."""
-    for name in ("fovlm", "kernels", "ds_configs", "experiments"):
+    for name in ("fovlm", "kernels", "ds_configs", "experiments", "scripts"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "launch.sh", tmp_path)
     data = tmp_path / "raw" / "easy_vqa" / "data"

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticCustomError
 
 from fovlm.config import experiments
+from fovlm.config.fields import Fields
 from fovlm.config.messages import explain, key_types, path_of
 from fovlm.errors import UserError, did_you_mean
 from fovlm.paths import run_root
@@ -69,7 +70,13 @@ class DataSource(Strict):
     shards: str  # tar files: braces and ${FOVLM_DATA} are expanded; a relative pattern is below FOVLM_DATA; or a URL
     kind: Literal["text", "image", "video", "mixed", "preference"]  # mixed: any of the first three
     prompt: str | None = None  # the question for samples without one of their own
+    fields: Fields = {}  # of shards made by others: where a record's parts are (`docs/data.md`), or `nanosmol`
     loss_weight: Rate = 1.0  # of each of its tokens in the training loss
+
+    @property
+    def reading(self) -> list[Any]:
+        """What decides which records its shards have, to be hashed."""
+        return [self.kind, self.prompt, *([self.fields] if self.fields else [])]
 
 
 class SyntheticTask(Strict):

@@ -15,8 +15,11 @@ The tokens are the same for both. A record has one of
     {"messages": [{"role": .., "content": ..}, ..]}                   the same; a system message may come first
     {"token_ids": [..], "loss_mask": [..], "frames_at": ..}           tokenized ahead of time
     {"conversations": [RECORD, ..]}                                   several conversations over the same frames
+
+and may have a `weight`, by which its part of the loss is multiplied.
 """
 
+import math
 import sys
 from bisect import bisect_right
 from collections.abc import Callable
@@ -74,7 +77,9 @@ class ChatTokenizer:
         if "chosen" not in record or "rejected" not in record:
             raise SampleError("no chosen or no rejected answer")
         user = record.get("user")
-        return [self.text({"user": user, "assistant": record[s]}, question, frames) for s in ("chosen", "rejected")]
+        weight = {"weight": record["weight"]} if "weight" in record else {}
+        both = [weight | {"user": user, "assistant": record[side]} for side in ("chosen", "rejected")]
+        return [self.text(one, question, frames) for one in both]
 
     def text(self, record: dict[str, Any], question: str | None, frames: bool) -> TokenizedText:
         """The tokens of one conversation; its first question is `question` by default.
@@ -82,7 +87,7 @@ class ChatTokenizer:
         `frames` says whether the sample has any. Raises SampleError.
         """
         if "token_ids" in record:
-            ids, weight, frames_at = self._ready_made(record)
+            ids, weight, frames_at = self._ready_made(record, frames)
         else:
             limits = (self.most, self.characters)
             ids, mask, frames_at = encode(record, question, self.tokenizer, self._around, *limits)
@@ -90,7 +95,8 @@ class ChatTokenizer:
         prompt = frames_at if frames and self.question == "before_frames" else 0
         if prompt or not frames:
             weight[0] = 0.0  # nothing comes before this token from which it could be predicted
-        ids, weight = ids[: self.most], weight[: self.most]
+        of_all = weight_of(record)
+        ids, weight = ids[: self.most], [w * of_all for w in weight[: self.most]]
         if not any(weight):
             raise SampleError("nothing to learn within max_tokens")
         return TokenizedText(torch.tensor(ids), torch.tensor(weight), min(prompt, self.most))
@@ -100,7 +106,7 @@ class ChatTokenizer:
             self.around[turns] = around(self.tokenizer, turns)
         return self.around[turns]
 
-    def _ready_made(self, record: dict[str, Any]) -> tuple[list[int], list[float], int]:
+    def _ready_made(self, record: dict[str, Any], frames: bool) -> tuple[list[int], list[float], int]:
         ids: Any = record["token_ids"]
         mask: Any = record.get("loss_mask")
         frames_at = record.get("frames_at")
@@ -108,7 +114,7 @@ class ChatTokenizer:
             raise SampleError("token_ids are not ids of this tokenizer")
         if not _whole_numbers(mask, 2) or len(mask) != len(ids):
             raise SampleError("loss_mask is not one 0 or 1 for each of token_ids")
-        if self.question == "before_frames" and not _whole_numbers([frames_at], len(ids) + 1):
+        if frames and self.question == "before_frames" and not _whole_numbers([frames_at], len(ids) + 1):
             raise SampleError("no frames_at beside token_ids, which question=before_frames needs")
         return ids, [float(m) for m in mask], frames_at or 0
 
@@ -158,7 +164,15 @@ def conversations(record: dict[str, Any]) -> list[dict[str, Any]]:
         raise SampleError("conversations are not a list of records")
     if len(several) > MOST:
         raise SampleError(f"more than {MOST} conversations")
-    return several
+    return [{"weight": record["weight"]} | one for one in several] if "weight" in record else several
+
+
+def weight_of(record: dict[str, Any]) -> float:
+    """The weight of a conversation in the loss, 1 by default. Raises SampleError."""
+    weight = record.get("weight", 1.0)
+    if type(weight) not in (int, float) or not 0 < weight < math.inf:
+        raise SampleError("weight is not a number above 0")
+    return float(weight)
 
 
 def turns_of(record: dict[str, Any], question: str | None = None) -> tuple[str, list[tuple[str, str]]]:

@@ -22,7 +22,8 @@ from fovlm.config.schema import DataSource, Experiment
 from fovlm.data.chat import ChatTokenizer, TokenizedText, conversations
 from fovlm.data.index import MEDIA, stored_indices
 from fovlm.data.packing import PackBudget, PackSize, Sample, SampleIssue
-from fovlm.data.sample_format import Member, contents, parse_json, read_members
+from fovlm.data.record import record_of
+from fovlm.data.sample_format import Member, contents, read_members
 from fovlm.data.sample_table import ROW, Grouping, SampleTable, open_table
 from fovlm.data.sampling import MixtureSampler, ShardShuffle
 from fovlm.data.shards import find_shards
@@ -135,7 +136,7 @@ class Dataset:
         self.mix = MixtureSampler(weights, first)
         self.sources = [self._open(name, sources[name], seed) for name in self.mix.names]
         self.identity: dict[str, Any] = {
-            "sources": [[s.name, s.settings.kind, s.settings.prompt, s.table.hash] for s in self.sources],
+            "sources": [[s.name, *s.settings.reading, s.table.hash] for s in self.sources],
             "weights": weights,
         }
         if first:
@@ -221,7 +222,8 @@ class Dataset:
 
     def record(self, position: int) -> dict[str, Any]:
         """The JSON of the sample at `position` itself. Raises SampleError."""
-        return _record(_read_files(*self._find(position))[1])
+        source, number = self._find(position)
+        return record_of(_read_files(source, number)[1], source.settings.fields)
 
     def _find(self, position: int) -> tuple[SourceShards, int]:
         """Position -> (source, number of the group in its table)."""
@@ -232,7 +234,7 @@ class Dataset:
         """(shard, key) of a sample, which may be unreadable: the key is that in the index."""
         shard, place = source.table.place(number)
         path = source.table.shards[shard]
-        if index := next(stored_indices(path, cache_root()), None):
+        if index := next(stored_indices(path, cache_root(), source.settings.fields), None):
             row = int(np.searchsorted(index.offset, source.table.rows[number]["offset"]))
             if row < len(index):
                 return path.name, index.key[row]
@@ -250,9 +252,10 @@ class Dataset:
     def _load(self, source: SourceShards, number: int) -> list[Sample]:
         """Read, check, decode and tokenize one group. Raises SampleError."""
         shard, files = _read_files(source, number)
-        kind, pictures = contents(list(files))
-        media = [(m.extension.rpartition(".")[2], files[m]) for m in pictures]
         row = source.table.rows[number]
+        kind = MEDIA[row["media"]]
+        pictures = contents(list(files), source.settings.fields)[1] if kind != "text" else []
+        media = [(m.extension.rpartition(".")[2], files[m]) for m in pictures]
         frames = decode.decode_media(media, int(row["frames"]), self.frame_size, self.max_frames)
         pair = source.settings.kind == "preference"
         samples = []
@@ -282,23 +285,21 @@ class Dataset:
         if (texts := read_texts(file, *facts)) is not None:
             return texts
         pair, first = source.settings.kind == "preference", int(row["conversation"])
-        records = conversations(_record(files))[first : first + (1 if pair else int(row["texts"]))]
+        records = conversations(record_of(files, source.settings.fields))[
+            first : first + (1 if pair else int(row["texts"]))
+        ]
         question, shown = source.settings.prompt, bool(row["frames"])
         return [text for record in records for text in self.chat.texts(record, question, shown, pair)]
 
     def _weigh(self, weight: Tensor, of_source: float) -> Tensor:
         """The weights [s] in the loss of training, from those of the tokens that have a loss."""
         if self.length_weight is None:
-            return weight
-        return weight * (of_source / (math.sqrt(weight.sum()) if self.length_weight == "sqrt" else 1))
+            return (weight > 0).float()
+        return weight * (of_source / (math.sqrt((weight > 0).sum()) if self.length_weight == "sqrt" else 1))
 
 
 def _hash(identity: dict[str, Any]) -> str:
     return digest(json.dumps(identity))
-
-
-def _record(files: dict[Member, bytes]) -> dict[str, Any]:
-    return parse_json(next(files[member] for member in files if member.extension == "json"))
 
 
 def _read_files(source: SourceShards, number: int) -> tuple[str, dict[Member, bytes]]:

@@ -18,20 +18,21 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fovlm.data.sample_format import Member, TarError, contents, list_members, parse_json
+from fovlm.data.record import record_members, record_of
+from fovlm.data.sample_format import OWN, Fields, Member, TarError, contents, list_members
 from fovlm.errors import SampleError, UserError
 from fovlm.fileio import digest, sealed, unsealed, write_atomically
 from fovlm.media import decode as media
 from fovlm.progress import track
 
-VERSION = 2  # of the file format; an index of another version is made again
+VERSION = 3  # of the file format; an index of another version is made again
 MEDIA = ("text", "image", "video")
 ARRAYS = {
     "offset": np.int64,
     "length": np.int64,
     "crc32": np.uint32,
-    "json_offset": np.int64,
-    "json_length": np.int64,
+    "record_offset": np.int64,
+    "record_length": np.int64,
     "frames": np.int32,
     "media": np.uint8,
     "preference": np.bool_,
@@ -43,9 +44,9 @@ class Index:
     """One shard of n samples, in tar order.
 
     `checksum` is the shard's BLAKE2b. `offset` and `length` [n] are the byte range of a sample's members, headers
-    included, and `crc32` [n] that range's checksum; `json_offset`, `json_length` [n] locate its JSON. `frames` [n]
-    counts its pictures, or a video's seconds, before any limit. `media` [n] numbers MEDIA. `broken` names the cause
-    for each unusable sample. `damaged_at` is the byte from which on the tar could not be read, if any.
+    included, and `crc32` [n] that range's checksum; `record_offset`, `record_length` [n] are the range of those of its
+    record. `frames` [n] counts its pictures, or a video's seconds, before any limit. `media` [n] numbers MEDIA.
+    `broken` names the cause for each unusable sample. `damaged_at` is the byte from which on the tar could not be read.
     """
 
     path: Path
@@ -56,8 +57,8 @@ class Index:
     offset: np.ndarray
     length: np.ndarray
     crc32: np.ndarray
-    json_offset: np.ndarray
-    json_length: np.ndarray
+    record_offset: np.ndarray
+    record_length: np.ndarray
     frames: np.ndarray
     media: np.ndarray
     preference: np.ndarray
@@ -78,26 +79,27 @@ class Index:
         return "" if self.damaged_at is None else f"{self.path}: {lost.format(self.damaged_at)}"
 
 
-def open_index(shard: Path, cache: Path) -> Index:
-    """The shard's index, read from its file or made now. Raises UserError for a file that is not a tar."""
+def open_index(shard: Path, cache: Path, fields: Fields = OWN) -> Index:
+    """The shard's index, read from its file or made now; `fields` as of its source. Raises UserError for a file that is
+    not a tar."""
     stat = shard.stat()
-    for index in stored_indices(shard, cache):
+    for index in stored_indices(shard, cache, fields):
         if (index.size, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
             return index
-    index = make_index(shard)
-    _write(index, _places(shard, cache))
+    index = make_index(shard, fields)
+    _write(index, _places(shard, cache, fields))
     return index
 
 
-def stored_indices(shard: Path, cache: Path) -> Iterator[Index]:
+def stored_indices(shard: Path, cache: Path, fields: Fields = OWN) -> Iterator[Index]:
     """The undamaged indices that were written for a shard, whatever became of it since, best first."""
-    return (index for file in _places(shard, cache) if (index := _read(file, shard)))
+    return (index for file in _places(shard, cache, fields) if (index := _read(file, shard)))
 
 
-def open_indices(shards: list[Path], cache: Path) -> list[Index]:
+def open_indices(shards: list[Path], cache: Path, fields: Fields = OWN) -> list[Index]:
     """The indices of a set of shards, with a progress bar when it takes long."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        indices = pool.map(lambda shard: open_index(shard, cache), shards)
+        indices = pool.map(lambda shard: open_index(shard, cache, fields), shards)
         return list(track(indices, "indexing shards", len(shards)))
 
 
@@ -106,7 +108,7 @@ def index_hash(indices: Iterable[Index]) -> str:
     return digest("\n".join(i.checksum for i in indices))
 
 
-def make_index(shard: Path) -> Index:
+def make_index(shard: Path, fields: Fields = OWN) -> Index:
     """Read the whole shard once. Raises UserError when it is not a tar, or a sample's members are not contiguous."""
     stat = shard.stat()
     samples, damaged_at = _scan(shard)
@@ -118,13 +120,14 @@ def make_index(shard: Path) -> Index:
             _hash_until(file, start, hashed)
             data = file.read(length)
             hashed.update(data)
-            where_json = next(((m.offset, m.length) for m in members if m.extension == "json"), (0, 0))
+            texts = record_members(members, fields)
+            where = (texts[0].start, texts[-1].end - texts[0].start) if texts else (0, 0)
             try:
-                what = describe(members, data)
+                what = describe(members, data, fields)
             except SampleError as error:
                 broken[row], what = str(error), ("text", 0, False)
             keys.append(members[0].key)
-            rows.append((start, length, zlib.crc32(data), *where_json, what[1], MEDIA.index(what[0]), what[2]))
+            rows.append((start, length, zlib.crc32(data), *where, what[1], MEDIA.index(what[0]), what[2]))
         _hash_until(file, stat.st_size, hashed)
     if damaged_at is not None and keys:  # files of the last sample may be lost too
         broken[len(keys) - 1] = "truncated tar"
@@ -134,15 +137,17 @@ def make_index(shard: Path) -> Index:
     return Index(*facts, broken=broken, damaged_at=damaged_at, **arrays)
 
 
-def describe(members: list[Member], data: bytes) -> tuple[str, int, bool]:
+def describe(members: list[Member], data: bytes, fields: Fields) -> tuple[str, int, bool]:
     """(`text` | `image` | `video`, frames, is a preference pair) of the sample in `data`. Raises SampleError."""
 
     def bytes_of(member: Member) -> bytes:
         start = member.offset - members[0].start
         return data[start : start + member.length]
 
-    kind, pictures = contents(members)
-    record = parse_json(next(bytes_of(m) for m in members if m.extension == "json"))
+    kind, pictures = contents(members, fields)
+    record = record_of({m: bytes_of(m) for m in record_members(members, fields)}, fields)
+    if record.get("text_only"):
+        kind, pictures = "text", []
     if kind == "video" and pictures[0].extension in media.VIDEOS:
         frames = media.video_seconds(bytes_of(pictures[0]), pictures[0].extension)
     else:
@@ -182,10 +187,10 @@ def _hash_until(file: BinaryIO, end: int, digest) -> None:
         digest.update(data)
 
 
-def _places(shard: Path, cache: Path) -> list[Path]:
+def _places(shard: Path, cache: Path, fields: Fields = OWN) -> list[Path]:
     """Possible paths of the index, best first."""
-    name = digest(str(shard.resolve()), 8)
-    return [shard.with_name(shard.name + ".index"), cache / "index" / f"{shard.name}.{name}.index"]
+    place, way = digest(str(shard.resolve()), 8), digest(json.dumps(fields), 4) + "." if fields else ""
+    return [shard.with_name(f"{shard.name}.{way}index"), cache / "index" / f"{shard.name}.{place}.{way}index"]
 
 
 def _read(file: Path, shard: Path) -> Index | None:

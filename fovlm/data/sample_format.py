@@ -11,9 +11,10 @@ reads extended headers of any length into memory. Plain files in ustar, GNU and 
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
+from types import MappingProxyType
+from typing import Any, BinaryIO
 
 from fovlm.errors import SampleError
 from fovlm.media import decode
@@ -22,6 +23,8 @@ NUMBERED = re.compile(r"(\d+)\.(\w+)")
 BLOCK = 512  # tars consist of blocks of so many bytes
 MAX_NAME = 1 << 16  # bytes of an extended header, which holds the name of the next file
 MAX_JSON = 8 << 20  # bytes of a record; parsed, JSON can take 30 times its size
+Fields = Mapping[Any, Any]  # `data.sources.NAME.fields` (`record.py`)
+OWN: Fields = MappingProxyType({})  # none: a sample has a JSON that is its record
 PLAIN, NO_DATA = (b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6")  # kinds of headers
 
 
@@ -149,18 +152,24 @@ def read_members(data: bytes) -> dict[Member, bytes]:
     return {member: data[member.offset : member.offset + member.length] for member in members}
 
 
-def contents(members: list[Member]) -> tuple[str, list[Member]]:
-    """(`text` | `image` | `video`, the media members in frame order) of a sample's members. Raises SampleError."""
+def contents(members: list[Member], fields: Fields = OWN) -> tuple[str, list[Member]]:
+    """(`text` | `image` | `video`, the media members in frame order) of a sample's members; `fields` as of its source.
+
+    Raises SampleError.
+    """
     numbered: list[Member] = []
     single: list[Member] = []
     for member in members:
         extension = member.extension
-        if match := NUMBERED.fullmatch(extension):
+        match = NUMBERED.fullmatch(extension)
+        if fields.get("media", extension) not in (extension, match and match[2]):
+            continue
+        if match:
             if match[2] in decode.PICTURES:
                 numbered.append(member)
         elif extension in decode.PICTURES or extension in decode.VIDEOS:
             single.append(member)
-    if sum(m.extension == "json" for m in members) != 1:
+    if not fields and sum(m.extension == "json" for m in members) != 1:
         raise SampleError("no JSON" if all(m.extension != "json" for m in members) else "more than one JSON")
     if len(single) + bool(numbered) > 1:
         raise SampleError("more than one picture or video")
@@ -174,14 +183,18 @@ def contents(members: list[Member]) -> tuple[str, list[Member]]:
     return "text", []
 
 
-def parse_json(data: bytes) -> dict:
-    """A sample's record. Raises SampleError."""
+def load_json(data: bytes) -> Any:
+    """What a JSON file of a sample holds. Raises SampleError."""
     if len(data) > MAX_JSON:
         raise SampleError(f"JSON of more than {MAX_JSON >> 20} MB")
     try:
-        record = json.loads(data)
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise SampleError("malformed JSON") from error
-    if not isinstance(record, dict):
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """A sample's record. Raises SampleError."""
+    if not isinstance(record := load_json(data), dict):
         raise SampleError("malformed JSON")
     return record

@@ -120,9 +120,7 @@ def open_table(
     Says in the log what damaged shards lost. Raises UserError for a shard that is not a tar, and a read-only cache.
     """
     stats = [(str(path.resolve()), s.st_size, s.st_mtime_ns) for path in shards for s in [path.stat()]]
-    name = digest(
-        json.dumps([VERSION, ROW.descr, stats, chat.hash, source.kind, source.prompt, grouping and astuple(grouping)])
-    )
+    name = digest(json.dumps([VERSION, ROW.descr, stats, chat.hash, *source.reading, grouping and astuple(grouping)]))
     file, header = cache / "samples" / f"{name}.rows", cache / "samples" / f"{name}.json"
     try:
         facts = json.loads(unsealed(header.read_bytes()))
@@ -152,7 +150,9 @@ def _make(
     hashed = hashlib.blake2b(digest_size=16)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, open_atomically(file) as out:
         some = (shards[start : start + AT_ONCE] for start in range(0, len(shards), AT_ONCE))
-        indices = (index for part in some for index in pool.map(lambda shard: open_index(shard, cache), part))
+        indices = (
+            index for part in some for index in pool.map(lambda shard: open_index(shard, cache, source.fields), part)
+        )
         for index in track(indices, "indexing shards", len(shards)):
             tokens = open_tokens(index, source, chat, cache)
             broken.update(tokens.broken.values())

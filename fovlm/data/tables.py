@@ -96,8 +96,8 @@ def blocks_of(file: Path, needs: tuple[tuple[str, ...], ...], same: tuple[str, .
     if not blocks:
         return []
     for names in needs:
-        if not set(names) & set(columns):
-            near = did_you_mean(names[0], columns)
+        if not {_column(name, columns) for name in names} & set(columns):
+            near = did_you_mean(_column(names[0], columns), columns)
             raise UserError(f"{file} has no column '{names[0]}'{near}; its columns are: {', '.join(columns)}")
     return blocks
 
@@ -163,9 +163,27 @@ def _read(block: Block, columns: tuple[str, ...]) -> list[Row | str]:
 def pick(row: Row, *names: str) -> Any:
     """The value of the first of these columns that has one. Raises SampleError."""
     for name in names:
-        if (value := row.get(name)) is not None and value != "":
+        if (value := value_at(row, name)) not in (None, "", []):
             return value
     raise SampleError(f"no {names[0]}")
+
+
+def value_at(row: Any, name: str) -> Any:
+    """The value of a column, or with dots in the name of a key in it: `json.title`. Of a list, that of each element."""
+    if isinstance(row, list):
+        return [value_at(one, name) for one in row]
+    if not isinstance(row, dict):
+        return None
+    if name in row or "." not in name:
+        return row.get(name)
+    root, _, rest = name.partition(".")
+    inner = row.get(root)
+    return value_at(_row_of(inner.encode()) if isinstance(inner, str) else inner, rest)
+
+
+def _column(name: str, columns: Sequence[str]) -> str:
+    """The column of that name, or the one that the key is in."""
+    return name if name in columns else name.partition(".")[0]
 
 
 def _row_of(line: bytes, more: Row | None = None) -> Row | str:
@@ -307,7 +325,8 @@ def _holds_files(table: Any, name: str) -> bool:
 
 def _parquet_rows(block: Block, columns: tuple[str, ...]) -> list[Row | str]:
     with _open_parquet(block.file) as table:
-        present = [name for name in columns if name in table.schema_arrow.names]
+        names = table.schema_arrow.names
+        present = sorted({_column(name, names) for name in columns} & set(names))
         try:
             return list(table.read_row_group(block.place, columns=present).to_pylist())
         except (ValueError, OSError):

@@ -3,8 +3,8 @@
 A file in the cache folder: a sealed line of JSON, with the counts by which packs are planned, then the tokens of one
 conversation after the other. One that cannot be used is broken, with the cause, like the samples that the index found.
 
-    tokens of a text, i32: its length, its tokens before the frames, and its tokens; those without weight in the loss
-    are stored as ~token
+    a text, i32: its length, its tokens before the frames, the weight of those in the loss as the bits of a f32, and its
+    tokens; those without weight in the loss are stored as ~token
 """
 
 import json
@@ -22,11 +22,12 @@ import torch
 from fovlm.config.schema import DataSource
 from fovlm.data.chat import ChatTokenizer, TokenizedText, conversations
 from fovlm.data.index import Index
-from fovlm.data.sample_format import parse_json
+from fovlm.data.record import record_of
+from fovlm.data.sample_format import read_members
 from fovlm.errors import SampleError, UserError
 from fovlm.fileio import digest, sealed, unsealed, write_atomically
 
-VERSION = 2  # of the file format and of the meaning of its numbers
+VERSION = 3  # of the file format and of the meaning of its numbers
 COLUMNS = ("row", "texts", "text", "prompt", "at", "crc32")
 
 
@@ -48,7 +49,7 @@ class TokenCache:
 
 def open_tokens(index: Index, source: DataSource, chat: ChatTokenizer, cache: Path) -> TokenCache:
     """The tokens of a shard, from their file or made now. Raises UserError where they cannot be written."""
-    settings = json.dumps([VERSION, index.checksum, chat.hash, source.kind, source.prompt])
+    settings = json.dumps([VERSION, index.checksum, chat.hash, *source.reading])
     file = cache / "tokens" / f"{digest(settings)}.tokens"
     try:
         with open(file, "rb") as stored:
@@ -70,7 +71,7 @@ def open_tokens(index: Index, source: DataSource, chat: ChatTokenizer, cache: Pa
 
 def read_texts(file: Path, at: int, texts: int, tokens: int, crc32: int) -> list[TokenizedText] | None:
     """So many texts that follow each other; None where the file is not what it was."""
-    length = 4 * (2 * texts + tokens)
+    length = 4 * (3 * texts + tokens)
     try:
         with open(file, "rb") as stored:
             stored.seek(at)
@@ -79,7 +80,7 @@ def read_texts(file: Path, at: int, texts: int, tokens: int, crc32: int) -> list
         return None
     parts = []
     for _ in range(texts):
-        end = 4 * (2 + int.from_bytes(data[:4], "little"))
+        end = 4 * (3 + int.from_bytes(data[:4], "little"))
         parts.append(data[:end])
         data = data[end:]
     if data or sum(map(len, parts)) != length or _checksum(parts) != crc32:
@@ -87,8 +88,8 @@ def read_texts(file: Path, at: int, texts: int, tokens: int, crc32: int) -> list
     found = []
     for part in parts:
         numbers = np.frombuffer(part, np.int32)
-        mine, prompt = numbers[2:], int(numbers[1])
-        ids, weight = np.maximum(mine, ~mine).astype(np.int64), (mine >= 0).astype(np.float32)  # faster than torch
+        prompt, scale, mine = int(numbers[1]), numbers[2:3].view(np.float32), numbers[3:]
+        ids, weight = np.maximum(mine, ~mine).astype(np.int64), (mine >= 0) * scale  # faster than torch
         found.append(TokenizedText(torch.from_numpy(ids), torch.from_numpy(weight), prompt))
     return found
 
@@ -99,7 +100,7 @@ def tokenize(index: Index, source: DataSource, chat: ChatTokenizer) -> tuple[dic
     broken: dict[int, str] = {}
     stored: list[bytes] = []
     at = 0
-    for row, record in _conversations(index, source.kind):
+    for row, record in _conversations(index, source):
         texts: list[TokenizedText] = []
         try:
             if isinstance(record, SampleError):
@@ -116,17 +117,18 @@ def tokenize(index: Index, source: DataSource, chat: ChatTokenizer) -> tuple[dic
     return {**dict(zip(COLUMNS, map(list, columns), strict=True)), "broken": broken}, stored
 
 
-def _conversations(index: Index, kind: str) -> Iterator[tuple[int, dict[str, Any] | SampleError]]:
+def _conversations(index: Index, source: DataSource) -> Iterator[tuple[int, dict[str, Any] | SampleError]]:
     """(row, record of a conversation, or why the sample has none) of all samples of a shard."""
     with open(index.path, "rb") as file:
         for row in range(len(index)):
             try:
                 if row in index.broken:
                     raise SampleError(index.broken[row])
-                if index.kind(row) != kind and (kind != "mixed" or index.preference[row]):
-                    raise SampleError(f"a sample of kind {index.kind(row)} in a source of kind {kind}")
-                file.seek(int(index.json_offset[row]))
-                for record in conversations(parse_json(file.read(int(index.json_length[row])))):
+                if index.kind(row) != source.kind and (source.kind != "mixed" or index.preference[row]):
+                    raise SampleError(f"a sample of kind {index.kind(row)} in a source of kind {source.kind}")
+                file.seek(int(index.record_offset[row]))
+                files = read_members(file.read(int(index.record_length[row])))
+                for record in conversations(record_of(files, source.fields)):
                     yield row, record
             except SampleError as error:
                 yield row, error
@@ -138,5 +140,5 @@ def _checksum(parts: list[bytes]) -> int:
 
 def _stored(text: TokenizedText) -> bytes:
     numbers = torch.where(text.weight > 0, text.tokens, ~text.tokens)
-    head = torch.tensor([len(numbers), text.prompt])
-    return torch.cat([head, numbers]).to(torch.int32).numpy().tobytes()
+    head = np.array([len(numbers), text.prompt], np.int32).tobytes() + text.weight.max().numpy().tobytes()
+    return head + numbers.to(torch.int32).numpy().tobytes()

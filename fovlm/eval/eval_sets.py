@@ -207,7 +207,7 @@ def _by_kind(sources: dict[str, DataSource]) -> dict[str, DataSource]:
     """A source for each kind of sample in the shards: shards of an evaluation set hold several."""
     found: dict[str, DataSource] = {}
     for name, source in sources.items():
-        indices = open_indices(find_shards(name, source.shards), cache_root())
+        indices = open_indices(find_shards(name, source.shards), cache_root(), source.fields)
         for kind in [k for n, k in enumerate(MEDIA) if any((index.media == n).any() for index in indices)]:
             of = "preference" if source.kind == "preference" else kind
             found[f"{name}{SEPARATOR}{kind}"] = source.model_copy(update={"kind": of})

@@ -12,7 +12,7 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from fovlm.data.chat import conversations, turns_of
+from fovlm.data.chat import conversations, turns_of, weight_of
 from fovlm.data.index import make_index, stored_indices
 from fovlm.data.sample_format import contents, parse_json, printable, read_members
 from fovlm.data.workers import each
@@ -160,6 +160,7 @@ def _check_sample(entry: SampleEntry, data: bytes, frames: int, decode: bool) ->
 
 def _check_record(record: dict[str, Any]) -> None:
     """Raises SampleError for a record that training cannot use."""
+    weight_of(record)
     if "token_ids" in record:
         ids, mask = record["token_ids"], record.get("loss_mask")
         if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fovlm.data.chat import turns_of
+from fovlm.data.chat import conversations, turns_of
 from fovlm.data.tables import Row
 from fovlm.errors import SampleError
 from fovlm.prepare.frames import bytes_or_name, find_video, picture, video_frames
@@ -28,7 +28,8 @@ def combine(rows: list[tuple[int, Row | str]], job: Job, read: Callable[[Row, Jo
             if isinstance(row, str):
                 raise SampleError(row)
             one = read(row, job)
-            _, turns = turns_of(one.record, job.prompt or ("?" if one.files else ""))
+            for record in conversations(one.record):
+                _, turns = turns_of(record, job.prompt or ("?" if one.files else ""))
             if job.turns == "first" and len(turns) > 1:
                 one.record = shortened(one.record)
             good.append((row, one))
@@ -37,7 +38,7 @@ def combine(rows: list[tuple[int, Row | str]], job: Job, read: Callable[[Row, Jo
     if not good:
         return NewSample({}, rejected=rejected)
     pictures, still = media_of(good[0][1].files, job)
-    records = [one.record for _, one in good]
+    records = [record for _, one in good for record in conversations(one.record)]
     record = records[0] if len(records) == 1 else {"conversations": records}
     return NewSample(record | {"source": str(good[0][0].get("source") or job.source)}, pictures, still, rejected)
 

@@ -1,8 +1,9 @@
 """Which rows go into which shard: a function of the tables and the seed, decided before anything is decoded.
 
-Blocks are shuffled by the seed and divided into windows of about eight shards; the rows of a window are shuffled over
-its shards. So a shard draws from many places, no row group is read more often than a window has shards, and any worker
-can make any shard independently.
+Blocks are shuffled by the seed and divided into windows of about eight shards; the rows of a window are divided among
+them at random. So a shard draws from many places, no row group is read more often than a window has shards, and any
+worker can make any shard independently, with one block in memory. Within a shard rows have the order of the blocks:
+training shuffles them.
 """
 
 from dataclasses import dataclass
@@ -17,15 +18,14 @@ WINDOW = 8  # shards whose rows are shuffled together
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard: the rows of each block (i64, within the block), and the order of all of them."""
+    """One shard: the rows of each block (i64, ascending, within the block)."""
 
     number: int
     parts: tuple[tuple[Block, np.ndarray], ...]
-    order: np.ndarray  # i64 [rows], indices into the concatenated rows of the parts
 
     @property
     def rows(self) -> int:
-        return len(self.order)
+        return sum(len(rows) for _, rows in self.parts)
 
 
 def plan_shards(blocks: list[Block], per_shard: int, seed: int) -> list[ShardTask]:
@@ -52,5 +52,5 @@ def _distribute(window: list[Block], total: int, per_shard: int, seed: int, firs
     for number, chosen in enumerate(np.array_split(order, -(-total // per_shard)), start=first):
         at = np.sort(chosen)  # reading order: block by block
         parts = tuple((window[b], row[at[block[at] == b]]) for b in np.unique(block[at]))
-        tasks.append(ShardTask(number, parts, np.searchsorted(at, chosen)))
+        tasks.append(ShardTask(number, parts))
     return tasks

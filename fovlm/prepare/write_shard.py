@@ -69,18 +69,16 @@ def shard_path(job: Job, number: int) -> Path:
 
 
 def _rows(job: Job, task: ShardTask) -> Iterator[tuple[str, int, Row | str]]:
-    """(table, row number, row or why it is unreadable) of each row, in the shard's order."""
+    """(table, row number, row or why it is unreadable) of each row of a shard."""
     source = source_of(job)
-    rows: list[tuple[str, int, Row | str]] = []
     for block, chosen in task.parts:
         if source.rows is not None:
             found = all_rows(job)[block.first : block.first + block.rows]
         else:
             found = read_block(block, source.columns)
         file = str(block.file.relative_to(job.folder)) if block.file.is_file() else job.source
-        rows += [(file, block.first + int(n), found[n] if n < len(found) else "the table has changed") for n in chosen]
-    for at in task.order:
-        yield rows[at]
+        for n in chosen.tolist():
+            yield file, block.first + n, found[n] if n < len(found) else "the table has changed"
 
 
 def _content(key: str, sample: NewSample, job: Job) -> dict[str, Any]:

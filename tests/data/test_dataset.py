@@ -279,7 +279,7 @@ def test_the_hash_follows_data_and_settings_and_not_the_place(mixed, tmp_path, m
 
 def test_shards_are_read_and_texts_tokenized_once(mixed, monkeypatch):
     first = opened(mixed)
-    for name in ("sample_table.open_index", "token_cache.tokenize", "dataset.parse_json"):
+    for name in ("sample_table.open_index", "token_cache.tokenize", "dataset.record_of"):
         monkeypatch.setattr(f"fovlm.data.{name}", None)
     again = opened(mixed)
     monkeypatch.setattr(again.chat, "tokenizer", None)

@@ -114,7 +114,7 @@ def test_without_a_manifest_every_flipped_bit_is_found_by_the_index(tmp_path):
         assert problems(looked_at(path, decode=False)) > 0, at
     path.write_bytes(whole)
     assert problems(looked_at(path)) == 0
-    at = int(make_index(path).json_offset[2]) + 9
+    at = int(make_index(path).record_offset[2]) + 512 + 9
     path.write_bytes(whole[:at] + b"?" + whole[at + 1 :])
     found = looked_at(path, decode=False)
     assert found[0].cause.startswith("not the checksum of its index")

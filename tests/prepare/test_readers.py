@@ -144,6 +144,26 @@ def test_messages_with_typed_parts(tmp_path, name):
     ]
 
 
+def test_videos_in_a_folder_of_parquet_files_with_keys_of_a_json_column(tmp_path):
+    """As FineVideo has them: bytes of an mp4, and what is known about it in a struct or a JSON text."""
+    about = [{"title": f"film {n}", "qa": [{"q": f"{k} ?", "a": f"{n}{k}"} for k in range(n)]} for n in range(4)]
+    for n in (0, 1):
+        parquet(tmp_path / "raw" / f"{n}.parquet", [{"mp4": VIDEO, "json": about[n]}])
+    parquet(tmp_path / "raw" / "deeper" / "2.parquet", [{"mp4": VIDEO, "json": json.dumps(about[n])} for n in (2, 3)])
+    made("table", tmp_path / "raw", tmp_path / "titles", columns=(("video", "mp4"), ("answer", "json.title")))
+    said = [{"user": "", "assistant": f"film {n}", "source": "table"} for n in range(4)]
+    assert records(tmp_path / "titles") == [(record, 3) for record in said]
+    columns = (("video", "mp4"), ("question", "json.qa.q"), ("answer", "json.qa.a"))
+    manifest = made("table", tmp_path / "raw", tmp_path / "asked", columns=columns, max_bad=0.25)
+    assert manifest.rejected == {"no json.qa.a": 1}  # the film without a question
+    one = {"user": "0 ?", "assistant": "10", "source": "table"}
+    several = [[{"user": f"{k} ?", "assistant": f"{n}{k}"} for k in range(n)] for n in (2, 3)]
+    more = [{"conversations": some, "source": "table"} for some in several]
+    assert records(tmp_path / "asked") == [(record, 3) for record in sorted([one, *more], key=str)]
+    with pytest.raises(UserError, match=r"no column 'jsn.title' .did you mean"):
+        made("table", tmp_path / "raw", tmp_path / "no", columns=(("video", "mp4"), ("answer", "jsn.title")))
+
+
 def test_ratings_of_finevision_choose_exchanges(tmp_path):
     texts = [{"user": f"{n} ?", "assistant": str(n)} for n in range(3)]
     row = {"images": [{"bytes": PICTURE, "path": None}], "texts": texts, "source": "fine"}

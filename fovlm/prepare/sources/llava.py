@@ -8,16 +8,13 @@ their place there. Rows about the same file, wherever they are in the list, beco
 conversations; rows without a file are text. Sources: LLaVA's data page, LLaVA-Video-178K's card.
 """
 
-import re
 from collections.abc import Iterator
 
+from fovlm.data.record import MARK, ROLES, messages_of
 from fovlm.data.tables import Row, pick
 from fovlm.errors import SampleError
 from fovlm.prepare.conversations import Conversation, combine, listed, record_of
 from fovlm.prepare.job import Job, NewSample, RawSource
-
-MARK = re.compile(r"\s*<(?:image|video)>\s*")
-ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def make(row: Row, job: Job) -> Iterator[NewSample]:
@@ -35,8 +32,7 @@ def read(row: Row, job: Job) -> Conversation:
     asked = next((n for n, turn in enumerate(turns) if ROLES.get(turn.get("from")) == "user"), 0)
     if marks and (sum(marks) != len(files) or marks[asked] != sum(marks)):
         raise SampleError("the marks <image> and <video> do not fit the files")
-    said = [(ROLES.get(turn.get("from"), turn.get("from")), MARK.sub("\n", turn["value"]).strip()) for turn in turns]
-    return Conversation(record_of([{"role": role, "content": text} for role, text in said]), files)
+    return Conversation(record_of(messages_of(turns)), files)
 
 
 SOURCE = RawSource(

@@ -1,16 +1,18 @@
 """Tables with a file, a question and an answer in each row: `table` with the columns that you name, and published sets.
 
+A column may be a key in one (`json.title`). Where question and answer are lists, they are several conversations.
 A file is a name below --media, {bytes, path}, or bytes. Neighbours about the same file (in a JSON list: all rows)
 become one sample with several conversations. Rows without a file are text.
 """
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
-from fovlm.data.tables import Row, pick
-from fovlm.errors import UserError
+from fovlm.data.tables import Row, pick, value_at
+from fovlm.errors import SampleError, UserError
 from fovlm.prepare.conversations import Conversation, combine, listed
-from fovlm.prepare.job import Job, NewSample, RawSource
+from fovlm.prepare.job import Job, NewSample, RawSource, Record
 
 FORMATS = ("jsonl", "csv", "parquet", "json")
 Columns = dict[str, tuple[str, ...]]  # video, image, question, answer -> its column, with alternative names
@@ -24,9 +26,19 @@ def make(columns: Columns, row: Row, job: Job) -> Iterator[NewSample]:
 def read(columns: Columns, row: Row, job: Job) -> Conversation:
     """A row of a table. Raises SampleError."""
     named = [(kind, name) for kind in ("image", "video") for name in columns.get(kind, ())]
-    files = [(kind, one) for kind, name in named for one in listed(row.get(name))]
-    question = next((str(row[name]).strip() for name in columns.get("question", ()) if row.get(name)), "")
-    return Conversation({"user": question, "assistant": str(pick(row, *columns["answer"])).strip()}, files)
+    files = [(kind, one) for kind, name in named for one in listed(value_at(row, name))]
+    question = next((value for name in columns.get("question", ()) if (value := value_at(row, name))), "")
+    answer = pick(row, *columns["answer"])
+    if not isinstance(answer, list):
+        return Conversation(_exchange(question, answer), files)
+    questions = question if isinstance(question, list) else [question] * len(answer)
+    if len(questions) != len(answer):
+        raise SampleError("not as many answers as questions")
+    return Conversation({"conversations": list(map(_exchange, questions, answer))}, files)
+
+
+def _exchange(question: Any, answer: Any) -> Record:
+    return {"user": str(question or "").strip(), "assistant": "" if answer is None else str(answer).strip()}
 
 
 def source_for(job: Job) -> RawSource:

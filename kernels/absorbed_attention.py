@@ -28,6 +28,7 @@ from torch import Tensor
 
 from kernels.absorbed_kernels import _backward_kernel, _forward_kernel, _rows_kernel
 from kernels.common import (
+    TRIAL,
     accumulator,
     attend_by_frame,
     check_looks,
@@ -77,12 +78,22 @@ def stages(width: int, limit: int) -> int:
     return fitting[0] if fitting and tile_width(width) else 0
 
 
-def available(hidden: Tensor) -> bool:
-    """Whether the kernel runs on rows [F,N,D] like these: the type, the width, and the GPU's shared memory allow it.
+def fits(hidden: Tensor) -> bool:
+    """Whether the type and the width of rows [F,N,D], and the GPU's shared memory, allow the kernel.
 
     Cards with 99 KiB a program (compute capability 8.6, 8.9, 12.0) hold up to DINOv2-base's 768 numbers.
     """
     return triton is not None and hidden.dtype in (torch.bfloat16, torch.float16) and tiles(hidden)["num_stages"] > 0
+
+
+def available(hidden: Tensor) -> bool:
+    """Whether the kernel runs on rows [F,N,D] like these, with one look at a frame and with several."""
+    return all(_uses_triton("auto", hidden, fits(hidden), one) for one in (True, False))
+
+
+def _uses_triton(implementation: str, hidden: Tensor, fits: bool, one: bool) -> bool:
+    width = next((D for D in range(16, 2049, 16) if hidden.shape[-1] == D), 0)  # a constant, for a compiler too
+    return uses_triton("absorbed_pooling", implementation, hidden, fits, ((TRIAL, width),), one)
 
 
 def tiles(hidden: Tensor) -> dict[str, int]:
@@ -185,8 +196,8 @@ def absorbed_pooling(
         raise ValueError(f"absorbed_attention: N, H and D must be 1 or more; got {shapes}")
     check_looks("absorbed_attention", folded, hidden, frame_of_look)
     # in fp32 the tiles don't fit a thread's registers: correct, for tests, but no faster than two matrix products
-    fits = available(hidden) or (implementation == "triton" and tile_width(hidden.shape[2]) > 0)
-    if not uses_triton("absorbed_attention", implementation, folded, fits):
+    runs = fits(hidden) or (implementation == "triton" and tile_width(hidden.shape[2]) > 0)
+    if not _uses_triton(implementation, hidden, runs, frame_of_look is None):
         pooled, lse = reference(folded, hidden, frame_of_look, scale)
         return pooled, lse.detach()
     look_of, first = (None, None) if frame_of_look is None else group_looks(frame_of_look, hidden.shape[0])

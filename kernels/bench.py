@@ -280,7 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     shapes = {"cpu": ["small:16", "small:64", "base:16", "small:8:8"]}.get(
         device, ["small:64", "small:512", "small:4096", "base:64", "base:512", "base:4096", "small:64:8"]
     )
-    parser = _Parser(prog="python -m kernels.bench", description=__doc__)
+    parser = _Parser(prog=f"python -m {__spec__.name}", description=__doc__)
     parser.add_argument("op", nargs="?", choices=("query", "hidden"), help="default: both")
     parser.add_argument("--shapes", nargs="+", type=_shape, default=shapes, metavar="SIZE:FRAMES[:LOOKS]")
     dtypes = ["bfloat16"] if device == "cuda" else ["float32", "bfloat16"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
+import subprocess
 from collections.abc import Callable
 
 import torch
@@ -17,18 +19,26 @@ try:
     ON_CPU = bool(triton.knobs.runtime.interpret)  # kernels are interpreted: chosen before Triton is imported
     INTERPRETED = tl.constexpr(ON_CPU)
     LOG2E = tl.constexpr(1.4426950408889634)
+    OWN_ERRORS: tuple[type[Exception], ...] = (triton.TritonError,)
 except ImportError:  # Triton exists for Linux only; elsewhere the references serve
     triton = tl = LOG2E = INTERPRETED = None
-    ON_CPU = False
+    ON_CPU, OWN_ERRORS = False, ()
 
     def jit(function):
         return function
 
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
+# What a compiler, its tools or the launch of a kernel raise. Those of Inductor, Dynamo and CUDA are RuntimeErrors.
+FAILURES: tuple[type[Exception], ...] = (RuntimeError, ImportError, OSError, TypeError, AttributeError)
+FAILURES += (subprocess.SubprocessError, *OWN_ERRORS)
+TRIAL = 255  # rows of a frame on which kernels are tried: whole blocks and the widest rest, whatever their size
+Shapes = tuple[tuple[int, ...], ...]
+log = logging.getLogger("fovlm")
 
 
 @functools.cache
+@torch.compiler.assume_constant_result
 def shared_memory_limit(device: torch.device) -> int:
     """Bytes of shared memory that one program may take on this GPU: the number that Triton checks a launch against."""
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -104,8 +114,14 @@ def attend_by_frame(
     return out, lse
 
 
-def uses_triton(op: str, implementation: str, inputs: Tensor, fits: bool) -> bool:
-    """Whether Triton runs: on CUDA where a kernel `fits` the shape and the type is bf16, fp16 or fp32, or on request.
+def on_gpu(inputs: Tensor) -> bool:
+    """Whether "auto" may mean Triton for these."""
+    return inputs.is_cuda
+
+
+def uses_triton(op: str, implementation: str, inputs: Tensor, fits: bool, frames: Shapes, one: bool) -> bool:
+    """Whether Triton runs: on a GPU where a kernel `fits` the shape, the type is bf16, fp16 or fp32 and it `launches`,
+    or on request.
 
     Raises ValueError for an unknown implementation, and for "triton" where it cannot run.
     """
@@ -118,7 +134,51 @@ def uses_triton(op: str, implementation: str, inputs: Tensor, fits: bool) -> boo
         if inputs.device.type != "cuda" and not ON_CPU:
             raise ValueError(f"{op}: Triton needs a GPU, or TRITON_INTERPRET=1 set before it is imported")
         return True
-    return implementation == "auto" and fits and inputs.device.type == "cuda"
+    return (
+        implementation == "auto" and fits and on_gpu(inputs) and launches(op, inputs.device, inputs.dtype, frames, one)
+    )
+
+
+@torch.compiler.assume_constant_result  # asked while a caller is compiled, too
+def launches(op: str, device: torch.device, dtype: torch.dtype, frames: Shapes, one: bool) -> bool:
+    """Whether an operation's kernels launch, forward and backward: tried once, and a warning says why they do not.
+
+    `frames` are the shapes [N,...,d] of one frame of its inputs, `one`: frame_of_look is None. They should be
+    constants, not sizes of a tensor, which a compiler takes for variables.
+    """
+    return _launches(op, device, dtype, frames, one)
+
+
+@functools.cache
+def _launches(
+    op: str, device: torch.device, dtype: torch.dtype, frames: tuple[tuple[int, ...], ...], one: bool
+) -> bool:
+    attend = getattr(torch.ops.fovlm_kernels, op)
+    make = functools.partial(torch.zeros, device=device, dtype=dtype)
+    groups = (None, None) if one else group_looks(make(2, dtype=torch.int64), 1)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            for trains in (True, False):  # of the encoder: its keys and values, or rows, have a gradient
+                looks = make(1 if one else 2, 2, frames[0][-1], requires_grad=True)
+                inputs = [make(1, *shape, requires_grad=trains) for shape in frames]
+                out, _ = attend(looks, *inputs, *groups, 1.0)
+                torch.autograd.grad(out.sum(), [looks, *inputs] if trains else [looks])
+    except FAILURES as error:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        _warn(f"a Triton kernel does not launch on {name}, plain PyTorch takes its place: {reason_of(error)}")
+        return False
+    return True
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """One warning for all kernels that fail alike."""
+    log.warning(message)
+
+
+def reason_of(error: BaseException) -> str:
+    """An exception in one short line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 @jit

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kernels.common import (
+    TRIAL,
     accumulator,
     attend_by_frame,
     check_looks,
@@ -185,7 +186,9 @@ def query_attention_lse(
         raise ValueError(f"query_attention: N, H and d must be 1 or more; got {shapes}")
     check_looks("query_attention", query, key, frame_of_look)
     check_looks("query_attention", query, value, frame_of_look)
-    if not uses_triton("query_attention", implementation, query, query.shape[2] in WIDTHS):
+    width = next((d for d in WIDTHS if d == query.shape[2]), 0)  # a constant, for a compiler too
+    frames = ((TRIAL, 2, width),) * 2
+    if not uses_triton("query_attention", implementation, query, width > 0, frames, frame_of_look is None):
         out, lse = reference(query, key, value, frame_of_look, scale)
         return out, lse.detach()
     look_of, first = (None, None) if frame_of_look is None else group_looks(frame_of_look, key.shape[0])

@@ -204,9 +204,8 @@ def demo(
 def bench(context: typer.Context) -> None:
     """Check the kernels against their reference on this machine, then time them.
 
-    Example: `fovlm bench query --shapes small:64 --repeat 20`. The arguments are those of `python -m kernels.bench`;
-    `python -m kernels.bench --help` lists them. To time streaming, run `python -m benchmarks.stream MODEL` in the
-    project folder.
+    Example: `fovlm bench query --shapes small:64 --repeat 20`. `fovlm bench -- --help` lists its arguments. To time
+    streaming, run `python -m benchmarks.stream MODEL` in a checkout.
     """
     with progress("starting"):
         from kernels.bench import main

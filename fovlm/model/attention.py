@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from fovlm.data.packing import Layout
+from kernels.common import FAILURES, reason_of
 
 OPTIONS = inspect.signature(varlen_attn).parameters  # they differ between torch 2.11 and 2.13
 LONGEST = 128  # the longest sample is rounded up to a multiple, so that a compiled graph sees few values of it
@@ -58,9 +59,10 @@ def varlen_runs(device: torch.device, dtype: torch.dtype) -> bool:
         with torch.enable_grad():
             _varlen(x, x, x, torch.tensor([0, 3, 8], dtype=torch.int32, device=device), LONGEST, None).sum().backward()
         return bool(x.grad is not None and x.grad.isfinite().all())
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        log.warning("attention runs sample by sample: varlen_attn cannot run in %s on %s (%s)", dtype, device, reason)
+    except FAILURES as error:
+        log.warning(
+            "attention runs sample by sample: varlen_attn cannot run in %s on %s: %s", dtype, device, reason_of(error)
+        )
         return False
 
 

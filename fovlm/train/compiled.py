@@ -5,7 +5,6 @@ Nothing depends on compiling: where it fails, one warning says why, and every ra
 
 import logging
 import math
-import subprocess
 
 import torch
 from torch import Tensor
@@ -14,11 +13,10 @@ from fovlm import distributed
 from fovlm.config.schema import ModelSettings
 from fovlm.data.packing import Batch, Sample, collate
 from fovlm.model.modeling import FoveatedVLM
+from kernels.common import FAILURES, reason_of
 
 log = logging.getLogger("fovlm")
 TOLERANCE = 0.05  # relative, of a loss and of a gradient norm; bf16 rounds at 0.004
-# What a compiler, its tools or a kernel's launch raise. Inductor's and Dynamo's own errors are RuntimeErrors.
-FAILURES = (RuntimeError, ImportError, OSError, TypeError, AttributeError, subprocess.SubprocessError)
 
 
 def wants_compiled(settings: ModelSettings, device: torch.device, stage: int) -> bool:
@@ -41,7 +39,7 @@ def compile_on_trial(model: FoveatedVLM, device: torch.device) -> bool:
         if not all(math.isclose(a, b, rel_tol=TOLERANCE) for a, b in zip(compiled, plain, strict=True)):
             reason = f"loss and gradient norm are {compiled}, not {plain}"
     except FAILURES as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = reason_of(error)
     if reason := next((found for found in distributed.gather(reason) if found), ""):
         model.run_eagerly()
         log.warning("the layers run without torch.compile, which failed: %s", reason)

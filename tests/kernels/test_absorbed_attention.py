@@ -6,6 +6,7 @@ import torch.nn.functional as nnf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.devices import DEVICES
 from helpers.kernel_tools import DEVICE, TOLERANCE, TYPES, assert_close, needs_triton, poisoned, results
 from kernels import absorbed_attention as absorbed_module
 from kernels.absorbed_attention import (
@@ -13,7 +14,7 @@ from kernels.absorbed_attention import (
     _forward,
     absorbed_attention,
     absorbed_pooling,
-    available,
+    fits,
     tile_width,
     tiles,
 )
@@ -123,8 +124,8 @@ def test_the_kernel_runs_where_its_shared_memory_fits(monkeypatch):
     for kib, ahead in ((48, (0, 0, 0)), (64, (2, 0, 0)), (99, (3, 2, 0)), (163, (3, 3, 2)), (227, (3, 3, 3))):
         monkeypatch.setattr(absorbed_module, "shared_memory_limit", lambda device, kib=kib: 1024 * kib)
         assert tuple(tiles(hidden)["num_stages"] for hidden in rows) == ahead
-        assert [available(hidden) for hidden in rows] == [stages > 0 for stages in ahead]
-    assert not available(rows[0].float())
+        assert [fits(hidden) for hidden in rows] == [stages > 0 for stages in ahead]
+    assert not fits(rows[0].float())
 
 
 @pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=needs_triton)])
@@ -154,6 +155,12 @@ def test_odd_numbers_of_rows(rows):
 def test_types_and_widths(dtype, heads, width):
     check(2, 20, heads, width, None, dtype)
     check(2, 20, heads, width, [1, 1, 1], dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("frame_of_look", [None, [f for f in range(16) for _ in range(8)]], ids=["one", "eight"])
+def test_dinov2_base_at_its_size(frame_of_look, device):
+    check(16, 257, 12, 768, frame_of_look, torch.bfloat16)
 
 
 @needs_triton

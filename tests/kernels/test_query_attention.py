@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.devices import DEVICES
 from helpers.kernel_tools import DEVICE, TOLERANCE, TYPES, assert_close, needs_triton, poisoned, results
 from kernels.common import ON_CPU, group_looks
 from kernels.query_attention import (
@@ -156,6 +157,13 @@ def test_odd_numbers_of_rows(rows, frame_of_look):
 @pytest.mark.parametrize("frame_of_look", [None, [0, 0, 2]])
 def test_types_and_widths(dtype, width, frame_of_look):
     check(3, 3, 37, 2, width, frame_of_look, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("frame_of_look", [None, [f for f in range(16) for _ in range(8)]], ids=["one", "eight"])
+def test_dinov2_base_at_its_size(frame_of_look, device):
+    count = len(frame_of_look or range(16))
+    check(count, 16, 257, 12, 64, frame_of_look, torch.bfloat16)
 
 
 @needs_triton

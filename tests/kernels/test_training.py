@@ -13,6 +13,7 @@ from fovlm.estimate.shapes import geometry
 from fovlm.model.build import build
 from fovlm.train.losses import text_loss
 from helpers import ROOT
+from helpers.devices import DEVICES
 from helpers.kernel_curve import use
 
 STEPS = 10
@@ -57,10 +58,9 @@ def real_curve(implementation: str, steps: int, device: str) -> list[float]:
     return losses
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_real_size_model_learns_the_same_on_a_gpu():
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_a_real_size_model_learns_the_same_on_a_gpu(device):
     """bf16: within 1 % of the loss at every step."""
-    curves = {implementation: real_curve(implementation, STEPS, "cuda") for implementation in ("reference", "triton")}
+    curves = {implementation: real_curve(implementation, STEPS, device) for implementation in ("reference", "triton")}
     use("auto")
     assert_same(curves, 1e-2)

@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 from fovlm.model import attention
 from fovlm.model.attention import attend_by_sample, segments, varlen_runs
+from helpers.devices import DEVICES
 from helpers.models import dense_varlen, pack, sample, tiny_model
 
 SAMPLES = [
@@ -32,21 +33,35 @@ def call(request, monkeypatch):
     return request.param
 
 
+def assert_equals_a_dense_mask(heads, samples, device="cpu", dtype=torch.float64, **tolerance) -> None:
+    """Attention by sample in this type, with every gradient, against a dense mask in float64."""
+    H, G = heads
+    layout = pack(samples).to(device).sequence
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, n, len(layout.slot), 64).to(device, dtype).requires_grad_() for n in (H, G, G)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    by_sample = attend_by_sample(*inputs, segments(layout, inputs[0]), 0.1)
+    mask = dense_mask(layout)
+    dense = nnf.scaled_dot_product_attention(*exact, mask, scale=0.1, enable_gqa=True).transpose(1, 2)
+    slope = torch.randn(dense.shape).to(by_sample)
+    ours = [by_sample, *torch.autograd.grad(by_sample, inputs, slope)]
+    theirs = [dense, *torch.autograd.grad(dense, exact, slope.double())]
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.double(), other, **tolerance)
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 @pytest.mark.parametrize("samples", [SAMPLES, SAMPLES[1:2]], ids=["mixed", "text"])
 def test_it_equals_a_dense_mask_with_every_gradient(call, heads, samples):
-    H, G = heads
-    layout = pack(samples).sequence
-    torch.manual_seed(0)
-    inputs = [torch.randn(1, n, len(layout.slot), 8, dtype=torch.float64, requires_grad=True) for n in (H, G, G)]
-    by_sample = attend_by_sample(*inputs, segments(layout, inputs[0]), 0.3)
-    dense = nnf.scaled_dot_product_attention(*inputs, dense_mask(layout), scale=0.3, enable_gqa=True).transpose(1, 2)
-    torch.testing.assert_close(by_sample, dense)
-    slope = torch.randn_like(dense)
-    for ours, theirs in zip(
-        *(torch.autograd.grad((out * slope).sum(), inputs) for out in (by_sample, dense)), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs)
+    assert_equals_a_dense_mask(heads, samples)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_varlen_on_a_gpu_equals_a_dense_mask(heads, dtype, device):
+    assert varlen_runs(torch.device(device, 0), dtype)
+    assert_equals_a_dense_mask(heads, SAMPLES, f"{device}:0", dtype, rtol=2e-2, atol=2e-2)
 
 
 def test_the_nll_and_its_gradients_are_those_of_a_dense_mask(call, monkeypatch):
@@ -114,7 +129,7 @@ def test_a_device_that_cannot_is_named_once(monkeypatch, caplog):
     varlen_runs.cache_clear()
     (record,) = caplog.records
     assert record.getMessage().startswith("attention runs sample by sample: varlen_attn cannot run in torch.bfloat16")
-    assert record.getMessage().endswith("(FlashAttention only supports Ampere GPUs or newer.)")
+    assert record.getMessage().endswith("RuntimeError: FlashAttention only supports Ampere GPUs or newer. more")
 
 
 def test_a_cpu_has_none_and_says_nothing(caplog):

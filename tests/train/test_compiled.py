@@ -10,9 +10,8 @@ from fovlm.config.schema import ModelSettings
 from fovlm.model import attention
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.train.compiled import compile_on_trial, wants_compiled
+from helpers.devices import DEVICES
 from helpers.models import dense_varlen, pack, sample, tiny_model
-
-CPU = torch.device("cpu")
 
 
 def compiler_fails(graph, inputs):
@@ -35,13 +34,13 @@ def wrong_values(graph, inputs):
 
 @pytest.fixture(autouse=True)
 def one_call(monkeypatch):
-    """Attention of a pack is one call, as on CUDA: without breaks there is less to compile."""
+    """Attention of a pack is one call, as on CUDA in 16 bits: without breaks there is less to compile."""
     monkeypatch.setattr(attention, "varlen_runs", lambda device, dtype: True)
     monkeypatch.setattr(attention, "varlen_attn", dense_varlen)
 
 
 def outcome(model: FoveatedVLM) -> list[torch.Tensor]:
-    batch = pack([sample("v", 3, text=7), sample("t", text=5)])
+    batch = pack([sample("v", 3, text=7), sample("i", 1, 4), sample("t", text=5)]).to(model.device)
     loss = model(batch, weight=batch.weight)
     loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
@@ -51,17 +50,17 @@ def warnings(caplog) -> list[str]:
     return [record.message for record in caplog.records if record.name == "fovlm"]
 
 
-def tried(backend, caplog) -> tuple[FoveatedVLM, bool]:
+def tried(backend, caplog, device="cpu", **tolerance) -> tuple[FoveatedVLM, bool]:
     torch._dynamo.reset()
-    model = tiny_model()
+    model = tiny_model().to(device)
     model.compile_layers = functools.partial(model.compile_layers, backend=backend)
     state = torch.get_rng_state()
     with caplog.at_level(logging.WARNING, "fovlm"):
-        stays = compile_on_trial(model, CPU)
+        stays = compile_on_trial(model, torch.device(device))
     assert torch.equal(state, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters()), "a trial leaves no gradient"
-    for ours, plain in zip(outcome(model), outcome(tiny_model()), strict=True):
-        torch.testing.assert_close(ours, plain)
+    for ours, plain in zip(outcome(model), outcome(tiny_model().to(device)), strict=True):
+        torch.testing.assert_close(ours, plain, **tolerance)
     return model, stays
 
 
@@ -70,6 +69,13 @@ def test_layers_stay_compiled_where_they_compute_the_same(caplog):
     assert stays
     assert not warnings(caplog)
     assert all(layer._compiled_call_impl for layer in model.llm.base_model.layers)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_compiled_on_a_gpu_they_compute_the_same(caplog, device):
+    _, stays = tried("inductor", caplog, device, rtol=1e-3, atol=1e-5)
+    assert stays
+    assert not warnings(caplog)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ EXIT_STOPPED = 75  # stopped by a signal, nothing lost: the same command resumes
 
 # System errors that a path from the user can cause; any other is a bug.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
-PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR} | DISK_ERRORS
+PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
+PATH_ERRORS |= DISK_ERRORS
 
 
 class UserError(Exception):

@@ -15,7 +15,7 @@ from fovlm.checkpoint import store
 from fovlm.checkpoint.store import ENGINE, MANIFEST, UNIVERSAL, Checkpoints, State
 from fovlm.checkpoint.zero_reader import MergedWeights, Weights, ZeroWeights
 from fovlm.config.schema import Experiment
-from fovlm.data.chat import load_tokenizer
+from fovlm.data.chat import TRANSFORMERS_ERRORS, load_tokenizer
 from fovlm.data.dataset import tokenizer_path
 from fovlm.errors import UserError, did_you_mean
 from fovlm.model.lora import is_adapter, plain_name
@@ -38,7 +38,7 @@ class SavedRun:
         file = self.path / store.CONFIG
         try:
             return FoveatedConfig(**json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+        except TRANSFORMERS_ERRORS as error:
             raise UserError(f"{file}: no readable model configuration ({error})") from error
 
     def tokenizer(self, name: str | None = None) -> PreTrainedTokenizerBase:

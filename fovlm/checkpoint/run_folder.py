@@ -71,7 +71,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """run_summary.json; empty when there is none (yet), or it is damaged."""
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return summary if isinstance(summary, dict) else {}
 
@@ -86,8 +86,8 @@ def _lines(folder: Path) -> list[str]:
 def _parse(line: str) -> Row | None:
     try:
         values = json.loads(line)
-    except ValueError:
+        if not isinstance(values["step"], int):
+            return None
+        return {key: value for key, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
         return None
-    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-        return None
-    return {key: value for key, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}

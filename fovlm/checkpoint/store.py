@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from fovlm.errors import UserError
 from fovlm.fileio import digest, digest_file, sync, write_atomically
 
@@ -145,8 +147,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
 def read_state(checkpoint: Path) -> State:
     """The state in a checkpoint. Raises UserError if there is none."""
     try:
-        return State(**json.loads((checkpoint / STATE).read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return TypeAdapter(State).validate_json((checkpoint / STATE).read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint}: no readable {STATE} ({error}); is this a checkpoint of fovlm?") from error
 
 

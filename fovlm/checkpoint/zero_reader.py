@@ -15,6 +15,7 @@ Files are unpickled with `weights_only`: tensors, plain values, and placeholders
 import math
 import pickle
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ _KNOWN = [
     (_Placeholder, "deepspeed.utils.tensor_fragment.fragment_address"),
 ]
 Shapes = dict[str, tuple[int, ...]]
+# What a file raises that is damaged, or was made to do harm.
+MALFORMED = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError,
+             ValueError, struct.error)  # fmt: skip
 ZIP = b"PK\x03\x04"  # the first bytes of a zip archive (APPNOTE.TXT 6.3, section 4.3.7)
 RELEASE_AFTER = 256 << 20  # bytes read from the mapped files before they are mapped again, which frees their memory
 
@@ -74,7 +78,7 @@ class Weights:
 
     def add(self, name: str, shape: tuple[int, ...], pieces: list[Tensor]) -> None:
         """Add a weight. Raises UserError if the flat pieces together are too short."""
-        if sum(len(piece) for piece in pieces) < math.prod(shape):
+        if min(shape, default=0) < 0 or sum(len(piece) for piece in pieces) < math.prod(shape):
             raise UserError(f"{self.origin}: the shards end before the end of {name}")
         self.shapes[name], self._pieces[name] = shape, pieces
 
@@ -126,6 +130,12 @@ class ZeroWeights(Weights):
     def _open(self) -> None:
         """Map the files, after releasing those mapped before."""
         self._pieces, self._read = {}, 0
+        try:
+            self._map()
+        except MALFORMED as error:
+            raise UserError(f"{self.folder}: not files of DeepSpeed's ZeRO ({error})") from error
+
+    def _map(self) -> None:
         optimizers = _by_rank(self.folder, "*zero_pp_rank_*_optim_states.pt")
         if not optimizers:
             raise UserError(f"{self.folder}: no *_optim_states.pt of ZeRO 1, 2 or 3, so no weights to convert")
@@ -207,7 +217,7 @@ def load_pickled(path: Path, trust: bool = False) -> Any:
             f"{path}: holds more than tensors and plain values{what}, and reading it could run code: refused; "
             "if you trust its author, add --trust"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except MALFORMED as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:160]}); is it damaged?") from error
 
 

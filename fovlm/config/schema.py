@@ -154,7 +154,9 @@ class TrainSettings(Strict):
     keep_best: Whole = 1  # checkpoints
     best: Literal["val_loss", "train_loss"] = "val_loss"  # metric of the best checkpoint
     resume: str = "auto"  # auto: the newest intact checkpoint of the run, if any; none; or a folder
-    hang_minutes: Count = 30  # a step or validation that takes longer counts as hung and ends the run
+    hang_minutes: Annotated[int, Field(ge=1, le=1_000_000)] = (
+        30  # a step or validation that takes longer counts as hung and ends the run
+    )
     max_nonfinite: Count = 3  # consecutive steps with a non-finite loss or gradient; then the run fails
 
 

@@ -13,14 +13,13 @@ import atexit
 import logging
 import multiprocessing.forkserver
 import os
-import resource
 import shutil
 import signal
 import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.process import BaseProcess
@@ -35,8 +34,7 @@ from fovlm.data.dataset import Dataset
 from fovlm.data.packing import Batch, PackBudget, collate, pack_samples
 from fovlm.errors import UserError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-MEMORY = 224 << 20  # bytes that reading one sample may take in a worker
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 WINDOW = 16  # samples for each pack that are looked at to plan a step; twice as many where they do not fill it
 log = logging.getLogger(__name__)
 
@@ -165,29 +163,10 @@ class _Packs(torch.utils.data.Dataset):
     def __getitem__(self, positions: list[int]) -> Batch:
         samples, bad = [], []
         for position in positions:
-            with bounded_memory() if torch.utils.data.get_worker_info() else nullcontext():
-                found, problem = self.dataset.read(position)
+            found, problem = self.dataset.read(position)
             samples += found
             bad += [problem] if problem else []
         return collate(samples, self.dataset.frame_size, self.tokens_per_look, bad)
-
-
-@contextmanager
-def bounded_memory(more: int = MEMORY) -> Iterator[None]:
-    """Within the block this process cannot take over `more` bytes: decoders then fail, whatever a file makes them do.
-
-    For workers, where no other thread needs memory meanwhile. Only Linux counts it (proc(5), setrlimit(2)).
-    """
-    if sys.platform != "linux":
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_DATA, (used + more, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _as_is(batch: Any) -> Any:

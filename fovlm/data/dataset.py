@@ -9,12 +9,17 @@ replaced by the next good one of its source that is no larger than what was plan
 
 import json
 import math
+import resource
+import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.utils.data
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -33,6 +38,7 @@ from fovlm.fileio import digest
 from fovlm.media import decode
 from fovlm.paths import cache_root, data_root, local_folder
 
+MEMORY = 224 << 20  # bytes that reading one sample may take in a worker, beside twice its own
 SUBSTITUTES = 100  # samples that are considered in place of a broken one
 AT_ONCE = 1 << 18  # samples whose sizes are computed together
 IMAGE = MEDIA.index("image")
@@ -210,9 +216,12 @@ class Dataset:
                 if row["cause"]:
                     raise SampleError(source.table.causes[row["cause"]])
                 if PackSize(*self._sizes(source, row[None])[0].tolist()).fits(planned):
-                    return self._load(source, at), bad
-            except SampleError as error:
-                bad = bad or SampleIssue(str(error), source.name, *self._name(source, number))
+                    in_worker = torch.utils.data.get_worker_info()
+                    with bounded_memory(MEMORY + 2 * int(row["length"])) if in_worker else nullcontext():
+                        return self._load(source, at), bad
+            except (SampleError, MemoryError) as error:
+                cause = str(error) if isinstance(error, SampleError) else "takes too much memory"
+                bad = bad or SampleIssue(cause, source.name, *self._name(source, number))
         return [], bad
 
     def kind(self, position: int) -> str:
@@ -296,6 +305,24 @@ class Dataset:
         if self.length_weight is None:
             return (weight > 0).float()
         return weight * (of_source / (math.sqrt((weight > 0).sum()) if self.length_weight == "sqrt" else 1))
+
+
+@contextmanager
+def bounded_memory(more: int = MEMORY) -> Iterator[None]:
+    """Within the block this process cannot take over `more` bytes: decoders then fail, whatever a file makes them do.
+
+    For workers, where no other thread needs memory meanwhile. Only Linux counts it (proc(5), setrlimit(2)).
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_DATA, (used + more, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _hash(identity: dict[str, Any]) -> str:

@@ -119,14 +119,16 @@ def _number(field: bytes) -> int:
 
 
 def _pax_records(data: bytes) -> dict[str, bytes]:
-    """The records `LENGTH KEY=VALUE` of a pax header. Raises ValueError."""
-    records = {}
-    while data:
-        length, _, _ = data.partition(b" ")
-        if not len(length) + 2 < (end := int(length)) <= len(data):
+    """The records `LENGTH KEY=VALUE` of a pax header that matter here. Raises ValueError."""
+    records, at = {}, 0
+    while at < len(data):
+        length = data[at : at + 20].partition(b" ")[0]
+        if not len(length) + 2 < int(length) <= len(data) - at:
             raise ValueError("no pax record")
-        key, _, value = data[len(length) + 1 : end - 1].partition(b"=")
-        records[key.decode()], data = value, data[end:]
+        key, _, value = data[at + len(length) + 1 : at + int(length) - 1].partition(b"=")
+        if key in (b"path", b"size") or key.startswith(b"GNU.sparse"):
+            records[key.decode()] = value
+        at += int(length)
     return records
 
 
@@ -189,7 +191,7 @@ def load_json(data: bytes) -> Any:
         raise SampleError(f"JSON of more than {MAX_JSON >> 20} MB")
     try:
         return json.loads(data)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         raise SampleError("malformed JSON") from error
 
 

@@ -216,7 +216,7 @@ def read_json_list(file: Path) -> list[Row]:
     """A JSON file that holds a list of objects. Raises UserError."""
     try:
         rows = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON ({error})") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{file} is not a JSON list of objects")

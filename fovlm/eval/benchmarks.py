@@ -197,7 +197,7 @@ def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{file}, line {number} is not JSON ({error})") from error
             if not isinstance(row, dict):
                 raise UserError(f"{file}, line {number} is not a JSON object with one question")

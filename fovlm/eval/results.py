@@ -63,7 +63,15 @@ class ResultFile:
 def _read(path: Path) -> list[SampleResult]:
     """The complete lines of a file; another rank may be writing the last one."""
     text = path.read_bytes()
-    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+    return [_parse(path, line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    """A JSON object. Raises UserError."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and its samples are scored again") from error
 
 
 def _truncate(path: Path) -> None:
@@ -83,7 +91,7 @@ def check_or_write(folder: Path, facts: dict[str, Any]) -> None:
     if not path.is_file():
         write_atomically(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = _parse(path, path.read_bytes())
     for key in facts:
         if found.get(key) != facts[key]:
             raise UserError(

@@ -8,6 +8,7 @@ that open other files), absurd sizes in a header are refused before a pixel is d
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -181,6 +182,7 @@ def video_seconds(data: bytes, extension: str) -> int:
 
     Reads packets and decodes nothing. Raises SampleError.
     """
+    refuse_absurd_tables(io.BytesIO(data))
     with (
         decoder_errors("undecodable video", VIDEO_ERRORS),
         av.open(io.BytesIO(data), format=VIDEOS[extension]) as container,
@@ -192,6 +194,25 @@ def video_seconds(data: bytes, extension: str) -> int:
     if (seconds := max(stamps) - min(stamps)) > MAX_SECONDS:
         raise SampleError("absurd video length")
     return int(seconds) + 1
+
+
+def refuse_absurd_tables(file: BinaryIO) -> None:
+    """Raises SampleError for an MP4 that lists more samples in a table than it has bytes, and leaves it at its start.
+
+    Samples of one size take no room in a table, and FFmpeg's own list of them up to 72 bytes each.
+    """
+    size, seen = file.seek(0, io.SEEK_END), b""
+    file.seek(0)
+    while block := file.read(1 << 24):
+        seen = seen[-20:] + block
+        for name, to_count in ((b"stsz", 12), (b"trun", 8)):  # ISO/IEC 14496-12, 8.7.3 and 8.8.8
+            at = seen.find(name, 4)
+            while 0 <= at <= len(seen) - 16:
+                box, count = (int.from_bytes(seen[i : i + 4], "big") for i in (at - 4, at + to_count))
+                if 16 <= box <= size < count:
+                    raise SampleError("absurd number of frames")
+                at = seen.find(name, at + 1)
+    file.seek(0)
 
 
 def decode_video(data: bytes, extension: str, size: int, seconds: int, most: int) -> Tensor:

@@ -33,6 +33,7 @@ from fovlm.media.decode import (
     opaque,
     read_pixels,
     refuse_absurd,
+    refuse_absurd_tables,
     spread,
     video_stream,
 )
@@ -113,6 +114,7 @@ def _upright(frames: Tensor, file: BinaryIO, kind: str) -> Tensor:
 
 
 def _decode_damaged(file: BinaryIO, kind: str, size: int, most: int, fps: float, on_progress: Progress) -> Decoded:
+    refuse_absurd_tables(file)
     with av.open(file, format=kind) as container:
         stream = video_stream(container)
         stamps, claimed = _stamps(container, stream), _claimed_seconds(container, stream)

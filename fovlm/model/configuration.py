@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from fovlm.data.chat import TRANSFORMERS_ERRORS
 from fovlm.errors import UserError, did_you_mean
 from fovlm.model.folder import MODEL_TYPE
 from fovlm.model.modes import QUESTIONS, VISUALS, tokens_per_look
@@ -25,7 +26,7 @@ def backbone_config(key: str, given: dict[str, Any]) -> PreTrainedConfig:
         raise UserError(f"model.{key}: no model_type '{kind}' in transformers{did_you_mean(kind, CONFIG_MAPPING)}")
     try:
         return AutoConfig.for_model(kind, **settings)
-    except (TypeError, ValueError) as error:
+    except TRANSFORMERS_ERRORS as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"model.{key}: not a configuration of '{kind}': {reason}") from error
 

@@ -24,7 +24,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = config.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from error
     if kind != MODEL_TYPE:
         raise UserError(f"{folder} holds a model of type '{kind}', not '{MODEL_TYPE}'")
@@ -35,7 +35,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     if index.is_file():
         try:
             wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{index} cannot be read: {error}") from error
     if missing := [name for name in wanted if not (folder / name).is_file()]:
         raise UserError(f"{folder}: weights are missing: {', '.join(missing)}; convert or copy it again")

@@ -95,7 +95,7 @@ def load_manifest(folder: Path) -> Manifest | None:
         return Manifest(*parts, version=found.get("version", 1))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}): remove it, and all shards are made again") from error
 
 

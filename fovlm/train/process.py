@@ -10,6 +10,7 @@ from typing import Any, TextIO, cast
 import psutil
 
 LAUNCHER = "FOVLM_LAUNCHER"  # the process of launch.sh, on one machine
+LOOKS = 5.0  # seconds in which the launcher sees that a rank has ended; deepspeed's looks once a second
 
 
 def stop_without_launcher() -> None:
@@ -23,6 +24,14 @@ def stop_without_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def wait_to_be_ended() -> None:
+    """After the loss of another rank: wait until the launcher has seen that one end, whose status it reports, and ends
+    this one. Returns without a launcher, or when it does not."""
+    if os.environ.get(LAUNCHER):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(LOOKS)
 
 
 def lives(pid: int) -> bool:
@@ -63,5 +72,12 @@ class Output:
 
 
 def keep_running_without_output() -> None:
-    """From now on a closed pipe (`| head`) or a lost terminal ends no printing process."""
-    sys.stdout, sys.stderr = cast(TextIO, Output(sys.stdout)), cast(TextIO, Output(sys.stderr))
+    """From now on a closed pipe (`| head`), a lost terminal, or none at all (`>&-`) ends no printing process."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # the next file would get this number, and what is printed
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name) or open(number, "w", closefd=False)
+        setattr(sys, name, cast(TextIO, Output(stream)))

@@ -9,7 +9,6 @@ import fcntl
 import logging
 import os
 import secrets
-import signal
 import socket
 import sys
 import threading
@@ -19,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fovlm import distributed
-from fovlm.errors import UserError
+from fovlm.errors import EXIT_FAILED, UserError
 from fovlm.train.process import lives
 
 log = logging.getLogger("fovlm")
@@ -136,11 +135,10 @@ class RunLock:
             os.fsync(self.handle)
 
     def _beat(self) -> None:
-        """Give signs of life, and stop this process if another one has taken the folder."""
+        """Give signs of life, and end this process if another one has taken the folder: it must not write there."""
         beat = 0
         while not self.released.wait(BEAT):
             if (text := self._read()) and not text.startswith(f"{self.name} "):
-                print(f"fovlm: {self.path} was taken by {text.split()[0]}: stopping", file=sys.stderr, flush=True)
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
+                print(f"fovlm: {self.path} was taken by {text.split()[0]}: ending", file=sys.stderr, flush=True)
+                os._exit(EXIT_FAILED)
             self._write(beat := beat + 1)

@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -39,7 +38,7 @@ from fovlm.fileio import write_atomically
 from fovlm.model.build import build, check_vocabulary
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.paths import TRAIN
-from fovlm.train import resume, schedule
+from fovlm.train import process, resume, schedule
 from fovlm.train.bad_samples import BadSamples
 from fovlm.train.compiled import compile_on_trial, wants_compiled
 from fovlm.train.engine import Engine, StepResult, start
@@ -342,5 +341,5 @@ def main(arguments: list[str] | None = None) -> int:
         if not distributed.is_lost_peer(error):
             raise
         print(f"fovlm: rank {distributed.rank()} lost its connection to another rank", file=sys.stderr, flush=True)
-        time.sleep(3)  # the launcher reports the status of the first that ends: let it be the one that failed
+        process.wait_to_be_ended()
         return EXIT_FAILED

@@ -1,7 +1,7 @@
 """The scorecard of faults: every test here is a row, in a short form by default.
 
-`make faults` runs the full form and writes docs/faults.md, `SCALE=0.25 make faults` a quarter of its trials. A row's
-name is the first line of its test's docstring, the rest says what "held" means.
+`make faults` runs the full form and writes docs/faults.md, `SCALE=0.25 make faults` a quarter of its trials; with some
+of the rows alone (`ARGS=-k...`) it prints them. A row's name is the first line of its test's docstring, the rest says what "held" means.
 """
 
 import os
@@ -21,11 +21,13 @@ from helpers.training import write_data
 SCALE = float(os.environ.get("FOVLM_FAULTS", 0))  # of the full form; 0: the short one
 BEGAN = time.time()
 ROWS: list[Row] = []
+LEFT_OUT: list[pytest.Item] = []
 HEAD = """# Faults
 
 What goes wrong with a run or with its files, tried on purpose. `make faults` repeats it in full and writes this page;
 the default tests have a short form of each row. A trial "held" if the second column is true after it.
-`SCALE=0.25 make faults` tries a quarter; the scale of this run is below the table.
+`SCALE=0.25 make faults` tries a quarter; the scale of this run is below the table. A lost node needs two hosts:
+`make cluster` tries it, and [Clusters](cluster.md#what-was-tried) says what was seen.
 
 """
 
@@ -58,15 +60,23 @@ def whole(home: Path, forked: Forked) -> Reference:
     return Reference(home, forked)
 
 
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    LEFT_OUT.extend(items)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if not SCALE or not ROWS:
         return
     lines = [("fault", "held means", "tried", "held", "seconds")]
     for row in ROWS:
-        held = str(row.tried - len(row.failed)) if row.tried else "not run"
+        held = str(row.tried - len(row.failed))
         lines.append((row.name, row.meaning, str(row.tried), held, f"{row.seconds:.0f}"))
     tried, failed = sum(row.tried for row in ROWS), sum(len(row.failed) for row in ROWS)
     lines.append(("**all**", "", f"**{tried}**", f"**{tried - failed}**", f"**{time.time() - BEGAN:.0f}**"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     when = f"Commit {commit.strip()}, {time.strftime('%Y-%m-%d %H:%M %Z')}, {os.cpu_count()} cores, scale {SCALE:g}.\n"
-    (ROOT / "docs" / "faults.md").write_text(HEAD + markdown_table(lines, left=(0, 1)) + "\n\n" + when)
+    page = markdown_table(lines, left=(0, 1)) + "\n\n" + when
+    if LEFT_OUT or len(ROWS) < session.testscollected:  # a part, or it was interrupted
+        print("\n" + page)
+    else:
+        (ROOT / "docs" / "faults.md").write_text(HEAD + page)

@@ -12,7 +12,7 @@ from fovlm.checkpoint import store
 from fovlm.checkpoint.locate import find_checkpoint, open_run
 from fovlm.checkpoint.reference import ReferenceOutputs
 from fovlm.checkpoint.run_folder import read_metrics, read_summary, truncate_metrics
-from fovlm.checkpoint.zero_reader import load_pickled
+from fovlm.checkpoint.zero_reader import ZeroWeights
 from fovlm.config.schema import DataSource, Experiment
 from fovlm.data.chat import ChatTokenizer
 from fovlm.data.dataloader import PackLoader
@@ -61,7 +61,7 @@ def test_flips_in_run_folders(row: Row, whole: Reference, tmp_path: Path):
         newest / "state.json": lambda file: store.read_state(newest),
         newest / "model.json": lambda file: open_run(newest).model_config(),
         newest / "reference.safetensors": lambda file: ReferenceOutputs.load(newest),
-        newest / "engine" / "mp_rank_00_model_states.pt": load_pickled,
+        newest / "engine" / "mp_rank_00_model_states.pt": lambda file: ZeroWeights(file.parent),
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "verify", lambda *_: "")  # the readers themselves, without the checksums before them

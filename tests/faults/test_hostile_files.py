@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,14 +24,14 @@ from fovlm.checkpoint.run_folder import read_metrics, read_summary
 from fovlm.checkpoint.zero_reader import load_pickled
 from fovlm.config import experiments
 from fovlm.config.schema import Experiment, ModelSettings, load
-from fovlm.data.chat import load_tokenizer
-from fovlm.data.sample_format import list_members
+from fovlm.data.chat import ChatTokenizer, conversations, load_tokenizer
+from fovlm.data.sample_format import list_members, parse_json
 from fovlm.errors import SampleError, UserError
 from fovlm.estimate.shapes import geometry
 from fovlm.media.decode import decode_media
 from fovlm.media.tolerant import decode_some, kind_of
 from fovlm.model.build import build
-from helpers import tiny
+from helpers import ROOT, memory, tiny
 from helpers.faults import Row, survives
 
 
@@ -146,10 +147,18 @@ def fuzzed(row: Row, short: int, full: int) -> Callable[[Callable[..., None]], C
 
 
 def test_hostile_json(row: Row, tmp_path: Path):
-    """JSON of any kind in place of a manifest, a state, a metric or a summary: what hypothesis makes up.
-    It is damage, said in one line: no other error, no acceptance."""
-    keys = st.sampled_from(["files", "blake2b", "bytes", "step", "a.pt"]) | st.text()
-    plain = st.none() | st.booleans() | st.floats() | st.integers() | st.text()
+    """JSON of any kind in place of a manifest, a state, a metric, a summary or a sample: what hypothesis makes up.
+    It is damage, said in one line: no other error, no acceptance of a checkpoint."""
+    known = ["files", "blake2b", "bytes", "step", "a.pt", "user", "assistant", "turns", "messages", "role", "content",
+             "conversations", "token_ids", "loss_mask", "frames_at", "chosen", "rejected"]  # fmt: skip
+    keys = st.sampled_from(known) | st.text()
+    chat = ChatTokenizer(tiny.tokenizer(), "before_frames", "answer", 20)
+
+    def read_record(text: bytes) -> None:
+        for record in conversations(parse_json(text)):
+            chat.texts(record, "what ?", True, "chosen" in record)
+
+    plain = st.none() | st.booleans() | st.floats() | st.integers() | st.just(10**400) | st.text()
     value = st.recursive(plain, lambda inner: st.lists(inner) | st.dictionaries(keys, inner))
 
     @given(value.map(json.dumps) | st.text())
@@ -161,6 +170,7 @@ def test_hostile_json(row: Row, tmp_path: Path):
         problem = problem or survives(lambda: store.read_state(tmp_path), UserError)
         verdict: list[str] = []
         problem = problem or survives(lambda: verdict.append(store.verify(tmp_path)))
+        problem = problem or survives(lambda: read_record(text.encode("utf-8", "surrogatepass")), SampleError)
         row.check(not problem and verdict != [""], f"{text!r}: {problem}")
 
     fuzz()
@@ -208,6 +218,35 @@ def test_hostile_pictures_and_videos(row: Row):
             row.check(not problem, f"{extension}, {work.__name__}: {problem}")
 
     fuzz()
+
+
+# What a worker has before it reads anything, in MB.
+IDLE = """
+import fovlm.data.dataloader, pathlib, re
+print(int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) >> 10)
+"""
+
+
+def test_memory_of_a_worker(row: Row, tmp_path: Path):
+    """Samples of up to 10 MB that are made to fill the memory: pictures, videos, texts, JSON, headers of tars.
+    A worker that reads one takes less than 512 MB in all, and so does indexing it."""
+    row.times(0, 1)
+    names = memory.write_all(tmp_path)
+    idle = int(python("-c", IDLE))
+    peaks = []
+    for line in python("-m", "helpers.memory", str(tmp_path), FOVLM_CACHE=str(tmp_path)).splitlines():
+        name, more, said = line.split(" ", 2)
+        peaks.append(idle + int(more))
+        row.check(peaks[-1] < 512 and "status" not in said, f"{name}: {peaks[-1]} MB, {said}")
+    row.check(len(peaks) == len(names), f"{len(peaks)} of {len(names)} read")
+    row.meaning += f" The most was {max(peaks)} MB, of which a worker has {idle} MB before it reads anything."
+
+
+def python(*arguments: str, **env: str) -> str:
+    """The output of Python with the project and these tests on its path."""
+    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    return subprocess.run([sys.executable, *arguments], env={**os.environ, **paths, **env}, stdout=subprocess.PIPE,
+                          text=True, check=True).stdout  # fmt: skip
 
 
 def test_hostile_archives(row: Row):

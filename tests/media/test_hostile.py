@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovlm.data.dataloader import bounded_memory
+from fovlm.data.dataset import bounded_memory
 from fovlm.errors import SampleError
 from fovlm.media import clip, decode
 from helpers import tiny

@@ -51,6 +51,13 @@ def test_a_full_disk_behind_the_output_ends_nothing(tmp_path):
     assert (done.returncode, done.stderr.count("\n")) == (0, 2000)
 
 
+def test_no_output_at_all_ends_nothing(tmp_path):
+    done = tmp_path / "done"
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", PRINTS, str(done)]
+    assert subprocess.run(closed, timeout=60).returncode == 0
+    assert done.read_text() == "done"
+
+
 @pytest.mark.parametrize("dies", ["parent", "launch.sh"])
 def test_a_rank_stops_when_its_launcher_is_killed(dies):
     launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])

@@ -22,6 +22,7 @@ from fovlm.paths import run_root
 
 Count = Annotated[int, Field(ge=1, le=1 << 48)]
 Whole = Annotated[int, Field(ge=0, le=1 << 48)]  # 0: never, or none
+Minutes = Annotated[int, Field(ge=1, le=1_000_000)]
 Rounds = Annotated[int, Field(ge=1, le=16)]
 Size = Annotated[int, Field(ge=1, le=1 << 14)]  # of a tensor
 Rate = Annotated[float, Field(gt=0)]
@@ -154,9 +155,7 @@ class TrainSettings(Strict):
     keep_best: Whole = 1  # checkpoints
     best: Literal["val_loss", "train_loss"] = "val_loss"  # metric of the best checkpoint
     resume: str = "auto"  # auto: the newest intact checkpoint of the run, if any; none; or a folder
-    hang_minutes: Annotated[int, Field(ge=1, le=1_000_000)] = (
-        30  # a step or validation that takes longer counts as hung and ends the run
-    )
+    hang_minutes: Minutes = 30  # a step or validation that takes longer counts as hung and ends the run
     max_nonfinite: Count = 3  # consecutive steps with a non-finite loss or gradient; then the run fails
 
 

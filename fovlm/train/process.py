@@ -79,5 +79,5 @@ def keep_running_without_output() -> None:
         except OSError:  # the next file would get this number, and what is printed
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for name, number in (("stdout", 1), ("stderr", 2)):
-        stream = getattr(sys, name) or open(number, "w", closefd=False)
+        stream = getattr(sys, name) or os.fdopen(number, "w", closefd=False)
         setattr(sys, name, cast(TextIO, Output(stream)))

@@ -1,7 +1,8 @@
 """The scorecard of faults: every test here is a row, in a short form by default.
 
-`make faults` runs the full form and writes docs/faults.md, `SCALE=0.25 make faults` a quarter of its trials; with some
-of the rows alone (`ARGS=-k...`) it prints them. A row's name is the first line of its test's docstring, the rest says what "held" means.
+`make faults` runs the full form and writes docs/faults.md, `SCALE=0.25 make faults` a quarter of its trials; a part of
+the rows (`ARGS=-k...`) is printed. A row's name is the first line of its test's docstring, the rest says what "held"
+means.
 """
 
 import os

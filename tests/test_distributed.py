@@ -30,7 +30,12 @@ def test_others_hear_of_an_exception_that_no_user_causes(sent, error):
 
 
 @pytest.mark.parametrize(
-    ("error", "line"), [(UserError("wrong"), "wrong"), (OSError(28, "No space left"), "No space left")]
+    ("error", "line"),
+    [
+        (UserError("wrong"), "wrong"),
+        (OSError(28, "No space left"), "No space left"),
+        (FileExistsError(17, "File exists", "runs/x"), "runs/x: File exists"),
+    ],
 )
 def test_a_mistake_on_one_rank_is_the_error_of_all(sent, error, line):
     with pytest.raises(SharedError, match=line):

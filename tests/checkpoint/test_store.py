@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fovlm.checkpoint import store
+from fovlm.checkpoint import run_folder, store
 from fovlm.checkpoint.store import Checkpoints, State, read_state, seal, verify
 from fovlm.errors import UserError
 
@@ -187,6 +187,18 @@ def test_a_full_disk_is_an_error_before_anything_is_written(saved, monkeypatch):
 def test_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"state\.json"):
         read_state(tmp_path)
+    (tmp_path / "state.json").write_text('{"step": "many"}')
+    with pytest.raises(UserError, match=r"state\.json"):
+        read_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": 1, "loss": 1' + 400 * "0" + "}", "[" * 10**4, '{"step": null}', "[1]", "\0"]
+)
+def test_a_line_of_metrics_that_makes_no_sense_is_dropped(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n')
+    assert run_folder.read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+    assert run_folder.truncate_metrics(tmp_path, 5) == 1
 
 
 def test_a_damaged_older_checkpoint_does_not_end_a_healthy_run(saved):

@@ -178,7 +178,7 @@ def test_workers_leave_signals_to_their_parent(data):
     workers = [process.pid for process in multiprocessing.active_children()]
     assert workers
     for pid in (server, *workers):
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             os.kill(pid, number)
     assert len(list(islice(loader, 12))) == 12
 

@@ -202,6 +202,14 @@ def test_a_shard_that_goes_away_during_a_run_is_counted(tmp_path):
     assert (samples, bad.cause) == ([], "unreadable shard")
 
 
+def test_a_sample_that_fills_the_memory_is_counted(tmp_path, monkeypatch):
+    def fills(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(dataset_module.decode, "decode_media", fills)
+    assert one(tmp_path, GOOD, "image").read(0)[1].cause == "takes too much memory"
+
+
 def test_a_substitute_is_never_larger_than_what_was_planned(tmp_path):
     broken = tiny.clip("bad", 2)
     broken["001.jpg"] = b"no picture"

@@ -209,6 +209,15 @@ def test_results_of_another_model_or_set_are_not_mixed(tmp_path, quiz):
         run_eval(target(), settings(tmp_path, modes=["coarse_fin"]))
 
 
+@pytest.mark.parametrize("name", ["coarse_only.jsonl", "eval.json"])
+def test_damaged_results_are_named(tmp_path, quiz, name):
+    run_eval(target(), settings(tmp_path, modes=["coarse_only"]))
+    (file,) = tmp_path.rglob(name)
+    file.write_bytes(file.read_bytes().replace(b'"', b"\xff", 1))
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        run_eval(target(), settings(tmp_path, modes=["coarse_only"]))
+
+
 def test_missing_videos_end_the_command_or_are_skipped(tmp_path, quiz):
     quiz.append(EvalQuestion("gone", "a", (tmp_path / "gone.mp4",), "what is this ?", OPTIONS, 0))
     with pytest.raises(UserError, match=r"1 of 7 videos or pictures are missing, the first is .*gone.mp4; --skip"):

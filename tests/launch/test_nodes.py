@@ -3,9 +3,11 @@
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from fovlm.launch.nodes import Nodes
 from helpers import ROOT
 from helpers.launch import TREE
 
@@ -66,6 +68,15 @@ def test_a_lost_node_is_named_and_ends_the_run_on_the_others(two_nodes):
     assert (done.returncode, done.stdout) == (1, "training\n")
     assert "fovlm: two is lost: ssh cannot reach it" in done.stderr.splitlines()
     assert "LR1 failed (status 1), see above; from the last good checkpoint, to resume:" in done.stderr
+
+
+def test_a_node_that_ssh_gives_up_while_the_run_is_ended_is_named(capsys):
+    nodes = object.__new__(Nodes)
+    nodes.ending, nodes.deadline, failed = True, 0.0, {}
+    nodes.agents = {name: SimpleNamespace(poll=lambda s=s: s, returncode=s) for name, s in (("one", 1), ("two", 255))}
+    nodes._check(failed)
+    assert failed == {"two": 255}  # the other was asked to end
+    assert capsys.readouterr().err == "fovlm: two is lost: ssh cannot reach it\n"
 
 
 def test_a_signal_reaches_the_ranks_of_every_node(two_nodes):

@@ -15,6 +15,7 @@ from PIL import Image
 from fovlm.data.dataset import bounded_memory
 from fovlm.errors import SampleError
 from fovlm.media import clip, decode
+from fovlm.media.tolerant import decode_some
 from helpers import tiny
 
 WORKER_MB = 512
@@ -99,6 +100,15 @@ def test_a_video_that_keeps_many_frames_in_memory_is_refused():
         decode.decode_video(out.getvalue(), "mp4", 16, 18, 64)
     with bounded_memory():
         assert len(decode.decode_video(out.getvalue(), "mp4", 16, 18, 64)) == 18
+
+
+def test_a_video_that_claims_more_samples_than_bytes():
+    video = tiny.video(2)
+    at = video.index(b"stsz")
+    video = video[: at + 8] + (1).to_bytes(4, "big") + (60_000_000).to_bytes(4, "big") + video[at + 16 :]
+    for work in (lambda: decode.video_seconds(video, "mp4"), lambda: decode_some(io.BytesIO(video), "mp4", 16, 2)):
+        with pytest.raises(SampleError, match="absurd number of frames"):
+            work()
 
 
 def test_a_time_stamp_beyond_all_videos(tmp_path):

@@ -58,6 +58,17 @@ def test_no_output_at_all_ends_nothing(tmp_path):
     assert done.read_text() == "done"
 
 
+@pytest.mark.parametrize("launcher", ["1", ""])
+def test_a_rank_that_lost_another_lets_its_launcher_end_it(launcher):
+    code = "from fovlm.train.process import wait_to_be_ended as w; print('lost', flush=True); w()"
+    env = {**os.environ, "FOVLM_LAUNCHER": launcher}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env) as rank:
+        assert rank.stdout.readline() == b"lost\n"
+        if launcher:
+            rank.send_signal(signal.SIGTERM)
+        assert rank.wait(60) == (-signal.SIGTERM if launcher else 0)
+
+
 @pytest.mark.parametrize("dies", ["parent", "launch.sh"])
 def test_a_rank_stops_when_its_launcher_is_killed(dies):
     launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])

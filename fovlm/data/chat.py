@@ -19,7 +19,6 @@ The tokens are the same for both. A record has one of
 and may have a `weight`, by which its part of the loss is multiplied.
 """
 
-import math
 import sys
 from bisect import bisect_right
 from collections.abc import Callable
@@ -170,7 +169,7 @@ def conversations(record: dict[str, Any]) -> list[dict[str, Any]]:
 def weight_of(record: dict[str, Any]) -> float:
     """The weight of a conversation in the loss, 1 by default. Raises SampleError."""
     weight = record.get("weight", 1.0)
-    if type(weight) not in (int, float) or not 0 < weight < math.inf:
+    if type(weight) not in (int, float) or not 0 < weight <= sys.float_info.max:
         raise SampleError("weight is not a number above 0")
     return float(weight)
 

@@ -16,7 +16,7 @@ FORMS = (
     ("chosen", "rejected"), ("conversations",), ("messages",), ("turns",), ("assistant",),
     ("token_ids", "loss_mask", "frames_at"),
 )  # fmt: skip
-MARK = re.compile(r"\s*<(?:image|video)>\s*")  # where LLaVA's texts have the frames
+MARK = re.compile("<(?:image|video)>")  # where LLaVA's texts have the frames
 ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -52,9 +52,12 @@ def messages_of(turns: list[Any]) -> list[dict[str, Any]]:
     if not all(isinstance(turn, dict) for turn in turns):
         raise SampleError("conversations are not a list of {from, value}")
     said = ((turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns)
-    return [
-        {"role": ROLES.get(role, role), "content": MARK.sub("\n", _text(content)).strip()} for role, content in said
-    ]
+    return [{"role": ROLES.get(str(role), role), "content": _unmarked(_text(content))} for role, content in said]
+
+
+def _unmarked(text: str) -> str:
+    """The text with a line break in place of a mark and the white space around it."""
+    return "\n".join(part.strip() for part in MARK.split(text)).strip()
 
 
 def _text(content: Any) -> str:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from fovlm.errors import SampleError
 from fovlm.media import decode
 
-NUMBERED = re.compile(r"(\d+)\.(\w+)")
+NUMBERED = re.compile(r"(\d{1,18})\.(\w+)")
 BLOCK = 512  # tars consist of blocks of so many bytes
 MAX_NAME = 1 << 16  # bytes of an extended header, which holds the name of the next file
 MAX_JSON = 8 << 20  # bytes of a record; parsed, JSON can take 30 times its size

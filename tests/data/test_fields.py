@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from fovlm.config.schema import DataSource
 from fovlm.data.chat import ChatTokenizer
 from fovlm.data.dataset import Dataset
 from fovlm.data.packing import PackBudget
+from fovlm.data.record import record_of
+from fovlm.data.sample_format import Member
 from fovlm.data.sample_table import Grouping
 from helpers import tiny
 
@@ -147,6 +150,14 @@ def test_an_index_and_an_order_for_each_mapping(tmp_path):
     keys = [[dataset.read(n)[0][0].key for n in range(12)] for dataset in (one, other)]
     assert keys[0] == keys[1]  # the mapping has no say in the order
     assert sorted(keys[0][:6]) == sorted(f"a.tar/k{n}" for n in range(6))
+
+
+@pytest.mark.parametrize("turn", [{"from": [1], "value": "?"}, {"from": "human", "value": "<image>" + " " * 10**6}])
+def test_hostile_turns_take_no_time_and_end_nothing(turn):
+    began = time.process_time()
+    file = {Member("a", "json", 0, 0, 0): json.dumps({"said": [turn, turn]}).encode()}
+    assert record_of(file, {"conversations": "json.said"})["messages"][0]["content"] in ("?", "")
+    assert time.process_time() - began < 1
 
 
 def test_what_is_missing_or_broken_is_counted_by_cause(tmp_path):

@@ -75,6 +75,12 @@ def test_what_is_before_a_hostile_header_is_used(tmp_path, name):
         assert set(make_index(path).broken.values()) <= {"truncated tar"}
 
 
+def test_a_number_of_a_frame_that_is_too_long_is_no_frame(tmp_path):
+    shard = tmp_path / "a.tar"
+    shard.write_bytes(GOOD + pax({"path": f"b.{'1' * 5000}.jpg"}) + member("x", b"1") + bytes(1024))
+    assert not make_index(shard).broken
+
+
 def test_names_that_are_not_text_are_escaped(tmp_path, monkeypatch):
     monkeypatch.setenv("FOVLM_DATA", str(tmp_path))
     monkeypatch.setenv("FOVLM_CACHE", str(tmp_path / "cache"))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ from fovlm.checkpoint.zero_reader import load_pickled
 from fovlm.config import experiments
 from fovlm.config.schema import Experiment, ModelSettings, load
 from fovlm.data.chat import ChatTokenizer, conversations, load_tokenizer
-from fovlm.data.sample_format import list_members, parse_json
+from fovlm.data.record import record_of
+from fovlm.data.sample_format import Member, list_members
 from fovlm.errors import SampleError, UserError
 from fovlm.estimate.shapes import geometry
 from fovlm.media.decode import decode_media
@@ -150,13 +152,18 @@ def test_hostile_json(row: Row, tmp_path: Path):
     """JSON of any kind in place of a manifest, a state, a metric, a summary or a sample: what hypothesis makes up.
     It is damage, said in one line: no other error, no acceptance of a checkpoint."""
     known = ["files", "blake2b", "bytes", "step", "a.pt", "user", "assistant", "turns", "messages", "role", "content",
-             "conversations", "token_ids", "loss_mask", "frames_at", "chosen", "rejected"]  # fmt: skip
+             "conversations", "token_ids", "loss_mask", "frames_at", "chosen", "rejected", "from", "value", "weight"]  # fmt: skip
     keys = st.sampled_from(known) | st.text()
     chat = ChatTokenizer(tiny.tokenizer(), "before_frames", "answer", 20)
 
+    places = ("user", "assistant", "turns", "messages", "conversations", "chosen", "rejected", "weight")
+    fields = {name: f"json.{name}" for name in places}
+
     def read_record(text: bytes) -> None:
-        for record in conversations(parse_json(text)):
-            chat.texts(record, "what ?", True, "chosen" in record)
+        for mapping in ({}, *({"user": "json.user", name: fields[name]} for name in places), fields):
+            with suppress(SampleError):
+                for record in conversations(record_of({Member("a", "json", 0, 0, 0): text}, mapping)):
+                    chat.texts(record, "what ?", True, "chosen" in record)
 
     plain = st.none() | st.booleans() | st.floats() | st.integers() | st.just(10**400) | st.text()
     value = st.recursive(plain, lambda inner: st.lists(inner) | st.dictionaries(keys, inner))
@@ -170,7 +177,7 @@ def test_hostile_json(row: Row, tmp_path: Path):
         problem = problem or survives(lambda: store.read_state(tmp_path), UserError)
         verdict: list[str] = []
         problem = problem or survives(lambda: verdict.append(store.verify(tmp_path)))
-        problem = problem or survives(lambda: read_record(text.encode("utf-8", "surrogatepass")), SampleError)
+        problem = problem or survives(lambda: read_record(text.encode("utf-8", "surrogatepass")))
         row.check(not problem and verdict != [""], f"{text!r}: {problem}")
 
     fuzz()

@@ -29,7 +29,7 @@ def read(row: Row, job: Job) -> Conversation:
         raise SampleError("conversations are not a list of {from, value}")
     files = [(kind, one) for kind in ("image", "video") for one in listed(row.get(kind))]
     marks = [len(MARK.findall(turn["value"])) for turn in turns]
-    asked = next((n for n, turn in enumerate(turns) if ROLES.get(turn.get("from")) == "user"), 0)
+    asked = next((n for n, turn in enumerate(turns) if ROLES.get(str(turn.get("from"))) == "user"), 0)
     if marks and (sum(marks) != len(files) or marks[asked] != sum(marks)):
         raise SampleError("the marks <image> and <video> do not fit the files")
     return Conversation(record_of(messages_of(turns)), files)

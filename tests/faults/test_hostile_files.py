@@ -152,7 +152,8 @@ def test_hostile_json(row: Row, tmp_path: Path):
     """JSON of any kind in place of a manifest, a state, a metric, a summary or a sample: what hypothesis makes up.
     It is damage, said in one line: no other error, no acceptance of a checkpoint."""
     known = ["files", "blake2b", "bytes", "step", "a.pt", "user", "assistant", "turns", "messages", "role", "content",
-             "conversations", "token_ids", "loss_mask", "frames_at", "chosen", "rejected", "from", "value", "weight"]  # fmt: skip
+             "conversations", "token_ids", "loss_mask", "frames_at", "chosen", "rejected", "from", "value",
+             "weight"]  # fmt: skip
     keys = st.sampled_from(known) | st.text()
     chat = ChatTokenizer(tiny.tokenizer(), "before_frames", "answer", 20)
 
@@ -169,7 +170,7 @@ def test_hostile_json(row: Row, tmp_path: Path):
     value = st.recursive(plain, lambda inner: st.lists(inner) | st.dictionaries(keys, inner))
 
     @given(value.map(json.dumps) | st.text())
-    @fuzzed(row, 30, 5000)
+    @fuzzed(row, 30, 3000)
     def fuzz(text: str) -> None:
         for name in (store.MANIFEST, store.STATE, "metrics.jsonl", "run_summary.json"):
             (tmp_path / name).write_bytes(text.encode("utf-8", "surrogatepass"))

@@ -1,6 +1,7 @@
 """Where the looks of the study of scenes land: the pointing game, what does not know the question, and faithfulness."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,19 +16,20 @@ HIDDEN = 9  # patches that the test of faithfulness hides
 SHOWN = 8  # scenes of the figure
 
 
-def gaze(looks: Looks, batch: dict[str, Tensor], query: Tensor) -> Tensor:
-    """Where the looks of queries [B, Q] attend: f32 [B, side, side], mean over layers and heads."""
+def gaze(looks: Looks, batch: dict[str, Any], query: Tensor) -> Tensor:
+    """Where queries [B, F, Q] look in the asked frames: f32 [B, side, side], mean over layers and heads."""
     seen: list[Tensor] = []
-    looks.look(looks.model.connector.query_in(query), batch["keys"], seen)
+    asked = (torch.arange(len(query)), batch["frame"])
+    looks.look(looks.model.connector.query_in(query[asked]), batch["seen"][asked], seen)
     return maps(torch.stack(seen))
 
 
-def pointing(grid: Tensor, boxes: list[list[int]], size: int) -> dict[str, list[float]]:
+def pointing(grid: Tensor, boxes: Tensor, size: int) -> dict[str, list[float]]:
     """Of maps [B, side, side]: is the center of the brightest patch in the box, the share of attention whose patch has
     its center there, and the share of such patches, which is what a look anywhere would score."""
     side = grid.shape[1]
     centers = (torch.arange(side) + 0.5) * size / side
-    left, top, right, bottom = torch.tensor(boxes).T[:, :, None]
+    left, top, right, bottom = boxes.T[:, :, None]
     inside = ((centers >= top) & (centers <= bottom))[:, :, None] & ((centers >= left) & (centers <= right))[:, None]
     flat, inside = grid.flatten(1), inside.flatten(1)
     return {
@@ -40,18 +42,17 @@ def pointing(grid: Tensor, boxes: list[list[int]], size: int) -> dict[str, list[
 @torch.no_grad()
 def baselines(looks: Looks, scenes: Scenes, source: str) -> dict[str, dict[str, float]]:
     """Pointing of what does not know the question: the encoder's own CLS, and a look at the center."""
-    questions, found = scenes.questions[source], {}
-    batch, boxes = scenes.batch(questions), [q.box for q in questions]
+    (batch,), found = scenes.batches(scenes.questions[source]), {}
     seen: list[Tensor] = []
     pixels = scenes.frames(source, [0])
     cls = looks.model.encoder.embed(pixels)[0][0, 0]
-    looks.look(cls.float().expand(len(questions), -1), batch["keys"], seen)
+    looks.look(cls.float().expand(len(batch["seen"]), -1), batch["seen"][:, 0], seen)
     grid = maps(torch.stack(seen))
     side = grid.shape[1]
     far = (torch.arange(side) - (side - 1) / 2) ** 2
     center = torch.exp(-(far[:, None] + far) / (side / 4) ** 2 / 2).expand_as(grid)
     for name, shown in (("CLS", grid), ("center", center)):
-        found[name] = {k: float(np.mean(v)) for k, v in pointing(shown, boxes, scenes.size).items()}
+        found[name] = {k: float(np.mean(v)) for k, v in pointing(shown, batch["boxes"], scenes.size).items()}
     return found
 
 
@@ -59,8 +60,8 @@ def baselines(looks: Looks, scenes: Scenes, source: str) -> dict[str, dict[str, 
 def faithfulness(looks: Looks, scenes: Scenes, source: str) -> dict[str, float]:
     """The loss when the HIDDEN patches that a look attends to most are painted over, and as many others at random."""
     questions = scenes.questions[source][:96]
-    batch, prompt = scenes.batch(questions), questions[0].prompt
-    nll, _, query = looks.nll(batch, prompt)
+    (batch,) = scenes.batches(questions)
+    nll, _, query = looks.nll(batch)
     grid = gaze(looks, batch, query)
     side, random = grid.shape[1], torch.Generator().manual_seed(0)
     top = grid.flatten(1).topk(HIDDEN).indices
@@ -71,8 +72,8 @@ def faithfulness(looks: Looks, scenes: Scenes, source: str) -> dict[str, float]:
         hidden = torch.zeros(grid.flatten(1).shape, dtype=torch.bool).scatter(1, which, True).view(-1, 1, side, side)
         pixels = nnf.interpolate(hidden.float(), frames.shape[-1:] * 2) > 0
         painted = torch.where(pixels, frames.float().mean((2, 3), keepdim=True).to(torch.uint8), frames)
-        parts = [encode(looks.model, painted[n : n + 16])[0] for n in range(0, len(painted), 16)]
-        found[name] = float(looks.nll(batch | {"keys": torch.cat(parts)}, prompt)[0].mean())
+        parts = [encode(looks.model, painted[n : n + 16])[1] for n in range(0, len(painted), 16)]
+        found[name] = float(looks.nll(batch | {"seen": torch.cat(parts)[:, None]})[0].mean())
     return found
 
 
@@ -80,8 +81,8 @@ def faithfulness(looks: Looks, scenes: Scenes, source: str) -> dict[str, float]:
 def figure(looks: Looks, scenes: Scenes, source: str, path: Path) -> None:
     """SHOWN scenes with their question and answer, and where the look that it steers attends."""
     questions = scenes.questions[source][::4][:SHOWN]
-    batch = scenes.batch(questions)
-    grid = gaze(looks, batch, looks.nll(batch, questions[0].prompt)[2])
+    (batch,) = scenes.batches(questions)
+    grid = gaze(looks, batch, looks.nll(batch)[2])
     frames = torch.cat([scenes.frames(source, [q.picture]) for q in questions])
     strips = [
         Strip(frames[n : n + 1], {"": grid[n : n + 1]}, title=q.words.replace("what is in ", "").replace(" ? ", ": "))

@@ -1,12 +1,14 @@
 """The fast path of the study of scenes: stored encodings, and looks over them (`benchmarks/scenes.py` says why).
 
-Letters as in `data/packing.py` and `model/encoder.py`: B questions of a batch, T visual tokens, N rows, l layers.
+Letters as in `data/packing.py` and `model/encoder.py`: B questions of a batch, F frames of each, T visual tokens of a
+frame, N rows, l layers.
 """
 
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,21 +25,22 @@ from fovlm.data.shards import find_shards
 from fovlm.media.decode import decode_pictures
 from fovlm.model.encoder import Cache, heads, walk_layer
 from fovlm.model.modeling import FoveatedVLM
-from fovlm.model.modes import POOLED
 
 HALF = torch.bfloat16
 
 
 @dataclass
 class Question:
-    """One question about a picture, which is a row of its source's encodings."""
+    """One question about a clip of `frames` frames, the first of which is row `picture` of its source's encodings."""
 
     source: str
     picture: int
+    frames: int
+    frame: int  # the asked one
     tokens: Tensor  # i64 [s]
     weight: Tensor  # f32 [s]
     prompt: int
-    box: list[int]  # of the asked object, in pixels
+    box: list[int]  # of the asked object in the asked frame, in pixels
     words: str
 
 
@@ -50,37 +53,52 @@ class Scenes:
         chat = ChatTokenizer(tokenizer, experiment.model.question, data.loss_on, data.max_tokens)
         self.questions: dict[str, list[Question]] = {}
         self.jpegs: dict[str, list[bytes]] = {}
-        self.encodings: dict[str, np.ndarray] = {}
-        self.features: dict[str, np.ndarray] = {}
+        self.stored: dict[str, np.ndarray] = {}
         self.size = experiment.model.frame_size
+        self.deep = model.config.visual != "multi_token" and model.config.deep_query
         for name in [*data.mixture, *data.val]:
-            self.questions[name], self.jpegs[name] = _read(name, data.sources[name].shards, chat)
-            self._encode(name, model, out)
+            shards = data.sources[name].shards
+            self.questions[name], self.jpegs[name] = _read(name, shards, chat)
+            self._encode(name, Path(shards).parent.name, model, out)
 
     def frames(self, source: str, pictures: list[int]) -> Tensor:
         """u8 [n, 3, s, s]."""
         return decode_pictures([("jpg", self.jpegs[source][n]) for n in pictures], self.size)
 
     @torch.no_grad()
-    def _encode(self, name: str, model: FoveatedVLM, out: Path) -> None:
-        """Keys and values bf16 [pictures, l, 2, H, N, d], and the final features bf16 [pictures, N, D]."""
-        files = [out / f"encodings-{name}.npy", out / f"features-{name}.npy"]
+    def _encode(self, name: str, folder: str, model: FoveatedVLM, out: Path) -> None:
+        """Final features bf16 [frames, N, D] and, for deep looks, keys and values bf16 [frames, l, 2, H, N, d]."""
+        files = [out / f"{kind}-{folder}.npy" for kind in ("features", "encodings")[: 1 + self.deep]]
         if not all(file.exists() for file in files):
             count = len(self.jpegs[name])
-            parts = [encode(model, self.frames(name, list(range(n, min(n + 16, count))))) for n in range(0, count, 16)]
-            for file, arrays in zip(files, zip(*parts, strict=True), strict=True):
-                np.save(file.with_suffix(".part.npy"), torch.cat(arrays).view(torch.int16).numpy())
-                file.with_suffix(".part.npy").rename(file)
-        self.encodings[name], self.features[name] = (np.load(file, mmap_mode="r") for file in files)
+            parts = [file.with_suffix(".part.npy") for file in files]
+            arrays: list[np.ndarray] = []
+            for n in range(0, count, 16):
+                found = encode(model, self.frames(name, list(range(n, min(n + 16, count)))))
+                arrays = arrays or [
+                    np.lib.format.open_memmap(part, "w+", np.int16, (count, *one.shape[1:]))
+                    for part, one in zip(parts, found, strict=False)
+                ]
+                for array, one in zip(arrays, found, strict=False):
+                    array[n : n + 16] = one.view(torch.int16).numpy()
+            for part, file in zip(parts, files, strict=True):
+                part.rename(file)
+        self.stored[name] = np.load(files[-1], mmap_mode="r")
 
-    def batch(self, questions: list[Question]) -> dict[str, Tensor]:
-        """The tensors of questions of one length."""
-        keys, features = (
-            torch.from_numpy(np.stack([arrays[q.source][q.picture] for q in questions])).view(HALF)
-            for arrays in (self.encodings, self.features)
-        )
+    def batches(self, questions: list[Question]) -> list[dict[str, Any]]:
+        """The tensors of questions, those of one shape together: `seen` [B, F, ...] is what looks attend to."""
+        groups: dict[tuple[int, int, int], list[Question]] = {}
+        for q in questions:
+            groups.setdefault((q.frames, q.prompt, len(q.tokens)), []).append(q)
+        return [self._batch(group) for group in groups.values()]
+
+    def _batch(self, questions: list[Question]) -> dict[str, Any]:
+        seen = np.stack([self.stored[q.source][q.picture : q.picture + q.frames] for q in questions])
         tokens, weight = (torch.stack([getattr(q, name) for q in questions]) for name in ("tokens", "weight"))
-        return {"tokens": tokens, "weight": weight, "keys": keys, "features": features}
+        frame = torch.tensor([q.frame for q in questions])
+        boxes = torch.tensor([q.box for q in questions])
+        shown = {"seen": torch.from_numpy(seen).view(HALF), "frame": frame, "boxes": boxes}
+        return {"tokens": tokens, "weight": weight, "prompt": questions[0].prompt, **shown}
 
 
 def _read(name: str, pattern: str, chat: ChatTokenizer) -> tuple[list[Question], list[bytes]]:
@@ -92,25 +110,27 @@ def _read(name: str, pattern: str, chat: ChatTokenizer) -> tuple[list[Question],
             at = int(index.offset[row])
             files = {m.extension: b for m, b in read_members(data[at : at + int(index.length[row])]).items()}
             record = json.loads(files["json"])
+            pictures = [files[extension] for extension in sorted(files) if extension.endswith("jpg")]
             for asked in record["conversations"]:
                 text = chat.text(asked, None, frames=True)
                 box = record["objects"][asked["asked"]]["boxes"][asked["frame"]]
+                shown = (len(jpegs), len(pictures), asked["frame"])
                 words = f"{asked['user']} {asked['assistant']}"
-                questions.append(Question(name, len(jpegs), text.tokens, text.weight, text.prompt, box, words))
-            jpegs.append(files["jpg"])
+                questions.append(Question(name, *shown, text.tokens, text.weight, text.prompt, box, words))
+            jpegs += pictures
     return questions, jpegs
 
 
 @torch.no_grad()
 def encode(model: FoveatedVLM, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Frames u8 [F, 3, s, s] -> keys and values bf16 [F, l, 2, H, N, d], final features bf16 [F, N, D]."""
+    """Frames u8 [F, 3, s, s] -> final features bf16 [F, N, D], keys and values bf16 [F, l, 2, H, N, d]."""
     encoder, keys = model.encoder, []
     with torch.autocast("cpu", HALF):
         x, rotary = encoder.embed(frames)
         for layer in encoder.layers:
             x, cached = walk_layer(encoder.family, layer, x, x.shape[1], encoder.head_width, False, False, rotary)
             keys.append(torch.stack([part.transpose(1, 2).to(HALF) for part in cached], 1))
-        return torch.stack(keys, 1), encoder.family.norm(encoder.backbone)(x).to(HALF)
+        return encoder.family.norm(encoder.backbone)(x).to(HALF), torch.stack(keys, 1)
 
 
 class Looks:
@@ -134,22 +154,22 @@ class Looks:
             x = x + block.scale2(nnf.linear(nnf.gelu(nnf.linear(block.norm2(x).to(HALF), *up)), *down).float())
         return self.model.encoder.family.norm(self.model.encoder.backbone)(x)
 
-    def nll(self, batch: dict[str, Tensor], prompt: int, visual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(nll f32 [B] an answer token, whether all of them are the likeliest bool [B], the queries [B, Q]).
+    def nll(self, batch: dict[str, Any], rounds: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(nll f32 [B] an answer token, whether all of them are the likeliest bool [B], the queries [B, F, Q]).
 
-        `visual` [B, T, E] replaces the visual tokens.
+        `rounds` of queries instead of the model's own; as many as frames are frame by frame, as deployed.
         """
-        model, connector, tokens = self.model, self.model.connector, batch["tokens"]
+        model, tokens, prompt = self.model, batch["tokens"], batch["prompt"]
         words = model.llm.get_input_embeddings()(tokens)
         memory = DynamicCache()
-        count = len(tokens)
-        query = connector.q_static if model.config.visual == "coarse" else connector.q_first
-        query = query.expand(count, -1)
-        if prompt:
-            hidden = self.read(words[:, :prompt], memory)
-            query = connector.to_query(hidden[:, -1]) if model.config.visual == "foveated" else query
-        if visual is None:
-            visual = self.visual(batch, query)
+        B, F = batch["seen"].shape[:2]
+        state = self.read(words[:, :prompt], memory)[:, -1] if prompt else None
+        query = model.connector.q_static.expand(B, F, -1)
+        steered = model.config.visual == "foveated"
+        visual = self.visual(batch["seen"], query) if F > 1 or not steered else query.new_zeros(B, 1, words.shape[-1])
+        for _ in range((model.config.query_rounds if rounds is None else rounds) if steered else 0):
+            query = self.queries(visual[:, :-1], state, memory)
+            visual = self.visual(batch["seen"], query)
         hidden = self.read(torch.cat([visual, words[:, prompt:]], 1), memory)
         logits = model.llm.get_output_embeddings()(hidden[:, visual.shape[1] - 1 : -1]).float()
         target, weight = tokens[:, prompt:], batch["weight"][:, prompt:]
@@ -157,18 +177,31 @@ class Looks:
         right = ((logits.argmax(-1) == target) | (weight == 0)).all(1)
         return (nll * weight).sum(1) / weight.sum(1), right, query
 
-    def visual(self, batch: dict[str, Tensor], query: Tensor) -> Tensor:
-        """The visual tokens [B, T, E] of queries [B, Q]."""
+    def queries(self, visual: Tensor, state: Tensor | None, memory: DynamicCache) -> Tensor:
+        """The queries [B, F, Q] of all looks: from the `state` [B, E] ahead of them and all tokens [B, F - 1, E] but the last."""
+        connector, B = self.model.connector, len(visual)
+        first = connector.q_first.expand(B, -1) if state is None else connector.to_query(state)
+        if not visual.shape[1]:
+            return first[:, None]
+        later = connector.to_query(self.read(visual, memory))
+        memory.crop(-visual.shape[1])
+        return torch.cat([first[:, None], later], 1)
+
+    def visual(self, seen: Tensor, query: Tensor) -> Tensor:
+        """The visual tokens [B, F * T, E] of queries [B, F, Q]."""
         model = self.model
+        B, F = seen.shape[:2]
+        seen, query = seen.flatten(0, 1), query.flatten(0, 1)
         if model.config.visual == "multi_token":
-            side = math.isqrt(batch["features"].shape[1])
-            grid = batch["features"][:, model.encoder.prefix :].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-            return model.connector.token(nnf.adaptive_avg_pool2d(grid, POOLED).flatten(2).transpose(1, 2))
-        start = model.connector.query_in(query)
-        if model.encoder.deep:
-            return model.connector.token(self.look(start, batch["keys"]))[:, None]
-        features = heads(batch["features"].float(), model.encoder.head_width)
-        return model.connector.token(model.encoder.look(start, Cache([(features, features)])))[:, None]
+            side = math.isqrt(seen.shape[1])
+            grid = seen[:, model.encoder.prefix :].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            found = nnf.adaptive_avg_pool2d(grid, model.config.pooled).flatten(2).transpose(1, 2)
+        elif model.encoder.deep:
+            found = self.look(model.connector.query_in(query), seen)
+        else:
+            features = heads(seen.float(), model.encoder.head_width)
+            found = model.encoder.look(model.connector.query_in(query), Cache([(features, features)]))
+        return model.connector.token(found.unflatten(0, (B, F)).flatten(1, -2))
 
     def read(self, x: Tensor, memory: DynamicCache) -> Tensor:
         """The language model over [B, m, E] behind what it has read -> [B, m, E]."""

@@ -12,6 +12,7 @@ tensor and the language model reads each prompt once. Products with the encoder'
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -20,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
 
 from benchmarks.scene_gaze import baselines, faithfulness, figure, gaze, pointing
 from benchmarks.scene_looks import Looks, Scenes
@@ -31,6 +34,7 @@ from fovlm.report.statistics import welch
 from fovlm.train import schedule
 
 BATCH = 48  # questions of a step
+CHANCE = math.log(16) / 2  # nats a token: one of sixteen names, and a token that ends the answer
 EASY = 0.25  # of them, after the first stage, about a single large picture
 
 
@@ -50,7 +54,7 @@ def train(experiment: Experiment, scenes: Scenes, model: FoveatedVLM, log: str) 
     for step in range(1, steps + 1):
         many = BATCH if step <= stage else round(BATCH * EASY)
         chosen = [easy[next(orders[0])] for _ in range(many)] + [hard[next(orders[1])] for _ in range(BATCH - many)]
-        nll, _, _ = looks.nll(scenes.batch(chosen), chosen[0].prompt)
+        nll = torch.cat([looks.nll(batch)[0] for batch in scenes.batches(chosen)])
         rates = schedule.rates(optim, step / steps)
         for group in optimizer.param_groups:
             group["lr"] = rates[group["name"]]
@@ -82,14 +86,15 @@ def score(looks: Looks, scenes: Scenes, experiment: Experiment) -> dict[str, Any
         sums: dict[str, list[float]] = defaultdict(list)
         questions = scenes.questions[name]
         for start in range(0, len(questions), 96):
-            some = questions[start : start + 96]
-            batch = scenes.batch(some)
-            nll, right, query = looks.nll(batch, some[0].prompt)
-            sums["loss"] += nll.tolist()
-            sums["accuracy"] += right.float().tolist()
-            if looks.model.config.visual != "multi_token" and looks.model.encoder.deep:
-                for key, values in pointing(gaze(looks, batch, query), [q.box for q in some], scenes.size).items():
-                    sums[key] += values
+            for batch in scenes.batches(questions[start : start + 96]):
+                nll, right, query = looks.nll(batch)
+                sums["loss"] += nll.tolist()
+                sums["accuracy"] += right.float().tolist()
+                if looks.model.config.visual == "foveated" and query.shape[1] > 1:
+                    sums["deployed"] += looks.nll(batch, rounds=query.shape[1])[0].tolist()
+                if scenes.deep:
+                    for key, values in pointing(gaze(looks, batch, query), batch["boxes"], scenes.size).items():
+                        sums[key] += values
         found[name] = {key: float(np.mean(values)) for key, values in sums.items()} | {"questions": len(questions)}
     return {"by_source": found}
 
@@ -101,25 +106,34 @@ def run(name: str, seed: int, steps: int | None, out: Path) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = build(experiment.model)
     model.freeze(experiment.optim.freeze)
+    if experiment.model.init_from:
+        model.load_state_dict(load_file(out / f"{experiment.model.init_from}-s{seed}.safetensors"), strict=False)
     scenes = Scenes(experiment, model, out)
     curve = train(experiment, scenes, model, f"{name}-s{seed}")
+    save_file({n: p for n, p in model.named_parameters() if p.requires_grad}, out / f"{name}-s{seed}.safetensors")
     result = {"run": name, "seed": seed, "experiment": experiment.hash, "curve": curve}
     looks, most = Looks(model), experiment.data.val[-1]
-    if model.config.visual == "foveated" and experiment.model.question == "before_frames":
+    steered = scenes.deep and model.config.visual == "foveated" and experiment.model.question == "before_frames"
+    if steered and experiment.data.max_frames == 1:
         result |= {"baselines": baselines(looks, scenes, most), "faithfulness": faithfulness(looks, scenes, most)}
         figure(looks, scenes, most, out / f"{name}-s{seed}.png")
     return result
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """The last scores of all runs as Markdown, mean over seeds and the seeds; and how the loss on the hardest scenes
-    differs from that of the first run, with Welch's 95 % interval."""
-    sides: dict[str, list[dict[str, Any]]] = defaultdict(list)
+def tables(results: list[dict[str, Any]]) -> str:
+    """The last scores of all runs as Markdown, those of the same validation sources in one table."""
+    studies: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
     for result in results:
-        sides[result["run"]].append(result["curve"][-1]["by_source"])
-    (first, base), lines = next(iter(sides.items())), []
-    sources = list(base[0])
-    for what in ("loss", "accuracy", "pointing", "mass"):
+        last = result["curve"][-1]["by_source"]
+        studies.setdefault(tuple(last), defaultdict(list))[result["run"]].append(last)
+    return "\n".join(table(sides, list(sources)) for sources, sides in studies.items())
+
+
+def table(sides: dict[str, list[dict[str, Any]]], sources: list[str]) -> str:
+    """Mean over seeds and the seeds; and how the loss on the hardest scenes differs from that of the first run, with
+    Welch's 95 % interval."""
+    lines = []
+    for what in ("loss", "deployed", "accuracy", "pointing", "mass"):
         lines += [f"| {what} | {' | '.join(sources)} |", "|---" * (len(sources) + 1) + "|"]
         for name, seeds in sides.items():
             if what in seeds[0][sources[0]]:
@@ -127,10 +141,32 @@ def table(results: list[dict[str, Any]]) -> str:
                 cells = [f"{statistics.fmean(v):.3f} ({', '.join(f'{x:.3f}' for x in v)})" for v in values]
                 lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
-    hardest = [[seed[sources[-1]]["loss"] for seed in seeds] for seeds in sides.values()]
-    for name, losses in list(zip(sides, hardest, strict=True))[1:]:
-        lines.append(f"{name} - {first}, {sources[-1]}: {welch(losses, hardest[0])}")
+    first, *others = ([seed[sources[-1]]["loss"] for seed in seeds] for seeds in sides.values())
+    for name, losses in zip(list(sides)[1:], others, strict=True):
+        lines.append(f"{name} - {next(iter(sides))}, {sources[-1]}: {welch(losses, first)}")
     return "\n".join(lines) + "\n"
+
+
+def law(results: list[dict[str, Any]], path: Path) -> None:
+    """Loss against the number of pictures, of the runs of experiments/scenes_law.yaml: mean and range of the seeds."""
+    runs: dict[str, list[list[float]]] = defaultdict(list)
+    sources: list[str] = []
+    for result in results:
+        if result["run"].startswith("law"):
+            last = result["curve"][-1]["by_source"]
+            sources = list(last)
+            runs[result["run"]].append([row["loss"] for row in last.values()])
+    numbers = [int(name.removeprefix("objects")) for name in sources]
+    drawn = Figure((7, 4), layout="constrained")
+    axis = drawn.add_subplot()
+    for name, rows in runs.items():
+        losses = np.array(rows)
+        mean = losses.mean(0)
+        axis.errorbar(numbers, mean, [mean - losses.min(0), losses.max(0) - mean], marker="o", capsize=3, label=name)
+    axis.axhline(CHANCE, color="grey", linestyle=":", label="chance")
+    axis.set(xlabel="pictures in the frame", ylabel="loss, nats a token", xticks=numbers, ylim=(0, None))
+    axis.legend()
+    drawn.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -148,8 +184,9 @@ def main() -> None:
             if not file.exists():
                 write_atomically(file, json.dumps(run(name, seed, arguments.steps, arguments.out), indent=1))
     found = [json.loads(file.read_text()) for file in sorted(arguments.out.glob("*-s*.json"))]
-    write_atomically(arguments.out / "table.md", table(found))
-    print(table(found))
+    law(found, arguments.out / "law.png")
+    write_atomically(arguments.out / "table.md", tables(found))
+    print(tables(found))
 
 
 if __name__ == "__main__":

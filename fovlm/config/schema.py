@@ -48,7 +48,8 @@ class ModelSettings(Strict):
     """The network. `llm` and `encoder` are a folder (as given, or below FOVLM_MODELS), a Hugging Face id, or the
     keyword arguments of an HF configuration (`model_type`: llama / dinov2 by default) for random weights."""
 
-    visual: Literal["foveated", "coarse", "multi_token"] = "foveated"  # coarse: static query only; multi_token: 16
+    visual: Literal["foveated", "coarse", "multi_token"] = "foveated"  # coarse: static query only
+    pooled: Size = 4  # multi_token: patches are pooled to so many rows and columns of tokens a frame
     deep_query: bool = True  # false: one cross-attention over the encoder's last features
     question: Literal["before_frames", "after_frames"] = "after_frames"  # before_frames: the question steers the gaze
     query_rounds: Rounds = 1  # the first round's queries come from coarse tokens, later ones from the round before

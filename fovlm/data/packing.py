@@ -12,7 +12,7 @@ Several conversations over the same frames follow each other in a pack and share
 each has looks of its own, and sees nothing of the others.
 
 Letters: F unique frames, K looks, S text tokens, P text tokens ahead of the frames, T visual tokens of one look
-(1, or 16 for `multi_token`), L positions of the packed sequence.
+(1, or more for `multi_token`), L positions of the packed sequence.
 """
 
 import heapq

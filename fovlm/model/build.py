@@ -63,6 +63,7 @@ def configuration(
         llm_config=llm,
         encoder_config=encoder,
         visual=settings.visual,
+        pooled=settings.pooled,
         deep_query=settings.deep_query,
         question=settings.question,
         query_rounds=settings.query_rounds,

@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from fovlm.data.chat import TRANSFORMERS_ERRORS
 from fovlm.errors import UserError, did_you_mean
 from fovlm.model.folder import MODEL_TYPE
-from fovlm.model.modes import QUESTIONS, VISUALS, tokens_per_look
+from fovlm.model.modes import QUESTIONS, VISUALS
 from fovlm.model.shipped_code import AUTO_MAP, write_code
 
 # The type of a backbone that is given as keyword arguments without `model_type`.
@@ -46,6 +46,7 @@ class FoveatedConfig(PreTrainedConfig):
         llm_config: PreTrainedConfig | dict | None = None,
         encoder_config: PreTrainedConfig | dict | None = None,
         visual: str = "foveated",
+        pooled: int = 4,
         deep_query: bool = True,
         question: str = "after_frames",
         query_rounds: int = 1,
@@ -63,6 +64,7 @@ class FoveatedConfig(PreTrainedConfig):
         self.llm_config = _config("llm", llm_config)
         self.encoder_config = _config("encoder", encoder_config)
         self.visual = visual
+        self.pooled = pooled
         self.deep_query = deep_query
         self.question = question
         self.query_rounds = query_rounds
@@ -87,7 +89,7 @@ class FoveatedConfig(PreTrainedConfig):
     @property
     def tokens_per_look(self) -> int:
         """T: visual tokens of one look."""
-        return tokens_per_look(self.visual)
+        return self.pooled**2 if self.visual == "multi_token" else 1
 
     @property
     def context(self) -> int:

@@ -36,7 +36,7 @@ from fovlm.model.encoders.families import side_of
 from fovlm.model.generation import FoveatedGenerationMixin
 from fovlm.model.kv_cache import ATTENTION
 from fovlm.model.lora import add_adapters
-from fovlm.model.modes import NLL_CHUNK, POOLED
+from fovlm.model.modes import NLL_CHUNK
 from fovlm.model.scoring import WeightedNll, nll_and_slope
 from fovlm.model.supervised import supervised
 
@@ -246,11 +246,11 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         return nnf.cross_entropy(self.llm.get_output_embeddings()(hidden).float(), target, reduction="none")
 
     def _pooled(self, batch: Batch) -> Tensor:
-        """multi_token: every look's patches pooled to 4 x 4 -> [K, 16, E]."""
+        """multi_token: every look's patches pooled -> [K, T, E]."""
         features = self.encoder.features(batch.frames)[:, self.encoder.prefix :]
         side = side_of(self.config.encoder_config, batch.frames.shape[-1])
         grid = features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        pooled = nnf.adaptive_avg_pool2d(grid, POOLED).flatten(2).transpose(1, 2)
+        pooled = nnf.adaptive_avg_pool2d(grid, self.config.pooled).flatten(2).transpose(1, 2)
         tokens = self.connector.token(pooled)
         return tokens if batch.frame_of_look is None else tokens[batch.frame_of_look]
 

@@ -7,7 +7,7 @@ MODE_NOTES = {
     "coarse_only": "the static query alone",
     "coarse_fine": "coarse pass, queries, fine looks: as trained",
     "autoregressive": "frame by frame, queries from fine tokens: as deployed",
-    "multi_token": "sixteen pooled tokens per frame: as trained",
+    "multi_token": "pooled tokens of each frame: as trained",
 }
 # Those of each `visual`; the last one is what deployment does and the default of `generate`.
 MODES: dict[str, tuple[str, ...]] = {
@@ -18,12 +18,6 @@ MODES: dict[str, tuple[str, ...]] = {
 VISUALS = tuple(MODES)
 AS_TRAINED = {"foveated": "coarse_fine", "coarse": "coarse_only", "multi_token": "multi_token"}
 
-POOLED = 4  # multi_token: the patches are pooled to 4 x 4 tokens a frame
 NLL_CHUNK = 1024  # text tokens whose logits exist at once: 1024 x 49152 in fp32 is 200 MB
 FRAMES_AT_ONCE = 8  # frames that the encoder gets at once when a video is watched frame by frame
 NEW_TOKENS = 256  # tokens of an answer, by default
-
-
-def tokens_per_look(visual: str) -> int:
-    """T: visual tokens of one look."""
-    return POOLED * POOLED if visual == "multi_token" else 1

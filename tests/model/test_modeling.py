@@ -25,8 +25,9 @@ AFTER = [sample("video", frames=3, text=7), sample("text", text=5), sample("imag
 @pytest.mark.parametrize("deep_query", [True, False])
 @pytest.mark.parametrize("samples", [SAMPLES, AFTER], ids=["before_frames", "after_frames"])
 def test_a_sample_alone_equals_itself_in_any_pack(visual, deep_query, samples):
-    model = tiny_model(visual=visual, deep_query=deep_query)
+    model = tiny_model(visual=visual, deep_query=deep_query, pooled=2)
     T = model.config.tokens_per_look
+    assert (visual == "multi_token") == (T == 4)
     for number, s in enumerate(samples):
         tight = PackSize(max(s.size.frames, 1), s.looks + 1, len(s.tokens), s.prompt)
         alone = nll_of(model, pack([s], tight, tokens_per_look=T), 0)

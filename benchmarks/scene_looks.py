@@ -178,7 +178,7 @@ class Looks:
         return (nll * weight).sum(1) / weight.sum(1), right, query
 
     def queries(self, visual: Tensor, state: Tensor | None, memory: DynamicCache) -> Tensor:
-        """The queries [B, F, Q] of all looks: from the `state` [B, E] ahead of them and all tokens [B, F - 1, E] but the last."""
+        """The queries [B, F, Q] of all looks, from the `state` [B, E] ahead of them and `visual` [B, F - 1, E]."""
         connector, B = self.model.connector, len(visual)
         first = connector.q_first.expand(B, -1) if state is None else connector.to_query(state)
         if not visual.shape[1]:

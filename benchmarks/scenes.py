@@ -1,19 +1,18 @@
 """The study of docs/evidence.md on one core: python -m benchmarks.scenes OUT [RUN ...] [--seeds N] [--steps N]
 
-Trains runs of experiments/scenes.yaml, one after the other, seed by seed, and writes OUT/NAME-sSEED.json for each; what
-is there is skipped, so the same command resumes. Then OUT/table.md. FOVLM_DATA has the scenes, FOVLM_MODELS the
-encoder.
+Trains runs of experiments/scenes*.yaml one after the other, seed by seed. Each writes OUT/NAME-sSEED.json, and its
+weights, from which runs with `model.init_from` start. What is there is skipped, so the same command resumes. Then
+OUT/table.md, runs.csv and law.png. FOVLM_DATA has the scenes, FOVLM_MODELS the encoder.
 
 It computes what training computes (tests/test_scenes_study.py compares the losses with those of `FoveatedVLM.forward`),
 in a tenth of the time, because of what is special here: the encoder is frozen, so keys and values of all layers come
-from a file (OUT/encodings-*.npy, bf16); a scene has one frame and all questions are equally long, so a batch is one
-tensor and the language model reads each prompt once. Products with the encoder's weights are in bf16, all else in fp32.
+from a file (OUT/encodings-*.npy, bf16); questions are equally long and clips have equally many frames, so a batch is a
+tensor or two, and the language model reads each prompt once. Products with the encoder's weights are in bf16, all else
+in fp32.
 """
 
 import argparse
 import json
-import math
-import statistics
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -21,20 +20,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
 from benchmarks.scene_gaze import baselines, faithfulness, figure, gaze, pointing
 from benchmarks.scene_looks import Looks, Scenes
+from benchmarks.scene_report import report
 from fovlm.config.schema import Experiment, load
 from fovlm.fileio import write_atomically
 from fovlm.model.build import build
 from fovlm.model.modeling import FoveatedVLM
-from fovlm.report.statistics import welch
 from fovlm.train import schedule
 
 BATCH = 48  # questions of a step
-CHANCE = math.log(16) / 2  # nats a token: one of sixteen names, and a token that ends the answer
 EASY = 0.25  # of them, after the first stage, about a single large picture
 
 
@@ -120,55 +117,6 @@ def run(name: str, seed: int, steps: int | None, out: Path) -> dict[str, Any]:
     return result
 
 
-def tables(results: list[dict[str, Any]]) -> str:
-    """The last scores of all runs as Markdown, those of the same validation sources in one table."""
-    studies: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
-    for result in results:
-        last = result["curve"][-1]["by_source"]
-        studies.setdefault(tuple(last), defaultdict(list))[result["run"]].append(last)
-    return "\n".join(table(sides, list(sources)) for sources, sides in studies.items())
-
-
-def table(sides: dict[str, list[dict[str, Any]]], sources: list[str]) -> str:
-    """Mean over seeds and the seeds; and how the loss on the hardest scenes differs from that of the first run, with
-    Welch's 95 % interval."""
-    lines = []
-    for what in ("loss", "deployed", "accuracy", "pointing", "mass"):
-        lines += [f"| {what} | {' | '.join(sources)} |", "|---" * (len(sources) + 1) + "|"]
-        for name, seeds in sides.items():
-            if what in seeds[0][sources[0]]:
-                values = [[seed[source][what] for seed in seeds] for source in sources]
-                cells = [f"{statistics.fmean(v):.3f} ({', '.join(f'{x:.3f}' for x in v)})" for v in values]
-                lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines.append("")
-    first, *others = ([seed[sources[-1]]["loss"] for seed in seeds] for seeds in sides.values())
-    for name, losses in zip(list(sides)[1:], others, strict=True):
-        lines.append(f"{name} - {next(iter(sides))}, {sources[-1]}: {welch(losses, first)}")
-    return "\n".join(lines) + "\n"
-
-
-def law(results: list[dict[str, Any]], path: Path) -> None:
-    """Loss against the number of pictures, of the runs of experiments/scenes_law.yaml: mean and range of the seeds."""
-    runs: dict[str, list[list[float]]] = defaultdict(list)
-    sources: list[str] = []
-    for result in results:
-        if result["run"].startswith("law"):
-            last = result["curve"][-1]["by_source"]
-            sources = list(last)
-            runs[result["run"]].append([row["loss"] for row in last.values()])
-    numbers = [int(name.removeprefix("objects")) for name in sources]
-    drawn = Figure((7, 4), layout="constrained")
-    axis = drawn.add_subplot()
-    for name, rows in runs.items():
-        losses = np.array(rows)
-        mean = losses.mean(0)
-        axis.errorbar(numbers, mean, [mean - losses.min(0), losses.max(0) - mean], marker="o", capsize=3, label=name)
-    axis.axhline(CHANCE, color="grey", linestyle=":", label="chance")
-    axis.set(xlabel="pictures in the frame", ylabel="loss, nats a token", xticks=numbers, ylim=(0, None))
-    axis.legend()
-    drawn.savefig(path, dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -184,9 +132,7 @@ def main() -> None:
             if not file.exists():
                 write_atomically(file, json.dumps(run(name, seed, arguments.steps, arguments.out), indent=1))
     found = [json.loads(file.read_text()) for file in sorted(arguments.out.glob("*-s*.json"))]
-    law(found, arguments.out / "law.png")
-    write_atomically(arguments.out / "table.md", tables(found))
-    print(tables(found))
+    print(report(found, arguments.out))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ install:
 cluster:
 	@$(RUN) && python -m pytest -m cluster -o faulthandler_timeout=3600 $(ARGS)
 
-# Real weights and data; tests/test_real.py says what it needs. About 25 minutes on two cores.
+# Real weights and data; tests/test_real.py and test_scenes_study.py say what they need. About half an hour on two cores.
 real:
 	@$(RUN) && python -m pytest -m real -o faulthandler_timeout=3600 $(ARGS)
 

@@ -111,8 +111,8 @@ def test_smoke_of_the_study(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     steered, static, film = (
         study.run(name, 0, steps, tmp_path)["curve"][-1]["by_source"]
-        for name, steps in (("scenes", 500), ("scenes_static", 500), ("film", 60))
+        for name, steps in (("scenes", 450), ("scenes_static", 450), ("film", 120))
     )
     assert steered["objects9"]["loss"] < static["objects9"]["loss"] - 0.2
     assert steered["objects9"]["pointing"] > 0.5
-    assert film["film9"]["loss"] < CHANCE - 0.1
+    assert film["film1"]["loss"] < CHANCE - 0.3

@@ -14,6 +14,12 @@ from fovlm.fileio import write_atomically
 from fovlm.report.statistics import welch
 
 CHANCE = math.log(16) / 2  # nats a token: one of sixteen names, and a token that ends the answer
+LAW = {
+    "law": "one steered token",
+    "law_static": "one static token",
+    "law_pooled4": "4 pooled tokens",
+    "law_pooled16": "16 pooled tokens",
+}
 SCORES = ("loss", "deployed", "accuracy", "pointing", "mass")
 
 
@@ -26,7 +32,7 @@ def report(results: list[dict[str, Any]], out: Path) -> str:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows(results))
-    law([result for result in results if result["run"].startswith("law")], out / "law.png")
+    law([result for result in results if result["run"] in LAW], out / "law.png")
     return text
 
 
@@ -79,9 +85,9 @@ def law(results: list[dict[str, Any]], path: Path) -> None:
         runs[result["run"]].append([row["loss"] for row in last.values()])
     drawn = Figure((7, 4), layout="constrained")
     axis = drawn.add_subplot()
-    for name, losses in runs.items():
+    for name, losses in sorted(runs.items(), key=lambda run: list(LAW).index(run[0])):
         mean, least, most = np.mean(losses, 0), np.min(losses, 0), np.max(losses, 0)
-        axis.errorbar(numbers, mean, [mean - least, most - mean], marker="o", capsize=3, label=name)
+        axis.errorbar(numbers, mean, [mean - least, most - mean], marker="o", capsize=3, label=LAW[name])
     axis.axhline(CHANCE, color="grey", linestyle=":", label="chance")
     axis.set(xlabel="pictures in the frame", ylabel="loss, nats a token", xticks=numbers, ylim=(0, None))
     axis.legend()

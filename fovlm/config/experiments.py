@@ -274,6 +274,8 @@ def read(file: Path) -> dict[str, Any]:
         content = _parsed(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{_short(file)}: {one_line(error)}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{_short(file)}: byte {error.start} is not UTF-8") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{_short(file)}: must be a mapping of sections")

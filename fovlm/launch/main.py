@@ -8,7 +8,7 @@ from types import FrameType
 from typing import NoReturn
 
 from fovlm.config import experiments
-from fovlm.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from fovlm.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError, format_error
 from fovlm.launch.commands import command_of
 from fovlm.launch.nodes import Nodes
 from fovlm.launch.processes import SIGNALS, Run, on_signals, say
@@ -84,6 +84,8 @@ def main(words: list[str] | None = None) -> int:
     except Stopped:
         say(f"{request.words[0]} stopped before the first step; the same command starts it again")
         return EXIT_STOPPED
-    except UserError as error:
-        say(str(error))
+    except (UserError, OSError) as error:
+        if not (problem := format_error(error)):
+            raise
+        say(problem)
         return EXIT_USER_ERROR

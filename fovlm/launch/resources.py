@@ -85,7 +85,7 @@ def _read_hosts(file: Path, per_node: int) -> dict[str, int]:
     """The nodes of a hostfile and the ranks on each: its slots, or `per_node` if that is not 0."""
     hosts: dict[str, int] = {}
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"HOSTFILE={file}: {error.strerror}") from None
     for count, line in enumerate(lines, 1):

@@ -83,15 +83,15 @@ class RunLock:
                 raise self._in_use()
             time.sleep(0.2)
         holder, seen = self._holder(), self._read()
-        if holder and holder[0] != socket.gethostname():
+        elsewhere = holder and holder[0] != socket.gethostname()
+        # Without the system's lock the number may be that of another process by now, also after a container's restart.
+        if holder and (elsewhere or (locked is None and self._lives())):
             log.warning("%s: %s on %s held it last: waiting for a sign of life", self.path, holder[1], holder[0])
             until = time.monotonic() + SILENT
             while time.monotonic() < until:
                 time.sleep(min(BEAT, SILENT / 4))
                 if self._read() not in (seen, ""):
                     raise self._in_use()
-        elif locked is None and self._lives():
-            raise self._in_use()
 
     def _lock(self) -> bool | None:
         """Whether the system's lock is ours now; None on a file system that has none."""

@@ -62,6 +62,8 @@ def test_without_locks_of_the_system_the_file_decides(holder, tmp_path, monkeypa
     holder.kill()
     holder.wait()
     RunLock(tmp_path).release()
+    (tmp_path / "run.lock").write_text(f"{socket.gethostname()}:{os.getpid()} 1\n")  # a number that was used before
+    RunLock(tmp_path).release()
 
 
 def test_the_lock_of_another_host_holds_while_it_gives_signs_of_life(tmp_path):

@@ -19,6 +19,7 @@ from fovlm.checkpoint.universal import weights_only  # before deepspeed: it choo
 
 # isort: split
 import deepspeed
+from deepspeed.runtime.zero import stage_1_and_2
 
 from fovlm import distributed
 from fovlm.checkpoint import store
@@ -28,7 +29,7 @@ from fovlm.config.schema import OptimSettings
 from fovlm.data.packing import Batch
 from fovlm.data.prefetch import DeviceCopies
 from fovlm.model.modeling import FoveatedVLM
-from fovlm.train.gradients import lighten
+from fovlm.train.gradients import gather_weights, lighten
 from fovlm.train.losses import Loss, pair_weight, preference_loss, text_loss, text_weight
 
 
@@ -95,6 +96,8 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if self.stage < 3:
             lighten(self.deepspeed.optimizer, self.stage, "offload_optimizer" in config["zero_optimization"])
+            if device.type == "cpu":
+                stage_1_and_2.all_gather_dp_groups = gather_weights
         self.dtype = next(model.parameters()).dtype
         self.reference = reference.to(device, self.dtype).eval().requires_grad_(False) if reference else None
         if self.reference:  # sums in the order of the model, although it is frozen

@@ -1,8 +1,10 @@
 """All that needs a GPU, part by part: make gpu
 
-    tests     those marked `gpu`, and the kernels' own, which run on the GPU where there is one
-    kernels   python -m kernels.bench
-    step      python -m benchmarks.step
+    kernel tests   on the GPU, where Triton compiles them
+    model tests    attention by sample against a dense mask, compiled layers against plain ones
+    engine tests   one and two GPUs against plain PyTorch
+    kernels        python -m kernels.bench
+    step           python -m benchmarks.step
 
 A part whose packages are missing is left out and named, with what to install; a part that fails does not end the rest.
 CSV files and plots go to benchmarks/results.
@@ -16,13 +18,20 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+MODEL_TESTS = ["tests/model/test_attention.py", "tests/train/test_compiled.py"]
 # name -> words behind `python -m`, packages that it cannot do without
 PARTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
-    "tests": (["pytest", "-m", "gpu or not slow", "tests/kernels"], ("pytest", "hypothesis", "webdataset", "triton")),
+    "kernel tests": (["pytest", "-m", "gpu or not slow", "tests/kernels"], ("pytest", "hypothesis", "triton")),
+    "model tests": (["pytest", "-m", "gpu", *MODEL_TESTS], ("pytest",)),
+    "engine tests": (["pytest", "-m", "gpu", "tests/train/test_engine.py"], ("pytest", "deepspeed", "webdataset")),
     "kernels": (["kernels.bench", "--out", str(RESULTS)], ("matplotlib", "triton")),
     "step": (["benchmarks.step"], ("matplotlib", "pydantic")),
 }
-ALSO = {"deepspeed": "step: ZeRO is left out, the plain loop runs", "ffpa_attn": "kernels: that baseline is left out"}
+ALSO = {
+    "deepspeed": "step: ZeRO is left out, the plain loop runs",
+    "webdataset": "step: the share of waiting for data is left out",
+    "ffpa_attn": "kernels: that baseline is left out",
+}
 
 
 def main() -> int:

@@ -57,14 +57,19 @@ def cpu_seconds(pids: list[int]) -> float:
     return sum(int(stat[11]) + int(stat[12]) for stat in stats) / os.sysconf("SC_CLK_TCK")
 
 
+def write_clips(folder: Path, clips: int, frames: int) -> None:
+    """Shards of so many clips."""
+    random = np.random.default_rng(0)
+    pictures = [picture(random) for _ in range(64)]
+    media = [{f"{n:03d}.jpg": pictures[(7 * i + n) % 64] for n in range(frames)} for i in range(clips)]
+    write_shards(
+        folder / "clips-%02d.tar", [{"__key__": f"c{i}", "json": RECORD, **m} for i, m in enumerate(media)], 100
+    )
+
+
 def frames_a_second(rounds: int) -> None:
     """Print frames per CPU-second of both ways, in turns."""
-    random, folder = np.random.default_rng(0), Path(os.environ["FOVLM_DATA"])
-    pictures = [picture(random) for _ in range(64)]
-    clips = [{f"{n:03d}.jpg": pictures[(7 * i + n) % 64] for n in range(FRAMES)} for i in range(CLIPS)]
-    write_shards(
-        folder / "clips-%02d.tar", [{"__key__": f"c{i}", "json": RECORD, **c} for i, c in enumerate(clips)], 100
-    )
+    write_clips(Path(os.environ["FOVLM_DATA"]), CLIPS, FRAMES)
     data = open_clips()
     here, worker = iter(PackLoader(data, BUDGET, 8)), iter(PackLoader(data, BUDGET, 8, workers=1))
     for steps in (here, worker):

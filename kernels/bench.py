@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -241,12 +242,15 @@ def rows_of(op: str, shape: str, dtype: torch.dtype, grads: str, repeat: int, de
 
 
 def origin(device: str) -> dict[str, str]:
-    """Device, versions and commit: what a figure is worth without is nothing."""
+    """Device, driver, versions and commit: what a figure is worth without is nothing."""
     here = Path(__file__).parent
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
     versions = {"torch": torch.__version__, "triton": "none" if triton is None else triton.__version__}
-    return {"device": name, **versions, "commit": found.stdout.strip() or "unknown"}
+    nvidia = shutil.which("nvidia-smi") if device == "cuda" else None
+    query = [nvidia, "--query-gpu=driver_version", "--format=csv,noheader"] if nvidia else ["true"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0]
+    return {"device": name, "driver": driver or "none", **versions, "commit": found.stdout.strip() or "unknown"}
 
 
 def show(row: dict) -> str:

@@ -6,12 +6,13 @@ from tokenizers import decoders
 
 from fovlm.model.processing import FoveatedProcessor
 from helpers.models import tiny_model
-from helpers.tiny import tokenizer
 
 
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory) -> str:
     """The folder of a tiny model that says one word of its vocabulary after the other."""
+    from helpers.tiny import tokenizer  # imports webdataset, which the kernels' tests do without
+
     out = tmp_path_factory.mktemp("models") / "tiny"
     model = tiny_model()
     model.config.llm_config.tie_word_embeddings = model.llm.config.tie_word_embeddings = False

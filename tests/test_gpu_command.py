@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from benchmarks.graphed import use_graph
+from helpers.models import pack, sample, tiny_model
 
 
 def test_without_a_gpu_it_says_so(monkeypatch):
@@ -27,11 +29,11 @@ def test_missing_packages_leave_parts_out_and_a_failure_does_not_end_the_rest(mo
     monkeypatch.setattr(gpu, "find_spec", lambda name: None if name in ("webdataset", "deepspeed") else object())
     monkeypatch.setattr(subprocess, "run", run)
     assert gpu.main() == 1
-    assert ran == ["kernels.bench", "benchmarks.step"]
+    assert ran == ["pytest", "pytest", "kernels.bench", "benchmarks.step"]
     said = capsys.readouterr().out
     for line in (
         "deepspeed is not installed",
-        "tests left out: pip install webdataset",
+        "engine tests left out: pip install deepspeed webdataset",
         "kernels failed with status 1",
     ):
         assert line in said
@@ -40,3 +42,19 @@ def test_missing_packages_leave_parts_out_and_a_failure_does_not_end_the_rest(mo
 
 def test_every_part_is_a_module():
     assert all(find_spec(words[0]) for words, _ in gpu.PARTS.values())
+
+
+def test_what_is_captured_as_a_graph_is_the_model_with_every_gradient(monkeypatch):
+    """A CPU captures nothing: the callable itself stands for its replay, which takes tensors alone."""
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda net, tensors, allow_unused_input: net)
+    model, batch = tiny_model().train(), pack([sample("v", 3, text=7), sample("i", 1, 4), sample("t", text=5)])
+    others = pack([sample("w", 3, text=7), sample("j", 1, 4), sample("u", text=5)])
+    outcomes = []
+    for captured in (False, True):
+        if captured:
+            use_graph(model, others)
+        loss = model(batch, weight=batch.weight)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found = torch.autograd.grad(loss, trained, allow_unused=True)
+        outcomes.append([loss.detach(), *(g for g in found if g is not None)])
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=0, atol=0)

@@ -186,7 +186,7 @@ def check(
         raise typer.Exit(1)
 
 
-Run = Annotated[str, typer.Argument(metavar="NAME", help="A run of experiments/.")]
+Run = Annotated[str, typer.Argument(metavar="RUN|PATTERN", help="A run of experiments/, or shards: 'data/*.tar'.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Other settings.")]
 
 
@@ -196,9 +196,11 @@ def view(
     samples: Annotated[int, typer.Option(min=1, help="About so many samples.")] = 50,
     out: Annotated[Path, typer.Option(help="The file.")] = Path("samples.html"),
 ) -> None:
-    """Write one HTML file of a run's first samples: frames, tokens by their weight in the loss, packs, what was cut.
+    """Write one HTML file of the first samples of a run, or of shards as LR1 reads them: frames, tokens by their weight
+    in the loss, packs, what was cut.
 
-    fovlm data view quickstart
+        fovlm data view quickstart
+        fovlm data view 'data/mine/train-*.tar' model.tokenizer=models/words
     """
     from fovlm.viz.samples import write_page
 
@@ -207,9 +209,11 @@ def view(
 
 
 def stats(name: Run, overrides: Overrides = None) -> None:
-    """Print what a run reads: samples, frames and tokens of each source, what is broken, the mix, how full packs are.
+    """Print what a run, or LR1 of these shards, reads: samples, frames and tokens of each source, what is repeated or
+    broken, the mix, how full packs are.
 
-    fovlm data stats quickstart
+        fovlm data stats quickstart
+        fovlm data stats 'data/mine/train-*.tar' model.tokenizer=models/words
     """
     from fovlm.viz.samples import stats as tables
 
@@ -217,13 +221,25 @@ def stats(name: Run, overrides: Overrides = None) -> None:
 
 
 def _open(name: str, overrides: list[str] | None):
-    """(the training data of a run, the budget of its packs, how many of them a step has)."""
-    from fovlm.config.schema import load
+    """(the training data of a run or a pattern of shards, the budget of its packs, how many of them a step has)."""
+    from fovlm.config.schema import DataSource, load
     from fovlm.data import synthetic
     from fovlm.data.chat import load_tokenizer
     from fovlm.data.dataset import open_dataset, pack_budget, tokenizer_path
+    from fovlm.data.index import open_indices
+    from fovlm.data.shards import find_shards
+    from fovlm.paths import cache_root
 
-    experiment = load(name, overrides)
+    shards = name.endswith(".tar") or "*" in name
+    experiment = load("LR1" if shards else name, overrides)
+    if shards:
+        indices = open_indices(find_shards("shards", pattern := str(Path(name).absolute())), cache_root())
+        pairs = any(index.preference.any() for index in indices)
+        source = DataSource(shards=pattern, kind="preference" if pairs else "mixed", prompt="Describe this.")
+        data = experiment.data.model_copy(
+            update={"sources": {"shards": source}, "mixture": {"shards": 1.0}, "first": {}}
+        )
+        experiment = experiment.model_copy(update={"data": data})
     if task := experiment.data.generate:
         synthetic.make(task)
     tokenizer = load_tokenizer(tokenizer_path(experiment))

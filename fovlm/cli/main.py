@@ -16,7 +16,7 @@ from fovlm.paths import TRAIN
 
 # From the click that typer bundles or depends on, which differs between releases.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
-RENAMED = {"run": "sweep"}  # commands
+RENAMED = {"run": "sweep", "--videos": "--media"}  # commands and options
 INTERRUPTED = 130  # 128 + SIGINT, by the convention of shells
 
 app = typer.Typer(
@@ -76,4 +76,6 @@ def _usage(error: Any) -> str:
         word = message.split("'")[1]
         hint = f": renamed to '{RENAMED[word]}'" if word in RENAMED else did_you_mean(word, context.command.commands)
         message = f"no command '{word}'{hint}"
+    elif (option := getattr(error, "option_name", "")) in RENAMED:
+        message = f"no option {option}: renamed to {RENAMED[option]}"
     return f"{message[:1].lower()}{message[1:]}; see {command} --help"

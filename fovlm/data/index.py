@@ -25,7 +25,7 @@ from fovlm.fileio import digest, sealed, unsealed, write_atomically
 from fovlm.media import decode as media
 from fovlm.progress import track
 
-VERSION = 3  # of the file format; an index of another version is made again
+VERSION = 4  # of the file format; an index of another version is made again
 MEDIA = ("text", "image", "video")
 ARRAYS = {
     "offset": np.int64,
@@ -36,6 +36,7 @@ ARRAYS = {
     "frames": np.int32,
     "media": np.uint8,
     "preference": np.bool_,
+    "media_id": np.int64,
 }
 
 
@@ -44,9 +45,10 @@ class Index:
     """One shard of n samples, in tar order.
 
     `checksum` is the shard's BLAKE2b. `offset` and `length` [n] are the byte range of a sample's members, headers
-    included, and `crc32` [n] that range's checksum; `record_offset`, `record_length` [n] are the range of those of its
-    record. `frames` [n] counts its pictures, or a video's seconds, before any limit. `media` [n] numbers MEDIA.
-    `broken` names the cause for each unusable sample. `damaged_at` is the byte from which on the tar could not be read.
+    included, and `crc32` [n] that range's checksum; `record_offset`, `record_length` [n] are the range of those with
+    its record. `frames` [n] counts its pictures, or a video's seconds, before any limit. `media` [n] numbers MEDIA.
+    `media_id` [n] are equal where the bytes of pictures and videos are, and 0 without any. `broken` names the cause for
+    each unusable sample. `damaged_at` is the byte from which on the tar could not be read.
     """
 
     path: Path
@@ -62,6 +64,7 @@ class Index:
     frames: np.ndarray
     media: np.ndarray
     preference: np.ndarray
+    media_id: np.ndarray
     broken: dict[int, str]
     damaged_at: int | None = None
 
@@ -125,9 +128,9 @@ def make_index(shard: Path, fields: Fields = OWN) -> Index:
             try:
                 what = describe(members, data, fields)
             except SampleError as error:
-                broken[row], what = str(error), ("text", 0, False)
+                broken[row], what = str(error), ("text", 0, False, 0)
             keys.append(members[0].key)
-            rows.append((start, length, zlib.crc32(data), *where, what[1], MEDIA.index(what[0]), what[2]))
+            rows.append((start, length, zlib.crc32(data), *where, what[1], MEDIA.index(what[0]), *what[2:]))
         _hash_until(file, stat.st_size, hashed)
     if damaged_at is not None and keys:  # files of the last sample may be lost too
         broken[len(keys) - 1] = "truncated tar"
@@ -137,8 +140,8 @@ def make_index(shard: Path, fields: Fields = OWN) -> Index:
     return Index(*facts, broken=broken, damaged_at=damaged_at, **arrays)
 
 
-def describe(members: list[Member], data: bytes, fields: Fields) -> tuple[str, int, bool]:
-    """(`text` | `image` | `video`, frames, is a preference pair) of the sample in `data`. Raises SampleError."""
+def describe(members: list[Member], data: bytes, fields: Fields) -> tuple[str, int, bool, int]:
+    """(`text` | `image` | `video`, frames, is a preference pair, media_id) of the sample `data`. Raises SampleError."""
 
     def bytes_of(member: Member) -> bytes:
         start = member.offset - members[0].start
@@ -152,7 +155,8 @@ def describe(members: list[Member], data: bytes, fields: Fields) -> tuple[str, i
         frames = media.video_seconds(bytes_of(pictures[0]), pictures[0].extension)
     else:
         frames = len(pictures)
-    return kind, frames, "chosen" in record or "rejected" in record
+    data = b"".join(map(bytes_of, pictures))
+    return kind, frames, "chosen" in record or "rejected" in record, len(data) % (1 << 31) << 32 | zlib.crc32(data)
 
 
 def _scan(shard: Path) -> tuple[list[list[Member]], int | None]:

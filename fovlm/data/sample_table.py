@@ -34,6 +34,7 @@ ROW = np.dtype(
         ("length", "<i8"),
         ("crc32", "<u4"),
         ("media", "u1"),  # a number of MEDIA
+        ("media_id", "<i8"),  # the same for the same bytes
         ("frames", "<i4"),  # its pictures, or a video's seconds, before any limit
         ("conversation", "<u2"),  # the number of its first conversation in the sample, and how many the sample has
         ("of", "<u2"),
@@ -174,7 +175,7 @@ def _rows(index: Index, tokens: TokenCache, groups: np.ndarray, codes: dict[str,
     rows, row = np.zeros(len(groups), ROW), tokens.row[groups]
     if not len(groups):
         return rows
-    for name in ("offset", "length", "crc32", "media", "frames"):
+    for name in ("offset", "length", "crc32", "media", "media_id", "frames"):
         rows[name] = getattr(index, name)[row]
     first = np.searchsorted(tokens.row, row)  # the first conversation of the sample
     rows["conversation"], rows["of"] = groups - first, np.searchsorted(tokens.row, row, side="right") - first

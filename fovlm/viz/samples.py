@@ -19,7 +19,9 @@ SAMPLED = 20_000  # positions that are looked at for the mix
 HEAD = """<!doctype html><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="default-src 'none';
 img-src data:; style-src 'unsafe-inline'"><title>samples</title><style>body{font:15px sans-serif;max-width:70em;
 margin:2em auto}img{height:7em;margin:1px}article{border-top:1px solid #bbb;padding:.6em 0}small{color:#666}
-p{line-height:1.7}b{font-weight:normal;border-radius:2px;white-space:pre-wrap}.bad{color:#b00}</style>"""
+p{line-height:1.7}b{font-weight:normal;border-radius:2px;white-space:pre-wrap}.bad{color:#b00}</style>
+<p>Frames as they are encoded, then the tokens: the greener, the more one counts in the loss. The frames are at the
+<mark>|</mark>.</p>"""
 
 
 def write_page(dataset: Dataset, budget: PackBudget, packs: int, samples: int, out: Path) -> int:
@@ -43,10 +45,14 @@ def write_page(dataset: Dataset, budget: PackBudget, packs: int, samples: int, o
 
 
 def stats(dataset: Dataset, budget: PackBudget, packs: int) -> str:
-    """Tables of the sources, of what is broken in them, and of how they are read and packed."""
+    """Tables of the sources, of what is broken in them, and of how they are read and packed.
+
+    `same frames` counts samples whose pictures or video an earlier one has, `and texts` groups that repeat one.
+    """
     most = min(SAMPLED, sum(dataset.samples.values()) * 2)
     sizes, (chosen, _) = dataset.sizes(0, most), dataset.mix.window(0, most)
     head = ["source", "groups", "conversations", "frames", "tokens", "most tokens", "of samples", "of tokens"]
+    head += ["same frames", "and texts"]
     rows, broken = [head], [["broken", "source", "count"]]
     for which, source in enumerate(dataset.sources):
         held, mine = source.table.rows, sizes[chosen == which]
@@ -55,7 +61,9 @@ def stats(dataset: Dataset, budget: PackBudget, packs: int) -> str:
         share, of_tokens = len(mine) / most, mine[:, 2].sum() / max(sizes[:, 2].sum(), 1)
         longest = int(good["text"].max()) if len(good) else 0
         numbers = [len(held), int(held["texts"].sum()), f"{frames:.1f}", f"{tokens:.1f}", longest]
-        rows.append([source.name, *map(str, numbers), f"{share:.1%}", f"{of_tokens:.1%}"])
+        shown = good[(good["frames"] > 0) & (good["conversation"] == 0)]["media_id"]
+        repeated = [len(ids) - len(np.unique(ids)) for ids in (shown, good[["media_id", "tokens_crc32"]])]
+        rows.append([source.name, *map(str, numbers), f"{share:.1%}", f"{of_tokens:.1%}", *map(str, repeated)])
         broken += [[cause, source.name, str(count)] for cause, count in source.table.broken.most_common()]
     real, whole, taken = np.zeros(2), np.zeros(2), 0
     for _, plan in zip(range(STEPS), plan_steps(dataset, budget, packs, 0), strict=False):

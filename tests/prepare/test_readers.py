@@ -223,6 +223,28 @@ def test_bad_rows_are_counted_by_cause_and_named(tmp_path, capsys):
     assert "9 of 10 rows are rejected, more than --max-bad 0.1 of all" in capsys.readouterr().err
 
 
+def test_bad_rows_of_messages_are_counted_by_cause(tmp_path):
+    pictures(tmp_path / "media", "a.jpg")
+    shown = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+    good = [*shown, {"role": "assistant", "content": "red"}]
+    bad = {
+        "no such picture file": {"images": ["gone.jpg"], "messages": good},
+        "more files than parts of messages that show one": {"images": ["a.jpg", "a.jpg"], "messages": good},
+        "fewer files than parts of messages that show one": {"messages": good},
+        "the roles of messages do not alternate between user and assistant": {
+            "images": ["a.jpg"],
+            "messages": good[::-1],
+        },
+        "empty answer": {"images": ["a.jpg"], "messages": [*shown, {"role": "assistant", "content": None}]},
+        "no messages": {"images": ["a.jpg"], "messages": []},
+    }
+    raw = jsonl(tmp_path / "t.jsonl", [{"images": ["a.jpg"], "messages": good}, *bad.values()])
+    raw.write_text(raw.read_text() + '{"images": ["a.j')
+    manifest = made("messages", raw, tmp_path / "out", media=tmp_path / "media")
+    assert manifest.rejected == dict.fromkeys([*bad, "malformed JSON"], 1)
+    assert manifest.total("samples") == 1
+
+
 def test_five_of_many_missing_files_are_named_and_one_row_costs_the_others_nothing(tmp_path, capsys):
     pictures(tmp_path / "media", "a.jpg")
     rows = [{"file": f"gone{n}.jpg", "q": "?", "a": "red"} for n in range(7)]
@@ -247,6 +269,7 @@ def test_five_of_many_missing_files_are_named_and_one_row_costs_the_others_nothi
         (["llava", "t.json", "out", "--media", "nowhere"], "--media: no folder nowhere"),
         (["finevision", "t.json", "out", "--rating", "relevence=4"], "did you mean 'relevance'?"),
         (["tabel", "t.csv", "out"], "did you mean 'table'?"),
+        (["videos", "t.csv", "out", "--videos", "."], "no option --videos: renamed to --media"),
     ],
 )
 def test_mistakes_in_the_command_are_one_line(tmp_path, monkeypatch, capsys, words, message):

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from fovlm.cli.main import main
 from fovlm.config.schema import DataSource
 from fovlm.data.chat import ChatTokenizer
 from fovlm.data.dataset import Dataset
@@ -48,5 +49,17 @@ def test_the_numbers_of_sources_and_packs(dataset):
     table = stats(dataset, BUDGET, 1)
     row = next(line for line in table.splitlines() if line.startswith("a ")).split()
     assert row[:4] == ["a", "4", "6", "2.0"]
+    assert row[-2:] == ["2", "2"]  # three equal samples
     assert re.search(r"empty answer +a +1", table)
     assert re.search(r"groups a step of 1 packs, whose frames are \d", table)
+
+
+def test_shards_without_an_experiment(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path / "words")
+    assert main(["data", "stats", "a-*.tar", "model.tokenizer=words"]) == 0
+    assert re.search(r"empty answer +shards +1", capsys.readouterr().out)
+    assert main(["data", "view", "a-0.tar", "model.tokenizer=words", "--samples", "4"]) == 0
+    assert "samples in samples.html" in capsys.readouterr().out
+    assert main(["data", "stats", "b-*.tar"]) == 2
+    assert "matches no file" in capsys.readouterr().err

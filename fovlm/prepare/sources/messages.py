@@ -53,6 +53,8 @@ def read(row: Row, job: Job) -> Conversation:
             else:
                 raise SampleError("a part of a message that is no text, image or video")
         said.append({"role": message.get("role"), "content": "\n".join(texts).strip()})
+    if files and rest and len(rest) < len(columns):
+        raise SampleError("more files than parts of messages that show one")
     return Conversation(record_of(said), files or columns)
 
 
@@ -64,7 +66,7 @@ def stage_of(row: Row) -> int:
 
 
 def _parts(content: Any) -> list[dict[str, Any]]:
-    if isinstance(content, str):
+    if content is None or isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise SampleError("the content of a message is no text and no list of parts")

@@ -25,7 +25,7 @@ def command_of(request: Request, where: Resources) -> tuple[list[str], dict[str,
     """The launcher's command, and its environment."""
     env = dict(os.environ)
     env.setdefault("OMP_NUM_THREADS", str(max(1, cpu_cores() // where.local_ranks)))
-    port = env.get("MASTER_PORT") or str(free_port())
+    port = str(number("MASTER_PORT", 0) or free_port())
     if where.slurm:
         env |= {"MASTER_ADDR": env.get("MASTER_ADDR") or _first_node(), "MASTER_PORT": port}
         task = ["sh", "-c", SLURM_TASK, "task", sys.executable, "-u", "-m", "fovlm.train", *request.words]

@@ -70,7 +70,8 @@ def find_resources(chooses: bool = False) -> Resources:
     if ranks > found:
         raise UserError(f"NUM_GPUS={ranks}, but this node has {found}")
     device = "cuda" if ranks else "cpu"
-    ranks = ranks or number("CPU_RANKS", CPU_RANKS)
+    if not (ranks := ranks or number("CPU_RANKS", CPU_RANKS)):
+        raise UserError("CPU_RANKS=0: a run needs at least one")
     return Resources(device, gpus[:ranks], ranks, nodes, 1 if chooses else ranks * nodes, slurm)
 
 

@@ -86,10 +86,18 @@ def test_mistakes_are_one_line_and_status_2_before_anything_starts(place, argume
     assert expected in done.stderr
 
 
-def test_more_gpus_than_there_are_is_refused(place):
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"NUM_GPUS": "4"}, "NUM_GPUS=4, but this node has 2"),
+        ({"NUM_GPUS": "0", "CPU_RANKS": "0"}, "CPU_RANKS=0: a run needs at least one"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT=x is not a number"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(place, env, says):
     place.gpus(2)
-    done = place.launch("LR1", NUM_GPUS="4")
-    assert (done.returncode, done.stderr) == (2, "fovlm: NUM_GPUS=4, but this node has 2\n")
+    done = place.launch("LR1", **env)
+    assert (done.returncode, done.stderr) == (2, f"fovlm: {says}\n")
 
 
 def test_the_list_has_every_run_and_imports_neither_torch_nor_pydantic(place):

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -132,3 +132,28 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def try_lock(path: Path, shared: bool = False, make: bool = False) -> BinaryIO | None:
+    """The file at `path`, open and locked until it is closed; None where it is not there, or locked otherwise.
+
+    `shared` opens it to read, together with others; `make` makes it where it is missing.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY if shared else os.O_RDWR | (os.O_CREAT if make else 0), 0o644)
+    except FileNotFoundError:
+        return None
+    file: BinaryIO = os.fdopen(handle, "rb") if shared else os.fdopen(handle, "r+b", buffering=0)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            try:
+                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                return None
+        if os.path.samestat(os.fstat(handle), os.stat(path)):  # nobody has renamed or removed it meanwhile
+            return file
+    except FileNotFoundError:
+        pass
+    file.close()
+    return None

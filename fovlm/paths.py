@@ -30,7 +30,7 @@ def run_root() -> Path:
 
 
 def cache_root() -> Path:
-    """FOVLM_CACHE, by default `.cache` in the project: fetched shards, token counts, indices of read-only folders."""
+    """FOVLM_CACHE, by default `.cache` in the project: fetched shards, tokens, indices of read-only folders."""
     return Path(os.environ.get("FOVLM_CACHE", ROOT / ".cache"))
 
 

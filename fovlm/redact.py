@@ -19,11 +19,14 @@ FORMS = (
     r"eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*",  # a JSON web token
 )
 # Secrets by their form, in a URL (user:password@, a signature in its query), and behind a word that says so.
+URL_SECRETS = (
+    re.compile(r"(?<=://)[^/\s]+(?=@)"),
+    re.compile(rf"(?<=[?&;])[\w.-]*(?:{SECRET_WORD})[\w.-]*=[^&\s]+", re.IGNORECASE),
+)
 SECRETS = (
     re.compile(rf"\b(?:{'|'.join(FORMS)})"),
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL),
-    re.compile(r"(?<=://)[^/\s]+(?=@)"),
-    re.compile(rf"(?<=[?&;])[\w.-]*(?:{SECRET_WORD})[\w.-]*=[^&\s]+", re.IGNORECASE),
+    *URL_SECRETS,
     re.compile(r"(?<=\bBearer )\S{8,}", re.IGNORECASE),
     re.compile(r"\b[\w-]*(?:api_?key|password|passwd|secret)['\"]?\s*[=:]\s*['\"]?[^\s'\",}]{6,}", re.IGNORECASE),
 )

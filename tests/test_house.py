@@ -82,6 +82,9 @@ DOORS = {
     "matplotlib": {"fovlm.viz.contact_sheet", "fovlm.report.figures", "kernels.bench_plot"},
     "pyarrow": {"fovlm.data.tables"},
     "peft": {"fovlm.model.lora"},
+    "fsspec": {"fovlm.data.remote_fs"},
+    "aiohttp": {"fovlm.data.remote_fs"},
+    "botocore": {"fovlm.data.remote_fs"},
     "gradio": {"fovlm.viz.demo"},
     "starlette": {"fovlm.viz.demo"},
     "scipy": {"fovlm.eval.metrics", "fovlm.report.scaling_law", "fovlm.report.statistics"},
@@ -257,10 +260,10 @@ def test_every_import_is_declared_and_every_pin_is_in_its_range():
     names = {"PIL": "pillow", "yaml": "pyyaml", "markdown_it": "markdown-it-py"}
     options = declared["optional-dependencies"]
     optional = {Requirement(text).name for texts in options.values() for text in texts}
-    developed = [text for name in ("data", "demo", "lora", "docs", "dev") for text in options[name]]
+    developed = [text for name in ("data", "demo", "lora", "remote", "docs", "dev") for text in options[name]]
     extras = {(r := Requirement(text)).name.lower(): r for text in developed}
     used = set().union(*(packages(imports(module)) for module in MODULES)) - set(sys.stdlib_module_names)
-    come_along = {"pydantic_core", "huggingface_hub", "starlette"}  # with pydantic, transformers and gradio
+    come_along = {"pydantic_core", "huggingface_hub", "starlette", "botocore"}  # pydantic, transformers, gradio, s3fs
     ours = {"fovlm", "kernels"} | come_along
     assert {names.get(package, package) for package in used - ours} - optional <= set(ranges)
     for file, wanted in (("requirements.txt", ranges), ("requirements-dev.txt", extras)):

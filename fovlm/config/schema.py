@@ -19,6 +19,7 @@ from fovlm.config.fields import Fields
 from fovlm.config.messages import explain, key_types, path_of
 from fovlm.errors import UserError, did_you_mean
 from fovlm.paths import run_root
+from fovlm.redact import URL_SECRETS
 
 Count = Annotated[int, Field(ge=1, le=1 << 48)]
 Whole = Annotated[int, Field(ge=0, le=1 << 48)]  # 0: never, or none
@@ -69,7 +70,7 @@ class ModelSettings(Strict):
 class DataSource(Strict):
     """Where one kind of data comes from."""
 
-    shards: str  # tar files: braces and ${FOVLM_DATA} are expanded; a relative pattern is below FOVLM_DATA; or a URL
+    shards: str  # tar files: braces and ${FOVLM_DATA} are expanded; a relative pattern is below FOVLM_DATA; or URLs
     kind: Literal["text", "image", "video", "mixed", "preference"]  # mixed: any of the first three
     prompt: str | None = None  # the question for samples without one of their own
     fields: Fields = {}  # of shards made by others: where a record's parts are (`docs/data.md`), or `nanosmol`
@@ -114,6 +115,8 @@ class DataSettings(Strict):
     questions_per_encoding: Count = 8  # conversations over the same frames that share their encoding, at most
     loss_on: Literal["all_text", "answer"] = "answer"  # text tokens that carry loss
     length_weight: Literal["none", "sqrt"] = "none"  # sqrt: each of n such tokens weighs 1 / sqrt(n) in training
+    cache_gb: Rate = 100.0  # of remote shards on a node's disk; more only while they are in use at once
+    cache_dir: str | None = None  # folder for them; null: FOVLM_CACHE/shards
     workers: Whole = 2  # data loader processes per rank; affects speed only
     seed: Whole = 0  # of the sample order
     max_bad_fraction: Share = 0.01  # of the samples seen; with more broken ones the run fails
@@ -204,7 +207,7 @@ NULL = {f"optim.lr_{name}": f"null is now optim.freeze: [{name}]" for name in ("
 # Settings that do not change what is computed: a checkpoint resumes under other values of these.
 NOT_HASHED = {
     "model": {"grad_checkpoint", "compile"},
-    "data": {"workers", "max_bad_fraction"},
+    "data": {"workers", "max_bad_fraction", "cache_gb", "cache_dir"},
     "train": {"log_every", "eval_every", "eval_packs", "save_every", "keep_last", "keep_best", "resume"}
     | {"hang_minutes", "max_nonfinite"},
 }
@@ -304,6 +307,10 @@ def _problems(e: Experiment) -> list[tuple[str, str]]:
             if source not in d.sources:
                 at = f"data.mixture.{source}" if key == "mixture" else "data.val"
                 found.append((at, f"'{source}' is not in data.sources{did_you_mean(source, d.sources)}"))
+    for source, settings in d.sources.items():
+        if any(secret.search(settings.shards) for secret in URL_SECRETS):
+            found.append((f"data.sources.{source}.shards", "a password or token in a URL would be written to logs: "
+                          "take it out; they are read from the environment, ~/.aws or ~/.netrc"))  # fmt: skip
     for source in set(d.first) - set(d.mixture):
         found.append(("data.first", f"'{source}' is not in data.mixture{did_you_mean(source, d.mixture)}"))
     if (task := d.generate) and max(task.objects) > min(task.names, task.grid**2):

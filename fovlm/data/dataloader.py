@@ -25,12 +25,13 @@ from itertools import islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch.utils.data
 
 from fovlm.data.dataset import Dataset
+from fovlm.data.fetch_ahead import FetchAhead
 from fovlm.data.packing import Batch, PackBudget, collate, pack_samples
 from fovlm.errors import UserError
 
@@ -127,11 +128,15 @@ class PackLoader:
         # multiprocessing ends daemons with a SIGTERM, which ours ignore, and then waits for them for ever.
         atexit.register(_kill, [process for process in multiprocessing.active_children() if process not in others])
         share = packs_of_each(self.packs, self.world)
-        while mine := list(islice(batches, share)):
-            step = planned.popleft()
-            self._report(mine)
-            samples, self.cursor = step.cursor - self.cursor, step.cursor
-            yield StepBatches(mine, step.cursor, samples)
+        with FetchAhead(self.dataset, self.cursor, self.stop) as fetch:
+            while found := fetch.wait_for(lambda: list(islice(batches, share))):
+                for problem in (batch for batch in found if isinstance(batch, UserError)):
+                    raise problem
+                mine, step = cast(list[Batch], found), planned.popleft()
+                self._report(mine)
+                samples, self.cursor = step.cursor - self.cursor, step.cursor
+                fetch.move(step.cursor)
+                yield StepBatches(mine, step.cursor, samples)
 
     def _batches(self, packs: Iterator[list[int]]) -> torch.utils.data.DataLoader:
         options: dict[str, Any] = {}
@@ -155,17 +160,21 @@ class PackLoader:
 
 @dataclass
 class _Packs(torch.utils.data.Dataset):
-    """The positions in a pack -> the pack as a Batch."""
+    """The positions in a pack -> the pack as a Batch, or why its shards cannot be fetched."""
 
     dataset: Dataset
     tokens_per_look: int
 
-    def __getitem__(self, positions: list[int]) -> Batch:
+    def __getitem__(self, positions: list[int]) -> Batch | UserError:
         samples, bad = [], []
-        for position in positions:
-            found, problem = self.dataset.read(position)
-            samples += found
-            bad += [problem] if problem else []
+        try:
+            with self.dataset.hold(positions):
+                for position in positions:
+                    found, problem = self.dataset.read(position)
+                    samples += found
+                    bad += [problem] if problem else []
+        except UserError as error:  # torch would put the worker's traceback into its message
+            return error
         return collate(samples, self.dataset.frame_size, self.tokens_per_look, bad)
 
 

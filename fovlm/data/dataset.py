@@ -9,13 +9,10 @@ replaced by the next good one of its source that is no larger than what was plan
 
 import json
 import math
-import resource
-import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,14 +28,15 @@ from fovlm.data.record import record_of
 from fovlm.data.sample_format import Member, contents, read_members
 from fovlm.data.sample_table import ROW, Grouping, SampleTable, open_table
 from fovlm.data.sampling import MixtureSampler, ShardShuffle
+from fovlm.data.shard_cache import RemoteShard, ShardCache, shard_cache
 from fovlm.data.shards import find_shards
 from fovlm.data.token_cache import read_texts
+from fovlm.data.workers import MEMORY, bounded_memory
 from fovlm.errors import SampleError, UserError
 from fovlm.fileio import digest
 from fovlm.media import decode
 from fovlm.paths import cache_root, data_root, local_folder
 
-MEMORY = 224 << 20  # bytes that reading one sample may take in a worker, beside twice its own
 SUBSTITUTES = 100  # samples that are considered in place of a broken one
 AT_ONCE = 1 << 18  # samples whose sizes are computed together
 IMAGE = MEDIA.index("image")
@@ -67,6 +65,7 @@ def open_dataset(
         grouping=Grouping(data.questions_per_encoding, budget, data.max_frames),
         length_weight=data.length_weight if weigh else None,
         first=data.first if weigh else None,
+        cache=shard_cache(data),
     )
     dataset.check_fits(budget)
     return dataset
@@ -97,6 +96,11 @@ class SourceShards:
     settings: DataSource
     table: SampleTable
     order: ShardShuffle
+
+    @property
+    def remote(self) -> list[RemoteShard]:
+        """Its remote shards."""
+        return [shard for shard in self.table.shards if isinstance(shard, RemoteShard)]
 
     def following(self, number: int) -> Iterator[int]:
         """A group's number in the table and then those of the groups behind it, round and round."""
@@ -136,11 +140,13 @@ class Dataset:
         grouping: Grouping | None = None,
         length_weight: str | None = None,
         first: dict[str, int] | None = None,
+        cache: ShardCache | None = None,
     ):
         self.chat, self.frame_size, self.max_frames, self.image_frames = chat, frame_size, max_frames, image_frames
         self.seed, self.grouping, self.length_weight = seed, grouping, length_weight
         self.mix = MixtureSampler(weights, first)
-        self.sources = [self._open(name, sources[name], seed) for name in self.mix.names]
+        self.sources = [self._open(name, sources[name], seed, cache) for name in self.mix.names]
+        self.remote = any(source.remote for source in self.sources)
         self.identity: dict[str, Any] = {
             "sources": [[s.name, *s.settings.reading, s.table.hash] for s in self.sources],
             "weights": weights,
@@ -158,8 +164,9 @@ class Dataset:
         """
         return _hash(self.identity | {"settings": [self.chat.hash, self.seed, samples]})
 
-    def _open(self, name: str, settings: DataSource, seed: int) -> SourceShards:
-        table = open_table(find_shards(name, settings.shards), settings, self.chat, cache_root(), self.grouping)
+    def _open(self, name: str, settings: DataSource, seed: int, cache: ShardCache | None) -> SourceShards:
+        shards = find_shards(name, settings.shards, cache)
+        table = open_table(shards, settings, self.chat, cache_root(), self.grouping)
         if table.broken.total() == len(table):
             why = table.broken.most_common(1)[0][0] if len(table) else "the shards are empty"
             raise UserError(f"data.sources.{name}: no sample of '{settings.shards}' can be used; mostly: {why}")
@@ -234,6 +241,15 @@ class Dataset:
         source, number = self._find(position)
         return record_of(_read_files(source, number)[1], source.settings.fields)
 
+    def hold(self, positions: list[int]) -> ExitStack:
+        """Keep the remote shards of these samples in the cache, where they are fetched, until the end of a block."""
+        with ExitStack() as stack:
+            places = [self._find(position) for position in positions if self.remote]
+            for shard in {source.table.shards[source.table.place(number)[0]] for source, number in places}:
+                if isinstance(shard, RemoteShard):
+                    stack.enter_context(shard.open())
+            return stack.pop_all()
+
     def _find(self, position: int) -> tuple[SourceShards, int]:
         """Position -> (source, number of the group in its table)."""
         which, number = self.mix(position)
@@ -307,24 +323,6 @@ class Dataset:
         return weight * (of_source / (math.sqrt((weight > 0).sum()) if self.length_weight == "sqrt" else 1))
 
 
-@contextmanager
-def bounded_memory(more: int = MEMORY) -> Iterator[None]:
-    """Within the block this process cannot take over `more` bytes: decoders then fail, whatever a file makes them do.
-
-    For workers, where no other thread needs memory meanwhile. Only Linux counts it (proc(5), setrlimit(2)).
-    """
-    if sys.platform != "linux":
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_DATA, (used + more, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
 def _hash(identity: dict[str, Any]) -> str:
     return digest(json.dumps(identity))
 
@@ -333,7 +331,7 @@ def _read_files(source: SourceShards, number: int) -> tuple[str, dict[Member, by
     """(the shard's name, the files) of a group's sample, from its byte range alone. Raises SampleError."""
     row, path = source.table.rows[number], source.table.shards[source.table.place(number)[0]]
     try:
-        with open(path, "rb") as shard:
+        with path.open("rb") as shard:
             shard.seek(int(row["offset"]))
             data = shard.read(int(row["length"]))
     except OSError as error:

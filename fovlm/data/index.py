@@ -1,8 +1,9 @@
 """The index of a tar shard, made once: the byte range, checksum, kind and number of frames of every sample.
 
 With it samples are read by position instead of in tar order. It is a line of JSON behind its digest, in a file beside
-the shard, or in the cache where the shard's folder is read-only. It is written atomically, so several processes may
-make it at the same time, and made again when it is damaged, or the shard's size or modification time has changed.
+the shard, or in the cache where the shard is remote or its folder read-only. It is written atomically, so several
+processes may make it at the same time, and made again when it is damaged, or the shard's size or modification time (of
+a remote one, its version) has changed.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ import numpy as np
 
 from fovlm.data.record import record_members, record_of
 from fovlm.data.sample_format import OWN, Fields, Member, TarError, contents, list_members
+from fovlm.data.shard_cache import Shard
 from fovlm.errors import SampleError, UserError
 from fovlm.fileio import digest, sealed, unsealed, write_atomically
 from fovlm.media import decode as media
@@ -51,7 +53,7 @@ class Index:
     each unusable sample. `damaged_at` is the byte from which on the tar could not be read.
     """
 
-    path: Path
+    path: Shard
     size: int
     mtime_ns: int
     checksum: str
@@ -82,7 +84,7 @@ class Index:
         return "" if self.damaged_at is None else f"{self.path}: {lost.format(self.damaged_at)}"
 
 
-def open_index(shard: Path, cache: Path, fields: Fields = OWN) -> Index:
+def open_index(shard: Shard, cache: Path, fields: Fields = OWN) -> Index:
     """The shard's index, read from its file or made now; `fields` as of its source. Raises UserError for a file that is
     not a tar."""
     stat = shard.stat()
@@ -94,12 +96,12 @@ def open_index(shard: Path, cache: Path, fields: Fields = OWN) -> Index:
     return index
 
 
-def stored_indices(shard: Path, cache: Path, fields: Fields = OWN) -> Iterator[Index]:
+def stored_indices(shard: Shard, cache: Path, fields: Fields = OWN) -> Iterator[Index]:
     """The undamaged indices that were written for a shard, whatever became of it since, best first."""
     return (index for file in _places(shard, cache, fields) if (index := _read(file, shard)))
 
 
-def open_indices(shards: list[Path], cache: Path, fields: Fields = OWN) -> list[Index]:
+def open_indices(shards: list[Shard], cache: Path, fields: Fields = OWN) -> list[Index]:
     """The indices of a set of shards, with a progress bar when it takes long."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         indices = pool.map(lambda shard: open_index(shard, cache, fields), shards)
@@ -111,13 +113,13 @@ def index_hash(indices: Iterable[Index]) -> str:
     return digest("\n".join(i.checksum for i in indices))
 
 
-def make_index(shard: Path, fields: Fields = OWN) -> Index:
+def make_index(shard: Shard, fields: Fields = OWN) -> Index:
     """Read the whole shard once. Raises UserError when it is not a tar, or a sample's members are not contiguous."""
     stat = shard.stat()
     samples, damaged_at = _scan(shard)
     keys, rows, broken = [], [], {}
     hashed = hashlib.blake2b(digest_size=16)
-    with open(shard, "rb") as file:
+    with shard.open("rb") as file:
         for row, members in enumerate(samples):
             start, length = members[0].start, members[-1].end - members[0].start
             _hash_until(file, start, hashed)
@@ -159,11 +161,11 @@ def describe(members: list[Member], data: bytes, fields: Fields) -> tuple[str, i
     return kind, frames, "chosen" in record or "rejected" in record, len(data) % (1 << 31) << 32 | zlib.crc32(data)
 
 
-def _scan(shard: Path) -> tuple[list[list[Member]], int | None]:
+def _scan(shard: Shard) -> tuple[list[list[Member]], int | None]:
     """The members of each sample, and the byte at which damage begins (None: undamaged)."""
     members: list[Member] = []
     damaged_at = None
-    with open(shard, "rb") as tar:
+    with shard.open("rb") as tar:
         try:
             for member in list_members(tar, shard.stat().st_size):
                 members.append(member)
@@ -191,13 +193,14 @@ def _hash_until(file: BinaryIO, end: int, digest) -> None:
         digest.update(data)
 
 
-def _places(shard: Path, cache: Path, fields: Fields = OWN) -> list[Path]:
+def _places(shard: Shard, cache: Path, fields: Fields = OWN) -> list[Path]:
     """Possible paths of the index, best first."""
     place, way = digest(str(shard.resolve()), 8), digest(json.dumps(fields), 4) + "." if fields else ""
-    return [shard.with_name(f"{shard.name}.{way}index"), cache / "index" / f"{shard.name}.{place}.{way}index"]
+    beside = [shard.with_name(f"{shard.name}.{way}index")] if isinstance(shard, Path) else []
+    return [*beside, cache / "index" / f"{shard.name}.{place}.{way}index"]
 
 
-def _read(file: Path, shard: Path) -> Index | None:
+def _read(file: Path, shard: Shard) -> Index | None:
     """The index in `file`; None when there is none that this version can read, or it is damaged."""
     try:
         stored = json.loads(unsealed(file.read_bytes()))

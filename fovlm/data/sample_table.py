@@ -23,6 +23,7 @@ from fovlm.config.schema import DataSource
 from fovlm.data.chat import ChatTokenizer
 from fovlm.data.index import Index, open_index
 from fovlm.data.packing import PackBudget, PackSize
+from fovlm.data.shard_cache import RemoteShard, Shard
 from fovlm.data.token_cache import VERSION, TokenCache, open_tokens
 from fovlm.errors import UserError
 from fovlm.fileio import digest, digest_file, open_atomically, sealed, unsealed, write_atomically
@@ -46,7 +47,7 @@ ROW = np.dtype(
         ("cause", "<u2"),  # why it is broken: a number of `causes`; 0 when it is not
     ]
 )
-AT_ONCE = 64  # indices that are read ahead while others are tokenized
+AT_ONCE = 64  # indices that are read ahead while others are tokenized; fewer if the cache cannot hold these shards
 log = logging.getLogger(__name__)
 
 
@@ -86,8 +87,12 @@ class SampleTable:
     `several` is True where a sample has several conversations.
     """
 
-    def __init__(self, file: Path, shards: list[Path], facts: dict[str, Any]):
-        self.file, self.shards, self.facts = file, shards, facts
+    def __init__(self, file: Path, shards: list[Shard], facts: dict[str, Any]):
+        self.file, self.facts = file, facts
+        self.shards = [
+            shard if isinstance(shard, Path) else shard.known_as(checksum)
+            for shard, checksum in zip(shards, facts["checksums"], strict=True)
+        ]
         self.token_files = [file.parent.with_name("tokens") / name for name in facts["token_files"]]
         self.counts: list[int] = facts["counts"]
         self.first = np.concatenate([[0], np.cumsum(self.counts)[:-1]]).astype(np.int64)
@@ -113,7 +118,7 @@ class SampleTable:
 
 
 def open_table(
-    shards: list[Path], source: DataSource, chat: ChatTokenizer, cache: Path, grouping: Grouping | None
+    shards: list[Shard], source: DataSource, chat: ChatTokenizer, cache: Path, grouping: Grouping | None
 ) -> SampleTable:
     """The table of a source's shards, from its file or made now; then every new shard is read and tokenized once.
 
@@ -143,14 +148,16 @@ def open_table(
 
 
 def _make(
-    file: Path, shards: list[Path], source: DataSource, chat: ChatTokenizer, cache: Path, grouping: Grouping | None
+    file: Path, shards: list[Shard], source: DataSource, chat: ChatTokenizer, cache: Path, grouping: Grouping | None
 ) -> dict[str, Any]:
     """Write the rows, one shard after the other, and return the facts of the header."""
     facts: dict[str, list] = {name: [] for name in ("checksums", "token_files", "counts", "several", "warnings")}
     broken: Counter[str] = Counter()
     hashed = hashlib.blake2b(digest_size=16)
+    remote = [shard for shard in shards if isinstance(shard, RemoteShard)]
+    at_once = min([AT_ONCE, *(max(shard.cache.limit // max(shard.file.size, 1), 1) for shard in remote)])
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, open_atomically(file) as out:
-        some = (shards[start : start + AT_ONCE] for start in range(0, len(shards), AT_ONCE))
+        some = (shards[start : start + at_once] for start in range(0, len(shards), at_once))
         indices = (
             index for part in some for index in pool.map(lambda shard: open_index(shard, cache, source.fields), part)
         )

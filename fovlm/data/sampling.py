@@ -10,7 +10,8 @@ nothing here has a state that must be saved.
 """
 
 import hashlib
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
@@ -47,14 +48,26 @@ class MixtureSampler:
         self.counts = np.array([int(share * period) for share in shares])
         self.pattern = np.array(spread_evenly(self.counts.tolist()))  # [period]: the source of each position
         self.number = np.empty(period, np.int64)  # [period]: which one of its source's samples it is
-        for source, count in enumerate(self.counts):
-            self.number[self.pattern == source] = np.arange(count)
+        self.places = [np.flatnonzero(self.pattern == source) for source in range(len(exact))]  # [count] each
+        for places in self.places:
+            self.number[places] = np.arange(len(places))
         self.first = np.array([(first or {}).get(name, 0) for name in self.names])
 
     def __call__(self, position: int) -> tuple[int, int]:
         """Position -> (source, number among the samples of that source), both from 0."""
         source, number = self.window(position, position + 1)
         return int(source[0]), int(number[0])
+
+    def position(self, source: int, number: int) -> int:
+        """The position of a source's sample: the inverse of a call."""
+        if number < self.first[source]:
+            return int(self.first[:source].sum()) + number
+        period, number = divmod(number - int(self.first[source]), int(self.counts[source]))
+        return int(self.first.sum()) + period * len(self.pattern) + int(self.places[source][number])
+
+    def before(self, source: int, position: int) -> int:
+        """How many samples of a source come before a position."""
+        return bisect_left(range(position), position, key=lambda number: self.position(source, number))
 
     def window(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """The same for the positions from `start` to before `stop` -> i64 [n] each."""
@@ -125,6 +138,16 @@ class ShardShuffle:
             found.append((shard[some], row[some]))
             start += len(shard[some])
         return np.concatenate([s for s, _ in found]), np.concatenate([r for _, r in found])
+
+    def blocks(self, number: int) -> Iterator[tuple[int, list[int]]]:
+        """(the number of its first sample, its shards) of the block with sample `number`, and of all behind it."""
+        epoch, at = divmod(number, self.total)
+        while True:
+            shards, ends = self._epoch(epoch)
+            for block in range(int(np.searchsorted(ends, at, side="right")), len(ends)):
+                first = int(ends[block - 1]) if block else 0
+                yield epoch * self.total + first, shards[block * self.block : (block + 1) * self.block].tolist()
+            epoch, at = epoch + 1, 0
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(the shards in the epoch's order, the number of samples up to the end of each block)."""

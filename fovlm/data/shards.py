@@ -1,16 +1,14 @@
-"""Find shards by pattern, fetch them from a URL, write them. The only module that imports webdataset.
+"""Find shards by pattern and write them. The only module that imports webdataset.
 
-    find_shards("news", "${FOVLM_DATA}/news-{000..041}.tar")   the local files of a source, in order
+    find_shards("news", "${FOVLM_DATA}/news-{000..041}.tar")   the shards of a source, in order
     write_shards(folder / "news-%03d.tar", samples)            samples are {"__key__", "json", "jpg" | "mp4" | ...}
 
-A shard at an http(s) URL is fetched into the cache once and is a local file from then on. webdataset can also run shell
+webdataset can also run shell
 commands (`pipe:`) and unpickle members; neither is reachable from here.
 """
 
-import http.client
 import json
 import re
-import urllib.request
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -19,30 +17,33 @@ from typing import Any
 import webdataset
 from braceexpand import braceexpand
 
-from fovlm.errors import UserError
-from fovlm.fileio import digest, open_atomically
-from fovlm.paths import cache_root, data_root
-from fovlm.progress import track
+from fovlm.config.schema import DataSettings
+from fovlm.data.remote_fs import SCHEMES, list_files
+from fovlm.data.shard_cache import RemoteShard, Shard, ShardCache, shard_cache
+from fovlm.errors import UserError, did_you_mean
+from fovlm.fileio import open_atomically
+from fovlm.paths import data_root
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-TIMEOUT = 60  # seconds without a byte from the server
 
 
-def find_shards(source: str, pattern: str) -> list[Path]:
-    """The local files of a source's pattern: braces are expanded first, then wildcards; URLs are fetched.
+def find_shards(source: str, pattern: str, cache: ShardCache | None = None) -> list[Shard]:
+    """The shards of a source's pattern: braces are expanded first, then wildcards. Remote ones are fetched into `cache`
+    when they are read; without it, into that of the default settings.
 
     Raises UserError with the source, the pattern and the path when something is missing.
     """
-    found: list[Path] = []
+    found: list[Shard] = []
     where = f"data.sources.{source}.shards: '{pattern}'"
     try:
         names = list(braceexpand(pattern))
     except ValueError:
         raise UserError(f"{where} has an unbalanced brace") from None
+    urls: list[str] = []
     for name in names:
         name = name.replace("${FOVLM_DATA}", str(data_root()))  # after the expansion: a folder's name may have braces
         if URL.match(name):
-            found.append(_fetch(name, where))
+            urls.append(_checked(name, where))
         elif re.search(r"[*?\[]", name):
             matches = sorted(Path(path) for path in _glob(data_root() / name))
             if not matches:
@@ -52,6 +53,8 @@ def find_shards(source: str, pattern: str) -> list[Path]:
             raise UserError(f"{where}: no file {path}: {_HELP}")
         else:
             found.append(path)
+    if urls:
+        found += _remote(urls, where, cache or shard_cache(DataSettings()))
     return list(dict.fromkeys(found))
 
 
@@ -62,24 +65,24 @@ def _glob(path: Path) -> Iterable[Path]:
     return Path(path.anchor).glob(str(path.relative_to(path.anchor))) if path.is_absolute() else Path().glob(str(path))
 
 
-def _fetch(url: str, where: str) -> Path:
-    """The cached copy of a shard at an http(s) URL."""
-    if not url.lower().startswith(("http://", "https://")):
-        raise UserError(f"{where}: '{url}' is neither a file nor an http(s) URL")
-    name = url.partition("?")[0].rpartition("/")[2]
-    file = cache_root() / "shards" / digest(url, 8) / name
-    if file.is_file():
-        return file
+def _checked(url: str, where: str) -> str:
+    scheme = url.partition(":")[0].lower()
+    if scheme not in SCHEMES or "://" not in url:
+        near = did_you_mean(scheme, SCHEMES)
+        raise UserError(f"{where}: '{url}' is neither a file nor a URL of {', '.join(SCHEMES)}{near}")
+    return url
+
+
+def _remote(urls: list[str], where: str, cache: ShardCache) -> list[Shard]:
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open_atomically(file) as out:
-            blocks = iter(lambda: answer.read(1 << 20), b"")
-            for block in track(blocks, f"fetching {name}, MiB", (answer.length or 0) >> 20 or None):
-                out.write(block)
-            if answer.length:  # the number of bytes that are missing
-                raise OSError(f"the connection ended {answer.length} bytes too early")
-    except (http.client.HTTPException, OSError) as error:  # URLError is an OSError
-        raise UserError(f"{where}: {url} cannot be fetched into {file.parent} ({error})") from error
-    return file
+        files = list_files(urls)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    largest = max(files, key=lambda file: file.size)
+    if largest.size > cache.limit:
+        least = f"data.cache_gb={cache.limit / 1e9:g} is less than {largest.name} needs"
+        raise UserError(f"{where}: {least}: set it to {largest.size / 1e9:.2g} at least, better to ten times that")
+    return [RemoteShard(file, cache) for file in files]
 
 
 def write_shards(pattern: Path, samples: Iterable[dict[str, Any]], per_shard: int = 1000) -> list[Path]:

@@ -119,7 +119,7 @@ def tokenize(index: Index, source: DataSource, chat: ChatTokenizer) -> tuple[dic
 
 def _conversations(index: Index, source: DataSource) -> Iterator[tuple[int, dict[str, Any] | SampleError]]:
     """(row, record of a conversation, or why the sample has none) of all samples of a shard."""
-    with open(index.path, "rb") as file:
+    with index.path.open("rb") as file:
         for row in range(len(index)):
             try:
                 if row in index.broken:

@@ -1,16 +1,21 @@
-"""Run calls in parallel processes, which end with their parent."""
+"""Run calls in parallel processes, which end with their parent, and bound what one call may take of memory."""
 
 import multiprocessing
 import os
+import resource
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from fovlm.errors import UserError
 
+MEMORY = 224 << 20  # bytes that reading one sample may take in a worker, beside twice its own
 T = TypeVar("T")
 
 
@@ -42,6 +47,24 @@ def each(call: Callable[..., T], arguments: list[tuple], workers: int) -> Iterat
         ) from error
     finally:
         pool.shutdown(wait=finished, cancel_futures=True)
+
+
+@contextmanager
+def bounded_memory(more: int = MEMORY) -> Iterator[None]:
+    """Within the block this process cannot take over `more` bytes: decoders then fail, whatever a file makes them do.
+
+    For workers, where no other thread needs memory meanwhile. Only Linux counts it (proc(5), setrlimit(2)).
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_DATA, (used + more, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _follow_parent() -> None:

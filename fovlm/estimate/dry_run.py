@@ -20,15 +20,17 @@ from fovlm.config.deepspeed import resolve
 from fovlm.config.schema import Experiment
 from fovlm.data.chat import load_tokenizer
 from fovlm.data.dataset import open_dataset, pack_budget, tokenizer_path
+from fovlm.data.index import stored_indices
 from fovlm.data.packing import EMPTY, PackSize, pack_samples, pack_shape, round_up
 from fovlm.data.sampling import MixtureSampler
+from fovlm.data.shard_cache import RemoteShard, Shard, shard_cache
 from fovlm.data.shards import URL, find_shards
 from fovlm.errors import UserError
 from fovlm.estimate.flops import PEAKS, largest, mean_cost, peak_flops, samples_for, total
 from fovlm.estimate.memory import activations, estimate
 from fovlm.estimate.shapes import Geometry, geometry, parameters
 from fovlm.model.build import check_vocabulary
-from fovlm.paths import data_root
+from fovlm.paths import cache_root, data_root
 from fovlm.tables import text_table
 
 MFU = (0.2, 0.3, 0.4, 0.5)  # shares of a GPU's peak for which a step's time is printed
@@ -47,10 +49,12 @@ def describe(experiment: Experiment, world_size: int, device: str | None = None)
     if Path(tokenizer := tokenizer_path(experiment)).is_dir():
         check_vocabulary(shapes.llm.V, len(load_tokenizer(tokenizer)))
     sizes, why_not = known_sizes(experiment)
+    fetched = _fetched(experiment)
     parts = [
         f"{experiment.name}: {experiment.note}" if experiment.note else experiment.name,
         _section("experiment", experiment.dump().rstrip()),
         _section(f"DeepSpeed, {world_size} x {device}", json.dumps(deepspeed, indent=2)),
+        *([_section("remote shards", fetched)] if fetched else []),
         _section("parameters", _parameters(experiment, shapes)),
         _section("FLOPs per sample", _flops(experiment, shapes, sizes, why_not)),
         _section("length", _length(experiment, shapes, sizes)),
@@ -67,12 +71,11 @@ def known_sizes(experiment: Experiment) -> tuple[list[PackSize], str]:
         return [], "the synthetic task has no shards yet (the run makes them)"
     try:
         for name in experiment.data.mixture:
-            pattern = experiment.data.sources[name].shards
-            if URL.match(pattern):
-                return [], f"the shards of {name} are behind a URL"
-            shard = next((s for s in find_shards(name, pattern) if not _index_of(s).is_file()), None)
-            if shard:
-                return [], f"{shard.name} of {name} has no index yet (the run makes it)"
+            for shard in _shards(experiment, name):
+                if isinstance(shard, RemoteShard) and not shard.path.is_file():
+                    return [], f"{shard.name} of {name} is not in the cache (the run fetches it)"
+                if next(stored_indices(shard, cache_root(), experiment.data.sources[name].fields), None) is None:
+                    return [], f"{shard.name} of {name} has no index yet (the run makes it)"
         tokenizer = tokenizer_path(experiment)
         if not Path(tokenizer).is_dir():
             return [], "the tokenizer is not local yet"
@@ -82,8 +85,23 @@ def known_sizes(experiment: Experiment) -> tuple[list[PackSize], str]:
     return [PackSize(*row) for row in dataset.sizes(0, SIZED).tolist()], ""
 
 
-def _index_of(shard: Path) -> Path:
-    return shard.with_name(shard.name + ".index")
+def _shards(experiment: Experiment, name: str) -> list[Shard]:
+    return find_shards(name, experiment.data.sources[name].shards, shard_cache(experiment.data))
+
+
+def _fetched(experiment: Experiment) -> str:
+    """What the run will fetch of each source with remote shards; empty without one."""
+    cache, data = shard_cache(experiment.data), experiment.data
+    rows = [["source", "shards", "size", "in the cache", "to fetch"]]
+    for name in dict.fromkeys([*data.mixture, *data.val]):
+        if not URL.match(data.sources[name].shards):
+            continue
+        shards = [shard for shard in _shards(experiment, name) if isinstance(shard, RemoteShard)]
+        here = [shard for shard in shards if shard.path.is_file()]
+        size, cached = (sum(shard.file.size for shard in some) for some in (shards, here))
+        rows.append([name, f"{len(shards)}", *(f"{metric(n)}B" for n in (size, cached, size - cached))])
+    limit = f"\ninto {cache.folder}, which holds {metric(cache.limit)}B of shards at most (data.cache_gb)"
+    return text_table(rows) + limit if len(rows) > 1 else ""
 
 
 def largest_sizes(experiment: Experiment) -> Iterator[PackSize]:

@@ -1,9 +1,5 @@
 """Shards as files: patterns, URLs, writing."""
 
-import functools
-import http.server
-import threading
-
 import pytest
 
 from fovlm.data.index import make_index
@@ -49,51 +45,10 @@ def test_braces_without_their_half():
         find_shards("news", "news/a-{00..02.tar")
 
 
-@pytest.mark.parametrize("pattern", ["pipe:echo hello", "pipe:rm -rf x |", "s3://bucket/a.tar", "file:///etc/passwd"])
-def test_nothing_but_files_and_http_is_opened(pattern):
-    with pytest.raises(UserError, match=r"neither a file nor an http\(s\) URL"):
+@pytest.mark.parametrize("pattern", ["pipe:echo hello", "pipe:rm -rf x |", "s3:a.tar", "file:///etc/passwd"])
+def test_nothing_but_files_and_four_kinds_of_urls_is_opened(pattern):
+    with pytest.raises(UserError, match="is neither a file nor a URL of https, http, s3, hf"):
         find_shards("news", pattern)
-
-
-def test_shards_behind_a_url_are_fetched_once(tmp_path):
-    asked = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format, *args):
-            asked.append(self.path)
-
-    handler = functools.partial(Handler, directory=str(tmp_path / "data"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/news"
-        for _ in range(2):
-            found = find_shards("news", url + "/a-{00..01}.tar")
-            assert [path.name for path in found] == ["a-00.tar", "a-01.tar"]
-        assert asked == ["/news/a-00.tar", "/news/a-01.tar"]
-        assert found[0].read_bytes() == (tmp_path / "data" / "news" / "a-00.tar").read_bytes()
-        with pytest.raises(UserError, match="cannot be fetched"):
-            find_shards("news", url + "/gone.tar")
-        server.shutdown()
-    assert sorted(path.name for path in (tmp_path / "cache").rglob("*.*")) == ["a-00.tar", "a-01.tar"]
-
-
-def test_a_connection_that_breaks_off_leaves_nothing(tmp_path):
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(bytes(500))
-
-        def log_message(self, format, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(UserError, match="500 bytes too early"):
-            find_shards("news", f"http://127.0.0.1:{server.server_port}/a.tar")
-        server.shutdown()
-    assert not list((tmp_path / "cache").rglob("*.tar"))
 
 
 def test_writing(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovlm.data.dataset import bounded_memory
+from fovlm.data.workers import bounded_memory
 from fovlm.errors import SampleError
 from fovlm.media import clip, decode
 from fovlm.media.tolerant import decode_some

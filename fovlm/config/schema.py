@@ -302,11 +302,12 @@ def _problems(e: Experiment) -> list[tuple[str, str]]:
     if len(lengths) != 1:
         given = " and ".join(lengths) or "none of them"
         found.append(("train", f"exactly one of samples, steps and flops sets the length of the run, not {given}"))
-    for key, used in (("mixture", list(d.mixture)), ("val", d.val)):
-        for source in used:
-            if source not in d.sources:
-                at = f"data.mixture.{source}" if key == "mixture" else "data.val"
-                found.append((at, f"'{source}' is not in data.sources{did_you_mean(source, d.sources)}"))
+    for at, source in [
+        *((f"data.mixture.{source}", source) for source in d.mixture),
+        *(("data.val", s) for s in d.val),
+    ]:
+        if source not in d.sources:
+            found.append((at, f"'{source}' is not in data.sources{did_you_mean(source, d.sources)}"))
     for source, settings in d.sources.items():
         if any(secret.search(settings.shards) for secret in URL_SECRETS):
             found.append((f"data.sources.{source}.shards", "a password or token in a URL would be written to logs: "

@@ -302,16 +302,14 @@ def _problems(e: Experiment) -> list[tuple[str, str]]:
     if len(lengths) != 1:
         given = " and ".join(lengths) or "none of them"
         found.append(("train", f"exactly one of samples, steps and flops sets the length of the run, not {given}"))
-    for at, source in [
-        *((f"data.mixture.{source}", source) for source in d.mixture),
-        *(("data.val", s) for s in d.val),
-    ]:
+    for source in [*d.mixture, *d.val]:
         if source not in d.sources:
+            at = f"data.mixture.{source}" if source in d.mixture else "data.val"
             found.append((at, f"'{source}' is not in data.sources{did_you_mean(source, d.sources)}"))
     for source, settings in d.sources.items():
-        if any(secret.search(settings.shards) for secret in URL_SECRETS):
-            found.append((f"data.sources.{source}.shards", "a password or token in a URL would be written to logs: "
-                          "take it out; they are read from the environment, ~/.aws or ~/.netrc"))  # fmt: skip
+        if any(form.search(settings.shards) for form in URL_SECRETS):
+            secret = "a password or token in a URL would be logged: keep it in the environment, ~/.aws or ~/.netrc"
+            found.append((f"data.sources.{source}.shards", secret))
     for source in set(d.first) - set(d.mixture):
         found.append(("data.first", f"'{source}' is not in data.mixture{did_you_mean(source, d.mixture)}"))
     if (task := d.generate) and max(task.objects) > min(task.names, task.grid**2):

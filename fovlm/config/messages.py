@@ -49,7 +49,7 @@ def explain(error: ErrorDetails, path: Key, types: Mapping[Key, Any], instead: M
         beside = [key[-1] for key in types if key[:-1] == known[:-1]]
         elsewhere = [".".join(key) for key in types if key[-1] == known[-1]]
         return "unknown key" + (f" (did you mean '{elsewhere[0]}'?)" if elsewhere else did_you_mean(path[-1], beside))
-    words = get_args(types.get(known)) if kind == "literal_error" else ()
+    words = error.get("ctx", {}).get("expected", "").split("'")[1::2] if kind == "literal_error" else ()
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{message}, not {'null' if given is None else repr(given)}{did_you_mean(str(given), words)}"
 

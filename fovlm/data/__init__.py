@@ -4,6 +4,7 @@
 
 1. **Shard** (`shards`, `sample_format`). A sample is a run of files in a tar whose names are equal up to the first dot:
    `clip000330.000.jpg` ... `clip000330.003.jpg` are four frames, `clip000330.json` holds question and answer.
+   In shards of others, `record` finds these where the source's `fields` say.
 2. **Index** (`index`). Each shard is read once; the index beside it has every sample's byte range, checksum, kind and
    number of frames. From then on samples are read by position.
 3. **Tokens** (`chat`, `token_cache`, `sample_table`). Each conversation is tokenized once and its tokens stored. The

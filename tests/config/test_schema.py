@@ -179,6 +179,12 @@ MISTAKES = {
         ["data.sources.mine.kind=video"],
         "command line: data.sources.mine.shards: is missing",
     ),
+    "part of a record": (
+        "runs: {a: {note: x}}",
+        "a",
+        ["data.sources.clips.fields.asistant=txt"],
+        "not 'asistant' (did you mean 'assistant'?)",
+    ),
     "not an override": ("runs: {a: {note: x}}", "a", ["quick"], "command line: 'quick' is not of the form"),
     "bad YAML override": ("runs: {a: {note: x}}", "a", ["optim.clip=[1"], "command line: optim.clip"),
     "bad YAML": ("runs: {a: {note: x}", "a", [], "mine.yaml: line"),

@@ -3,7 +3,7 @@ ENV := . scripts/env.sh && use_python dev && use_caches
 # One thread: the matrices of the tests are small.
 RUN := $(ENV) && export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=$$PWD
 
-.PHONY: test pins lint format unit lines install cluster real gpu docs faults
+.PHONY: test pins lint format unit lines install page cluster real gpu docs faults
 test: lint unit lines
 
 # Do the pinned versions resolve on other machines? Needs the package index.
@@ -23,6 +23,11 @@ lines:
 # The wheel in a fresh environment, which trains and converts. Needs the package index; about five minutes.
 install:
 	@$(RUN) && python -m pytest -m slow -o faulthandler_timeout=3600 tests/test_install.py $(ARGS)
+
+# The page of `fovlm export` in Chromium. Needs the npm registry once, and runs/quickstart (`./launch.sh quickstart`); its
+# figures are printed.
+page:
+	@$(RUN) && python -m fovlm.export.npm && python -m pytest -m slow -s tests/export $(ARGS)
 
 # Two nodes on this machine, over ssh and under SLURM. As root, on Debian or Ubuntu; installs what is missing with
 # apt-get. About ten minutes on two cores.

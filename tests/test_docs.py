@@ -13,7 +13,7 @@ from scripts import draw_architecture
 ROOT = Path(__file__).resolve().parent.parent
 # Files that runs and commands write, which pages name without their folder, and files of benchmarks.
 ELSEWHERE = {"manifest.json", "experiment.yaml", "deepspeed.json", "run_summary.json", "truth.json", "json/TASK.json",
-             "vlmeval/config.py"}  # fmt: skip
+             "vlmeval/config.py", "settings.json"}  # fmt: skip
 PARTS = ("benchmarks", "docs", "ds_configs", "experiments", "fovlm", "kernels", "scripts", "tests")
 # What a browser loads by itself: scripts, pictures, frames and style sheets, but not links to follow.
 FETCHED = re.compile(

@@ -42,6 +42,7 @@ fovlm.model
 fovlm.estimate
 fovlm.checkpoint
 fovlm.viz
+fovlm.export
 fovlm.train
 fovlm.eval
 fovlm.sweep
@@ -86,6 +87,7 @@ DOORS = {
     "aiohttp": {"fovlm.data.remote_fs"},
     "botocore": {"fovlm.data.remote_fs"},
     "gradio": {"fovlm.viz.demo"},
+    "onnxruntime": {"fovlm.export.runtime"},
     "starlette": {"fovlm.viz.demo"},
     "scipy": {"fovlm.eval.metrics", "fovlm.report.scaling_law", "fovlm.report.statistics"},
     "markdown_it": {"fovlm.report.document"},
@@ -260,7 +262,7 @@ def test_every_import_is_declared_and_every_pin_is_in_its_range():
     names = {"PIL": "pillow", "yaml": "pyyaml", "markdown_it": "markdown-it-py"}
     options = declared["optional-dependencies"]
     optional = {Requirement(text).name for texts in options.values() for text in texts}
-    developed = [text for name in ("data", "demo", "lora", "remote", "docs", "dev") for text in options[name]]
+    developed = [text for name in ("data", "demo", "lora", "remote", "export", "docs", "dev") for text in options[name]]
     extras = {(r := Requirement(text)).name.lower(): r for text in developed}
     used = set().union(*(packages(imports(module)) for module in MODULES)) - set(sys.stdlib_module_names)
     come_along = {"pydantic_core", "huggingface_hub", "starlette", "botocore"}  # pydantic, transformers, gradio, s3fs

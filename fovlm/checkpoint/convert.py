@@ -135,15 +135,20 @@ def write_settings(out: Path, config: FoveatedConfig, tokenizer: PreTrainedToken
         part._name_or_path = ""  # a folder of this machine
     config.architectures, config.dtype = [FoveatedVLM.__name__], dtype
     config.save_pretrained(out)
-    _, _, tail = template(tokenizer)
-    ends = dict.fromkeys([*tokenizer(tail, add_special_tokens=False)["input_ids"][:1], tokenizer.eos_token_id])
-    ids = [token for token in ends if token is not None]
+    ids = end_tokens(tokenizer)
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=ids if len(ids) > 1 else ids[0],
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ids[0],
     ).save_pretrained(out)
     FoveatedProcessor.from_parts(tokenizer, config).save_pretrained(out)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer. Raises UserError for a tokenizer without a chat template."""
+    _, _, tail = template(tokenizer)
+    ends = dict.fromkeys([*tokenizer(tail, add_special_tokens=False)["input_ids"][:1], tokenizer.eos_token_id])
+    return [token for token in ends if token is not None]
 
 
 def _write_universal(saved: SavedRun, out: Path) -> None:

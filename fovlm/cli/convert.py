@@ -1,11 +1,14 @@
-"""Commands that make model folders: convert, import."""
+"""Commands that make folders with a model: convert, import, export."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fovlm.cli.progress import progress
-from fovlm.errors import UserError
+from fovlm.errors import UserError, did_you_mean
+from fovlm.export import KINDS, WEIGHTS
+from fovlm.media.location import check_path
 
 PANEL = "Using a model"
 
@@ -21,6 +24,7 @@ def register(app: typer.Typer) -> None:
     """Add these commands to the app."""
     app.command(rich_help_panel=PANEL)(convert)
     app.command("import", rich_help_panel=PANEL)(import_)
+    app.command(rich_help_panel=PANEL)(export)
 
 
 def convert(
@@ -84,6 +88,39 @@ def import_(
             source, out, *names, question, frame_size, visual_scale, dtype, shard_size, trust, update
         )
     print(folder)
+
+
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_FOLDER", help="A run (folder or name), or a model's folder.")
+    ],
+    to: Annotated[str, typer.Option(help="onnx, or page: what a browser needs, for any static server.")] = "onnx",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: exported/NAME-TO.")] = None,
+    weights: Annotated[str, typer.Option(help="fp32, int8 or int4.")] = "fp32",
+    example: Annotated[str, typer.Option(metavar="VIDEO", help="The example of the page. Default: a run's own.")] = "",
+    question: Annotated[str, typer.Option(help="The first question of the page. Default: a run's own.")] = "",
+) -> None:
+    """Export a model as ONNX graphs, and compare them with PyTorch; or as a page that runs them in a browser.
+
+    Example: `fovlm export quickstart --to page`
+    """
+    for option, word, known in (("to", to, KINDS), ("weights", weights, WEIGHTS)):
+        if word not in known:
+            raise UserError(f"--{option} is {', '.join(known)}, not '{word}'{did_you_mean(word, known)}")
+    if example:
+        check_path(example)
+    out = out or Path("exported") / f"{Path(source).resolve().name}-{to}"
+    with progress("starting") as update:
+        from fovlm.export.write import export as work
+
+        settings = work(source, out, to, weights, example or None, question or None, update)
+    found, size = settings["check"], sum(settings["graphs"].values()) / 1e6
+    print(
+        f"{out}: {size:.1f} MB; nll {found['nll']:.4g}, with PyTorch {found['nll_pytorch']:.4g}; answer "
+        f"'{found['answer']}'" + ("" if found["same"] else f", with PyTorch '{found['answer_pytorch']}'")
+    )
+    if to == "page":
+        print(f"to serve it: python -m http.server --directory {out}")
 
 
 def given(context: typer.Context, *names: str) -> str:

@@ -1,4 +1,4 @@
-"""Frames to JPEG, MP4 and lettering."""
+"""Frames to JPEG, PNG, MP4 and lettering."""
 
 import io
 import textwrap
@@ -14,6 +14,13 @@ from PIL import Image, ImageDraw, ImageFont
 def encode_jpeg(pixels: np.ndarray, quality: int = 90) -> bytes:
     """u8 [h, w, 3] -> a JPEG."""
     return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=quality)
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """u8 [h, w, 3] -> a PNG."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
 
 
 def encode_video(frames: Iterable[np.ndarray], fps: float) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-BESIDE = {"experiments": "*.yaml", "ds_configs": "*.json", "kernels": "*.py"}
+BESIDE = {"experiments": "*.*", "ds_configs": "*.json", "kernels": "*.py"}
 IMPORT = re.compile(r"^(\s*(?:from|import)) kernels\b", re.MULTILINE)
 
 

@@ -28,7 +28,7 @@ from fovlm.data.dataloader import PackLoader, plan_steps
 from fovlm.data.dataset import Dataset
 from fovlm.data.packing import PackBudget
 from fovlm.data.shards import write_shards
-from fovlm.data.synthetic import word_tokenizer
+from fovlm.data.tokenizers import word_tokenizer
 from fovlm.media.encode import encode_jpeg
 
 CLIPS, FRAMES, SIZE, PER_SHARD = 400, 8, 224, 1000

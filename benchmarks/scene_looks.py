@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fovlm.config.schema import Experiment
-from fovlm.data.chat import ChatTokenizer, load_tokenizer
-from fovlm.data.dataset import tokenizer_path
+from fovlm.data.chat import ChatTokenizer
 from fovlm.data.index import make_index
 from fovlm.data.sample_format import read_members
 from fovlm.data.shards import find_shards
+from fovlm.data.tokenizers import open_tokenizer
 from fovlm.media.decode import decode_pictures
 from fovlm.model.encoder import Cache, heads, walk_layer
 from fovlm.model.modeling import FoveatedVLM
@@ -49,7 +49,7 @@ class Scenes:
 
     def __init__(self, experiment: Experiment, model: FoveatedVLM, out: Path):
         data = experiment.data
-        tokenizer = load_tokenizer(tokenizer_path(experiment))
+        tokenizer = open_tokenizer(experiment)
         chat = ChatTokenizer(tokenizer, experiment.model.question, data.loss_on, data.max_tokens)
         self.questions: dict[str, list[Question]] = {}
         self.jpegs: dict[str, list[bytes]] = {}

@@ -4,9 +4,9 @@ The packages in reading order; each imports only from those above it:
 
     errors, paths, fileio     user errors, folders, atomic files; also redact, tables, progress, distributed
     config/                   settings of an experiment: YAML files, schema, the DeepSpeed JSON
-    launch/                   starts the ranks of a run: one machine, several nodes, SLURM
     media/                    decode pictures and videos, tolerantly for users; encode
     data/                     tar shard -> index -> order -> sample -> pack -> batch; the synthetic task
+    launch/                   starts the ranks of a run: one machine, several nodes, SLURM
     model/                    encoder, looks, language model; streaming and generation
     estimate/                 parameters, FLOPs and memory of a run before it starts
     checkpoint/               save, find, read, convert and verify trained states

@@ -1,5 +1,7 @@
 """Progress of work that may take long: a bar on a terminal, a line now and then elsewhere, nothing when it is quick."""
 
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
@@ -11,6 +13,13 @@ from rich.progress import Progress
 T = TypeVar("T")
 DELAY = 2.0  # seconds before a bar appears
 EVERY = 30.0  # seconds between two lines where there is no terminal
+
+
+def hide_foreign_bars() -> None:
+    """Without a terminal, the bars of other libraries (tqdm) would fill a log: switch them off before their import."""
+    if not sys.stderr.isatty():
+        for switch in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(switch, "1")
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts import draw_architecture
+from fovlm.config import experiments
+from scripts import draw_architecture, write_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 # Files that runs and commands write, which pages name without their folder, and files of benchmarks.
@@ -67,3 +68,22 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
 def test_the_figure_of_the_architecture_is_what_its_script_draws(theme):
     drawn = (draw_architecture.FOLDER / f"architecture-{theme}.svg").read_text(encoding="utf-8")
     assert drawn == draw_architecture.draw(theme), "run python -m scripts.draw_architecture"
+
+
+def test_the_page_of_settings_and_the_schema_of_editors_are_what_their_script_writes():
+    for file, text in (
+        (write_settings.PAGE, write_settings.page()),
+        (write_settings.EDITOR, write_settings.editor_text()),
+    ):
+        assert file.read_text(encoding="utf-8") == text, "run python -m scripts.write_settings"
+
+
+def test_the_schema_of_editors_accepts_our_experiments_and_no_misspelt_setting():
+    jsonschema = pytest.importorskip("jsonschema", reason="comes with the docs' packages")
+    checker = jsonschema.Draft7Validator(write_settings.editor_schema())
+    files = sorted(experiments.EXPERIMENTS.glob("*.yaml"))
+    for file in files:
+        assert file.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=schema.json\n"), file.name
+        assert not list(checker.iter_errors(experiments.read(file))), file.name
+    for wrong in ({"optim": {"lr_lm": 1}}, {"runs": {"a": {"train": {"steps": 1}}}}, {"train": {"precision": "fp16"}}):
+        assert list(checker.iter_errors(wrong)), wrong

@@ -35,9 +35,9 @@ READING_ORDER = """
 kernels
 fovlm.errors fovlm.paths fovlm.fileio fovlm.redact fovlm.tables fovlm.progress fovlm.distributed
 fovlm.config
-fovlm.launch
 fovlm.media
 fovlm.data
+fovlm.launch
 fovlm.model
 fovlm.estimate
 fovlm.checkpoint
@@ -62,6 +62,7 @@ LIGHT = (
     "config.deepspeed",
     "config.existing_run",
     "launch.main",
+    "data.inputs",
     "checkpoint.run_folder",
     "media.location",
     "model.folder",
@@ -92,7 +93,7 @@ DOORS = {
     "scipy": {"fovlm.eval.metrics", "fovlm.report.scaling_law", "fovlm.report.statistics"},
     "markdown_it": {"fovlm.report.document"},
     "lmms_eval": {"fovlm.eval.lmms_eval", "fovlm.eval.lmms_plugin"},
-    "tokenizers": {"fovlm.data.synthetic"},
+    "tokenizers": {"fovlm.data.tokenizers"},
     "typer": {f"fovlm.cli.{name}" for name in ("convert", "data", "evaluate", "main", "train", "use")},
 }
 FAMILIES = "fovlm.model.encoders"

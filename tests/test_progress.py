@@ -1,5 +1,9 @@
 """The progress of long work: quick work says nothing, and where there is no terminal there are lines."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from fovlm import progress
@@ -19,3 +23,11 @@ def test_a_bar_appears_on_a_terminal_when_it_takes_long(monkeypatch, capsys, del
     monkeypatch.setenv("TERM", "xterm")
     assert list(progress.track(iter("ab"), "letters", 2)) == ["a", "b"]
     assert ("letters" in capsys.readouterr().err) == shown
+
+
+@pytest.mark.parametrize(("hide", "bars"), [("p.hide_foreign_bars(); ", False), ("", True)])
+def test_bars_of_other_libraries_stay_out_of_a_log(hide, bars):
+    code = f"import fovlm.progress as p; {hide}from tqdm.auto import tqdm; list(tqdm(range(3)))"
+    env = {name: value for name, value in os.environ.items() if "DISABLE" not in name}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert ("100%" in done.stderr) == bars

@@ -74,7 +74,7 @@ def test_deep_queries_differ_and_shallow_or_narrow_ones_do_not(model, frames):
     assert flat > 0.999, "attention is uniform"
 
 
-def test_lr1_learns_and_goes_on_exactly_after_a_kill(tmp_path):
+def test_lr1_learns_and_resumes_exactly_after_a_kill(tmp_path):
     """100 steps in bf16; one rank is killed between two checkpoints, and the same command resumes from the last."""
     command = ["./launch.sh", "LR1-real", "train.precision=bf16", "model.frame_size=112"]
     env = {**os.environ, "FOVLM_RUNS": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -71,7 +72,7 @@ def convert(
             _write_universal(saved, staging)
             return out
         config, words = saved.model_config(), saved.tokenizer(tokenizer)
-        config.lora = None
+        config.lora, config.example = None, example_question(saved.run)
         write_weights(staging, config, saved.merged(trust), DTYPES[dtype], largest, on_progress)
         write_settings(staging, config, words, DTYPES[dtype])
         on_progress(0, 0, "verifying the written model")
@@ -81,6 +82,12 @@ def convert(
         (staging / "README.md").write_text(text, encoding="utf-8")
     print(checked, file=sys.stderr)
     return out
+
+
+def example_question(run: Path) -> str:
+    """The question of the first clip in the newest attention maps of a run, "" without any."""
+    maps = sorted((run / "maps").glob("step-*.npz"))
+    return str(np.load(maps[-1])["texts"][0]).partition(" → ")[0] if maps else ""
 
 
 def _copy_gaze(run: Path, out: Path) -> str:

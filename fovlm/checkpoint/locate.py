@@ -16,7 +16,7 @@ from fovlm.checkpoint.store import ENGINE, MANIFEST, UNIVERSAL, Checkpoints, Sta
 from fovlm.checkpoint.zero_reader import MergedWeights, Weights, ZeroWeights
 from fovlm.config.schema import Experiment
 from fovlm.data.chat import TRANSFORMERS_ERRORS, load_tokenizer
-from fovlm.data.dataset import tokenizer_path
+from fovlm.data.tokenizers import open_tokenizer
 from fovlm.errors import UserError, did_you_mean
 from fovlm.model.lora import is_adapter, plain_name
 from fovlm.model.modeling import FoveatedConfig, FoveatedVLM
@@ -47,7 +47,7 @@ class SavedRun:
         if name is None and own.is_dir():
             return load_tokenizer(str(own))
         try:
-            return load_tokenizer(name or tokenizer_path(self.experiment))
+            return load_tokenizer(name) if name else open_tokenizer(self.experiment)
         except UserError as error:
             raise UserError(f"{self.run}: has no tokenizer/ of its own; give --tokenizer FOLDER ({error})") from error
 

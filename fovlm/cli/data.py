@@ -224,10 +224,10 @@ def _open(name: str, overrides: list[str] | None):
     """(the training data of a run or a pattern of shards, the budget of its packs, how many of them a step has)."""
     from fovlm.config.schema import DataSource, load
     from fovlm.data import synthetic
-    from fovlm.data.chat import load_tokenizer
-    from fovlm.data.dataset import open_dataset, pack_budget, tokenizer_path
+    from fovlm.data.dataset import open_dataset, pack_budget
     from fovlm.data.index import open_indices
     from fovlm.data.shards import find_shards
+    from fovlm.data.tokenizers import open_tokenizer
     from fovlm.paths import cache_root
 
     shards = name.endswith(".tar") or "*" in name
@@ -242,7 +242,7 @@ def _open(name: str, overrides: list[str] | None):
         experiment = experiment.model_copy(update={"data": data})
     if task := experiment.data.generate:
         synthetic.make(task)
-    tokenizer = load_tokenizer(tokenizer_path(experiment))
+    tokenizer = open_tokenizer(experiment)
     dataset = open_dataset(experiment, tokenizer, experiment.data.mixture, weigh=True)
     return dataset, pack_budget(experiment), experiment.train.packs_per_step
 

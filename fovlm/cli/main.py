@@ -13,6 +13,7 @@ from fovlm import __version__
 from fovlm.cli import convert, data, evaluate, train, use
 from fovlm.errors import EXIT_USER_ERROR, UserError, did_you_mean, format_error
 from fovlm.paths import TRAIN
+from fovlm.progress import hide_foreign_bars
 
 # From the click that typer bundles or depends on, which differs between releases.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -44,6 +45,7 @@ for group in (data, train, evaluate, convert, use):  # the order in --help
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status, 2 for a user error."""
+    hide_foreign_bars()
     words = sys.argv[1:] if arguments is None else arguments
     try:
         status = app(words or ["--help"], prog_name="fovlm", standalone_mode=False)

@@ -124,7 +124,7 @@ def merge(experiment: Experiment, ds_json: dict[str, Any], world_size: int, devi
             "weights inside the layers: take zero2, or leave model.compile out"
         )
     precision = experiment.train.precision
-    if precision == "auto":
+    if precision == "auto":  # of a run from before `fovlm/model/precision.py`, which replaces it
         precision = "bf16" if merged["bf16"]["enabled"] and device != "cpu" else "fp32"
     merged["bf16"]["enabled"] = precision == "bf16"
     merged.setdefault("data_types", {"grad_accum_dtype": "fp32"})

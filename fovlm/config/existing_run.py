@@ -1,5 +1,7 @@
 """Whether a run folder that exists was made under the same settings. No torch: a change is reported at once."""
 
+from pathlib import Path
+
 from fovlm.config import experiments
 from fovlm.config.schema import Experiment
 from fovlm.errors import UserError
@@ -7,15 +9,28 @@ from fovlm.errors import UserError
 MOST = 5  # differences that a message names
 
 
+def recorded(run: Path) -> Experiment | None:
+    """The settings of a run folder's newest checkpoint; None if there are none that this version reads."""
+    newest = max((run / "checkpoints").glob("step-*/experiment.yaml"), default=run / "experiment.yaml")
+    try:
+        return Experiment.parse(newest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def settled(experiment: Experiment, precision: str) -> Experiment:
+    """The experiment with this in place of `train.precision: auto`."""
+    if experiment.train.precision != "auto":
+        return experiment
+    return experiment.model_copy(update={"train": experiment.train.model_copy(update={"precision": precision})})
+
+
 def check_same_settings(experiment: Experiment) -> None:
     """Raise UserError, with what differs, when a run would resume from a checkpoint of other settings."""
-    newest = max((experiment.run_folder / "checkpoints").glob("step-*/experiment.yaml"), default=None)
-    if newest is None or experiment.train.resume != "auto":
+    made = recorded(experiment.run_folder) if (experiment.run_folder / "checkpoints").is_dir() else None
+    if made is None or experiment.train.resume != "auto":  # damaged, or of another version: the run itself says so
         return
-    try:
-        made = Experiment.parse(newest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # damaged, or of another version: the run itself says so
-        return
+    experiment = settled(experiment, made.train.precision)
     if made.hash == experiment.hash:
         return
     before, now = (experiments.flat(e.model_dump()) for e in (made, experiment))

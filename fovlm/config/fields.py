@@ -30,4 +30,5 @@ def _named(value: Any) -> Any:
     return NANOSMOL if value == "nanosmol" else value
 
 
-Fields = Annotated[dict[Field, str | list[str]], BeforeValidator(_named)]
+Given = dict[Field, str | list[str]]
+Fields = Annotated[Given, BeforeValidator(_named, json_schema_input_type=Given | Literal["nanosmol"])]

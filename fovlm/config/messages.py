@@ -1,4 +1,4 @@
-"""An error of pydantic in one line: what is wrong with a value, and the closest valid name."""
+"""An error of pydantic in one line: what is wrong with a value, and the closest valid name or the new one."""
 
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
@@ -6,9 +6,32 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from fovlm.config import experiments
 from fovlm.errors import did_you_mean
 
 Key = tuple[str, ...]
+
+BUDGET = "data.pack_cost (in text tokens; a frame counts as data.frame_cost)"
+# What settings were called before 0.2.
+RENAMED = {
+    "model.dino": "model.encoder",
+    "model.prompt": "model.question (before_frames or after_frames)",
+    "model.rounds": "model.query_rounds",
+    "model.checkpoint_llm": "model.grad_checkpoint: [llm]",
+    "model.checkpoint_dino": "model.grad_checkpoint: [encoder]",
+    "data.train": "data.mixture",
+    "data.frames": BUDGET,
+    "data.text": BUDGET,
+    "data.pack_frames": BUDGET,
+    "data.pack_tokens": BUDGET,
+    "data.max_text": "data.max_tokens",
+    "data.loss": "data.loss_on",
+    "optim.lr_dino": "optim.lr_encoder (null is now optim.freeze: [encoder])",
+}
+INSTEAD = experiments.RENAMED | {old: f"renamed to {new}" for old, new in RENAMED.items()}
+
+# Null meant a frozen backbone before 0.2.
+NULL = {f"optim.lr_{name}": f"null is now optim.freeze: [{name}]" for name in ("encoder", "llm")}
 
 
 def key_types(section: type[BaseModel], at: Key = ()) -> dict[Key, Any]:

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from fovlm.config import experiments
 from fovlm.config.fields import Fields
-from fovlm.config.messages import explain, key_types, path_of
+from fovlm.config.messages import INSTEAD, NULL, explain, key_types, path_of
 from fovlm.errors import UserError, did_you_mean
 from fovlm.paths import run_root
 from fovlm.redact import URL_SECRETS
@@ -28,7 +28,10 @@ Rounds = Annotated[int, Field(ge=1, le=16)]
 Size = Annotated[int, Field(ge=1, le=1 << 14)]  # of a tensor
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Backbone = Literal["encoder", "llm"]
+TINY_TOKENIZERS = ("words", "bytes")  # `fovlm/data/tokenizers.py`
+Metric = Literal["val_loss", "val_loss_at_equal_flops"]
 
 
 class Strict(BaseModel):
@@ -40,7 +43,7 @@ class Strict(BaseModel):
 class LoraSettings(Strict):
     """Adapters in place of training the language model (`fovlm/model/lora.py`); `optim.lr_llm` is their rate."""
 
-    rank: Count = 16
+    rank: Count = 16  # width of an adapter
     alpha: Rate = 32.0  # an adapter counts alpha / rank
     targets: Annotated[list[str], Field(min_length=1)] = ["q_proj", "k_proj", "v_proj", "o_proj"]  # linear layers
 
@@ -54,10 +57,10 @@ class ModelSettings(Strict):
     deep_query: bool = True  # false: one cross-attention over the encoder's last features
     question: Literal["before_frames", "after_frames"] = "after_frames"  # before_frames: the question steers the gaze
     query_rounds: Rounds = 1  # the first round's queries come from coarse tokens, later ones from the round before
-    llm: str | dict[str, Any] = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    encoder: str | dict[str, Any] = "facebook/dinov2-small"
-    tokenizer: str | None = None  # folder or id; null: the language model's own
-    query_dim: Size = 384  # Q
+    llm: str | dict[str, Any] = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the language model
+    encoder: str | dict[str, Any] = "facebook/dinov2-small"  # the vision encoder
+    tokenizer: str | None = None  # folder or id, words (of the data), bytes; null: the language model's own
+    query_dim: Size = 384  # Q, the width of a query
     query_scale: Rate = 1.0  # std with which a (deep) query enters the encoder when training starts
     visual_scale: Rate | None = 0.14  # std of a visual token, that of SmolLM2's embeddings; null: measure the model's
     frame_size: Size = 224  # pixels, height and width
@@ -86,9 +89,9 @@ class SyntheticTask(Strict):
     """The synthetic task (`fovlm/data/synthetic.py`): objects change places and marks from frame to frame, the question
     names one object, the answer lists its marks. Its shards are written into `folder` before training starts."""
 
-    folder: str = "hunt"  # below FOVLM_DATA
-    train_clips: Count = 4000
-    val_clips: Count = 256
+    folder: str = "hunt"  # of its shards, below FOVLM_DATA
+    train_clips: Count = 4000  # clips to train on
+    val_clips: Count = 256  # for validation, all with the most objects
     frames: Count = 4  # of a clip
     objects: Annotated[list[Count], Field(min_length=1)] = [3]  # in a clip: one of these counts
     names: Annotated[int, Field(ge=1, le=24)] = 12  # distinct objects: colour and shape
@@ -97,13 +100,13 @@ class SyntheticTask(Strict):
     patch: Count = 14  # pixels on each side of a cell
     text_fraction: Share = 0.1  # of all samples: text only
     image_fraction: Share = 0.1  # of all samples: single pictures
-    seed: Whole = 0
+    seed: Whole = 0  # of the clips
 
 
 class DataSettings(Strict):
     """Sources, their mixture, and the budget of a pack."""
 
-    sources: dict[str, DataSource] = {}
+    sources: dict[str, DataSource] = {}  # name -> where the data is
     mixture: dict[str, Rate] = {}  # source -> weight: its share of the samples, relative to the others
     first: dict[str, Count] = {}  # samples of these sources ahead of the mixture: easy ones, until they are learnt
     val: list[str] = []  # validation sources, each read from its start
@@ -120,44 +123,44 @@ class DataSettings(Strict):
     workers: Whole = 2  # data loader processes per rank; affects speed only
     seed: Whole = 0  # of the sample order
     max_bad_fraction: Share = 0.01  # of the samples seen; with more broken ones the run fails
-    generate: SyntheticTask | None = None
+    generate: SyntheticTask | None = None  # make the shards of the synthetic task first
 
 
 class OptimSettings(Strict):
     """AdamW over three groups; learning rates are the peak of the schedule (`fovlm/train/schedule.py`)."""
 
-    lr_connector: Rate = 1e-4
-    lr_encoder: Rate = 1e-5
-    lr_llm: Rate = 1e-5
+    lr_connector: Rate = 1e-4  # of the queries and the projections to and from the language model
+    lr_encoder: Rate = 1e-5  # of the vision encoder
+    lr_llm: Rate = 1e-5  # of the language model, or of its adapters
     freeze: list[Backbone] = []  # backbones that are not trained
-    schedule: Literal["cosine", "constant", "converging"] = "cosine"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03  # fraction of the run
+    schedule: Literal["cosine", "constant", "converging"] = "cosine"  # converging: all groups end at lr_common
+    warmup: BelowOne = 0.03  # fraction of the run
     final: Share = 0.1  # cosine: last learning rate / peak
     lr_common: Rate | None = None  # converging: the learning rate where all groups end
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    eps: Rate = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)] = [0.9, 0.95]  # of AdamW
+    eps: Rate = 1e-8  # of AdamW
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01  # of AdamW, for every weight
     clip: Annotated[float, Field(ge=0)] = 1.0  # global gradient norm; 0: no clipping
 
 
 class TrainSettings(Strict):
     """Length, batch size, and how often to log, validate and save. Exactly one of samples, steps and flops is given."""
 
-    samples: Count | None = None  # to train on
-    steps: Count | None = None  # optimizer steps
-    flops: Rate | None = None  # budget, forward and backward; it determines the number of samples
+    samples: Count | None = None  # length of the run
+    steps: Count | None = None  # length of the run in optimizer steps
+    flops: Rate | None = None  # length of the run: its budget, forward and backward
     packs_per_step: Count = 8  # global batch: samples that fill so many packs, on any number of ranks
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it, else fp32
     seed: Whole = 0  # of the initial weights
-    objective: Literal["text", "dpo"] = "text"
-    dpo_beta: Rate = 0.1
-    log_every: Count = 10  # steps
-    eval_every: Whole = 500  # steps
-    eval_packs: Count = 32  # packs, over all ranks
-    save_every: Whole = 500  # steps
-    keep_last: Count = 2  # checkpoints
-    keep_best: Whole = 1  # checkpoints
-    best: Literal["val_loss", "train_loss"] = "val_loss"  # metric of the best checkpoint
+    objective: Literal["text", "dpo"] = "text"  # dpo: prefer one answer to another, against the first weights
+    dpo_beta: Rate = 0.1  # how strongly the model is kept near its first weights
+    log_every: Count = 10  # steps between two rows of the log
+    eval_every: Whole = 500  # steps between two validations; 0: none
+    eval_packs: Count = 32  # packs of a validation, over all ranks
+    save_every: Whole = 500  # steps between two checkpoints; 0: at the end only
+    keep_last: Count = 2  # newest checkpoints that are kept
+    keep_best: Whole = 1  # best checkpoints that are kept
+    best: Literal["val_loss", "train_loss"] = "val_loss"  # what makes a checkpoint the best
     resume: str = "auto"  # auto: the newest intact checkpoint of the run, if any; none; or a folder
     hang_minutes: Minutes = 30  # a step or validation that takes longer counts as hung and ends the run
     max_nonfinite: Count = 3  # consecutive steps with a non-finite loss or gradient; then the run fails
@@ -166,8 +169,8 @@ class TrainSettings(Strict):
 class LoggerSettings(Strict):
     """Where progress is written besides the run folder and the terminal."""
 
-    wandb: Literal["disabled", "offline", "online"] = "offline"
-    project: str = "fovlm"
+    wandb: Literal["disabled", "offline", "online"] = "offline"  # Weights & Biases
+    project: str = "fovlm"  # of Weights & Biases
     entity: str | None = None  # wandb's team
     folder: str | None = None  # run folder; null: FOVLM_RUNS/NAME, by default `runs/NAME`
 
@@ -177,32 +180,10 @@ class Versus(Strict):
 
     baseline: str  # name of a run
     question: str  # in one line; the heading in the report
-    metrics: Annotated[list[Literal["val_loss", "val_loss_at_equal_flops"]], Field(min_length=1)] = ["val_loss"]
+    metrics: Annotated[list[Metric], Field(min_length=1)] = ["val_loss"]  # what is compared
     caution: str = ""  # what to know beside the numbers
     changes: list[str] = []  # the settings that the comparison is about; `load` fills it in from the two runs' YAML
 
-
-BUDGET = "data.pack_cost (in text tokens; a frame counts as data.frame_cost)"
-# What settings were called before 0.2.
-RENAMED = {
-    "model.dino": "model.encoder",
-    "model.prompt": "model.question (before_frames or after_frames)",
-    "model.rounds": "model.query_rounds",
-    "model.checkpoint_llm": "model.grad_checkpoint: [llm]",
-    "model.checkpoint_dino": "model.grad_checkpoint: [encoder]",
-    "data.train": "data.mixture",
-    "data.frames": BUDGET,
-    "data.text": BUDGET,
-    "data.pack_frames": BUDGET,
-    "data.pack_tokens": BUDGET,
-    "data.max_text": "data.max_tokens",
-    "data.loss": "data.loss_on",
-    "optim.lr_dino": "optim.lr_encoder (null is now optim.freeze: [encoder])",
-}
-INSTEAD = experiments.RENAMED | {old: f"renamed to {new}" for old, new in RENAMED.items()}
-
-# Null meant a frozen backbone before 0.2.
-NULL = {f"optim.lr_{name}": f"null is now optim.freeze: [{name}]" for name in ("encoder", "llm")}
 
 # Settings that do not change what is computed: a checkpoint resumes under other values of these.
 NOT_HASHED = {
@@ -218,7 +199,7 @@ class Experiment(Strict):
     """A named run: everything needed to repeat it."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    note: str = ""
+    note: str = ""  # what the run asks, in one line
     seeds: Count = 1  # how often `fovlm sweep` repeats it, each time with other initial weights
     versus: Versus | None = None  # what the report compares it with
     deepspeed: str = "zero2"  # name of a file in ds_configs/
@@ -332,8 +313,11 @@ def _problems(e: Experiment) -> list[tuple[str, str]]:
         found.append(("model.lora", "its adapters belong to the language model: take llm out of optim.freeze"))
     if e.optim.schedule == "converging" and e.optim.lr_common is None:
         found.append(("optim.lr_common", "converging needs the learning rate where all groups end"))
-    if isinstance(e.model.llm, dict) and e.model.tokenizer is None and d.generate is None:
-        found.append(("model.tokenizer", "a language model made from a config has no tokenizer: give a folder or id"))
+    tokenizer, made = e.model.tokenizer, isinstance(e.model.llm, dict)
+    if made and tokenizer is None and d.generate is None:
+        found.append(("model.tokenizer", "a model made from a config has none: give words, bytes, a folder or id"))
+    if not made and tokenizer in TINY_TOKENIZERS:
+        found.append(("model.tokenizer", f"{tokenizer} is for models made from a config; {e.model.llm} has its own"))
     return found
 
 

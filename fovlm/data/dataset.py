@@ -35,7 +35,7 @@ from fovlm.data.workers import MEMORY, bounded_memory
 from fovlm.errors import SampleError, UserError
 from fovlm.fileio import digest
 from fovlm.media import decode
-from fovlm.paths import cache_root, data_root, local_folder
+from fovlm.paths import cache_root
 
 SUBSTITUTES = 100  # samples that are considered in place of a broken one
 AT_ONCE = 1 << 18  # samples whose sizes are computed together
@@ -74,18 +74,6 @@ def open_dataset(
 def pack_budget(experiment: Experiment) -> PackBudget:
     """The budget of one pack of a run."""
     return PackBudget(experiment.data.pack_cost, experiment.data.frame_cost)
-
-
-def tokenizer_path(experiment: Experiment) -> str:
-    """The tokenizer's folder or hub id: as given or below FOVLM_MODELS or FOVLM_DATA, that of the synthetic task, or
-    the language model's own."""
-    model, task = experiment.model, experiment.data.generate
-    name = model.tokenizer or model.llm
-    if isinstance(name, str):
-        prepared = data_root() / name
-        return str(local_folder(name) or (prepared if prepared.is_dir() else name))
-    assert task is not None  # schema.py checks this
-    return str(data_root() / task.folder / "tokenizer")
 
 
 @dataclass

@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import webdataset
 from braceexpand import braceexpand
 
 from fovlm.config.schema import DataSettings
@@ -47,10 +46,10 @@ def find_shards(source: str, pattern: str, cache: ShardCache | None = None) -> l
         elif re.search(r"[*?\[]", name):
             matches = sorted(Path(path) for path in _glob(data_root() / name))
             if not matches:
-                raise UserError(f"{where} matches no file (searched {data_root() / name}): {_HELP}")
+                raise UserError(f"{where} matches no file (searched {data_root() / name}): {HELP}")
             found += matches
         elif not (path := data_root() / name).is_file():
-            raise UserError(f"{where}: no file {path}: {_HELP}")
+            raise UserError(f"{where}: no file {path}: {HELP}")
         else:
             found.append(path)
     if urls:
@@ -58,7 +57,7 @@ def find_shards(source: str, pattern: str, cache: ShardCache | None = None) -> l
     return list(dict.fromkeys(found))
 
 
-_HELP = "write or copy the shards, or set FOVLM_DATA"
+HELP = "write or copy the shards, or set FOVLM_DATA"
 
 
 def _glob(path: Path) -> Iterable[Path]:
@@ -101,6 +100,8 @@ def write_shards(pattern: Path, samples: Iterable[dict[str, Any]], per_shard: in
 
 def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> None:
     """Write one tar of samples as they come; it gets its name when it is complete."""
+    import webdataset  # imports torch
+
     with open_atomically(path) as file:
         writer = webdataset.TarWriter(file, encoder=False, mtime=0)
         try:

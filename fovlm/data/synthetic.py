@@ -14,18 +14,17 @@ O objects, p pixels of a patch.
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fovlm.config.schema import SyntheticTask
-from fovlm.data.chat import SYSTEM
 from fovlm.data.shards import write_shards
+from fovlm.data.tokenizers import word_tokenizer
 from fovlm.errors import UserError
 from fovlm.fileio import locked, remove_unfinished, staged_dir
 from fovlm.media.encode import encode_jpeg
@@ -45,10 +44,6 @@ PER_SHARD = 1000
 TRUTH = "truth.json"  # where the asked object is in every frame of every validation clip
 COUNT = "count {many} from {first}"  # the text-only task
 NUMBERS = {3: "three", 4: "four", 5: "five"}
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def folder(task: SyntheticTask) -> Path:
@@ -98,22 +93,6 @@ def tokenizer(task: SyntheticTask) -> PreTrainedTokenizerFast:
     """A tokenizer that knows the words of the task and no others."""
     words = [*QUESTION.split(), *COLOURS, *SHAPES, *map(str, range(10)), *COUNT.split(), *NUMBERS.values()]
     return word_tokenizer(words)
-
-
-def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A word-level ChatML tokenizer that knows these words and those of the template."""
-    all_words = ["<unk>", "<|im_start|>", "<|im_end|>", "system", "user", "assistant", *SYSTEM.split(), *words]
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(all_words))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        chat_template=CHATML,
-    )
 
 
 def _videos(

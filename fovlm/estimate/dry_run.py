@@ -17,19 +17,20 @@ import numpy as np
 import torch
 
 from fovlm.config.deepspeed import resolve
-from fovlm.config.schema import Experiment
-from fovlm.data.chat import load_tokenizer
-from fovlm.data.dataset import open_dataset, pack_budget, tokenizer_path
+from fovlm.config.schema import TINY_TOKENIZERS, Experiment
+from fovlm.data.dataset import open_dataset, pack_budget
 from fovlm.data.index import stored_indices
 from fovlm.data.packing import EMPTY, PackSize, pack_samples, pack_shape, round_up
 from fovlm.data.sampling import MixtureSampler
 from fovlm.data.shard_cache import RemoteShard, Shard, shard_cache
 from fovlm.data.shards import URL, find_shards
+from fovlm.data.tokenizers import open_tokenizer, tokenizer_path
 from fovlm.errors import UserError
 from fovlm.estimate.flops import PEAKS, largest, mean_cost, peak_flops, samples_for, total
 from fovlm.estimate.memory import activations, estimate
 from fovlm.estimate.shapes import Geometry, geometry, parameters
 from fovlm.model.build import check_vocabulary
+from fovlm.model.precision import settle
 from fovlm.paths import cache_root, data_root
 from fovlm.tables import text_table
 
@@ -44,10 +45,11 @@ def describe(experiment: Experiment, world_size: int, device: str | None = None)
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
+    experiment = settle(experiment, device)
     deepspeed = resolve(experiment, world_size, device)
     shapes = geometry(experiment.model)
-    if Path(tokenizer := tokenizer_path(experiment)).is_dir():
-        check_vocabulary(shapes.llm.V, len(load_tokenizer(tokenizer)))
+    if Path(tokenizer := tokenizer_path(experiment)).is_dir() or tokenizer == "bytes":
+        check_vocabulary(shapes.llm.V, len(open_tokenizer(experiment)))
     sizes, why_not = known_sizes(experiment)
     fetched = _fetched(experiment)
     parts = [
@@ -77,9 +79,9 @@ def known_sizes(experiment: Experiment) -> tuple[list[PackSize], str]:
                 if next(stored_indices(shard, cache_root(), experiment.data.sources[name].fields), None) is None:
                     return [], f"{shard.name} of {name} has no index yet (the run makes it)"
         tokenizer = tokenizer_path(experiment)
-        if not Path(tokenizer).is_dir():
+        if not Path(tokenizer).is_dir() and tokenizer not in TINY_TOKENIZERS:
             return [], "the tokenizer is not local yet"
-        dataset = open_dataset(experiment, load_tokenizer(tokenizer), experiment.data.mixture)
+        dataset = open_dataset(experiment, open_tokenizer(experiment), experiment.data.mixture)
     except UserError as error:
         return [], str(error)
     return [PackSize(*row) for row in dataset.sizes(0, SIZED).tolist()], ""

@@ -15,6 +15,7 @@ from fovlm.launch.processes import SIGNALS, Run, on_signals, say
 from fovlm.launch.request import Request, parse
 from fovlm.launch.resources import find_resources
 from fovlm.paths import INSTALLED, ROOT, TRAIN
+from fovlm.progress import hide_foreign_bars
 
 # Starts a run. launch.sh makes the environment first; an installed package has one.
 COMMAND = (sys.executable, "-m", "fovlm", "train") if INSTALLED else (str(ROOT / "launch.sh"),)
@@ -45,6 +46,7 @@ def launch(request: Request) -> int:
     """Check a run and train it to its end; returns the exit status. Raises UserError before anything starts."""
     from fovlm.config import deepspeed, schema
     from fovlm.config.existing_run import check_same_settings
+    from fovlm.data.inputs import check_inputs, from_hub, hub_answers, missing_inputs
 
     where = find_resources(request.chooses)
     experiment = schema.load(request.words[0], list(request.words[1:]))
@@ -52,9 +54,15 @@ def launch(request: Request) -> int:
     if where.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     if request.dry_run:
+        if missing := missing_inputs(experiment):
+            say(f"{experiment.name} cannot start yet: {missing}")
         os.environ["WORLD_SIZE"] = str(where.world)
         os.execv(sys.executable, [sys.executable, "-m", "fovlm.train", *request.words, "--dry-run"])
     check_same_settings(experiment)
+    if not where.hosts:  # this machine may be none of the nodes
+        check_inputs(experiment)
+        if from_hub(experiment) and not hub_answers():
+            os.environ["HF_HUB_OFFLINE"] = "1"  # everything is cached
     command, env = command_of(request, where)
     run = Nodes(command, env, where) if where.hosts else Run(command, env, through_srun=where.slurm)
     status = run.wait()
@@ -71,6 +79,7 @@ def main(words: list[str] | None = None) -> int:
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise Stopped
 
+    hide_foreign_bars()
     words = sys.argv[1:] if words is None else words
     try:
         request = parse(words)

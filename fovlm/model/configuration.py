@@ -33,6 +33,7 @@ def backbone_config(key: str, given: dict[str, Any]) -> PreTrainedConfig:
 
 class FoveatedConfig(PreTrainedConfig):
     """What a FoveatedVLM is made of. `llm_config` and `encoder_config` are HF configurations or their dicts.
+    `example` is a question of its validation set, with which demos begin.
 
     Raises ValueError for a `visual` or `question` that does not exist.
     """
@@ -55,6 +56,7 @@ class FoveatedConfig(PreTrainedConfig):
         frame_size: int = 224,
         image_frames: int = 1,
         lora: dict[str, Any] | None = None,
+        example: str = "",
         **kwargs,
     ):
         if visual not in VISUALS:
@@ -73,6 +75,7 @@ class FoveatedConfig(PreTrainedConfig):
         self.frame_size = frame_size
         self.image_frames = image_frames
         self.lora = lora
+        self.example = example
         kwargs.setdefault("tie_word_embeddings", False)  # a tie inside the language model is its own affair
         super().__init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)

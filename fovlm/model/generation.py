@@ -50,9 +50,10 @@ class FoveatedGenerationMixin(GenerationMixin):
         input_ids, attention_mask i64 [B, S] (padded on the left); frames u8 [B, f, 3, s, s]; looks i64 [B, f], how
         often each frame is looked at (0: padding; default: once); prompt i64 [B], tokens ahead of the frames. `mode` is
         one of MODES. `options` are those of transformers: max_new_tokens (default 256), do_sample, num_beams, streamer
-        and so on. `on_progress(done, total)` is called after each frame in mode `autoregressive`. Answers end where the
-        context does. Raises UserError when there is no room for one.
+        and so on; `pixel_values` is another name of `frames`. `on_progress(done, total)` is called after each frame in
+        mode `autoregressive`. Answers end where the context does. Raises UserError when there is no room for one.
         """
+        frames = options.pop("pixel_values", None) if frames is None else frames
         x, mask = self.embed(input_ids, attention_mask, frames, looks, prompt, mode, on_progress)
         settings, options = self.settings(self.config.context - x.shape[1], generation_config, options)
         return self.llm.generate(inputs_embeds=x, attention_mask=mask, generation_config=settings, **options)
@@ -158,7 +159,9 @@ def _parts(frames: Tensor, times: tuple[int, ...], size: int) -> Iterable[tuple[
 def unpadded(
     input_ids: Tensor, mask: Tensor, frames: Tensor | None, looks: Tensor | None, prompt: Tensor | None
 ) -> list[Shown]:
-    """The conversations of padded rows; arguments as in `generate`."""
+    """The conversations of padded rows; arguments as in `generate`. Raises UserError for pixels that are not u8."""
+    if frames is not None and frames.dtype != torch.uint8:
+        raise UserError(f"frames are u8 pixels from 0 to 255, which the model normalises itself, not {frames.dtype}")
     return [
         _sample(
             input_ids[row][mask[row] == 1],

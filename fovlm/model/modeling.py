@@ -157,16 +157,19 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         prompt: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        pixel_values: Tensor | None = None,
         **ignored: Any,
     ) -> Any:
         """Negative log-likelihood f32 [S] of every text token of the pack; 0 at padding and at a sample's first token.
 
         `visual` overrides the configured mode: "coarse" on a foveated model gives its `coarse_only` evaluation.
         With `weight` f32 [S] it is the sum of weight * nll instead (0-d), whose backward pass costs less.
-        With `input_ids` in place of a pack: loss and logits of padded rows, as `supervised` says.
+        With `input_ids` in place of a pack: loss and logits of padded rows, as `supervised` says; `pixel_values` is
+        another name of `frames`.
         """
         if batch is None:
             assert input_ids is not None, "give a pack, or input_ids"
+            frames = pixel_values if frames is None else frames
             return supervised(self, input_ids, attention_mask, frames, looks, prompt, labels, num_items_in_batch)
         hidden = self.read(batch.sequence, self.looks(batch, visual).tokens, batch.tokens)
         return self.nll(batch, hidden) if weight is None else self.weighted_nll(batch, hidden, weight)

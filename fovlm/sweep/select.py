@@ -12,6 +12,7 @@ from typing import Literal
 
 from fovlm.checkpoint.run_folder import read_summary
 from fovlm.config import experiments, schema
+from fovlm.config.existing_run import recorded, settled
 from fovlm.config.schema import Experiment
 from fovlm.errors import UserError, did_you_mean
 
@@ -117,18 +118,13 @@ def _refuse_cycles(starts_from: dict[str, str | None]) -> None:
 
 def run_status(run: PlannedRun) -> Status:
     """The status of a run, from its folder."""
-    finished = read_summary(run.folder).get("status") == "finished"
+    summary, wanted = read_summary(run.folder), run.experiment
+    finished = summary.get("status") == "finished"
     if not finished and not (run.folder / "checkpoints").is_dir():
         return "new"
-    if recorded_hash(run.folder) not in ("", run.experiment.hash):
+    # Parsed again: a setting added since then, at its default, changes nothing.
+    made = recorded(run.folder)
+    wanted = settled(wanted, made.train.precision) if made else wanted
+    if (made.hash if made else summary.get("experiment_hash", wanted.hash)) != wanted.hash:
         return "stale"
     return "finished" if finished else "resumable"
-
-
-def recorded_hash(folder: Path) -> str:
-    """`Experiment.hash` of the settings that a run folder was made under; "" if unknown."""
-    try:
-        # Parsed again: a setting added since then, at its default, changes nothing.
-        return Experiment.parse((folder / "experiment.yaml").read_text(encoding="utf-8")).hash
-    except (OSError, ValueError):
-        return str(read_summary(folder).get("experiment_hash", ""))

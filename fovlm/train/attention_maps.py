@@ -10,6 +10,7 @@ ranks.
 
 import json
 from dataclasses import astuple
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -112,21 +113,8 @@ def _text(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
     return " ".join(" → ".join(parts).split())[:100]
 
 
-INDEX = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Attention maps during training</title>
-<style>body{font:15px system-ui,sans-serif;margin:0 auto;max-width:70rem;padding:1rem;color-scheme:light dark}
-header{position:sticky;top:0;padding:.6rem 0;background:Canvas}input{width:100%}img{width:100%;background:#fff}</style>
-<header><label for="at">after <output id="step"></output> steps (arrow keys)</label>
-<input id="at" type="range" min="0" autofocus></header><img id="map" alt="attention maps">
-<script>const steps = STEPS, at = document.getElementById("at"), map = document.getElementById("map");
-steps.forEach(step => { new Image().src = step[1] });  // no flicker when sliding
-at.max = at.value = steps.length - 1;
-(at.oninput = () => { const [n, file] = steps[at.value]; map.src = file; step.textContent = n.toLocaleString("en") })()
-</script></html>
-"""
-
-
 def _write_index(folder: Path) -> None:
     """Write the page with a slider over the pictures of all evaluations so far."""
     steps = [[int(p.stem.removeprefix("step-")), p.name] for p in sorted(folder.glob("step-*.png"))]
-    (folder / "index.html").write_text(INDEX.replace("STEPS", json.dumps(steps)), encoding="utf-8")
+    page = files("fovlm.viz").joinpath("maps.html").read_text(encoding="utf-8")
+    (folder / "index.html").write_text(page.replace("%STEPS%", json.dumps(steps)), encoding="utf-8")

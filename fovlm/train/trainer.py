@@ -26,10 +26,10 @@ from fovlm.checkpoint.universal import universal_done, universal_for
 from fovlm.config import deepspeed, schema
 from fovlm.config.schema import Experiment
 from fovlm.data import synthetic
-from fovlm.data.chat import load_tokenizer
 from fovlm.data.dataloader import PackLoader, plan_steps
-from fovlm.data.dataset import open_dataset, pack_budget, tokenizer_path
+from fovlm.data.dataset import open_dataset, pack_budget
 from fovlm.data.packing import Batch, PackBudget, PackSize
+from fovlm.data.tokenizers import open_tokenizer
 from fovlm.distributed import SharedError
 from fovlm.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, UserError, format_error
 from fovlm.estimate.flops import mean_cost, samples_of, total
@@ -37,6 +37,7 @@ from fovlm.estimate.shapes import geometry
 from fovlm.fileio import write_atomically
 from fovlm.model.build import build, check_vocabulary
 from fovlm.model.modeling import FoveatedVLM
+from fovlm.model.precision import settle
 from fovlm.paths import TRAIN
 from fovlm.train import process, resume, schedule
 from fovlm.train.bad_samples import BadSamples
@@ -61,12 +62,13 @@ class Trainer:
     """
 
     def __init__(self, experiment: Experiment, device: torch.device):
+        experiment = distributed.broadcast(settle(asked := experiment, device.type))
         data, train = experiment.data, experiment.train
         self.experiment, self.device, self.folder = experiment, device, experiment.run_folder
         self.stop_requested = False
         if task := data.generate:
             distributed.rank_zero_first(lambda: synthetic.make(task))
-        tokenizer = distributed.collective_call(lambda: load_tokenizer(tokenizer_path(experiment)))
+        tokenizer = distributed.rank_zero_first(lambda: open_tokenizer(experiment))
         self.tokenizer, shapes = tokenizer, None
         with contextlib.suppress(UserError):  # shapes that only the hub knows
             shapes = geometry(experiment.model)
@@ -132,6 +134,8 @@ class Trainer:
         self.saver = CheckpointSaver(checkpoints, train, self.engine, experiment.dump(), reference, saved_step)
         steps = train.steps or self._estimate_steps(budget)
         self.logger = Logger(experiment, steps, self.state.step, distributed.rank(), self.train_set.hash)
+        if asked.train.precision != train.precision:
+            self.logger.info(f"train.precision: auto is {train.precision} here")
         if checkpoint:
             self.logger.info(f"resuming from {checkpoint.name}, sample {self.state.samples}")
 

@@ -6,6 +6,7 @@ the page of `fovlm look` in an iframe.
 
 import base64
 import html
+import mimetypes
 import os
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
@@ -28,6 +30,7 @@ from fovlm.viz.gaze import Gaze, gaze_of
 from fovlm.viz.html import write_page
 
 HOSTS = ["127.0.0.1", "localhost"]  # a page elsewhere whose name leads here is another host to a browser
+PLAYED = ("video/mp4", "video/webm")
 LARGEST = "1gb"  # of an uploaded file
 # Gives the iframe the height of its content.
 FIT = "this.style.height = this.contentDocument.documentElement.scrollHeight + 8 + 'px'"
@@ -35,6 +38,7 @@ CSS = """
 .fovlm-strip {display: flex; gap: 4px; overflow-x: auto; padding-bottom: 6px}
 .fovlm-strip figure {margin: 0; flex: none; text-align: center; font-size: 11px; opacity: .85}
 .fovlm-strip img {height: 84px; border-radius: 4px; display: block}
+#player img, #player video {width: 100%; max-height: 240px; object-fit: contain; border-radius: 4px; display: block}
 .fovlm-gaze {width: 100%; border: 1px solid var(--border-color-primary); border-radius: 8px; background: white}
 #examples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important}
 footer {display: none !important}
@@ -57,8 +61,8 @@ def app(
         except UserError as error:
             raise gr.Error(str(error).replace(path, Path(path).name), print_exception=False) from error
 
-    def chosen(path: str | None, fps: float) -> str:
-        return strip(read(path, fps)) if path else ""
+    def chosen(path: str | None, fps: float) -> tuple[str, str]:
+        return (player(path), strip(read(path, fps))) if path else ("", "")
 
     def picked(event: gr.SelectData) -> tuple[str, None]:
         return str(examples[event.index]), None
@@ -112,8 +116,11 @@ def app(
                         elem_id="examples",
                     )
                     gallery.select(picked, None, [clip_path, file])
+                playing = gr.HTML(elem_id="player")
             with gr.Column(scale=3):
-                question = gr.Textbox(label="Question", value="What happens in this video?", elem_id="question")
+                question = gr.Textbox(
+                    label="Question", value=model.config.example or "What happens in this video?", elem_id="question"
+                )
                 with gr.Accordion("More", open=False):
                     other = gr.Textbox(label="Another question, to see both gazes side by side", elem_id="other")
                     fps = gr.Slider(0.5, 8, value=1, step=0.5, label="Frames per second (training uses 1)")
@@ -123,7 +130,7 @@ def app(
         gaze = gr.HTML(elem_id="gaze")
         file.upload(lambda path: path, file, clip_path)
         file.clear(lambda: "", None, clip_path)
-        gr.on([clip_path.change, fps.release], chosen, [clip_path, fps], seen)
+        gr.on([clip_path.change, fps.release], chosen, [clip_path, fps], [playing, seen])
         gr.on([go.click, question.submit], asked, [clip_path, question, other, fps], [answered, gaze])
     return page
 
@@ -143,10 +150,11 @@ def serve(
 ) -> str:
     """Serve the page until Ctrl-C (or return at once, unless `wait`) -> its address.
 
-    `port` 0 is the first free one from 7860. `host` 0.0.0.0 is for other machines too, `share` asks Gradio for a public
-    address. Raises UserError if the port is taken.
+    `port` 0 is the first free one from 7860. `host` 0.0.0.0 is for other machines too, under any name; `share` asks
+    Gradio for a public address. Raises UserError if the port is taken.
     """
     page = app(model, processor, title, examples, tokens, frames, mode)
+    names = HOSTS if host in HOSTS and not share else ["*"]
     theme = gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     try:
         _, address, public = page.queue().launch(
@@ -161,7 +169,7 @@ def serve(
             allowed_paths=[str(path.absolute()) for path in examples],
             theme=theme,
             css=CSS,
-            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)]},
+            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=names)]},
         )
     except OSError as error:
         raise UserError(f"port {port or '7860 and those after it'} is taken: give another --port") from error
@@ -169,6 +177,14 @@ def serve(
         print(f"fovlm: open {public or address} in a browser; Ctrl-C ends", flush=True)
         page.block_thread()
     return address
+
+
+def player(path: str) -> str:
+    """A file as the browser plays it; "" for a folder of frames, and for what browsers do not play."""
+    kind, address = mimetypes.guess_type(path)[0] or "", f"gradio_api/file={quote(str(Path(path).absolute()))}"
+    if kind.startswith("image/"):
+        return f'<img src="{address}">'
+    return f'<video src="{address}" controls muted loop></video>' if kind in PLAYED else ""
 
 
 def strip(clip: Clip) -> str:

@@ -67,7 +67,7 @@ def user_error(capsys, *words: str) -> str:
     return printed.err
 
 
-def test_mistakes_are_told_before_torch_is_imported(film, saved_model):
+def test_mistakes_are_reported_before_torch_is_imported(film, saved_model):
     """A model that is not given or not there, a video that is not there, a mode that the model does not have."""
     mistakes = [
         (["ask", film, "what"], "no model: give --model"),

@@ -66,7 +66,7 @@ def test_weights_of_the_answer_include_the_token_that_ends_it(tokenizer):
     assert chat(tokenizer).text(tiny.conversation("it is red"), None, frames=True).weight.min() == 1
 
 
-def test_the_first_token_has_no_weight_when_nothing_stands_ahead_of_it():
+def test_the_first_token_has_no_weight_when_nothing_is_ahead_of_it():
     record = tiny.conversation()
     for prompt, frames, first in (
         ("after_frames", True, 1),

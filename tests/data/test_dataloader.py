@@ -98,14 +98,14 @@ def test_every_sample_is_read_once_an_epoch_through_the_loader(data):
     assert len(counts) == 9
 
 
-def test_a_run_goes_on_from_its_cursor_on_other_ranks_and_workers(data):
+def test_a_run_resumes_from_its_cursor_on_other_ranks_and_workers(data):
     whole = steps(data, 1, 0, 4)
     first = steps(data, 2, 0, 2)
     second = steps(data, 3, 1, 2, cursor=first[2][-1])
     assert [a + b for a, b in zip(first, second, strict=True)] == list(whole)
 
 
-def test_a_loader_that_is_iterated_again_goes_on(data):
+def test_a_loader_that_is_iterated_again_continues(data):
     loader = PackLoader(data, BUDGET, PACKS)
     cursors = [step.cursor for step in islice(loader, 2)] + [step.cursor for step in islice(loader, 2)]
     assert cursors == [step.cursor for step in islice(PackLoader(data, BUDGET, PACKS), 4)]

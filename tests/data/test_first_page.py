@@ -2,10 +2,10 @@
 
 from fovlm.config.schema import load
 from fovlm.data import synthetic
-from fovlm.data.chat import load_tokenizer
 from fovlm.data.dataloader import plan_steps
-from fovlm.data.dataset import open_dataset, pack_budget, tokenizer_path
+from fovlm.data.dataset import open_dataset, pack_budget
 from fovlm.data.packing import PackSize
+from fovlm.data.tokenizers import open_tokenizer
 
 
 def test_the_way_of_one_sample(tmp_path, monkeypatch):
@@ -13,7 +13,7 @@ def test_the_way_of_one_sample(tmp_path, monkeypatch):
     monkeypatch.setenv("FOVLM_CACHE", str(tmp_path / "cache"))
     experiment = load("quickstart", ["data.generate.train_clips=400", "data.generate.val_clips=1"])
     synthetic.make(experiment.data.generate)
-    tokenizer = load_tokenizer(tokenizer_path(experiment))
+    tokenizer = open_tokenizer(experiment)
     dataset = open_dataset(experiment, tokenizer, experiment.data.mixture)
     assert dataset.mix(1) == (0, 1)
     assert dataset.size(1) == PackSize(frames=4, looks=4, text=25, prompt=17)

@@ -70,7 +70,7 @@ def test_clips_are_a_function_of_the_seed():
     assert not np.array_equal(one.frames, other.frames)
 
 
-def test_the_asked_object_stands_where_it_says_with_the_mark_it_says():
+def test_the_asked_object_is_where_it_says_with_the_mark_it_says():
     clips = draw()
     seen = read(clips.frames, TASK)
     there = np.take_along_axis(seen, clips.cell[..., None], 2)[..., 0]

@@ -52,7 +52,7 @@ def tiny(data: DataSettings, **train) -> Experiment:
     return Experiment(name="tiny", model=model, data=data, train=TrainSettings(best="train_loss", **train))
 
 
-def test_everything_is_told_without_data_or_weights(bare):
+def test_everything_is_reported_without_data_or_weights(bare):
     text = describe(load("1.7B-C1-F"), 8, "cuda")
     at = [text.index(f"-- {section}") for section in SECTIONS]
     assert at == sorted(at)
@@ -68,7 +68,7 @@ def test_every_named_run_can_be_described(name, bare):
     assert f"{e.name}: {e.note}" in describe(e, 2, "cpu")
 
 
-def test_mistakes_are_told_as_in_the_run(bare):
+def test_mistakes_are_reported_as_in_the_run(bare):
     with pytest.raises(UserError, match=r"model\.llm"):
         describe(load("LR1", ["model.llm=nowhere"]), 2, "cuda")
 
@@ -136,7 +136,7 @@ def test_a_checkpoint_that_does_not_exist_is_refused(bare, monkeypatch, capsys):
     assert trainer.main(["LR1", "--dry-run"]) == 0
 
 
-def test_a_tokenizer_that_the_model_has_no_embeddings_for_is_told(tmp_path, bare):
+def test_a_tokenizer_that_the_model_has_no_embeddings_for_is_reported(tmp_path, bare):
     tokenizer().save_pretrained(tmp_path / "words")
     data = DataSettings(
         sources={"a": DataSource(shards="none.tar", kind="text", prompt=str(tmp_path / "words"))}, mixture={"a": 1.0}

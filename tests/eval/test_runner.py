@@ -161,7 +161,7 @@ def tree(folder) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_a_killed_run_goes_on_and_shares_merge_to_the_same_files(tmp_path, quiz, monkeypatch):
+def test_a_killed_run_resumes_and_shares_merge_to_the_same_files(tmp_path, quiz, monkeypatch):
     more = {"controls": ["shuffled", "foreign"]}
     run_eval(target(), settings(tmp_path, out=tmp_path / "whole", **more))
     whole = tree(tmp_path / "whole")

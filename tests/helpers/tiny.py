@@ -16,30 +16,19 @@ from fovlm.config.schema import DataSource
 from fovlm.data.chat import ChatTokenizer
 from fovlm.data.dataset import Dataset
 from fovlm.data.shards import write_shards
+from fovlm.data.tokenizers import SPECIAL, chatml_tokenizer
 from fovlm.media import encode
 
 TEXT = "You are a helpful AI assistant . ? system user what is this yes no it red blue shown here in the picture"
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def tokenizer(words: list[str] | None = None) -> PreTrainedTokenizerFast:
     """Every word, mark and white space character is a token; unknown words are `<unk>`."""
-    special = ["<unk>", "<|im_start|>", "<|im_end|>"]
     ordinary = list(dict.fromkeys(["\n", " ", *TEXT.split(), *(words or []), *map(str, range(10))]))
-    model = models.WordLevel({word: i for i, word in enumerate([*special, *ordinary])}, unk_token="<unk>")
+    model = models.WordLevel({word: i for i, word in enumerate([*SPECIAL, *ordinary])}, unk_token="<unk>")
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|\s|[^\w\s]"), "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        chat_template=CHATML,
-    )
+    return chatml_tokenizer(backend)
 
 
 def picture(value: int, size: int = 16) -> bytes:

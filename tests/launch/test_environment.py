@@ -65,7 +65,7 @@ def test_the_environment_is_made_once_and_again_when_the_pins_change(fresh):
     assert len(fresh("--list")[2]) == 2
 
 
-def test_a_python_that_is_too_old_is_told(fresh):
+def test_a_python_that_is_too_old_is_reported(fresh):
     status, said, asked = fresh("--list", old=1, says=", found 3.9.18")
     assert (status, asked) == (2, [])
     assert (

@@ -28,33 +28,33 @@ def test_without_a_gpu_two_ranks_run_on_the_cpu(place):
 
 def test_all_gpus_are_used_and_num_gpus_takes_the_first(place):
     place.gpus(4)
-    _, args, env = place.recorded("LR1")
+    _, args, env = place.recorded("hunt")
     assert args[args.index("--include") + 1] == "localhost:0,1,2,3"
     assert "DS_ACCELERATOR" not in env
     assert int(env["FOVLM_LAUNCHER"]) > 1
-    _, args, _ = place.recorded("LR1", NUM_GPUS="2")
+    _, args, _ = place.recorded("hunt", NUM_GPUS="2")
     assert args[args.index("--include") + 1] == "localhost:0,1"
-    _, args, env = place.recorded("LR1", CUDA_VISIBLE_DEVICES="3,1")
+    _, args, env = place.recorded("hunt", CUDA_VISIBLE_DEVICES="3,1")
     assert args[args.index("--include") + 1] == "localhost:3,1"
     assert "CUDA_VISIBLE_DEVICES" not in env
-    _, args, env = place.recorded("LR1", NUM_GPUS="0")
+    _, args, env = place.recorded("hunt", NUM_GPUS="0")
     assert env["DS_ACCELERATOR"] == "cpu"
 
 
 def test_what_follows_two_dashes_goes_to_the_launcher_and_wins(place):
     place.gpus(4)
-    _, args, _ = place.recorded("LR1", "--", "--include", "localhost:2", "--master_port", "1234")
+    _, args, _ = place.recorded("hunt", "--", "--include", "localhost:2", "--master_port", "1234")
     assert args.count("--include") == 1
-    assert args[-6:] == ["--include", "localhost:2", "--master_port", "1234", "fovlm.train", "LR1"]
+    assert args[-6:] == ["--include", "localhost:2", "--master_port", "1234", "fovlm.train", "hunt"]
 
 
 def test_inside_slurm_it_starts_itself_one_task_per_gpu(place):
     place.program("scontrol", "#!/bin/sh\necho first\necho second\n")
     slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "32"}
-    program, args, env = place.recorded("LR1", "--", "--exclusive", **slurm)
+    program, args, env = place.recorded("hunt", "--", "--exclusive", **slurm)
     assert program == "srun"
     assert {"--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--kill-on-bad-exit=1", "--cpus-per-task=8"} <= set(args)
-    task = ["task", sys.executable, "-u", "-m", "fovlm.train", "LR1"]
+    task = ["task", sys.executable, "-u", "-m", "fovlm.train", "hunt"]
     assert args[args.index("sh") - 1] == "--exclusive"
     assert args[-6:] == task
     assert env["MASTER_ADDR"] == "first"
@@ -70,12 +70,12 @@ def test_inside_slurm_it_starts_itself_one_task_per_gpu(place):
     [
         ([], "which run?"),
         (["LR11"], "did you mean 'LR1'?"),
-        (["LR1", "optim.lr_lm=1"], "did you mean 'lr_llm'?"),
-        (["LR1", "--fast"], "unknown option --fast"),
-        (["LR1", "LR2"], "one run at a time"),
-        (["LR1", "train.steps"], "a setting is section.key=value"),
-        (["LR1", "deepspeed=zero9"], "did you mean 'zero"),
-        (["LR1", "--", "--num_gups=2"], "after --: no option --num_gups (did you mean '--num_gpus'?)"),
+        (["hunt", "optim.lr_lm=1"], "did you mean 'lr_llm'?"),
+        (["hunt", "--fast"], "unknown option --fast"),
+        (["hunt", "LR2"], "one run at a time"),
+        (["hunt", "train.steps"], "a setting is section.key=value"),
+        (["hunt", "deepspeed=zero9"], "did you mean 'zero"),
+        (["hunt", "--", "--num_gups=2"], "after --: no option --num_gups (did you mean '--num_gpus'?)"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2_before_anything_starts(place, arguments, expected):
@@ -96,7 +96,7 @@ def test_mistakes_are_one_line_and_status_2_before_anything_starts(place, argume
 )
 def test_numbers_that_make_no_sense_are_refused(place, env, says):
     place.gpus(2)
-    done = place.launch("LR1", **env)
+    done = place.launch("hunt", **env)
     assert (done.returncode, done.stderr) == (2, f"fovlm: {says}\n")
 
 
@@ -110,43 +110,43 @@ def test_the_list_has_every_run_and_imports_neither_torch_nor_pydantic(place):
     assert [line.split()[0] for line in listed.splitlines()] == (ROOT / "tests/golden/names.txt").read_text().split()
 
 
-def test_settings_that_differ_from_those_of_the_run_are_told_at_once(place):
-    checkpoint = place.folder / "runs" / "LR1" / "checkpoints" / "step-00000004"
+def test_settings_that_differ_from_those_of_the_run_are_reported_at_once(place):
+    checkpoint = place.folder / "runs" / "hunt" / "checkpoints" / "step-00000004"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "experiment.yaml").write_text(schema.load("LR1").dump())
+    (checkpoint / "experiment.yaml").write_text(schema.load("hunt").dump())
     runs = {"FOVLM_RUNS": str(place.folder / "runs")}
-    place.recorded("LR1", "train.log_every=7", **runs)  # not of the result
-    done = place.launch("LR1", "optim.clip=0.5", "train.seed=3", **runs)
+    place.recorded("hunt", "train.log_every=7", **runs)  # not of the result
+    done = place.launch("hunt", "optim.clip=0.5", "train.seed=3", **runs)
     assert (done.returncode, done.stdout) == (2, "")
     assert "made under other settings: optim.clip=0.5 (was 1.0), train.seed=3 (was 0): undo the change" in done.stderr
-    place.recorded("LR1", "optim.clip=0.5", "name=other", **runs)
+    place.recorded("hunt", "optim.clip=0.5", "name=other", **runs)
 
 
 def test_resume_is_an_override(place):
-    _, args, _ = place.recorded("LR1", "--resume", "none")
-    assert args[-2:] == ["LR1", "train.resume=none"]
+    _, args, _ = place.recorded("hunt", "--resume", "none")
+    assert args[-2:] == ["hunt", "train.resume=none"]
 
 
 @pytest.mark.parametrize(
     ("status", "ends_with", "says"),
-    [("7", 7, "LR1 failed (status 7)"), ("75", 75, "LR1 saved and stopped"), ("247", 137, "killed by signal 9")],
+    [("7", 7, "hunt failed (status 7)"), ("75", 75, "hunt saved and stopped"), ("247", 137, "killed by signal 9")],
 )
 def test_the_status_of_the_run_comes_through_with_a_last_line(place, status, ends_with, says):
-    done = place.launch("LR1", "optim.clip=0.5", STATUS=status)
+    done = place.launch("hunt", "optim.clip=0.5", STATUS=status)
     assert done.returncode == ends_with
     assert says in done.stderr.splitlines()[-1]
-    assert done.stderr.endswith("./launch.sh LR1 optim.clip=0.5\n")
+    assert done.stderr.endswith("./launch.sh hunt optim.clip=0.5\n")
 
 
 def test_a_mistake_that_the_run_itself_reports_needs_no_second_line(place):
-    done = place.launch("LR1", STATUS="2")
+    done = place.launch("hunt", STATUS="2")
     assert (done.returncode, done.stderr) == (2, "")
 
 
 def signalled(place: Place, number: signal.Signals, **env: str) -> tuple[int, str, str]:
     """(status, output, errors) of a run that gets a signal when its rank has started."""
     place.program("deepspeed", TREE.format(python=sys.executable))
-    command = [str(ROOT / "launch.sh"), "LR1"]
+    command = [str(ROOT / "launch.sh"), "hunt"]
     with subprocess.Popen(
         command, env={**place.env, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:
@@ -167,20 +167,20 @@ def test_a_signal_reaches_the_ranks_and_they_save(place, number):
 def test_a_signal_before_the_ranks_can_save_is_no_failure(place, number):
     status, out, err = signalled(place, number, EARLY="1")
     assert (status, out) == (75, "")
-    assert err.splitlines()[-1].startswith("fovlm: LR1 stopped before the first step;")
+    assert err.splitlines()[-1].startswith("fovlm: hunt stopped before the first step;")
 
 
 def test_a_signal_before_the_ranks_are_started_is_no_failure(place):
     place.program("nvidia-smi", "#!/bin/sh\nkill -HUP $PPID\nsleep 30\n")
-    done = place.launch("LR1")
+    done = place.launch("hunt")
     assert (done.returncode, done.stdout) == (75, "")
-    assert done.stderr == "fovlm: LR1 stopped before the first step; the same command starts it again\n"
+    assert done.stderr == "fovlm: hunt stopped before the first step; the same command starts it again\n"
 
 
 def test_a_second_interrupt_kills(place):
     place.program("deepspeed", TREE.format(python=sys.executable).replace("os._exit(75)", "0"))
     with subprocess.Popen(
-        [str(ROOT / "launch.sh"), "LR1"], env=place.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [str(ROOT / "launch.sh"), "hunt"], env=place.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:
         assert run.stdout.readline() == "training\n"
         run.send_signal(signal.SIGINT)
@@ -188,12 +188,12 @@ def test_a_second_interrupt_kills(place):
         run.send_signal(signal.SIGINT)
         said = run.communicate(timeout=60)[1]
     assert run.returncode == 137
-    assert said.splitlines()[-1].startswith("fovlm: LR1 stopped at once; from the last good checkpoint, to resume:")
+    assert said.splitlines()[-1].startswith("fovlm: hunt stopped at once; from the last good checkpoint, to resume:")
 
 
 def test_under_nohup_a_closed_terminal_stops_nothing(place):
     place.program("deepspeed", TREE.format(python=sys.executable))
-    command = ["nohup", str(ROOT / "launch.sh"), "LR1"]
+    command = ["nohup", str(ROOT / "launch.sh"), "hunt"]
     with subprocess.Popen(command, env=place.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stdout.readline() == "training\n"
         run.send_signal(signal.SIGHUP)
@@ -205,13 +205,22 @@ def test_under_nohup_a_closed_terminal_stops_nothing(place):
 
 def test_a_launcher_that_dies_first_leaves_nobody_behind(place):
     place.program("deepspeed", TREE.format(python=sys.executable))
-    done = place.launch("LR1", LEAVE="1")
+    done = place.launch("hunt", LEAVE="1")
     assert done.returncode == 1
     assert "the launcher ended before its ranks" in done.stderr
 
 
 def test_help_is_the_head_of_the_script(place):
-    done = place.launch("LR1", "--help")
+    done = place.launch("hunt", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: ./launch.sh NAME")
     assert "set -u" not in done.stdout
+
+
+def test_all_that_a_run_lacks_is_reported_in_one_line(place):
+    empty = {"HF_HUB_OFFLINE": "1", "FOVLM_MODELS": "/m", "FOVLM_DATA": "/d"}
+    done = place.launch("LR1", "model.llm=folder/of/a/model", **empty)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    models = "model.llm=folder/of/a/model, model.encoder=facebook/dinov2-small: no folder here or below /m"
+    assert all(lacking in done.stderr for lacking in (models, "/d/openvid/", "/d/smoltalk/", "/d/val/"))

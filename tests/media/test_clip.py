@@ -79,7 +79,7 @@ def animation(format: str, frames: int = 30, milliseconds: int = 100) -> bytes:
 
 
 @pytest.mark.parametrize("format", ["WEBP", "GIF"])
-def test_animations_are_watched_like_videos(tmp_path, format):
+def test_animations_are_read_like_videos(tmp_path, format):
     path = saved(tmp_path / "a", animation(format))
     clip = read_clip(path, 16)
     assert clip.seconds == [0, 1, 2]

@@ -249,7 +249,7 @@ def test_an_interrupt_leaves_a_stream_as_it_was(monkeypatch, part, full, prompt)
         assert torch.equal(a[:, :, : quiet.tokens], b[:, :, : quiet.tokens])
 
 
-def test_what_cannot_be_streamed_is_told():
+def test_what_cannot_be_streamed_is_reported():
     with pytest.raises(UserError, match="takes frames, not a path"):
         model_of().stream("clip.mp4")
     with pytest.raises(UserError, match="multi_token"):

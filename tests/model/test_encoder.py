@@ -43,7 +43,7 @@ def test_features_equal_the_forward_of_hugging_face(encoder, frames):
 
 
 @pytest.mark.parametrize("attention", FORMS)
-def test_what_is_kept_is_that_of_hugging_face(encoder, frames, attention):
+def test_the_cache_is_that_of_hugging_face(encoder, frames, attention):
     encoder.attention = attention
     inputs: list[torch.Tensor] = []
     blocks = [encoder.family.block(layer) for layer in encoder.layers]

@@ -44,6 +44,10 @@ def test_loss_and_logits_are_those_of_the_pack(question, visual):
     # The word after a question is the first of its answer.
     asked = processor_of(model)(messages=says("what is this 0 ?", video=frames(3)))
     first = model.generate(**asked, max_new_tokens=1, mode="coarse_fine" if visual == "foveated" else None)[0, 0]
+    renamed = {{"frames": "pixel_values"}.get(name, name): value for name, value in inputs.items()}
+    assert model(**renamed).loss == found.loss
+    with pytest.raises(UserError, match="frames are u8 pixels"):
+        model(**inputs | {"frames": inputs["frames"].float()})
     assert model(**asked).logits[0, -1].argmax() == first
     assert found.logits[2, 0].eq(0).all() == bool(mask[2, 0] == 0)
 

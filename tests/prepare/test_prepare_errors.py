@@ -25,7 +25,7 @@ def test_a_folder_of_other_settings_or_input_is_not_mixed(tmp_path):
         made("smoltalk", raw, tmp_path / "out")
 
 
-def test_mistakes_are_told_in_one_line(tmp_path):
+def test_mistakes_are_reported_in_one_line(tmp_path):
     file = table(tmp_path / "x.csv", ["video", "captions"], [["a", "b"]])
     with pytest.raises(
         UserError,
@@ -162,7 +162,7 @@ def test_two_commands_do_not_write_into_one_folder(tmp_path):
         made("smoltalk", tmp_path, tmp_path / "out")
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_in_one_line(tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_to_is_reported_in_one_line(tmp_path, capsys):
     table(tmp_path / "t.csv", ["video", "caption"], [["a.webm", "Red."]])
     assert main(["prepare", "openvid", str(tmp_path), str(tmp_path / "t.csv"), "--workers", "1"]) == 2
     assert f"{tmp_path / 't.csv'}: File exists" in capsys.readouterr().err

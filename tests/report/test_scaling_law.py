@@ -105,7 +105,7 @@ def test_the_best_size_grows_as_the_exponent_says_whatever_a_sample_costs(share)
         assert CHINCHILLA.exponent() > measured + 0.05, "what N times D would say"
 
 
-def test_costs_that_are_no_line_over_size_are_told():
+def test_costs_that_are_no_line_over_size_are_reported():
     N = np.array([1.5e8, 3.8e8, 1.8e9])
     assert cost_of_size(N, 6 * N)[0] == pytest.approx(1)
     assert cost_of_size(N, 6 * N**0.8)[1] > 0.03

@@ -48,7 +48,7 @@ def test_patterns_name_runs_in_the_order_of_their_file(patterns, only, expected)
         ([], "", "which runs?"),
     ],
 )
-def test_what_is_not_there_is_told_with_the_nearest(patterns, only, expected):
+def test_what_is_not_there_is_reported_with_the_nearest(patterns, only, expected):
     with pytest.raises(UserError) as error:
         select(patterns, only)
     assert expected in str(error.value)
@@ -70,7 +70,7 @@ def test_a_file_says_how_often_its_runs_are_repeated():
     assert runs[0].experiment.hash == plan(select(["nano-A6"]), ["train.steps=9", "seeds=1"])[0].experiment.hash
 
 
-def test_settings_that_cannot_be_are_told_before_anything_runs():
+def test_settings_that_cannot_be_are_reported_before_anything_runs():
     with pytest.raises(UserError, match="lr_llm"):
         plan(select(["LR1"]), ["optim.lr_lm=1"])
     with pytest.raises(UserError, match=r"^model\.init_from goes in a circle: LR1, which starts from LR1; "):
@@ -218,7 +218,7 @@ def test_a_filter_that_keeps_nothing_names_a_few():
 
 
 @pytest.mark.parametrize("damage", [b"\xff\xfejunk", b"a,b\n1,2\n"])
-def test_a_damaged_table_is_told_in_a_line(tmp_path, monkeypatch, capsys, damage):
+def test_a_damaged_table_is_reported_in_a_line(tmp_path, monkeypatch, capsys, damage):
     monkeypatch.setenv("FOVLM_RUNS", str(tmp_path))
     (tmp_path / "runs.csv").write_bytes(damage)
     for words in (["--dry-run"], []):

@@ -134,7 +134,7 @@ def test_one_after_another_and_what_is_finished_is_skipped(place):
     assert "finished already" in said
 
 
-def test_runs_that_wait_for_one_another_are_told_before_anything_runs(place):
+def test_runs_that_wait_for_one_another_are_reported_before_anything_runs(place):
     file = place.home / "experiments" / "trio.yaml"
     file.write_text(file.read_text().replace("first in its file", "starts from next, model: {init_from: next}"))
     with pytest.raises(UserError, match="in a circle: two, which starts from next, which starts from two;"):
@@ -156,7 +156,7 @@ def test_the_table_has_a_row_for_each(place):
     assert (place.table()["one"]["status"], place.table()["two"]) == ("finished", two)
 
 
-def test_a_failure_is_told_with_its_last_words_and_the_rest_is_done(place):
+def test_a_failure_is_reported_with_the_end_of_its_log_and_the_rest_is_done(place):
     place.behave(two="fail")
     results, status, said = place.work("trio/*")
     assert (results, status) == ({"two": "failed", "one": "finished", "next": "blocked"}, 1)
@@ -215,7 +215,7 @@ def when_started(place: Place, count: int, number: int) -> threading.Thread:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_every_run_and_the_same_command_goes_on(place, number):
+def test_a_signal_reaches_every_run_and_the_same_command_resumes(place, number):
     place.behave(two="wait", one="wait")
     before = signal.getsignal(number)
     thread = when_started(place, 2, number)

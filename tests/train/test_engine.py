@@ -100,14 +100,14 @@ def test_gpus_follow_plain_pytorch_on_a_cpu(found_on_gpus, plain):
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
-def test_a_resumed_run_goes_on_bit_for_bit(found, world, stage):
+def test_a_resumed_run_resumes_bit_for_bit(found, world, stage):
     """Two ranks may add up a gradient's halves in either order, so there the last bit of an fp32 sum is free."""
     for on, resumed in zip(found[world][stage]["on"], found[world][stage]["resumed"], strict=True):
         assert math.isclose(on["loss"], resumed["loss"], rel_tol=0 if world == 1 else 2e-7)
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2"])
-def test_a_resume_on_another_number_of_ranks_goes_on_exactly(found, stage):
+def test_a_resume_on_another_number_of_ranks_is_exact(found, stage):
     for on, moved in zip(found[1][stage]["on"], found[2][stage]["moved"], strict=True):
         assert math.isclose(on["loss"], moved["loss"], rel_tol=2e-7)
 

@@ -42,7 +42,7 @@ def test_losses_are_the_golden_ones(whole):
     assert losses[-1] < 0.9 * losses[0], "and it learns"
 
 
-def test_the_run_folder_tells_everything(whole, home):
+def test_the_run_folder_has_everything(whole, home):
     folder = home / "runs" / "whole"
     summary = json.loads((folder / "run_summary.json").read_text())
     assert summary["status"] == "finished"
@@ -71,7 +71,7 @@ def test_a_broken_sample_is_counted_and_named(whole, home):
     assert "sample p2 in broken-00.tar" in named[0]
 
 
-def test_a_killed_run_goes_on_exactly_on_another_number_of_ranks(whole, home):
+def test_a_killed_run_resumes_exactly_on_another_number_of_ranks(whole, home):
     processes = start_ranks(2, command(home, "killed", "data.workers=0"), environment(home))
     until(lambda: len(rows(home, "killed")) >= 7)
     for process in processes:  # at once, in the middle of a step

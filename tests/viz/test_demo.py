@@ -21,7 +21,9 @@ PATIENCE = 60_000  # milliseconds: a machine may be busy
 
 @pytest.fixture(scope="module")
 def model(saved_model):
-    return open_model(saved_model)
+    net, processor = open_model(saved_model)
+    net.config.example = "what is shown ?"
+    return net, processor
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,10 @@ def test_upload_a_clip_and_ask(page, address, tmp_path):
     page.set_input_files("#clip input[type=file]", tmp_path / "film.mp4")
     page.wait_for_selector(".fovlm-strip img")
     assert page.locator(".fovlm-strip img").count() == 3
+    page.wait_for_function(
+        "document.querySelector('#player video').readyState > 0 || document.querySelector('#player video').error"
+    )
+    assert page.input_value("#question textarea") == "what is shown ?"
     page.fill("#question textarea", "what is this ?")
     page.click("#ask")
     gaze = page.frame_locator("iframe.fovlm-gaze")
@@ -96,6 +102,13 @@ def test_a_page_under_another_name_is_not_served(address):
         connection.request("GET", "/", headers={"Host": f"{host}:{port}"})
         assert connection.getresponse().status == status, host
         connection.close()
+
+
+def test_other_machines_are_served_when_asked_to(model):
+    address = demo.serve(*model, "tiny", [], host="0.0.0.0", wait=False)
+    connection = http.client.HTTPConnection("127.0.0.1", int(address.rstrip("/").rsplit(":", 1)[1]))
+    connection.request("GET", "/", headers={"Host": "laptop.example"})
+    assert connection.getresponse().status == 200
 
 
 def test_a_taken_port_is_an_error(model, address):

@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from fovlm.data.synthetic import word_tokenizer
 from fovlm.data.tables import Row
+from fovlm.data.tokenizers import word_tokenizer
 from fovlm.errors import SampleError, UserError
 from fovlm.media import tolerant
 from fovlm.media.collage import load_cutout, place

@@ -233,7 +233,8 @@ def _open(name: str, overrides: list[str] | None):
     shards = name.endswith(".tar") or "*" in name
     experiment = load("LR1" if shards else name, overrides)
     if shards:
-        indices = open_indices(find_shards("shards", pattern := str(Path(name).absolute())), cache_root())
+        pattern = name if "://" in name else str(Path(name).absolute())
+        indices = open_indices(find_shards("shards", pattern), cache_root())
         pairs = any(index.preference.any() for index in indices)
         source = DataSource(shards=pattern, kind="preference" if pairs else "mixed", prompt="Describe this.")
         data = experiment.data.model_copy(

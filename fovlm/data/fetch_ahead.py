@@ -15,6 +15,7 @@ from operator import itemgetter
 from typing import BinaryIO, TypeVar
 
 from fovlm.data.dataset import Dataset, SourceShards
+from fovlm.data.sampling import BLOCK
 from fovlm.data.shard_cache import RemoteShard
 from fovlm.errors import UserError
 
@@ -58,6 +59,7 @@ class FetchAhead:
 
     def __enter__(self) -> "FetchAhead":
         if self.dataset.remote:
+            self._warn()
             threading.Thread(target=self._work, daemon=True).start()
         return self
 
@@ -89,6 +91,14 @@ class FetchAhead:
                 break
             found.append(shard)
         return found
+
+    def _warn(self) -> None:
+        """Say so when the cache is too small for the shards that are shuffled together, at the start of a run."""
+        sizes = [sorted((s.file.size for s in source.remote), reverse=True)[:BLOCK] for source in self.dataset.sources]
+        need, limit = sum(map(sum, sizes)), next(s.remote[0] for s in self.dataset.sources if s.remote).cache.limit
+        if need > limit and self.stop is None:
+            text = "data.cache_gb=%g holds less than the %.2g GB of shards that are read at once: they exceed it"
+            log.warning(f"{text}, or are fetched again and again; give twice as much", limit / 1e9, need / 1e9)
 
     def _work(self) -> None:
         while not self.ended:

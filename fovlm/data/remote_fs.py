@@ -62,6 +62,9 @@ def list_files(urls: list[str]) -> list[RemoteFile]:
     Raises UserError for a file that is not there, with the closest name.
     """
     found: list[RemoteFile] = []
+    for folder in (url.rpartition("/")[0] for url in urls):
+        if re.search(r"[*\[]", folder):
+            raise UserError(f"{folder}: wildcards are for the last part of a URL; write folders in braces: {{a,b}}")
     folders = {folder: _folder(folder) for folder in dict.fromkeys(url.rpartition("/")[0] for url in urls)}
     unknown = [url for url in urls if _is_http(url) and not _is_pattern(url) and not folders[url.rpartition("/")[0]]]
     with ThreadPoolExecutor(16) as pool:
@@ -188,7 +191,7 @@ def _file_system(url: str) -> tuple[Any, tuple[type[Exception], ...]]:
 
 def _cause(error: Exception, fs: Any, url: str) -> tuple[str, bool]:
     """(why a call failed in a few words, whether no retry can help)."""
-    behind = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+    behind = (_is_http(url) and error.__cause__) or error  # http calls everything a missing file
     status = getattr(behind, "status", None) or getattr(getattr(behind, "response", None), "status_code", None)
     words = redact(" ".join(str(behind).split())[:200]) or type(behind).__name__
     if isinstance(error, PermissionError) or status in REFUSED or "credentials" in words.lower():

@@ -83,7 +83,7 @@ def largest(server) -> int:
     return max(file.stat().st_size for file in server.folder.glob("*.tar"))
 
 
-def test_samples_and_order_are_those_of_local_shards(server, made, tmp_path, monkeypatch):
+def test_samples_and_order_are_those_of_local_shards(server, made, tmp_path, caplog):
     """With room for three shards of the eight that are shuffled together."""
     local, remote = opened(str(made), tmp_path), opened(server.url, tmp_path / "c", 3 * largest(server))
     assert remote.hash == local.hash
@@ -92,6 +92,9 @@ def test_samples_and_order_are_those_of_local_shards(server, made, tmp_path, mon
         steps = islice(PackLoader(data, BUDGET, 2), 8)
         found.append([(s.cursor, [(b.keys, b.tokens.tolist(), b.frames.sum()) for b in s.batches]) for s in steps])
     assert found[0] == found[1]
+    assert (
+        caplog.text.count("holds less than the 0.00018 GB of shards that are read at once") == 1
+    )  # 8 x 20,480 + 2 x 10,240
 
 
 def test_what_is_needed_next_comes_in_the_order_of_positions(server, tmp_path):
@@ -240,6 +243,7 @@ def test_a_full_disk(server, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("pattern", "problem"), [
     ("video-{00..12}.tar", r"no file .*video-12.tar \(did you mean 'video-"),
     ("video-*.tarr", r"no file .*video-\*.tarr"),
+    ("*/video-00.tar", "wildcards are for the last part"),
 ])  # fmt: skip
 def test_patterns_that_do_not_do(server, tmp_path, pattern, problem):
     manifest(server.folder)

@@ -27,7 +27,7 @@ install:
 # The page of `fovlm export` in Chromium. Needs the npm registry once, and runs/quickstart (`./launch.sh quickstart`); its
 # figures are printed.
 page:
-	@$(RUN) && python -m fovlm.export.npm && python -m pytest -m slow -s tests/export $(ARGS)
+	@$(RUN) && python -m fovlm.export.npm && python -m pytest -m slow -s -o faulthandler_timeout=3600 tests/export $(ARGS)
 
 # Two nodes on this machine, over ssh and under SLURM. As root, on Debian or Ubuntu; installs what is missing with
 # apt-get. About ten minutes on two cores.

@@ -30,20 +30,21 @@ with needs("onnxruntime"):
 def shrink(file: Path, weights: str) -> None:
     """Replace a graph by one with int8 or int4 weights of its matrices and embeddings.
 
-    int8: one scale for each column of a matrix, and activations of 8 bits too. int4: one scale for each 32 weights.
+    int8: one scale for each column of a matrix, and activations of 8 bits too. int4: one scale for each 32 weights of a
+    matrix, and embeddings in int8.
     """
     smaller = file.with_suffix(".smaller")
-    if weights == "int8":
-        quantize_dynamic(
-            file, smaller, op_types_to_quantize=["MatMul", "Gather"], per_channel=True, weight_type=QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True},
-        )  # fmt: skip
-    else:
-        quantizer = MatMulNBitsQuantizer(
-            str(file), bits=4, block_size=32, is_symmetric=True, op_types_to_quantize=("MatMul", "Gather")
-        )
+    operators = ["MatMul", "Gather"]
+    if weights == "int4":
+        quantizer = MatMulNBitsQuantizer(str(file), bits=4, block_size=32, is_symmetric=True)
+        quantizer.model.replace_gemm_with_matmul()
         quantizer.process()
-        quantizer.model.save_model_to_file(str(smaller))
+        quantizer.model.save_model_to_file(str(file))
+        operators = ["Gather"]
+    quantize_dynamic(
+        file, smaller, op_types_to_quantize=operators, per_channel=True, weight_type=QuantType.QInt8,
+        extra_options={"MatMulConstBOnly": True},
+    )  # fmt: skip
     smaller.replace(file)
     file.with_name(f"{file.name}.data").unlink(missing_ok=True)  # the weights of a large graph
 

@@ -32,7 +32,12 @@ def prepare(
         ),
     ],
     raw: Annotated[
-        str, typer.Argument(metavar="IN", help="The raw data: a folder or its table. For val: a pattern of shards.")
+        str,
+        typer.Argument(
+            metavar="IN",
+            help="The raw data: a folder, its table, or hf://datasets/OWNER/NAME[/FOLDER]. For val: a pattern of "
+            "shards.",
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
     name: Annotated[str, typer.Option(help="Shards are named NAME-00000.tar ...  [default: train; for val: val]")] = "",
@@ -98,6 +103,7 @@ def prepare(
         fovlm prepare llava llava.json data/llava --media images
         fovlm prepare openvid raw/openvid pool/openvid
         fovlm prepare cauldron raw/the_cauldron pool/cauldron --workers 16
+        fovlm prepare finevision hf://datasets/HuggingFaceM4/FineVision/ai2d pool/ai2d
         fovlm prepare smoltalk raw/smoltalk pool/smoltalk --stage 2
         fovlm prepare scenes raw data/scenes --samples 6000 --objects 1,3,9
         fovlm prepare val 'pool/*/train-*.tar' data/val --samples 10000
@@ -128,6 +134,10 @@ def prepare(
         ):
             if value and value not in allowed:
                 raise UserError(f"{option} {value}: it is {' or '.join(allowed)}{did_you_mean(value, allowed)}")
+        if raw.startswith("hf:"):
+            from fovlm.prepare.hub import fetch_dataset
+
+            raw = str(fetch_dataset(raw))
         job = Job(
             source, Path(raw), out, name or "train", seed, per_shard, size, frames or 64, media=media, stage=stage,
             turns=turns, columns=_columns(source, video, image, question, answer), ratings=_ratings(rating or []),

@@ -3,11 +3,14 @@
 import http.server
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+SHA = "0" * 40  # the only commit of the hub's data set me/set
 
 
 class FileServer(http.server.ThreadingHTTPServer):
@@ -41,7 +44,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         fault = faults.pop(0) if faults and self.command == "GET" else ""
         if path.startswith("/api/"):
             return self._hub(path)
-        file = self.server.folder / path.lstrip("/").removeprefix("datasets/me/set/resolve/main/")
+        file = self.server.folder / re.sub(r"^datasets/me/set/resolve/[^/]+/", "", path.lstrip("/"))
         if fault.isdigit() or not file.is_file():
             return self._answer(int(fault or 404), b"")
         data = file.read_bytes()
@@ -58,16 +61,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(0.3)
         headers = {"Content-Range": f"bytes {first}-{first + len(data) - 1}/{size}"} if data is not whole else {}
         sent = data[: len(data) // 2] if fault == "drop" else data
-        self._answer(206 if headers else 200, sent, headers | {"Content-Length": str(len(data))})
+        if "/resolve/" in path:
+            headers |= {"ETag": f'"{file.stat().st_mtime_ns}"', "X-Repo-Commit": SHA}
+        self._answer(206 if "Content-Range" in headers else 200, sent, headers | {"Content-Length": str(len(data))})
 
     def _hub(self, path: str) -> None:
-        """/api/datasets/me/set[/revision/main | /tree/main[/FOLDER]]"""
+        """/api/datasets/me/set[/revision/NAME | /tree/NAME[/FOLDER]]"""
         if not path.startswith("/api/datasets/me/set"):
             return self._answer(404, b"{}")
         if "/tree/" not in path:
-            return self._answer(200, json.dumps({"id": "me/set", "sha": "0" * 40, "siblings": []}).encode())
-        below = path.partition("/tree/main")[2].strip("/")
-        files = sorted(p for p in (self.server.folder / below).iterdir() if p.is_file())
+            return self._answer(200, json.dumps({"id": "me/set", "sha": SHA, "siblings": []}).encode())
+        below = re.sub(r"^.*/tree/[^/]+/?", "", path)
+        pattern = "**/*" if "recursive=true" in self.path.lower() else "*"
+        files = sorted(p for p in (self.server.folder / below).glob(pattern) if p.is_file())
         found = [{"type": "file", "oid": f"{p.stat().st_mtime_ns}", "size": p.stat().st_size,
                   "path": str(p.relative_to(self.server.folder))} for p in files]  # fmt: skip
         self._answer(200, json.dumps(found).encode())

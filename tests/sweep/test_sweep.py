@@ -290,9 +290,9 @@ def test_launch_sh_keeps_two_runs_to_their_gpus(place, monkeypatch):
     for key, value in {"PATH": f"{tools}:/usr/bin:/bin", "FOVLM_PYTHON": str(tools / "python"), "SLURM_JOB_ID": "1",
                        "FOVLM_CACHE": str(place.home / "cache")}.items():  # fmt: skip
         monkeypatch.setenv(key, value)
-    planned = plan(select(["LR1", "A1"]), ["optim.clip=0.5"])
+    planned = plan(select(["nano-LR1", "nano-A1"]), ["optim.clip=0.5"], seeds=1)
     results = SweepRunner(planned, gpu_slots(["1", "3"], 1), SweepProgress(2, StringIO())).work()
-    assert results == {"LR1": "failed", "A1": "failed"}
+    assert results == {"nano-LR1": "failed", "nano-A1": "failed"}
     logs = [(run.folder / LOG).read_text().splitlines() for run in planned]
     for log, run, gpu in zip(logs, planned, (1, 3), strict=True):
         assert f"arg=localhost:{gpu}" in log

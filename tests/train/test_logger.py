@@ -213,7 +213,7 @@ def test_wandb_gets_the_rows_but_no_secret_and_no_path(experiment, monkeypatch):
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(experiment.run_folder / "config"))
     values = experiment.model_dump()
     values["logger"]["wandb"] = "offline"
-    values["data"]["sources"]["clips"]["shards"] = "https://host/home/someone/clips.tar?token=s3cr3t-value"
+    values["data"]["sources"]["clips"]["shards"] = "https://host/home/someone/s3cr3t-value/clips.tar"
     values["data"]["sources"]["clips"]["prompt"] = "/home/someone/s3cr3t-value"
     experiment = Experiment.model_validate(values)
     ids = []

@@ -56,10 +56,10 @@ def test_the_numbers_of_sources_and_packs(dataset):
 
 def test_shards_without_an_experiment(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path / "words")
-    assert main(["data", "stats", "a-*.tar", "model.tokenizer=words"]) == 0
+    tiny.tokenizer().save_pretrained(tmp_path / "own")
+    assert main(["data", "stats", "a-*.tar", "model.tokenizer=own"]) == 0
     assert re.search(r"empty answer +shards +1", capsys.readouterr().out)
-    assert main(["data", "view", "a-0.tar", "model.tokenizer=words", "--samples", "4"]) == 0
+    assert main(["data", "view", "a-0.tar", "model.tokenizer=own", "--samples", "4"]) == 0
     assert "samples in samples.html" in capsys.readouterr().out
     assert main(["data", "stats", "b-*.tar"]) == 2
     assert "matches no file" in capsys.readouterr().err

@@ -27,7 +27,7 @@ def prepare(
     source: Annotated[
         str,
         typer.Argument(
-            help="table, llava, messages: your own data; openvid, webvid, videos, cauldron, finevision, smoltalk, "
+            help="table, llava, messages: your own data; openvid, videos, cauldron, finevision, smoltalk, "
             "rlaif-v, scenes; mvbench, videomme, scienceqa, pope; or val: draw an evaluation set."
         ),
     ],

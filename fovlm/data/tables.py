@@ -27,12 +27,12 @@ class Block:
     """`rows` rows of a table from row `first` on, at `place`: the offset of `length` bytes, or the row group."""
 
     file: Path
-    format: str  # one of FORMATS, or "sidecar": one JSON file per row
+    format: str  # one of FORMATS
     first: int
     rows: int
     place: int = 0
     length: int = 0
-    names: tuple[str, ...] = ()  # the columns of a CSV; the files of a sidecar block
+    names: tuple[str, ...] = ()  # the columns of a CSV
     line: int = 0  # the number of its first line, which is `first` unless rows are read as one
     same: tuple[str, ...] = ()  # columns by which rows are read as one
 
@@ -102,22 +102,6 @@ def blocks_of(file: Path, needs: tuple[tuple[str, ...], ...], same: tuple[str, .
     return blocks
 
 
-def sidecar_blocks(folder: Path, formats: tuple[str, ...]) -> list[Block]:
-    """Blocks of JSON files beside videos, as video2dataset writes them. Empty if there are none, or a table too.
-
-    video2dataset also writes NAME.parquet and NAME_stats.json about the download; they are ignored.
-    """
-    if not folder.is_dir() or any(_tables_in(folder, name) for name in formats if name != "parquet"):
-        return []
-    files = [p for p in folder.rglob("*.json") if not p.name.endswith("_stats.json")]
-    has_parquet = "parquet" in formats and _tables_in(folder, "parquet")
-    if has_parquet and not any(p.with_suffix(".mp4").is_file() for p in files):
-        return []
-    names = sorted(str(p.relative_to(folder)) for p in files)
-    starts = range(0, len(names), LINES)
-    return [Block(folder, "sidecar", i, len(part := names[i : i + LINES]), names=tuple(part)) for i in starts]
-
-
 def read_block(block: Block, columns: tuple[str, ...]) -> list[Row | str]:
     """The rows of a block; the cause in place of an unreadable row. Only `columns` of parquet files are read."""
     rows = _read(block, columns)
@@ -149,8 +133,6 @@ def _read(block: Block, columns: tuple[str, ...]) -> list[Row | str]:
         return _parquet_rows(block, columns)
     if block.format == "json":
         return _json_rows(block.file, block.same)
-    if block.format == "sidecar":
-        return [_row_of((block.file / name).read_bytes(), {"file": name}) for name in block.names]
     with open(block.file, "rb") as file:
         file.seek(block.place)
         data = file.read(block.length)
@@ -186,12 +168,12 @@ def _column(name: str, columns: Sequence[str]) -> str:
     return name if name in columns else name.partition(".")[0]
 
 
-def _row_of(line: bytes, more: Row | None = None) -> Row | str:
+def _row_of(line: bytes) -> Row | str:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return "malformed JSON"
-    return row | (more or {}) if isinstance(row, dict) else "malformed JSON"
+    return row if isinstance(row, dict) else "malformed JSON"
 
 
 def _csv_row(header: tuple[str, ...], cells: list[str]) -> Row | str:

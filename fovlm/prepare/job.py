@@ -87,7 +87,6 @@ class RawSource:
     rows: Callable[[Job], list[Row]] | None = None  # instead of tables: all rows
     finish: Callable[[Job], None] = lambda job: None  # after the shards
     complete: str = ""  # the table or folder whose rows are repeated by others beside it
-    sidecars: bool = False  # a JSON beside each video can replace the table
 
 
 def content_hashes(record: Record, pictures: list[bytes]) -> tuple[str, str]:

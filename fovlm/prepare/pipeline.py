@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fovlm.data.chat import load_tokenizer, template
-from fovlm.data.tables import LINES, Block, blocks_of, find_tables, refuse_twice, sidecar_blocks
+from fovlm.data.tables import LINES, Block, blocks_of, find_tables, refuse_twice
 from fovlm.data.workers import each
 from fovlm.errors import UserError
 from fovlm.fileio import digest_file, remove_unfinished, write_atomically
@@ -129,8 +129,6 @@ def _blocks(job: Job, source: RawSource) -> list[Block]:
     if source.rows is not None:
         rows = len(all_rows(job))
         return [Block(job.raw, "rows", n, min(LINES, rows - n)) for n in range(0, rows, LINES)]
-    if source.sidecars and (blocks := sidecar_blocks(job.raw, source.formats)):
-        return blocks
     tables = find_tables(job.raw, source.formats)
     if source.complete:
         refuse_twice(tables, job.folder, source.complete)

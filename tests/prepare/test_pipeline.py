@@ -43,32 +43,6 @@ def test_long_videos_are_thinned_out(tmp_path):
     assert all(pictures == ["000.jpg", "001.jpg"] for _, _, pictures in samples_of(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("layout", ["csv", "parquet", "list", "sidecar"])
-def test_webvid_in_its_layouts(tmp_path, layout):
-    raw = tmp_path / "raw"
-    (raw / "p_1").mkdir(parents=True)
-    (raw / "p_1" / "77.mp4").write_bytes(VIDEO)
-    if layout == "csv":
-        table(
-            raw / "results.csv",
-            ["videoid", "contentUrl", "duration", "page_dir", "name"],
-            [["77", "x", "P", "p_1", "red"]],
-        )
-    elif layout == "parquet":
-        parquet(raw / "data" / "0.parquet", [{"videoid": 77, "page_dir": "p_1", "name": "red"}])
-        (raw / "dataset_infos.json").write_text("{}")
-    elif layout == "list":
-        (raw / "all.json").write_text(json.dumps([{"video": "p_1/77.mp4", "caption": "red"}]))
-    else:  # with what video2dataset tells of the download
-        (raw / "p_1" / "77.json").write_text(json.dumps(row := {"caption": "red", "url": "x", "videoid": "other"}))
-        (raw / "p_1_stats.json").write_text('{"count": 1}')
-        parquet(raw / "p_1.parquet", [row])
-    assert not made("webvid", raw, tmp_path / "out").rejected
-    ((_, record, pictures),) = samples_of(tmp_path / "out")
-    assert record["assistant"] == "red"
-    assert len(pictures) == 3
-
-
 def test_videos_with_questions(tmp_path):
     raw = tmp_path / "raw"
     jsonl(

@@ -84,7 +84,7 @@ def shards(tmp_path_factory):
     """A little shard for every source of the ablations: overrides that name them."""
     folder = tmp_path_factory.mktemp("sources")
     found = []
-    for name, frames in {"openvid": 3, "webvid": 2, "cauldron": 1, "smoltalk": 0, "val": 2, "val_cauldron": 1}.items():
+    for name, frames in {"openvid": 3, "cauldron": 1, "smoltalk": 0, "val": 2, "val_cauldron": 1}.items():
         samples = [tiny.clip(f"{name}{i}", frames, assistant="it is " + "red " * (i % 3 + 1)) for i in range(6)]
         if frames == 1:
             samples = [{("jpg" if k == "000.jpg" else k): v for k, v in sample.items()} for sample in samples]

@@ -2,13 +2,13 @@
 
 from fovlm.errors import UserError, did_you_mean
 from fovlm.prepare.job import Job, RawSource
-from fovlm.prepare.sources import benchmarks, cauldron, llava, messages, rlaif_v, scenes, table, webvid
+from fovlm.prepare.sources import benchmarks, cauldron, llava, messages, rlaif_v, scenes, table
 
 GENERAL = ("table", "llava", "messages")
 SOURCES: dict[str, RawSource] = {
     source.name: source
     for source in (
-        llava.SOURCE, messages.SOURCE, table.VIDEOS, table.OPENVID, webvid.SOURCE, *cauldron.SOURCES, messages.SMOLTALK,
+        llava.SOURCE, messages.SOURCE, table.VIDEOS, table.OPENVID, *cauldron.SOURCES, messages.SMOLTALK,
         rlaif_v.SOURCE, scenes.SOURCE, *benchmarks.SOURCES,
     )
 }  # fmt: skip

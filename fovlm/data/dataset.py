@@ -31,7 +31,7 @@ from fovlm.data.sampling import MixtureSampler, ShardShuffle
 from fovlm.data.shard_cache import RemoteShard, ShardCache, shard_cache
 from fovlm.data.shards import find_shards
 from fovlm.data.token_cache import read_texts
-from fovlm.data.workers import MEMORY, bounded_memory
+from fovlm.data.workers import DECODING, MEMORY, bounded_memory
 from fovlm.errors import SampleError, UserError
 from fovlm.fileio import digest
 from fovlm.media import decode
@@ -212,7 +212,7 @@ class Dataset:
                     raise SampleError(source.table.causes[row["cause"]])
                 if PackSize(*self._sizes(source, row[None])[0].tolist()).fits(planned):
                     in_worker = torch.utils.data.get_worker_info()
-                    with bounded_memory(MEMORY + 2 * int(row["length"])) if in_worker else nullcontext():
+                    with bounded_memory(max(MEMORY, 2 * int(row["length"]) + DECODING)) if in_worker else nullcontext():
                         return self._load(source, at), bad
             except (SampleError, MemoryError) as error:
                 cause = str(error) if isinstance(error, SampleError) else "takes too much memory"

@@ -15,7 +15,8 @@ from typing import TypeVar
 
 from fovlm.errors import UserError
 
-MEMORY = 224 << 20  # bytes that reading one sample may take in a worker, beside twice its own
+MEMORY = 200 << 20  # bytes that reading one sample may take in a worker
+DECODING = 128 << 20  # and, beside twice its own, of a large one
 T = TypeVar("T")
 
 

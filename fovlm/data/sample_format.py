@@ -79,7 +79,7 @@ def list_members(tar: BinaryIO, size: int) -> Iterator[Member]:
         try:
             kind, name, length = _parse_header(header)
             if kind in (b"x", b"g", b"L", b"K"):
-                if not 0 <= length <= MAX_NAME:
+                if not 0 <= length <= MAX_NAME or at - start > 4 * MAX_NAME:  # one of each kind
                     raise ValueError("an absurd extended header")
                 data = tar.read(length)
                 extended |= {b"x": _pax_records, b"L": _long_name}.get(kind, _nothing)(data)

@@ -54,6 +54,7 @@ HOSTILE = {
     "negative size in pax": pax({"size": "-512"}) + header("c.json"),
     "2^63 in pax": pax({"size": str(2**63)}) + header("c.json"),
     "words in pax": pax({"size": "many"}) + header("c.json"),
+    "pax headers without end": pax({"comment": "x" * 60_000}) * 6 + header("c.json"),
     "no pax records": member("pax", b"\xff" * 600, type=b"x") + member("c.json", JSON),
     "digits without end in pax": member("pax", b"1" * 6000 + b" a=b\n", type=b"x") + member("c.json", JSON),
     "old sparse file": header("c.json", 512, type=b"S") + bytes(512),

@@ -38,7 +38,9 @@ def write_all(folder: Path) -> list[str]:
     for name, sample in _samples():
         write_shard(folder / f"{name}.tar", [{"__key__": "a", "json": tiny.conversation(), **sample}, ordinary])
         names.append(name)
-    (folder / "pax-headers.tar").write_bytes(_pax_headers() + (folder / f"{names[0]}.tar").read_bytes())
+    good = (folder / "jpg-noise.tar").read_bytes()
+    whole = good.rstrip(b"\0")  # without its end mark
+    (folder / "pax-headers.tar").write_bytes(whole + bytes(-len(whole) % 512) + _pax_headers() + good)
     return [*names, "pax-headers"]
 
 

@@ -17,7 +17,7 @@ FAILURES: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidation
 def fetch_dataset(url: str) -> Path:
     """`hf://datasets/OWNER/NAME[@REVISION][/FOLDER or FILE]` -> a local copy of it, below the cache.
 
-    huggingface_hub fetches what is not there yet, goes on with what was cut off, and knows the user's token. Raises
+    huggingface_hub fetches what is not there yet, resumes what was cut off, and knows the user's token. Raises
     UserError, with what it says, for what cannot be fetched.
     """
     owner, _, rest = url.removeprefix(PREFIX).partition("/")
@@ -35,7 +35,7 @@ def fetch_dataset(url: str) -> Path:
         )
     except FAILURES as error:
         reason = redact(" ".join(str(error).split())[:300])
-        raise UserError(f"{url} cannot be fetched ({reason}); the same command goes on where it was cut off") from error
+        raise UserError(f"{url} cannot be fetched ({reason}); the same command resumes where it was cut off") from error
     if not (folder / below).exists():
         raise UserError(f"{url}: the data set {owner}/{name} has no '{below}'")
     return folder / below

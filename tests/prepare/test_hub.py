@@ -43,7 +43,7 @@ def test_a_folder_of_a_data_set_is_fetched_once_and_prepared(hub, tmp_path):
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("hf://datasets/me/other", r"hf://datasets/me/other cannot be fetched \(.*the same command goes on"),
+        ("hf://datasets/me/other", r"hf://datasets/me/other cannot be fetched \(.*the same command resumes"),
         ("hf://datasets/me/set/c", "the data set me/set has no 'c'"),
         ("hf://datasets/me", "write hf://datasets/OWNER/NAME"),
         ("hf://me/set", "write hf://datasets/OWNER/NAME"),

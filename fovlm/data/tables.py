@@ -27,7 +27,7 @@ class Block:
     """`rows` rows of a table from row `first` on, at `place`: the offset of `length` bytes, or the row group."""
 
     file: Path
-    format: str  # one of FORMATS
+    format: str  # one of FORMATS, or "rows": of a source that makes them itself
     first: int
     rows: int
     place: int = 0

@@ -4,13 +4,12 @@ What stays for the whole step follows DeepSpeed 0.19.8 (n trainable and z frozen
 
 - ZeRO-1 and -2 keep all weights, w (n + z), and a share of the optimizer: fp32 master weights (a copy even in fp32
   runs) and two moments, 12 n / W. ZeRO-3 shares the weights too, and gathers those it is about to use.
-- ZeRO-2 in bf16 accumulates gradients in one fp32 buffer of its share, 4 n / W, which lies on the GPU even when the
-  optimizer is offloaded (`_build_compact_grad_partition_buffer`). In fp32 the share exists twice while accumulating.
-- ZeRO-1, and ZeRO-2 on one rank, keep an fp32 gradient of all weights, 4 n, beside that of a micro-step, w n
+- ZeRO-1 keeps an fp32 gradient of all weights, 4 n, ZeRO-2 of its share, 4 n / W, beside that of a micro-step, w n
   (`fovlm/train/gradients.py`).
-- Offloading moves master weights and moments to the host, with an fp32 gradient and a staging copy beside them.
-- Gradients are reduced in buckets, two of them with overlap_comm. A weight larger than a bucket passes on its own: its
-  gradient, a clone and an fp32 copy.
+- Offloading moves master weights and moments to the host, with an fp32 gradient and a staging copy beside them. In bf16
+  the accumulated gradient of the share, 4 n / W, stays on the GPU (`_build_compact_grad_partition_buffer`).
+- Offloading and ZeRO-3 reduce gradients in buckets, two of them with overlap_comm. A weight larger than a bucket passes
+  on its own: its gradient, a clone and an fp32 copy.
 - The norm of gradients copies none under ZeRO-1 and -2, where it is ours. ZeRO-3 copies one gradient at a time to fp64,
   8 bytes of a rank's share of the largest; nothing of the activations lives then.
 
@@ -82,17 +81,11 @@ def estimate(
         weights += w * (n + z)  # the frozen reference
 
     accumulates = ds_config["gradient_accumulation_steps"] > 1
-    whole = not offload and (stage == 1 or (stage == 2 and world == 1))
-    if whole:
-        gradients = (FP32 + w) * n
-    elif stage == 1:
-        gradients = FP32 * n + (0 if bf16 else FP32 * share)
-    elif stage == 3:
-        gradients = 0 if offload else FP32 * share
-    elif bf16:
-        gradients = FP32 * share
+    ours = stage < 3 and not offload
+    if ours:
+        gradients = w * n + FP32 * (n if stage == 1 else share)
     else:
-        gradients = 0 if offload else 2 * FP32 * share
+        gradients = 0 if offload and (stage == 3 or not bf16) else FP32 * share
 
     optimizer = 3 * FP32 * share
     if offload:
@@ -101,12 +94,12 @@ def estimate(
         optimizer = 0
 
     bucket = zero.get("reduce_bucket_size", 5 * 10**8)
-    buckets = 0 if whole else w * bucket * (2 if zero.get("overlap_comm") else 1)
+    buckets = w * bucket * (2 if zero.get("overlap_comm") else 1)
     buckets += min(big, n) * ((2 * w if big > bucket else w) + FP32 + (w if offload else 0))
     moving = sum(activations(experiment, shapes, w, pack, stage).values())
     if stage == 3:
         moving = max(moving, 2 * FP32 * -(-min(big, n) // world))
-    return Estimate(weights, gradients, optimizer, buckets, moving, host)
+    return Estimate(weights, gradients, optimizer, 0 if ours else buckets, moving, host)
 
 
 def _on_host(zero: dict[str, Any], key: str) -> bool:

@@ -4,6 +4,8 @@ DeepSpeed's objects are patched, since it has no hooks for any of this. `tests/t
 with plain PyTorch.
 """
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from fovlm import distributed
 
 CHUNK = 1 << 20  # numbers whose squares are summed in fp32
-PIECE = 1 << 23  # bytes of weights that gloo sends at a time: they fit a processor's cache
+PIECE = 1 << 23  # bytes that are joined or sent at a time: they fit a processor's cache
 
 
 def lighten(optimizer: Any, stage: int, offload: bool) -> None:
@@ -21,7 +23,7 @@ def lighten(optimizer: Any, stage: int, offload: bool) -> None:
 
     A gradient that is not finite makes the norm so, and the step is skipped on that: nothing needs to look at every
     gradient first. The norm is one call. With offload in bf16, DeepSpeed adds the gradients of the next step to those
-    of a skipped one, and then skips every step. ZeRO-1, and ZeRO-2 on one rank, get `WholeGradients`.
+    of a skipped one, and then skips every step. Without offload, `Gradients` adds them up.
     """
 
     def norm(gradients: list[Tensor], parameters: Any, norm_type: int = 2) -> Tensor:
@@ -39,8 +41,8 @@ def lighten(optimizer: Any, stage: int, offload: bool) -> None:
     if offload:
         reset = optimizer.reset_cpu_buffers
         optimizer.reset_cpu_buffers = reset_offload
-    elif stage == 1 or distributed.world() == 1:
-        WholeGradients(optimizer).install()
+    else:
+        Gradients(optimizer, whole=stage == 1).install()
 
 
 def square_sum(tensors: list[Tensor], device: torch.device | str) -> Tensor:
@@ -54,19 +56,21 @@ def square_sum(tensors: list[Tensor], device: torch.device | str) -> Tensor:
     return torch.stack(torch._foreach_norm(chunks, 2)).double().square().sum()
 
 
-class WholeGradients:
-    """The gradients of all parameters, in one fp32 tensor a group, where the micro-steps of a step are added up.
+class Gradients:
+    """The gradients of all parameters, one fp32 tensor a group, in which the micro-steps of a step are added up.
 
     DeepSpeed copies each gradient three times, in four calls each: to a bucket, from it, and into the optimizer's flat
-    gradient. Here each micro-step is one copy or addition a group, and the ranks reduce once a step, in fp32.
+    gradient. Here they are joined in pieces, and each piece is added. With `whole` (ZeRO-1) the tensor is the whole
+    gradient, and the ranks reduce it once a step. Else (ZeRO-2) it is this rank's share, and they reduce every piece.
     """
 
-    def __init__(self, optimizer: Any):
-        self.optimizer = optimizer
+    def __init__(self, optimizer: Any, whole: bool):
+        self.optimizer, self.whole = optimizer, whole
         self.groups: list[list[Tensor]] = optimizer.round_robin_bit16_groups
-        self.sizes = [sum(p.numel() for p in group) for group in self.groups]
-        self.flat = [torch.zeros_like(weights, dtype=torch.float32) for weights in optimizer.bit16_groups_flat]
-        self.added = 0  # micro-steps in `flat`
+        self.shares = 1 if whole else distributed.world()
+        sizes = [len(flat) // self.shares for flat in optimizer.bit16_groups_flat]
+        self.sums = [torch.zeros(size, dtype=torch.float32, device=optimizer.device) for size in sizes]
+        self.added = 0  # micro-steps in `sums`
 
     def install(self) -> None:
         """Take the place of DeepSpeed's hooks, buckets and sums."""
@@ -79,30 +83,50 @@ class WholeGradients:
 
     @torch.no_grad()
     def add(self) -> None:
-        """Add up the parameters' gradients after a backward pass; after the last one of a step reduce them."""
-        for group, size, flat in zip(self.groups, self.sizes, self.flat, strict=True):
+        """Add up the parameters' gradients after a backward pass; after the last one of a step hand them over."""
+        for group, total in zip(self.groups, self.sums, strict=True):
             gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).view(-1) for p in group]
-            if self.added:
-                flat[:size].add_(torch.cat(gradients))
-            elif gradients[0].dtype == flat.dtype:
-                torch.cat(gradients, out=flat[:size])
-            else:
-                flat[:size].copy_(torch.cat(gradients))
+            begin = 0
+            for piece in joined_pieces(gradients, self.shares, len(total)):
+                new = piece if self.whole else own_share(piece.to(self.optimizer.communication_data_type))
+                old = total[begin : begin + len(new)]
+                old.add_(new) if self.added else old.copy_(new)
+                begin += len(new)
             for p in group:
                 p.grad = None
         self.added += 1
         if self.optimizer.is_gradient_accumulation_boundary():
             self.added = 0
-            self.optimizer.averaged_gradients = {i: Partition(self._reduce(flat)) for i, flat in enumerate(self.flat)}
+            shares = [own_share(total) if self.whole else total for total in self.sums]
+            self.optimizer.averaged_gradients = {i: Partition(share) for i, share in enumerate(shares)}
 
-    def _reduce(self, flat: Tensor) -> Tensor:
-        """This rank's share of a group's gradient, summed over the ranks."""
-        share = flat.chunk(distributed.world())[distributed.rank()]
-        if distributed.world() > 1 and flat.device.type == "cpu":
-            dist.all_reduce(flat)  # gloo's reduce_scatter takes three times the processor time of this
-        elif distributed.world() > 1:
-            dist.reduce_scatter_tensor(share, flat)
-        return share
+
+def joined_pieces(gradients: list[Tensor], shares: int, size: int) -> Iterator[Tensor]:
+    """The gradients, zeros behind them, as `shares` shares of `size` numbers -> their pieces, some `PIECE` bytes each.
+
+    A piece holds the same places of every share, one share after the other.
+    """
+    step = -(-PIECE // (gradients[0].itemsize * shares))
+    pieces: list[list[list[Tensor]]] = [[[] for _ in range(shares)] for _ in range(0, size, step)]
+    padding = gradients[0].new_zeros(shares * size - sum(len(g) for g in gradients))
+    at = 0
+    for rest in [*gradients, padding]:
+        while len(rest):
+            share, place = divmod(at, size)
+            part, rest = rest.tensor_split([min(step - place % step, size - place)])
+            pieces[place // step][share].append(part)
+            at += len(part)
+    return (torch.cat(list(chain(*piece))) for piece in pieces)
+
+
+def own_share(flat: Tensor) -> Tensor:
+    """This rank's share of a tensor that has as many as there are ranks, summed over them; the others are undefined."""
+    share = flat.chunk(distributed.world())[distributed.rank()]
+    if distributed.world() > 1 and flat.device.type == "cpu":
+        dist.all_reduce(flat)  # gloo's reduce_scatter takes three times the processor time of this
+    elif distributed.world() > 1:
+        dist.reduce_scatter_tensor(share, flat)
+    return share
 
 
 class Partition(list):

@@ -78,18 +78,19 @@ def test_what_zero_2_in_bf16_keeps(world):
     n = sum(c.trainable for c in parameters(e, shapes).values())
     said = estimate(e, shapes, resolve(e, world, "cuda"), world)
     assert said.weights == pytest.approx(2 * n, rel=0.001)
-    # On one rank all of them, and those of a micro-step.
-    assert said.gradients == pytest.approx(4 * n / world if world > 1 else 6 * n, rel=0.001)
+    assert said.gradients == pytest.approx(4 * n / world + 2 * n, rel=0.001)  # the share, and those of a micro-step
     assert said.optimizer == pytest.approx(12 * n / world, abs=12)
     assert said.host == 0
     assert said.device == said.weights + said.gradients + said.optimizer + said.buckets + said.activations
 
 
-def test_offloading_moves_the_optimizer_and_not_the_gradients():
+def test_offloading_moves_the_optimizer_and_not_the_accumulated_gradients():
     stays, moves = (load("LR1", [f"deepspeed={engine}"]) for engine in ("zero2", "zero2_offload"))
     shapes = geometry(stays.model)
     on, off = (estimate(e, shapes, resolve(e, 2, "cuda"), 2) for e in (stays, moves))
-    assert (off.optimizer, off.gradients) == (0, on.gradients)
+    assert off.optimizer == 0
+    micro_step = on.weights  # its gradients, in bf16 as many bytes; with offload they are freed as they are reduced
+    assert off.gradients == pytest.approx(on.gradients - micro_step, rel=1e-4)
     assert off.host > on.optimizer
 
 

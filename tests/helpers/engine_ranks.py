@@ -22,6 +22,7 @@ from fovlm.checkpoint.universal import universal_for
 from fovlm.config.schema import OptimSettings
 from fovlm.data.packing import Batch
 from fovlm.errors import UserError
+from fovlm.train import gradients
 from fovlm.train.engine import Engine, start
 from helpers.models import pack, sample, tiny_model
 from helpers.zero_files import experiment
@@ -79,6 +80,7 @@ def run(engine: Engine, first: int, last: int, packs: Callable[[int], list[Batch
 
 def main() -> None:
     device, out = start(), Path(sys.argv[1])
+    gradients.PIECE = 1 << 14  # several of the small models' gradients
     other = Path(sys.argv[2]) if len(sys.argv) > 2 else None
     found: dict[str, Any] = {}
     for stage in (1, 2, 3):
@@ -112,6 +114,8 @@ def main() -> None:
     found["bf16"] = {"first": run(engine(device, 2, bf16=True), 0, 5)}
     whole = engine(device, 1, bf16=True, data_types={"grad_accum_dtype": "bf16"})
     found["bf16, zero1"] = {"first": run(whole, 0, 5)}
+    twice = engine(device, 2, gradient_accumulation_steps=4 // distributed.world())
+    found["accumulated"] = run(twice, 0, 5, lambda step: packs(step) * 2)
     found["not finite, zero1"] = not_finite(engine(device, 1))
     found["not finite"] = not_finite(engine(device, 2))
     offload = settings(2, bf16=True, zero_force_ds_cpu_optimizer=False)

@@ -90,6 +90,12 @@ def test_ranks_and_stages_follow_plain_pytorch(found, plain, world, stage):
     assert_follows(plain, found[world][stage])
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_more_micro_steps_follow_plain_pytorch(found, plain, world):
+    """The packs of each step twice: the same mean."""
+    assert_follows(plain[:5], {"first": found[world]["accumulated"], "on": []})
+
+
 def test_gpus_follow_plain_pytorch_on_a_cpu(found_on_gpus, plain):
     """In fp32; sums of another order, and AdamW, make more of the last bits."""
     for stage in ("zero1", "zero2", "zero3"):

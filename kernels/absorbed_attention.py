@@ -1,12 +1,12 @@
 """Query attention with the projections of keys and values absorbed: it reads the hidden state itself, once.
 
-With the plain form's key = W_k z + b_k and value = W_v z + b_v of z = gamma * x + beta, x the layer-norm-normalised
-hidden state [F,N,D], and W_k,h, W_v,h the rows [d,D] of head h (all sums over n run over the frame of look k):
+With the plain form's key = W_k x + b_k and value = W_v x + b_v of the rows x [F,N,D], which the layer norm gave, and
+W_k,h, W_v,h the rows [d,D] of head h (all sums over n run over the frame of look k):
 
-    u[k,h]      = gamma * (W_k,h^T query[k,h])
-    s[k,h,n]    = scale * <u[k,h], x[f,n]>          the terms of beta and b_k do not depend on n: softmax drops them
+    u[k,h]      = W_k,h^T query[k,h]
+    s[k,h,n]    = scale * <u[k,h], x[f,n]>          the term of b_k does not depend on n: softmax drops it
     pooled[k,h] = sum_n softmax(s)[k,h,n] x[f,n]
-    out[k,h]    = W_v,h (gamma * pooled[k,h] + beta) + b_v,h
+    out[k,h]    = W_v,h pooled[k,h] + b_v,h
 
 Everything but the pooling is small (no N in it) and plain PyTorch; the pooling is the kernel. It is attention with
 x as keys and as values of all heads at once, so the heads of a frame's looks fill the rows of a tensor-core tile.
@@ -182,8 +182,8 @@ _forward.register_autograd(_autograd, setup_context=_save)
 
 def absorbed_pooling(
     folded: Tensor, hidden: Tensor, frame_of_look: Tensor | None, scale: float, *, implementation: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """Every look pools its frame's rows, once per head -> (pooled [K,H,D], lse [K,H] in fp32 without gradient).
+) -> Tensor:
+    """Every look pools its frame's rows, once per head -> [K,H,D].
 
     folded [K,H,D] and hidden [F,N,D] (any strides; no copy while the last is 1) of one floating type and device;
     frame_of_look and implementation as in `query_attention`, but "auto" keeps fp32 to the reference. Raises ValueError
@@ -198,11 +198,9 @@ def absorbed_pooling(
     # in fp32 the tiles don't fit a thread's registers: correct, for tests, but no faster than two matrix products
     runs = fits(hidden) or (implementation == "triton" and tile_width(hidden.shape[2]) > 0)
     if not _uses_triton(implementation, hidden, runs, frame_of_look is None):
-        pooled, lse = reference(folded, hidden, frame_of_look, scale)
-        return pooled, lse.detach()
+        return reference(folded, hidden, frame_of_look, scale)[0]
     look_of, first = (None, None) if frame_of_look is None else group_looks(frame_of_look, hidden.shape[0])
-    pooled, lse = _forward(folded, hidden, look_of, first, scale)
-    return pooled, lse.detach()
+    return _forward(folded, hidden, look_of, first, scale)[0]
 
 
 def absorbed_attention(
@@ -211,20 +209,16 @@ def absorbed_attention(
     frame_of_look: Tensor | None,
     scale: float,
     *,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
     key_weight: Tensor,
     key_bias: Tensor | None,
     value_weight: Tensor,
     value_bias: Tensor | None,
     implementation: str = "auto",
 ) -> Tensor:
-    """What `query_attention` gives for the keys and values of layer-normalised rows, from the rows -> [K,H,d].
+    """What `query_attention` gives for the keys and values of rows, from the rows -> [K,H,d].
 
-    query [K,H,d]; hidden x [F,N,D], normalised to mean 0 and variance 1 but without the norm's weight and bias,
-    which are norm_weight, norm_bias [D], or with both of them applied and None given here; key_weight, value_weight
-    [H*d,D] and key_bias, value_bias [H*d] or None, as in nn.Linear. key_bias gets the gradient zero. frame_of_look
-    and implementation as in `absorbed_pooling`.
+    query [K,H,d]; hidden x [F,N,D]; key_weight, value_weight [H*d,D] and key_bias, value_bias [H*d] or None, as in
+    nn.Linear. key_bias gets the gradient zero. frame_of_look and implementation as in `absorbed_pooling`.
 
     Raises ValueError for shapes, types or devices that do not fit.
     """
@@ -237,13 +231,7 @@ def absorbed_attention(
         )
     # [H,K,d] @ [H,d,D]: one product per head, then looks first again
     folded = (query.transpose(0, 1) @ key_weight.unflatten(0, (heads, width))).transpose(0, 1)
-    if norm_weight is not None:
-        folded = folded * norm_weight
-    pooled, _ = absorbed_pooling(folded, hidden, frame_of_look, scale, implementation=implementation)
-    if norm_weight is not None:
-        pooled = pooled * norm_weight
-    if norm_bias is not None:
-        pooled = pooled + norm_bias
+    pooled = absorbed_pooling(folded, hidden, frame_of_look, scale, implementation=implementation)
     out = (pooled.transpose(0, 1) @ value_weight.unflatten(0, (heads, width)).mT).transpose(0, 1)
     if value_bias is not None:
         out = out + value_bias.unflatten(0, (heads, width))

@@ -2,7 +2,7 @@
 
 `query` starts from keys and values in memory: the kernel, the eager reference, every backend of
 scaled_dot_product_attention that takes the shape, compiled flex_attention with its kernel for long queries and the one
-for decoding (on a GPU). `hidden` starts from the normalised hidden state: plain projects keys and values first;
+for decoding (on a GPU). `hidden` starts from the rows that a layer norm gave: plain projects keys and values first;
 absorbed does not, by our kernel, by SDPA with heads as wide as a row, and by ffpa-attn, which is made for such. A shape
 is a size of DINOv2, frames F and looks at each frame. An implementation that is not within tolerance of float64 is not
 timed and ends the run, and so does an SDPA that takes another backend than it should.
@@ -94,12 +94,11 @@ def flex(backend: str) -> Attend:
 
 
 def projected(attend: Implementation) -> Implementation:
-    """Keys and values made from the hidden state first, as a layer does: norm's weight and bias, two projections."""
+    """Keys and values made from the rows first, as a layer does, by two projections."""
 
     def run(t: Inputs, looks: Tensor | None) -> Tensor:
-        normed = t["hidden"] * t["norm_weight"] + t["norm_bias"]
         key, value = (
-            nnf.linear(normed, t[f"{name}_weight"], t[f"{name}_bias"]).unflatten(-1, (-1, WIDTH))
+            nnf.linear(t["hidden"], t[f"{name}_weight"], t[f"{name}_bias"]).unflatten(-1, (-1, WIDTH))
             for name in ("key", "value")
         )
         return attend(t | {"key": key, "value": value}, looks)
@@ -121,11 +120,10 @@ def absorbed_by(attend: Attend) -> Implementation:
     def run(t: Inputs, looks: Tensor | None) -> Tensor:
         query, heads = t["query"], t["query"].shape[1]
         key, value = (t[f"{name}_weight"].unflatten(0, (heads, -1)) for name in ("key", "value"))
-        folded = torch.einsum("khd,hdw->khw", query, key) * t["norm_weight"]
+        folded = torch.einsum("khd,hdw->khw", query, key)
         x = t["hidden"][:, None]
         rows = folded.unflatten(0, (len(x), -1)).flatten(1, 2)[:, None]  # [F,1,looks*H,D]
         pooled = attend(rows, x, x)[:, 0].unflatten(1, (-1, heads)).flatten(0, 1)
-        pooled = pooled * t["norm_weight"] + t["norm_bias"]
         bias = t["value_bias"] + 0.0 * t["key_bias"]  # softmax drops the bias of keys: it gets the gradient zero
         return torch.einsum("khw,hdw->khd", pooled, value) + bias.unflatten(0, (heads, -1))
 
@@ -164,7 +162,6 @@ def make_inputs(op: str, heads: int, frames: int, looks: int, dtype: torch.dtype
     if op == "query":
         return inputs | {name: draw(frames, ROWS, heads, WIDTH) for name in ("key", "value")}
     inputs["hidden"] = nnf.layer_norm(draw(frames, ROWS, width).float(), (width,)).to(dtype)
-    inputs |= {"norm_weight": 1 + draw(width, scale=0.1), "norm_bias": draw(width, scale=0.1)}
     for name in ("key", "value"):
         inputs |= {f"{name}_weight": draw(width, width, scale=width**-0.5), f"{name}_bias": draw(width)}
     return inputs

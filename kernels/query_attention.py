@@ -166,19 +166,6 @@ def query_attention(
     Raises ValueError for shapes, types, devices or an implementation that do not fit. Entries of frame_of_look out
     of range raise it on the CPU and give NaN on a GPU, where a check would wait for the device.
     """
-    return query_attention_lse(query, key, value, frame_of_look, scale, implementation=implementation)[0]
-
-
-def query_attention_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    frame_of_look: Tensor | None,
-    scale: float,
-    *,
-    implementation: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`query_attention`, and the log-sum-exp of the scores [K,H] in fp32 (no gradient flows through it)."""
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if query.ndim != 3 or key.ndim != 4 or key.shape != value.shape or query.shape[1:] != key.shape[2:]:
         raise ValueError(f"query_attention: expected query [K,H,d], key and value [F,N,H,d]; got {shapes}")
@@ -189,8 +176,6 @@ def query_attention_lse(
     width = next((d for d in WIDTHS if d == query.shape[2]), 0)  # a constant, for a compiler too
     frames = ((TRIAL, 2, width),) * 2
     if not uses_triton("query_attention", implementation, query, width > 0, frames, frame_of_look is None):
-        out, lse = reference(query, key, value, frame_of_look, scale)
-        return out, lse.detach()
+        return reference(query, key, value, frame_of_look, scale)[0]
     look_of, first = (None, None) if frame_of_look is None else group_looks(frame_of_look, key.shape[0])
-    out, lse = _forward(query, key, value, look_of, first, scale)
-    return out, lse.detach()
+    return _forward(query, key, value, look_of, first, scale)[0]

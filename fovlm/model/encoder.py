@@ -124,8 +124,6 @@ def attend(p: Block, query: Tensor, cached: LayerCache, frame_of_look: Tensor | 
         cached[0],
         frame_of_look,
         scale,
-        norm_weight=None,  # the rows have the norm's weight and bias in them already
-        norm_bias=None,
         key_weight=p.key.weight,
         key_bias=p.key.bias,
         value_weight=p.value.weight,

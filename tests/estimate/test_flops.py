@@ -79,9 +79,9 @@ def pooling(folded, hidden, frame_of_look, scale):
     hidden = hidden if frame_of_look is None else hidden[frame_of_look]
     if not hidden.requires_grad:
         weights = checkpoint(lambda u: (scale * u @ hidden.mT).softmax(-1), folded, use_reentrant=False)
-        return weights @ hidden, None
+        return weights @ hidden
     hidden = hidden[:, None]
-    return nnf.scaled_dot_product_attention(folded[:, None], hidden, hidden, scale=scale)[:, 0], None
+    return nnf.scaled_dot_product_attention(folded[:, None], hidden, hidden, scale=scale)[:, 0]
 
 
 def counted(e: Experiment, size: PackSize, monkeypatch) -> int:

@@ -39,7 +39,7 @@ def check(frames, rows, heads, width, frame_of_look, dtype, inputs=None, limit=N
     *leaves, slope = inputs or draw(looks, frames, rows, heads, width, dtype)
 
     def run(implementation):
-        return lambda u, x: absorbed_pooling(u, x, where(frame_of_look), width**-0.5, implementation=implementation)[0]
+        return lambda u, x: absorbed_pooling(u, x, where(frame_of_look), width**-0.5, implementation=implementation)
 
     with poisoned():
         got = results(run("triton"), leaves, slope, dtype)
@@ -59,25 +59,19 @@ def test_equals_the_plain_form_with_every_gradient(frame_of_look, biased):
     def leaf(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE).requires_grad_()
 
-    query, hidden, gamma, beta = leaf(looks, heads, d), leaf(frames, rows, width), leaf(width), leaf(width)
+    query, hidden = leaf(looks, heads, d), leaf(frames, rows, width)
     key, value = leaf(width, width), leaf(width, width)
     key_bias, value_bias = (leaf(width), leaf(width)) if biased else (None, None)
-    normed = hidden * gamma + beta
     keys, values = (
-        nnf.linear(normed, w, b).unflatten(2, (heads, d)) for w, b in ((key, key_bias), (value, value_bias))
+        nnf.linear(hidden, w, b).unflatten(2, (heads, d)) for w, b in ((key, key_bias), (value, value_bias))
     )
     plain = query_attention(query, keys, values, where(frame_of_look), 0.3)
     absorbed = absorbed_attention(
-        query, hidden, where(frame_of_look), 0.3, norm_weight=gamma, norm_bias=beta,
+        query, hidden, where(frame_of_look), 0.3,
         key_weight=key, key_bias=key_bias, value_weight=value, value_bias=value_bias,
     )  # fmt: skip
     torch.testing.assert_close(absorbed, plain, rtol=1e-10, atol=1e-10)
-    applied = absorbed_attention(
-        query, normed, where(frame_of_look), 0.3, norm_weight=None, norm_bias=None,
-        key_weight=key, key_bias=key_bias, value_weight=value, value_bias=value_bias,
-    )  # fmt: skip
-    torch.testing.assert_close(applied, plain, rtol=1e-10, atol=1e-10)
-    leaves = [t for t in (query, hidden, gamma, beta, key, value, key_bias, value_bias) if t is not None]
+    leaves = [t for t in (query, hidden, key, value, key_bias, value_bias) if t is not None]
     slope = torch.randn_like(plain)
     for mine, theirs in zip(torch.autograd.grad(absorbed, leaves, slope), torch.autograd.grad(plain, leaves, slope)):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
@@ -101,8 +95,7 @@ def test_what_does_not_fit_is_refused(change, words):
 
 
 def test_weights_that_do_not_fit_are_refused():
-    names = ("norm_weight", "norm_bias", "key_bias", "value_bias")
-    vectors = {name: torch.zeros(8) for name in names}
+    vectors = {name: torch.zeros(8) for name in ("key_bias", "value_bias")}
     with pytest.raises(ValueError, match=r"weights \[H\*d,D\]"):
         absorbed_attention(
             torch.zeros(3, 2, 4), torch.zeros(3, 5, 8), None, 1.0,
@@ -134,7 +127,7 @@ def test_empty_gives_empty_and_zero_gradients(implementation, looks, frames):
     folded, hidden, slope = draw(looks, frames, 5, 2, 32)
 
     def run(u, x):
-        return absorbed_pooling(u, x, where([]), 0.3, implementation=implementation)[0]
+        return absorbed_pooling(u, x, where([]), 0.3, implementation=implementation)
 
     with poisoned():
         pooled, dfolded, dhidden = results(run, [folded, hidden], slope, torch.float32)
@@ -200,7 +193,7 @@ def test_scores_far_below_zero():
 def test_a_look_at_no_frame_is_nan():
     folded, hidden, _ = draw(3, 2, 5, 2, 32)
     pooled, lse = _forward(folded, hidden, *group_looks(where([1, 2, -1]), 2), 0.3)  # past the check, as on a GPU
-    torch.testing.assert_close(pooled[:1], absorbed_pooling(folded[:1], hidden[1:], None, 0.3)[0])
+    torch.testing.assert_close(pooled[:1], absorbed_pooling(folded[:1], hidden[1:], None, 0.3))
     assert pooled[1:].isnan().all()
     assert lse[1:].isnan().all()
 
@@ -212,9 +205,9 @@ def test_determinism_frozen_frames_and_a_wider_array():
     for look in (None, [1, 1, 0]):
         leaves = [folded.clone().requires_grad_(), hidden.clone().requires_grad_()]
         with poisoned():
-            pooled = absorbed_pooling(*leaves, where(look), 0.3, implementation="triton")[0]
+            pooled = absorbed_pooling(*leaves, where(look), 0.3, implementation="triton")
             first, second = (torch.autograd.grad(pooled, leaves, slope, retain_graph=True) for _ in range(2))
-            frozen = absorbed_pooling(leaves[0], hidden, where(look), 0.3, implementation="triton")[0]
+            frozen = absorbed_pooling(leaves[0], hidden, where(look), 0.3, implementation="triton")
             (alone,) = torch.autograd.grad(frozen, leaves[0], slope)
         assert all(torch.equal(a, b) for a, b in zip(first, second))
         assert torch.equal(frozen, pooled)
@@ -231,7 +224,7 @@ def test_torch_compile_keeps_it_in_the_graph_and_the_registration_is_sound():
     torch.library.opcheck(_backward, (slope, folded, hidden, pooled, lse, *groups, 0.3, True))
 
     def run(u, x):
-        return absorbed_pooling(u, x, None, 0.3, implementation="triton")[0]
+        return absorbed_pooling(u, x, None, 0.3, implementation="triton")
 
     whole = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(whole(folded, hidden), run(folded, hidden))

@@ -58,7 +58,6 @@ def attend(form: str, looks, implementation: str = "auto") -> list[torch.Tensor]
         operation = absorbed_attention.absorbed_pooling
     leaves = [leaf.requires_grad_() for leaf in leaves]
     out = operation(*leaves, looks, 0.3, implementation=implementation)
-    out = out[0] if isinstance(out, tuple) else out
     return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
 
 

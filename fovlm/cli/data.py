@@ -64,14 +64,6 @@ def prepare(
     stage: Annotated[
         int, typer.Option(min=0, max=3, help="messages, smoltalk: the third for stage 1, 2 or 3; 0: all.")
     ] = 0,
-    tokenize: Annotated[
-        str, typer.Option(help="Store token ids ahead of time: `stage1` (loss on all text) or `sft` (on answers).")
-    ] = "",
-    tokenizer: Annotated[str, typer.Option(help="For --tokenize: folder or Hugging Face id.")] = "",
-    prompt: Annotated[str, typer.Option(help="For --tokenize: the question of rows without one.")] = "",
-    exclude: Annotated[
-        Path | None, typer.Option(help="taken.jsonl of an evaluation set, whose samples are left out.")
-    ] = None,
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Benchmarks: skip questions whose files are missing.")
     ] = False,
@@ -128,11 +120,10 @@ def prepare(
         if samples is not None and not drawn:
             raise UserError(f"--samples is for val and scenes; all of {source} is prepared")
         for option, value, allowed in (
-            ("--tokenize", tokenize, ("stage1", "sft")),
             ("--turns", turns, ("all", "first")),
             ("--ask", ask, ("name", "place", "left", "kind")),
         ):
-            if value and value not in allowed:
+            if value not in allowed:
                 raise UserError(f"{option} {value}: it is {' or '.join(allowed)}{did_you_mean(value, allowed)}")
         if raw.startswith("hf:"):
             from fovlm.prepare.hub import fetch_dataset
@@ -141,7 +132,6 @@ def prepare(
         job = Job(
             source, Path(raw), out, name or "train", seed, per_shard, size, frames or 64, media=media, stage=stage,
             turns=turns, columns=_columns(source, video, image, question, answer), ratings=_ratings(rating or []),
-            tokenize=tokenize, tokenizer=tokenizer, prompt=prompt, exclude=exclude,
             skip_missing=skip_missing, scenes=drawn,
         )  # fmt: skip
         kind = source_of(job)

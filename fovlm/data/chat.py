@@ -21,9 +21,7 @@ and may have a `weight`, by which its part of the loss is multiplied.
 
 import sys
 from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +37,6 @@ SYSTEM = "You are a helpful AI assistant."
 SHOWN, ANSWER = "\ue000shown\ue000", "\ue000answer\ue000"  # private-use characters, to find places in rendered text
 SPARE = 64  # tokens that are looked at beyond those that are used: the last ones depend on where the text is cut
 MOST = 2**16 - 1  # conversations of a sample: the table of samples counts so far
-Pieces = Callable[[int], tuple[str, ...]]  # `around` of one tokenizer
 # What transformers raises for files and settings that make no sense, or a model that does not fit in memory.
 TRANSFORMERS_ERRORS: tuple[type[Exception], ...] = (ArithmeticError, AssertionError, AttributeError, ImportError)
 TRANSFORMERS_ERRORS += (LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
@@ -88,8 +85,7 @@ class ChatTokenizer:
         if "token_ids" in record:
             ids, weight, frames_at = self._ready_made(record, frames)
         else:
-            limits = (self.most, self.characters)
-            ids, mask, frames_at = encode(record, question, self.tokenizer, self._around, *limits)
+            ids, mask, frames_at = self._encode(record, question)
             weight = [1.0 if self.loss_on == "all_text" else float(m) for m in mask]
         prompt = frames_at if frames and self.question == "before_frames" else 0
         if prompt or not frames:
@@ -100,10 +96,34 @@ class ChatTokenizer:
             raise SampleError("nothing to learn within max_tokens")
         return TokenizedText(torch.tensor(ids), torch.tensor(weight), min(prompt, self.most))
 
-    def _around(self, turns: int) -> tuple[str, ...]:
-        if turns not in self.around:
-            self.around[turns] = around(self.tokenizer, turns)
-        return self.around[turns]
+    def _encode(self, record: dict[str, Any], question: str | None) -> tuple[list[int], list[int], int]:
+        """(token ids, 1 for each token of an answer and 0 for others, the number of tokens up to the end of the first
+        question) of a conversation. Raises SampleError.
+
+        Only the first `most` tokens must be right. A long text is tokenized up to so many `characters`, which usually
+        hold more, and as a whole only where they do not.
+        """
+        system, turns = turns_of(record, question)
+        turns = turns[: self.most]  # each has a token at least
+        if len(turns) not in self.around:
+            self.around[len(turns)] = around(self.tokenizer, len(turns))
+        head, before, *rest = self.around[len(turns)]
+        text, answers = head + system + before, []
+        asked = len(text) + len(turns[0][0])
+        for (user, answer), middle, after in zip(turns, rest[::2], rest[1::2], strict=True):
+            text += user + middle
+            answers.append((len(text), len(text) + len(answer)))
+            text += answer + after
+        ids, spans = _tokenize(text[: self.characters], self.tokenizer)
+        if len(text) > self.characters and len(ids) < self.most + SPARE:
+            ids, spans = _tokenize(text, self.tokenizer)
+        mask, end = [0] * len(ids), 0
+        for first, last in answers:
+            # The closing token of the turn belongs to the answer: with it the model learns to stop. White space after
+            # the last one, which some templates add, does not belong to the sample.
+            start, end = _tokens_up_to(spans, first), min(1 + _tokens_up_to(spans, last), len(ids))
+            mask[start:end] = [1] * (end - start)
+        return ids[:end], mask[:end], _tokens_up_to(spans, asked)
 
     def _ready_made(self, record: dict[str, Any], frames: bool) -> tuple[list[int], list[float], int]:
         ids: Any = record["token_ids"]
@@ -235,57 +255,6 @@ def conversation(
         ids, weight = ids[:end], weight[:end]
         weight[_tokens_up_to(spans, len(asked + rest)) :] = 1
     return TokenizedText(torch.tensor(ids), weight, prompt)
-
-
-def encode(
-    record: dict[str, Any],
-    question: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    pieces: Pieces,
-    most: int = sys.maxsize,
-    characters: int = sys.maxsize,
-) -> tuple[list[int], list[int], int]:
-    """(token ids, 1 for each token of an answer and 0 for others, the number of tokens up to the end of the first
-    question) of a conversation. Raises SampleError.
-
-    Only the first `most` tokens must be right. A long text is tokenized up to so many `characters`, which usually hold
-    more, and as a whole only where they do not.
-    """
-    system, turns = turns_of(record, question)
-    turns = turns[:most]  # each has a token at least
-    head, before, *rest = pieces(len(turns))
-    text, answers = head + system + before, []
-    asked = len(text) + len(turns[0][0])
-    for (user, answer), middle, after in zip(turns, rest[::2], rest[1::2], strict=True):
-        text += user + middle
-        answers.append((len(text), len(text) + len(answer)))
-        text += answer + after
-    ids, spans = _tokenize(text[:characters], tokenizer)
-    if len(text) > characters and len(ids) < most + SPARE:
-        ids, spans = _tokenize(text, tokenizer)
-    mask, end = [0] * len(ids), 0
-    for first, last in answers:
-        # The closing token of the turn belongs to the answer: with it the model learns to stop. White space after the
-        # last one, which some templates add, does not belong to the sample.
-        start, end = _tokens_up_to(spans, first), min(1 + _tokens_up_to(spans, last), len(ids))
-        mask[start:end] = [1] * (end - start)
-    return ids[:end], mask[:end], _tokens_up_to(spans, asked)
-
-
-def tokenize_stage1(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, question: str | None = None) -> dict:
-    """The pre-tokenized form of a conversation for a shard's JSON, with a loss on every text token: for stage 1.
-
-    Returns token_ids, loss_mask and frames_at; reading them gives the same tokens as reading `record`, whose first
-    question is `question` by default. Raises SampleError.
-    """
-    ready = tokenize_sft(record, tokenizer, question)
-    return ready | {"loss_mask": [1] * len(ready["token_ids"])}
-
-
-def tokenize_sft(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, question: str | None = None) -> dict:
-    """The same for stages 2 and 3, with a loss on the answers and the tokens that end them."""
-    ids, mask, frames_at = encode(record, question, tokenizer, partial(around, tokenizer))
-    return {"token_ids": ids, "loss_mask": mask, "frames_at": frames_at}
 
 
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:

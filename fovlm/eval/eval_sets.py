@@ -165,8 +165,8 @@ class ShardSet:
             with suppress(SampleError):
                 if _on_every_token(self.data.record(position)):
                     raise UserError(
-                        f"{name}: its samples are {EVERY_TOKEN}, and an answer's loss is measured: prepare the set "
-                        "with --tokenize sft, or without --tokenize"
+                        f"{name}: its samples are {EVERY_TOKEN}, and an answer's loss is measured: write the set "
+                        "without token_ids, or with a loss_mask on the answers alone"
                     )
         # The tokenizer is part of the set, since losses are per token; the prompt order and the frames are not.
         self.tokens = ChatTokenizer(form.chat.tokenizer, "after_frames", "answer", UNCUT).hash
@@ -198,7 +198,7 @@ class ShardSet:
 
 
 def _on_every_token(record: dict[str, Any]) -> bool:
-    """True for samples of `--tokenize stage1`: their answers cannot be scored alone. Raises SampleError."""
+    """True for samples whose answers cannot be scored alone. Raises SampleError."""
     masks = [one.get("loss_mask") for one in conversations(record)]
     return any(isinstance(mask, list) and bool(mask) and all(mask) for mask in masks)
 

@@ -29,7 +29,7 @@ def combine(rows: list[tuple[int, Row | str]], job: Job, read: Callable[[Row, Jo
                 raise SampleError(row)
             one = read(row, job)
             for record in conversations(one.record):
-                _, turns = turns_of(record, job.prompt or ("?" if one.files else ""))
+                _, turns = turns_of(record, "?" if one.files else "")
             if job.turns == "first" and len(turns) > 1:
                 one.record = shortened(one.record)
             good.append((row, one))

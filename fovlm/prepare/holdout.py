@@ -1,11 +1,10 @@
 """`fovlm prepare val`: draw a fixed evaluation set from prepared shards.
 
 Each stratum (kind and source) is sorted by a hash of seed and content, and its first samples are drawn. So the set
-depends on the samples and not on their shards. `taken.jsonl` lists the samples, for `fovlm prepare --exclude`;
-`fovlm check --against` finds overlap with other shards, and `--repair` removes it.
+depends on the samples and not on their shards. `fovlm check --against` finds overlap with other shards, and `--repair`
+removes it.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ from typing import Any
 from fovlm.data.sample_format import read_members
 from fovlm.data.shards import write_shard
 from fovlm.errors import UserError
-from fovlm.fileio import digest, digest_file, write_atomically
+from fovlm.fileio import digest, digest_file
 from fovlm.prepare.check import SampleEntry, ShardScan, list_shards, scan_shards
 from fovlm.prepare.manifest import Manifest, ShardEntry, exclusive, load_manifest, resume_or_new
 
-TAKEN = "taken.jsonl"
 PER_SHARD = 1000
 Drawn = tuple[str, ShardScan, SampleEntry]  # hash of seed and content, shard, sample
 
@@ -55,7 +53,6 @@ def _draw(scans: list[ShardScan], out: Path, manifest: Manifest) -> None:
     strata = _strata(scans, seed)
     shares = allocate({stratum: len(drawn) for stratum, drawn in strata.items()}, samples)
     chosen = {stratum: drawn[: shares[stratum]] for stratum, drawn in strata.items()}
-    taken: list[dict[str, Any]] = []
     for kind in sorted({kind for kind, _ in chosen}):
         some = sorted((d for (k, _), drawn in chosen.items() if k == kind for d in drawn), key=lambda d: d[0])
         for number, start in enumerate(range(0, len(some), PER_SHARD)):
@@ -64,9 +61,7 @@ def _draw(scans: list[ShardScan], out: Path, manifest: Manifest) -> None:
             write_shard(path, map(_content, part))
             frames, size = sum(entry.frames for _, _, entry in part), path.stat().st_size
             manifest.shards[path.name] = ShardEntry(path.name, len(part), len(part), frames, size, digest_file(path))
-            taken += map(_line, part)
     manifest.strata = {f"{kind} {source}": len(drawn) for (kind, source), drawn in sorted(chosen.items())}
-    write_atomically(out / TAKEN, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in taken))
     manifest.complete = True
     manifest.save(out)
 
@@ -112,13 +107,6 @@ def _content(drawn: Drawn) -> dict[str, Any]:
         file.seek(entry.offset)
         files = read_members(file.read(entry.length))
     return {"__key__": key, **{member.extension: data for member, data in files.items()}}
-
-
-def _line(drawn: Drawn) -> dict[str, Any]:
-    """A line of taken.jsonl."""
-    key, scan, entry = drawn
-    where = {"shard": str(scan.path), "original_key": entry.key, "kind": entry.kind, "source": entry.source}
-    return {"key": key, **where, "sample": entry.sample, "pictures": entry.pictures}
 
 
 def _verify(manifest: Manifest, out: Path) -> None:

@@ -45,10 +45,6 @@ class Job:
     ratings: tuple[tuple[str, float], ...] = ()  # cauldron: (rating, least)
     max_bad: float = 1.0  # share of the rows that may be rejected
     stage: int = 0  # 1, 2, 3: that third of the conversations; 0: all
-    tokenize: str = ""  # "stage1", "sft", or not ahead of time
-    tokenizer: str = ""
-    prompt: str = ""  # the question of rows without one, when tokenizing
-    exclude: Path | None = None  # taken.jsonl of an evaluation set
     skip_missing: bool = False  # benchmarks: skip questions whose video or picture is missing
     scenes: SceneSettings | None = None
 

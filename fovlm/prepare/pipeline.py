@@ -2,15 +2,14 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fovlm.data.chat import load_tokenizer, template
 from fovlm.data.tables import LINES, Block, blocks_of, find_tables, refuse_twice
 from fovlm.data.workers import each
 from fovlm.errors import UserError
-from fovlm.fileio import digest_file, remove_unfinished, write_atomically
+from fovlm.fileio import remove_unfinished, write_atomically
 from fovlm.prepare.frames import NO_VIDEO, media_folders
 from fovlm.prepare.job import Job, RawSource
 from fovlm.prepare.manifest import (
@@ -25,11 +24,11 @@ from fovlm.prepare.manifest import (
 )
 from fovlm.prepare.shard_plan import plan_shards
 from fovlm.prepare.sources import source_of
-from fovlm.prepare.write_shard import all_rows, excluded, make_shard, shard_path
+from fovlm.prepare.write_shard import all_rows, make_shard, shard_path
 from fovlm.progress import track
 
 # Settings without an effect on the content of the shards.
-WITHOUT_EFFECT = {"raw", "out", "media", "exclude", "tokenizer", "skip_missing", "max_bad"}
+WITHOUT_EFFECT = {"raw", "out", "media", "skip_missing", "max_bad"}
 
 
 def prepare(job: Job, workers: int, log: Callable[[str], None] = print) -> Manifest:
@@ -38,7 +37,6 @@ def prepare(job: Job, workers: int, log: Callable[[str], None] = print) -> Manif
     A killed run leaves complete shards and a manifest that lists them; the same call resumes.
     """
     source = source_of(job)
-    job = replace(job, prompt=job.prompt or source.prompt)
     _check(job, source)
     blocks = _blocks(job, source)
     with exclusive(job.out):
@@ -111,18 +109,10 @@ def _check(job: Job, source: RawSource) -> None:
     """Refuse jobs that would fail in every worker or damage the raw data. Raises UserError."""
     if job.out.resolve() == job.folder.resolve():
         raise UserError(f"{job.out} holds the raw data: take another folder for OUT")
-    if job.tokenize:
-        if source.kind == "preference":
-            raise UserError("--tokenize: a preference pair has two answers, which token_ids cannot hold; leave it out")
-        if not job.tokenizer:
-            raise UserError("--tokenize needs --tokenizer: a folder or Hugging Face id of the language model")
-        template(load_tokenizer(job.tokenizer))
     if job.stage and source.name not in ("smoltalk", "messages"):
         raise UserError(f"--stage divides the conversations of messages and smoltalk; {source.name} has none")
     if job.media is not None and not job.media.is_dir():
         raise UserError(f"--media: no folder {job.media}")
-    if job.exclude is not None:
-        excluded(job.exclude)
 
 
 def _blocks(job: Job, source: RawSource) -> list[Block]:
@@ -137,9 +127,6 @@ def _blocks(job: Job, source: RawSource) -> list[Block]:
 
 def _settings(job: Job) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(job).items() if name not in WITHOUT_EFFECT and value is not None}
-    if job.tokenize:
-        settings["tokens"] = load_tokenizer(job.tokenizer).name_or_path.rstrip("/").rpartition("/")[2]
-    settings["exclude"] = digest_file(job.exclude) if job.exclude else ""
     return json.loads(json.dumps(settings))  # as the manifest has them
 
 

@@ -1,7 +1,6 @@
 """One shard, made by one worker: rows -> samples -> a tar, with the rows that were rejected."""
 
 import functools
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +9,12 @@ from typing import Any
 from fovlm.data import chat
 from fovlm.data.shards import write_shard
 from fovlm.data.tables import Row, read_block
-from fovlm.errors import SampleError, UserError
+from fovlm.errors import SampleError
 from fovlm.fileio import digest, digest_file
-from fovlm.prepare.job import Job, NewSample, content_hashes
+from fovlm.prepare.job import Job, NewSample
 from fovlm.prepare.manifest import Rejected, ShardEntry
 from fovlm.prepare.shard_plan import ShardTask
 from fovlm.prepare.sources import source_of
-
-TOKENIZE = {"stage1": chat.tokenize_stage1, "sft": chat.tokenize_sft}
 
 
 def make_shard(job: Job, task: ShardTask) -> tuple[ShardEntry, Rejected]:
@@ -50,7 +47,7 @@ def make_shard(job: Job, task: ShardTask) -> tuple[ShardEntry, Rejected]:
                 several = len(made) > 1
                 key = f"{_key_prefix(file)}-{number:08d}" + (f"-{turn}" if several else "")
                 try:
-                    yield _content(key, sample, job)
+                    yield _content(key, sample)
                     counts.update(samples=1, frames=len(sample.pictures))
                 except SampleError as error:
                     reject(error, file=file, row=number, **({"turn": turn} if several else {}))
@@ -81,19 +78,12 @@ def _rows(job: Job, task: ShardTask) -> Iterator[tuple[str, int, Row | str]]:
             yield file, block.first + n, found[n] if n < len(found) else "the table has changed"
 
 
-def _content(key: str, sample: NewSample, job: Job) -> dict[str, Any]:
+def _content(key: str, sample: NewSample) -> dict[str, Any]:
     """A sample as `write_shard` takes it. Raises SampleError."""
-    record = dict(sample.record)
-    question = job.prompt or ("?" if sample.pictures else "")
+    record, question = sample.record, "?" if sample.pictures else ""
     for one in chat.conversations(record):
         for answer in ("chosen", "rejected") if "chosen" in one else ("",):
             chat.turns_of(one | {"assistant": one[answer]} if answer else one, question)
-    if job.exclude is not None and excluded(job.exclude).intersection(content_hashes(record, sample.pictures)):
-        raise SampleError("in the evaluation set")
-    if job.tokenize:
-        tokenize, tokenizer = TOKENIZE[job.tokenize], _tokenizer(job.tokenizer)
-        several = [one | tokenize(one, tokenizer, job.prompt) for one in chat.conversations(record)]
-        record |= {"conversations": several} if "conversations" in record else several[0]
     if sample.still:
         return {"__key__": key, "json": record, "jpg": sample.pictures[0]}
     return {"__key__": key, "json": record} | {f"{n:03d}.jpg": frame for n, frame in enumerate(sample.pictures)}
@@ -105,20 +95,6 @@ def all_rows(job: Job) -> list[Row | str]:
     rows = source_of(job).rows
     assert rows is not None
     return list(rows(job))
-
-
-@functools.lru_cache(maxsize=1)
-def excluded(file: Path) -> frozenset[str]:
-    """The hashes in a taken.jsonl, of samples and of their pictures. Raises UserError."""
-    try:
-        with open(file, encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-        return frozenset(h for row in rows for h in (row["sample"], row["pictures"]) if h)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--exclude {file} is not the taken.jsonl of an evaluation set ({error})") from error
-
-
-_tokenizer = functools.lru_cache(maxsize=1)(chat.load_tokenizer)
 
 
 def _key_prefix(file: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fovlm.config.schema import DataSource
-from fovlm.data.chat import SYSTEM, ChatTokenizer, tokenize_sft
+from fovlm.data.chat import SYSTEM, ChatTokenizer
 from fovlm.data.dataset import Dataset
 from fovlm.data.packing import EMPTY, PackBudget, Sample, collate
 from fovlm.data.sample_table import Grouping
@@ -50,7 +50,7 @@ def test_turns_are_expectedwithout_roles_and_one_turn_is_a_question_and_an_answe
         ({"turns": turns}, {"messages": messages(TURNS)}),
         ({"turns": turns[:1]}, turns[0]),
         ({"messages": [*messages(TURNS), {"role": "user", "content": "and ?"}]}, {"turns": turns}),
-        (tokenize_sft({"turns": turns}, TOKENIZER), {"turns": turns}),
+        (tiny.ready_made({"turns": turns}, TOKENIZER), {"turns": turns}),
         ({"turns": [{"assistant": "it is red"}, *turns[1:]]}, {"turns": turns}),  # the source's prompt asks
     ):
         a, b = (chat().text(one, "what is this ?", frames=True) for one in (record, other))

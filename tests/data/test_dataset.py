@@ -16,7 +16,7 @@ import torch
 
 from fovlm.config.schema import DataSource, Experiment
 from fovlm.data import dataset as dataset_module
-from fovlm.data.chat import ChatTokenizer, tokenize_sft
+from fovlm.data.chat import ChatTokenizer
 from fovlm.data.dataset import Dataset, open_dataset
 from fovlm.data.packing import EMPTY, PackSize
 from fovlm.data.shards import write_shards
@@ -128,7 +128,7 @@ def test_ready_made_tokens_give_the_same_sample(tmp_path):
     record = tiny.conversation("it is red")
     samples = [
         {"__key__": "fly", "json": record, "jpg": tiny.picture(1)},
-        {"__key__": "ready", "json": tokenize_sft(record, TOKENIZER), "jpg": tiny.picture(1)},
+        {"__key__": "ready", "json": tiny.ready_made(record, TOKENIZER), "jpg": tiny.picture(1)},
     ]
     data = one(tmp_path, samples, "image")
     (a,), (b,) = data.read(0)[0], data.read(1)[0]

@@ -98,3 +98,10 @@ def dataset(folder: Path) -> Dataset:
     return Dataset(
         {"video": source}, {"video": 1.0}, ChatTokenizer(tokenizer(), "before_frames", "answer", 100), frame_size=16
     )
+
+
+def ready_made(record: dict, tokenizer: PreTrainedTokenizerFast, every_token: bool = False) -> dict:
+    """A record's text tokenized ahead of time, with a loss on the answers or on every token."""
+    text = ChatTokenizer(tokenizer, "before_frames", "answer", 10**6).text(record, None, True)
+    mask = [1 if every_token else int(w) for w in text.weight.tolist()]
+    return {"token_ids": text.tokens.tolist(), "loss_mask": mask, "frames_at": text.prompt}

@@ -205,19 +205,6 @@ def test_what_is_shared_with_an_unreadable_set_is_not_called_nothing(tmp_path):
         looked_at(train, against=[str(tmp_path / "val.tar")])
 
 
-def test_a_later_prepare_can_leave_out_the_evaluation_set(tmp_path):
-    rows = [
-        {"messages": [{"role": "user", "content": f"a{n}"}, {"role": "assistant", "content": "b"}]} for n in range(20)
-    ]
-    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    job = Job("smoltalk", tmp_path / "talk.jsonl", tmp_path / "out")
-    prepare(job, 1)
-    draw(str(tmp_path / "out" / "*.tar"), tmp_path / "val", "val", 5, 0, 1)
-    rest = Job("smoltalk", tmp_path / "talk.jsonl", tmp_path / "rest", exclude=tmp_path / "val" / "taken.jsonl")
-    assert prepare(rest, 1).rejected == {"in the evaluation set": 5}
-    assert problems(looked_at(tmp_path / "rest" / "*.tar", against=[str(tmp_path / "val" / "*.tar")])) == 0
-
-
 def test_shares_are_exact_and_nobody_is_left_out():
     there = {"a": 1000, "b": 500, "c": 3, "d": 1}
     shares = allocate(there, 100)

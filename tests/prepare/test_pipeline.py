@@ -117,24 +117,6 @@ def test_smoltalk_turns_system_messages_and_stages(tmp_path):
     assert {messages.stage_of(row) for row in rows} == {1, 2, 3}
 
 
-def test_tokens_made_ahead_are_those_made_when_read(tmp_path):
-    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
-    raw = jsonl(tmp_path / "talk.jsonl", conversations(3))
-    made("smoltalk", raw, tmp_path / "data" / "plain")
-    more = {"tokenize": "sft", "tokenizer": str(tmp_path / "tokenizer")}
-    made("smoltalk", raw, tmp_path / "data" / "ahead", **more)
-    chat = ChatTokenizer(tiny.tokenizer(), "after_frames", "answer", 512)
-    for (key, plain, _), (same, ahead, _) in zip(
-        samples_of(tmp_path / "data" / "plain"), samples_of(tmp_path / "data" / "ahead"), strict=True
-    ):
-        assert key == same
-        a, b = chat.text(plain, None, False), chat.text(ahead, None, False)
-        assert a.tokens.tolist() == b.tokens.tolist() == ahead["token_ids"]
-        assert a.weight.tolist() == b.weight.tolist()
-    with pytest.raises(UserError, match="--tokenizer"):
-        made("smoltalk", raw, tmp_path / "none", tokenize="sft")
-
-
 def test_benchmarks_come_with_their_options_and_say_what_is_missing(tmp_path):
     raw = tmp_path / "mvbench"
     (raw / "json").mkdir(parents=True)

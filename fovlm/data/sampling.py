@@ -12,7 +12,6 @@ nothing here has a state that must be saved.
 import hashlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
 
@@ -102,15 +101,6 @@ def spread_evenly(counts: list[int]) -> list[int]:
     return order
 
 
-@dataclass(frozen=True)
-class Place:
-    """One sample of a source: the epoch in which it is read, its shard's number and its row in the shard."""
-
-    epoch: int
-    shard: int
-    row: int
-
-
 class ShardShuffle:
     """The order of one source's samples, epoch after epoch. `rows` are the samples of each shard."""
 
@@ -119,11 +109,6 @@ class ShardShuffle:
         self.total = int(self.rows.sum())
         self.seed, self.source, self.block = seed, source, block
         self._cache: dict[tuple, tuple] = {}  # the last results of _epoch and _block
-
-    def __call__(self, number: int) -> Place:
-        """The source's `number`-th sample, counted through all epochs."""
-        shard, row = self.window(number, number + 1)
-        return Place(number // self.total, int(shard[0]), int(row[0]))
 
     def window(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards and rows i64 [n] of the source's samples from number `start` to before `stop`."""

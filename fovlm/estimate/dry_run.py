@@ -113,7 +113,7 @@ def largest_sizes(experiment: Experiment) -> Iterator[PackSize]:
     position = 0
     while True:
         source, _ = mix(position)
-        yield PackSize(*shapes[mix.names[source]])
+        yield shapes[mix.names[source]]
         position += 1
 
 

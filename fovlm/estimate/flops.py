@@ -21,40 +21,14 @@ sample may be several conversations over the same frames.
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 from fovlm.config.schema import DataSource, Experiment
+from fovlm.data.packing import PackSize
 from fovlm.errors import UserError
 from fovlm.estimate.shapes import Geometry, geometry
 
 # Dense bf16 FLOP/s from the vendor's data sheets, by a part of the device's name; the first match counts.
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-
-
-class Sized(Protocol):
-    """What a sample takes of a pack: a `PackSize`, or the `Shape` here."""
-
-    @property
-    def frames(self) -> int: ...
-    @property
-    def looks(self) -> int: ...
-    @property
-    def text(self) -> int: ...
-    @property
-    def prompt(self) -> int: ...
-    @property
-    def shared(self) -> int: ...
-
-
-class Shape(NamedTuple):
-    """Unique frames, looks, text tokens, text tokens ahead of the frames, and frames that further conversations see
-    again."""
-
-    frames: int
-    looks: int
-    text: int
-    prompt: int
-    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,14 +50,14 @@ class Cost:
         return Cost(self.forward * times, self.backward * times, self.recompute * times)
 
 
-def sample_cost(experiment: Experiment, shapes: Geometry, size: Sized) -> dict[str, Cost]:
+def sample_cost(experiment: Experiment, shapes: Geometry, size: PackSize) -> dict[str, Cost]:
     """FLOPs of one training sample, by part: encoder, coarse_looks, fine_looks, coarse_llm, fine_llm, connector, head.
 
     `coarse_llm` is the language model over the prefixes, `fine_llm` over the whole sample. A static look that rides
     along in the patch walk is part of `encoder`. A preference run (`size` counts both answers) adds `reference`.
     """
     if experiment.train.objective == "dpo":
-        one = Shape(size.frames // 2, size.looks // 2, size.text // 2, size.prompt // 2)
+        one = PackSize(size.frames // 2, size.looks // 2, size.text // 2, size.prompt // 2)
         parts = {name: cost * 2 for name, cost in _text_cost(experiment, shapes, one).items()}
         return parts | {"reference": Cost(forward=total(parts).forward)}
     return _text_cost(experiment, shapes, size)
@@ -94,9 +68,9 @@ def total(parts: dict[str, Cost]) -> Cost:
     return sum(parts.values(), Cost())
 
 
-def mean_cost(experiment: Experiment, shapes: Geometry, sizes: Iterable[Sized]) -> dict[str, Cost]:
+def mean_cost(experiment: Experiment, shapes: Geometry, sizes: Iterable[PackSize]) -> dict[str, Cost]:
     """FLOPs by part of the mean sample. Raises ValueError when there are no sizes."""
-    counts = Counter(Shape(size.frames, size.looks, size.text, size.prompt, size.shared) for size in sizes)
+    counts = Counter(sizes)
     if not counts:
         raise ValueError("no samples to take the mean of")
     mean: dict[str, Cost] = {}
@@ -114,7 +88,7 @@ def samples_for(budget: float, flops_per_sample: float) -> int:
     return samples
 
 
-def samples_of(experiment: Experiment, sizes: Iterable[Sized]) -> int | None:
+def samples_of(experiment: Experiment, sizes: Iterable[PackSize]) -> int | None:
     """The number of samples of a run: as given, or from its FLOPs budget and its samples' sizes; None for a run of so
     many steps. Raises UserError as `geometry` and `samples_for` do."""
     train = experiment.train
@@ -128,7 +102,7 @@ def peak_flops(name: str) -> float | None:
     return next((peak for known, peak in PEAKS.items() if known in name), None)
 
 
-def largest(experiment: Experiment) -> dict[str, Shape]:
+def largest(experiment: Experiment) -> dict[str, PackSize]:
     """For each training source the largest sample that the settings let through.
 
     An upper bound, for when there is no data yet: real samples are shorter and cost less.
@@ -136,19 +110,19 @@ def largest(experiment: Experiment) -> dict[str, Shape]:
     return {name: _largest(experiment, experiment.data.sources[name]) for name in experiment.data.mixture}
 
 
-def _largest(experiment: Experiment, source: DataSource) -> Shape:
+def _largest(experiment: Experiment, source: DataSource) -> PackSize:
     data, ahead = experiment.data, experiment.model.question == "before_frames"
     frames = {"text": 0, "image": 1}.get(source.kind, data.max_frames)
     looks = data.image_frames if source.kind == "image" else frames
     answers = 2 if source.kind == "preference" else 1
     prompt = data.max_tokens if ahead and frames else 0
-    return Shape(answers * frames, answers * looks, answers * data.max_tokens, answers * prompt)
+    return PackSize(answers * frames, answers * looks, answers * data.max_tokens, answers * prompt)
 
 
 # -- the parts -----------------------------------------------------------------------------------------------------
 
 
-def _text_cost(experiment: Experiment, shapes: Geometry, size: Sized) -> dict[str, Cost]:
+def _text_cost(experiment: Experiment, shapes: Geometry, size: PackSize) -> dict[str, Cost]:
     model, optim = experiment.model, experiment.optim
     vit, llm = "encoder" not in optim.freeze, "llm" not in optim.freeze and not model.lora
     again = "encoder" in model.grad_checkpoint

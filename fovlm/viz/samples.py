@@ -2,13 +2,15 @@
 
 import base64
 from html import escape
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from fovlm.data.dataloader import plan_steps
 from fovlm.data.dataset import Dataset
-from fovlm.data.packing import EMPTY, PackBudget, PackSize, Sample, SampleIssue, pack_shape
+from fovlm.data.packing import PackBudget, Sample, SampleIssue
+from fovlm.estimate.dry_run import real_shares
 from fovlm.fileio import write_atomically
 from fovlm.media.encode import encode_jpeg
 from fovlm.tables import text_table
@@ -65,20 +67,11 @@ def stats(dataset: Dataset, budget: PackBudget, packs: int) -> str:
         repeated = [len(ids) - len(np.unique(ids)) for ids in (shown, good[["media_id", "tokens_crc32"]])]
         rows.append([source.name, *map(str, numbers), f"{share:.1%}", f"{of_tokens:.1%}", *map(str, repeated)])
         broken += [[cause, source.name, str(count)] for cause, count in source.table.broken.most_common()]
-    real, whole, taken = np.zeros(2), np.zeros(2), 0
-    for _, plan in zip(range(STEPS), plan_steps(dataset, budget, packs, 0), strict=False):
-        for positions in plan.packs:
-            each = [dataset.size(position) for position in positions]
-            used = sum(each, EMPTY)
-            shape: PackSize = pack_shape(used, all(one.looks == one.frames for one in each))
-            real += [used.frames, used.text]
-            whole += [shape.frames, shape.text]
-        taken = plan.cursor
-    frames_real, text_real = real / whole
-    ending = f"{taken / STEPS:.1f} groups a step of {packs} packs, whose frames are {frames_real:.1%} and tokens "
-    return "\n".join(
-        [text_table(rows), *([text_table(broken)] if len(broken) > 1 else []), f"{ending}{text_real:.1%} real"]
-    )
+    plans = list(islice(plan_steps(dataset, budget, packs, 0), STEPS))
+    real = real_shares([dataset.size(position) for position in pack] for plan in plans for pack in plan.packs)
+    taken = f"{plans[-1].cursor / STEPS:.1f} groups a step of {packs} packs"
+    ending = f"{taken}, whose frames are {real['frames']:.1%} and tokens {real['text']:.1%} real"
+    return "\n".join([text_table(rows), *([text_table(broken)] if len(broken) > 1 else []), ending])
 
 
 def _article(sample: Sample, position: int, dataset: Dataset) -> str:

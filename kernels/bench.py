@@ -10,7 +10,7 @@ timed and ends the run, and so does an SDPA that takes another backend than it s
 Times are medians with 20/80 quantiles over buffers that together exceed the device's cache, on a GPU of replays of one
 CUDA graph. GB/s counts what the operation must move (inputs read once, outputs written once), and
 `of_copy` is the share of what a copy of as many bytes reaches. `times_general` is the best general kernel's time over
-this one's. Peak memory is measured on a GPU only. Writes a CSV and a plot.
+this one's. Peak memory is measured on a GPU only. Writes a CSV.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.absorbed_attention import absorbed_attention
-from kernels.bench_plot import plot
 from kernels.bench_timing import Implementation, Inputs, buffers, copy_speed, measure
 from kernels.common import triton
 from kernels.query_attention import query_attention
@@ -288,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--grads", nargs="+", default=["all", "query"], choices=["all", "query"])
     parser.add_argument("--repeat", type=int, default=50 if device == "cuda" else 15)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the CSV and the plot")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the CSV")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     about = origin(device)
@@ -313,8 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
         table.writeheader()
         for row in rows:
             table.writerow({n: f"{v:.4g}" if isinstance(v, float) else v for n, v in row.items()})
-    plot(rows, path.with_suffix(".png"))
-    print(f"wrote {path} and {path.with_suffix('.png')}")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

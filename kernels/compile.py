@@ -78,15 +78,13 @@ def compile_launch(kernel, args: tuple, kwargs: dict, capability: int):
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[(place,)] = "constexpr", value
             continue
-        signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else _scalar(value)
+        signature[name] = (
+            TYPES[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
+        )
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attrs[(place,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(kernel, signature, constants, attrs)
     return triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", capability, 32), options=options)
-
-
-def _scalar(value: float) -> str:
-    return "fp32" if isinstance(value, float) else "i32"
 
 
 def cost(compiled, name: str, case: str, capability: int) -> Cost:

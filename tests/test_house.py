@@ -81,7 +81,7 @@ DOORS = {
     "PIL": {"fovlm.media.collage", "fovlm.media.decode", "fovlm.media.encode", "fovlm.media.tolerant"},
     "simplejpeg": {"fovlm.media.decode", "fovlm.media.encode"},
     "av": {"fovlm.media.decode", "fovlm.media.encode", "fovlm.media.tolerant"},
-    "matplotlib": {"fovlm.viz.contact_sheet", "fovlm.report.figures", "kernels.bench_plot"},
+    "matplotlib": {"fovlm.viz.contact_sheet", "fovlm.report.figures"},
     "pyarrow": {"fovlm.data.tables"},
     "peft": {"fovlm.model.lora"},
     "fsspec": {"fovlm.data.remote_fs"},

@@ -5,8 +5,6 @@
 Weights are copied one at a time from the memory-mapped shards, so memory does not grow with the model. The written
 model is reloaded and compared with the outputs recorded at save time (`verify.py`). OUT gets its name only when all of
 this has succeeded.
-
-The other form, universal, can be trained further on any number of ranks: `./launch.sh NAME train.resume=OUT`.
 """
 
 import shutil
@@ -19,12 +17,10 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from fovlm.checkpoint import store
-from fovlm.checkpoint.locate import SavedRun, open_run
+from fovlm.checkpoint.locate import open_run
 from fovlm.checkpoint.model_card import card
 from fovlm.checkpoint.run_folder import read_summary
 from fovlm.checkpoint.safetensors_writer import WeightPlan, byte_size, write_tensors
-from fovlm.checkpoint.store import UNIVERSAL
 from fovlm.checkpoint.verify import check
 from fovlm.checkpoint.zero_reader import Weights
 from fovlm.data.chat import template
@@ -44,40 +40,32 @@ def convert(
     out: str | Path,
     dtype: str = "bf16",
     shard_size: str = "4GB",
-    trust: bool = False,
     which: str | None = None,
-    to: str = "model",
     tokenizer: str | None = None,
     on_progress: OnProgress = lambda done, total, step: None,
 ) -> Path:
     """Convert a run (`which`: best, latest or a step, as in `find_checkpoint`) or one checkpoint; returns `out`.
 
-    `to` is "model" (for transformers) or "universal" (for further training). `tokenizer` is a folder or id, for a
-    checkpoint that was copied away from its run. `trust` unpickles files without restrictions. Raises UserError, and
-    writes nothing, if `source` is no run or checkpoint, files are damaged or missing, `out` is not empty, or the
-    written model does not reproduce the recorded outputs.
+    `tokenizer` is a folder or id, for a checkpoint that was copied away from its run. Raises UserError, and writes
+    nothing, if `source` is no run or checkpoint, files are damaged or missing, `out` is not empty, or the written model
+    does not reproduce the recorded outputs.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype is bf16 or fp32, not '{dtype}'{did_you_mean(dtype, DTYPES)}")
-    if to not in ("model", "universal"):
-        raise UserError(f"--to is model or universal, not '{to}'{did_you_mean(to, ('model', 'universal'))}")
     largest = byte_size(shard_size)
     out = Path(out)
     refuse_occupied(out)
     on_progress(0, 0, "checking the checkpoint")
     saved = open_run(source, which)
     with staged_dir(out) as staging:
-        if to == "universal":
-            on_progress(0, 0, "making the universal checkpoint")
-            _write_universal(saved, staging)
-            return out
         config, words = saved.model_config(), saved.tokenizer(tokenizer)
         config.lora, config.example = None, example_question(saved.run)
-        write_weights(staging, config, saved.merged(trust), DTYPES[dtype], largest, on_progress)
+        write_weights(staging, config, saved.merged(), DTYPES[dtype], largest, on_progress)
         write_settings(staging, config, words, DTYPES[dtype])
         on_progress(0, 0, "verifying the written model")
-        checked = check(staging, saved.path, DTYPES[dtype], saved.merged(trust))
-        gaze = _copy_gaze(saved.run, staging)
+        checked = check(staging, saved.path, DTYPES[dtype], saved.merged())
+        maps = sorted((saved.run / "maps").glob("step-*.png"))
+        gaze = Path(shutil.copy2(maps[-1], staging / "gaze.png")).name if maps else ""
         text = card(out.resolve().name, saved.experiment, saved.state, read_summary(saved.run), dtype, checked, gaze)
         (staging / "README.md").write_text(text, encoding="utf-8")
     print(checked, file=sys.stderr)
@@ -88,14 +76,6 @@ def example_question(run: Path) -> str:
     """The question of the first clip in the newest attention maps of a run, "" without any."""
     maps = sorted((run / "maps").glob("step-*.npz"))
     return str(np.load(maps[-1])["texts"][0]).partition(" → ")[0] if maps else ""
-
-
-def _copy_gaze(run: Path, out: Path) -> str:
-    """Copy the newest attention maps of a run -> the picture's name, "" without any."""
-    maps = sorted((run / "maps").glob("step-*.png"))
-    if maps:
-        shutil.copy2(maps[-1], out / "gaze.png")
-    return "gaze.png" if maps else ""
 
 
 def refuse_occupied(out: Path) -> None:
@@ -156,13 +136,3 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     _, _, tail = template(tokenizer)
     ends = dict.fromkeys([*tokenizer(tail, add_special_tokens=False)["input_ids"][:1], tokenizer.eos_token_id])
     return [token for token in ends if token is not None]
-
-
-def _write_universal(saved: SavedRun, out: Path) -> None:
-    from fovlm.checkpoint.universal import to_universal  # deepspeed takes seconds to import: only for this
-
-    for file in saved.path.iterdir():
-        if file.is_file() and not file.name.startswith(("random-", "zero_to_", store.MANIFEST)):
-            shutil.copy2(file, out / file.name)
-    to_universal(saved.path, out / UNIVERSAL)
-    store.write_manifest(out, store.seal(sorted(p for p in out.rglob("*") if p.is_file()), out))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from fovlm.checkpoint.convert import DTYPES, OnProgress, refuse_occupied, write_settings, write_weights
 from fovlm.checkpoint.model_card import imported_card
@@ -48,6 +48,7 @@ SMOLLM2 = {
     (960, 32): "HuggingFaceTB/SmolLM2-360M-Instruct",
     (2048, 24): "HuggingFaceTB/SmolLM2-1.7B-Instruct",
 }
+VISUAL_SCALE = 0.14  # of the release
 EXACT = 1e-5  # the largest remainder of the bias, relative to it, after the queries were changed
 
 
@@ -144,22 +145,18 @@ class Published(Weights):
 def import_published(
     path: str | Path,
     out: str | Path,
-    llm: str | dict[str, Any] | None = None,
-    encoder: str | dict[str, Any] | None = None,
+    llm: str | None = None,
     tokenizer: str | None = None,
     question: str = "after_frames",
     frame_size: int = 224,
-    visual_scale: float = 0.14,
     dtype: str = "bf16",
     shard_size: str = "4GB",
-    trust: bool = False,
     on_progress: OnProgress = lambda done, total, step: None,
 ) -> Path:
     """Convert a state dict (.safetensors, .pt, .pth, .bin, or a folder with one) to a model folder; returns `out`.
 
-    `llm` is the folder or id (or the configuration) of the language model it was made from, by default the SmolLM2 of
-    the same shapes; `tokenizer` is by default that of `llm`; `encoder` follows from the shapes. Raises UserError, and
-    writes nothing, if it is no such model.
+    `llm` is the folder or id of the language model it was made from, by default the SmolLM2 of the same shapes;
+    `tokenizer` is by default that of `llm`. Raises UserError, and writes nothing, if it is no such model.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype is bf16 or fp32, not '{dtype}'{did_you_mean(dtype, DTYPES)}")
@@ -167,36 +164,33 @@ def import_published(
         raise UserError(f"--question is {' or '.join(QUESTIONS)}, not '{question}'{did_you_mean(question, QUESTIONS)}")
     largest, path, out = byte_size(shard_size), Path(path), Path(out)
     refuse_occupied(out)
-    stored = Published(read_state(path, trust), str(path))
+    stored = Published(read_state(path), str(path))
     E, layers = stored.size
     llm = llm or SMOLLM2.get((E, layers))
     if llm is None:
         raise UserError(
             f"{path}: no SmolLM2 has width {E} and {layers} layers: name the language model with --llm FOLDER"
         )
-    if not tokenizer and isinstance(llm, dict):
-        raise UserError(f"{path}: the tokenizer is not known: give --tokenizer FOLDER")
-    encoder_config: Any = _configured("encoder", encoder, Dinov2Config) if encoder else stored.dino
-    if frame_size % encoder_config.patch_size:
-        patch = encoder_config.patch_size
+    encoder = stored.dino
+    if frame_size % (patch := encoder.patch_size):
         raise UserError(f"--frame-size {frame_size} is no multiple of the encoder's patches of {patch} pixels")
     config = FoveatedConfig(
-        _configured("llm", llm, LlamaConfig),
-        encoder_config,
+        _config_of(llm),
+        encoder,
         question=question,
         frame_size=frame_size,
         query_dim=stored.shape("connector.q_static")[0],
-        visual_scale=visual_scale,
+        visual_scale=VISUAL_SCALE,
     )
     config.llm_config.tie_word_embeddings = bool(stored.ties)
-    words = load_tokenizer(_folder_or_id(tokenizer or str(llm)))
+    words = load_tokenizer(_folder_or_id(tokenizer or llm))
     with staged_dir(out) as staging:
         write_weights(staging, config, stored, DTYPES[dtype], largest, on_progress)
         write_settings(staging, config, words, DTYPES[dtype])
         model = load_model(staging, DTYPES[dtype])
         check_vocabulary(model.config.llm_config.vocab_size, len(words))
         facts = [
-            ("language model", f"{Path(llm).name if isinstance(llm, str) else 'Llama'}, width {E}, {layers} layers"),
+            ("language model", f"{Path(llm).name}, width {E}, {layers} layers"),
             ("encoder", f"DINOv2, width {model.encoder.width}, {len(model.encoder.layers)} layers"),
             ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
             ("weights", f"{DTYPES[dtype]}".removeprefix("torch.")),
@@ -206,7 +200,7 @@ def import_published(
     return out
 
 
-def read_state(path: Path, trust: bool = False) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
     """The state dict of a file, or of the only one in a folder, mapped into memory. Raises UserError."""
     if not path.exists():
         there = [str(f) for f in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -219,7 +213,7 @@ def read_state(path: Path, trust: bool = False) -> dict[str, Tensor]:
             raise UserError(f"{path}: {len(files) or 'no'} files with weights in it: give the file to import")
     if files[0].suffix == ".safetensors":
         return _unwrapped({name: tensor for file in files for name, tensor in _safetensors(file).items()}, path)
-    state = load_pickled(path if path.is_file() else files[0], trust)
+    state = load_pickled(path if path.is_file() else files[0])
     while isinstance(state, dict) and (nest := next((n for n in NESTS if isinstance(state.get(n), dict)), None)):
         state = state[nest]
     return _unwrapped(state, path)
@@ -242,14 +236,12 @@ def _unwrapped(state: Any, path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _configured(key: str, given: str | dict[str, Any], make: type[PreTrainedConfig]) -> PreTrainedConfig:
+def _config_of(llm: str) -> PreTrainedConfig:
     try:
-        if isinstance(given, dict):
-            return make(**given)
-        return AutoConfig.from_pretrained(_folder_or_id(given), trust_remote_code=False)
+        return AutoConfig.from_pretrained(_folder_or_id(llm), trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"--{key} {given}: no configuration there ({reason})") from error
+        raise UserError(f"--llm {llm}: no configuration there ({reason})") from error
 
 
 def _folder_or_id(name: str) -> str:

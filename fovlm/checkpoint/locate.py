@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fovlm.checkpoint import store
-from fovlm.checkpoint.store import ENGINE, MANIFEST, UNIVERSAL, Checkpoints, State
+from fovlm.checkpoint.store import ENGINE, MANIFEST, Checkpoints, State
 from fovlm.checkpoint.zero_reader import MergedWeights, Weights, ZeroWeights
 from fovlm.config.schema import Experiment
 from fovlm.data.chat import TRANSFORMERS_ERRORS, load_tokenizer
@@ -51,14 +51,14 @@ class SavedRun:
         except UserError as error:
             raise UserError(f"{self.run}: has no tokenizer/ of its own; give --tokenizer FOLDER ({error})") from error
 
-    def weights(self, trust: bool = False) -> ZeroWeights:
+    def weights(self) -> ZeroWeights:
         """The weights, read from the ranks' shards on demand. Raises UserError (see ZeroWeights)."""
-        return ZeroWeights(self.path / ENGINE, trust)
+        return ZeroWeights(self.path / ENGINE)
 
-    def merged(self, trust: bool = False) -> Weights:
+    def merged(self) -> Weights:
         """The weights with adapters taken into those that they belong to."""
         lora = self.model_config().lora
-        return MergedWeights(self.weights(trust), lora) if lora else self.weights(trust)
+        return MergedWeights(self.weights(), lora) if lora else self.weights()
 
     def model(self) -> FoveatedVLM:
         """The model with these weights, on the CPU. Raises UserError."""
@@ -75,10 +75,8 @@ class SavedRun:
 
 
 def open_run(where: str | Path, which: str | None = None) -> SavedRun:
-    """Open the checkpoint that `find_checkpoint` gives. Raises UserError, also for a universal checkpoint."""
+    """Open the checkpoint that `find_checkpoint` gives. Raises UserError."""
     path = find_checkpoint(where, which)
-    if (path / UNIVERSAL).is_dir():
-        raise UserError(f"{path} is a universal checkpoint, for training only: use the run that it was made from")
     file = path / "experiment.yaml"
     try:
         experiment = Experiment.parse(file.read_text(encoding="utf-8"))

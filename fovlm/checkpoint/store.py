@@ -33,7 +33,6 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 CONFIG = "model.json"  # not config.json, which marks a folder that transformers can load
 ENGINE = "engine"  # the folder of DeepSpeed's own files
-UNIVERSAL = "universal"  # in its place, a checkpoint in DeepSpeed's universal form
 SPARE = 1.05  # free space required, relative to the estimate: file headers and the file system's own needs
 
 

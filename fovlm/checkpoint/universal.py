@@ -72,12 +72,8 @@ def to_universal(path: Path, out: Path) -> Path:
 
 
 def universal_for(path: Path, scratch: Path) -> Path | None:
-    """The universal form of a checkpoint that this number of ranks cannot load otherwise; None where it can.
-
-    It is made in `scratch`, unless the checkpoint has one. Raises UserError for ZeRO-3.
-    """
-    if (path / store.UNIVERSAL).is_dir():  # `fovlm convert RUN OUT --to universal` made it
-        return path / store.UNIVERSAL
+    """The universal form of a checkpoint that this number of ranks cannot load otherwise, made in `scratch`; None where
+    it can. Raises UserError for ZeRO-3."""
     return to_universal(path, scratch) if store.read_state(path).world_size != distributed.world() else None
 
 

@@ -110,13 +110,12 @@ class MergedWeights(Weights):
 class ZeroWeights(Weights):
     """The weights of the checkpoint files in `folder`; trained ones are fp32.
 
-    With `trust`, files are unpickled without restrictions, which can run code. Raises UserError if a file is missing
-    (it is named), damaged, or holds more than tensors and plain values.
+    Raises UserError if a file is missing (it is named), damaged, or holds more than tensors and plain values.
     """
 
-    def __init__(self, folder: Path, trust: bool = False):
+    def __init__(self, folder: Path):
         super().__init__(str(folder))
-        self.folder, self.trust = folder, trust
+        self.folder = folder
         self._read = 0  # bytes read since the files were mapped
         self._open()
 
@@ -140,9 +139,10 @@ class ZeroWeights(Weights):
         if not optimizers:
             raise UserError(f"{self.folder}: no *_optim_states.pt of ZeRO 1, 2 or 3, so no weights to convert")
         first = optimizers[min(optimizers)]
-        loaded = [self._load(optimizers[rank], "optimizer_state_dict") for rank in sorted(optimizers)]
-        states = [state["optimizer_state_dict"] for state in loaded]
-        stage, count = (int(_largest(_field(first, states[0], key))) for key in ("zero_stage", "partition_count"))
+        paths = [optimizers[rank] for rank in sorted(optimizers)]
+        states = [_field(path, load_pickled(path), "optimizer_state_dict") for path in paths]
+        facts = (_field(first, states[0], key) for key in ("zero_stage", "partition_count"))
+        stage, count = (int(max(fact) if isinstance(fact, list) else fact) for fact in facts)  # once, or per group
         _check_complete(self.folder, optimizers, count)
         models = {0: self.folder / "mp_rank_00_model_states.pt"}
         if stage == 3:
@@ -152,10 +152,10 @@ class ZeroWeights(Weights):
             )
         elif not models[0].is_file():
             raise UserError(f"{self.folder}: {models[0].name} is missing")
-        files = [self._load(models[rank], "param_shapes") for rank in sorted(models)]
+        files = [load_pickled(models[rank]) for rank in sorted(models)]
         head, path = files[0], models[0]
         self.ties = {str(k): str(v) for k, v in _field(path, head, "shared_params").items()}
-        groups = [{name: tuple(shape) for name, shape in group.items()} for group in head["param_shapes"]]
+        groups = [{name: tuple(shape) for name, shape in group.items()} for group in _field(path, head, "param_shapes")]
         if stage == 3:
             flats = [_field(first, state, "fp32_flat_groups") for state in states]
             self._add_stage_3({name: shape for group in groups for name, shape in group.items()}, flats, count)
@@ -196,26 +196,20 @@ class ZeroWeights(Weights):
         if (have := sum(len(part) for part in flats[0])) != at:
             raise UserError(f"{self.folder}: a rank's shard holds {have} numbers, the parameters need {at}")
 
-    def _load(self, path: Path, field: str) -> dict[str, Any]:
-        state = load_pickled(path, self.trust)
-        _field(path, state, field)
-        return state
 
-
-def load_pickled(path: Path, trust: bool = False) -> Any:
-    """Read what torch.save wrote, mapped into memory, without running code (unless `trust`). Raises UserError."""
+def load_pickled(path: Path) -> Any:
+    """Read what torch.save wrote, mapped into memory, without running code. Raises UserError."""
     try:
         with path.open("rb") as file:
             if file.read(len(ZIP)) != ZIP:
                 raise ValueError("not a file that torch.save has written since its release 1.6")
-        with torch.serialization.safe_globals([] if trust else list(_KNOWN)):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust)
+        with torch.serialization.safe_globals(list(_KNOWN)):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class|operand) ([\w.]+)", str(error))
         what = f" ({found[1] or found[2]})" if found else ""
         raise UserError(
-            f"{path}: holds more than tensors and plain values{what}, and reading it could run code: refused; "
-            "if you trust its author, add --trust"
+            f"{path}: holds more than tensors and plain values{what}, and reading it could run code: refused"
         ) from error
     except MALFORMED as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:160]}); is it damaged?") from error
@@ -240,11 +234,6 @@ def _field(path: Path, state: Any, key: str) -> Any:
     if not isinstance(state, dict) or key not in state:
         raise UserError(f"{path}: no '{key}' in it: not a file of DeepSpeed's ZeRO")
     return state[key]
-
-
-def _largest(value: Any) -> Any:
-    """DeepSpeed stores the number of parts once, or per group."""
-    return max(value) if isinstance(value, list) else value
 
 
 def _slice(parts: list[Tensor], start: int, stop: int) -> list[Tensor]:

@@ -15,9 +15,6 @@ PANEL = "Using a model"
 Out = Annotated[str, typer.Argument(metavar="OUT", help="The folder to create.")]
 Dtype = Annotated[str, typer.Option(help="bf16 or fp32.")]
 ShardSize = Annotated[str, typer.Option(help="Largest weight file, for example 4GB or 500MB.")]
-Trust = Annotated[
-    bool, typer.Option("--trust", help="Unpickle without restrictions: this can run any code the files contain.")
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -28,7 +25,6 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    context: typer.Context,
     source: Annotated[
         str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder or name, or a checkpoint.")
     ],
@@ -36,23 +32,19 @@ def convert(
     dtype: Dtype = "bf16",
     shard_size: ShardSize = "4GB",
     step: Annotated[str, typer.Option(help="best, latest or a step. Default: best, or latest if none is best.")] = "",
-    to: Annotated[str, typer.Option(help="model, or universal: to train further on any number of ranks.")] = "model",
     tokenizer: Annotated[str, typer.Option(help="A folder or id. Default: the run's own.")] = "",
-    trust: Trust = False,
 ) -> None:
     """Convert a training checkpoint to a folder that `transformers` loads, and verify the result.
 
     Example: `fovlm convert runs/LR1 converted/LR1`
     """
-    if to == "universal" and (option := given(context, "dtype", "shard_size", "tokenizer", "trust")):
-        raise UserError(f"--{option} has no effect with --to universal: it keeps everything as training saved it")
     with progress("starting") as update:
         from transformers.utils.logging import disable_progress_bar
 
         from fovlm.checkpoint.convert import convert as work
 
         disable_progress_bar()  # the command shows its own
-        folder = work(source, out, dtype, shard_size, trust, step or None, to, tokenizer or None, update)
+        folder = work(source, out, dtype, shard_size, step or None, tokenizer or None, update)
     print(folder)
 
 
@@ -63,15 +55,12 @@ def import_(
     llm: Annotated[
         str, typer.Option(help="Folder or id of the language model. Default: the SmolLM2 with these shapes.")
     ] = "",
-    encoder: Annotated[str, typer.Option(help="Folder or id of the encoder. Default: from the shapes.")] = "",
     tokenizer: Annotated[str, typer.Option(help="Folder or id. Default: the language model's.")] = "",
     question: Annotated[
         str, typer.Option(help="Where the question was in training: after_frames or before_frames.")
     ] = "after_frames",
     frame_size: Annotated[int, typer.Option(min=14, help="Side of a frame in training, in pixels.")] = 224,
-    visual_scale: Annotated[float, typer.Option(help="Scale of the visual tokens.")] = 0.14,
     shard_size: ShardSize = "4GB",
-    trust: Trust = False,
 ) -> None:
     """Convert a checkpoint of the nanoSmol fVLM release.
 
@@ -83,10 +72,8 @@ def import_(
         from fovlm.checkpoint.import_nanosmol import import_published
 
         disable_progress_bar()
-        names = (llm or None, encoder or None, tokenizer or None)
-        folder = import_published(
-            source, out, *names, question, frame_size, visual_scale, dtype, shard_size, trust, update
-        )
+        names = (llm or None, tokenizer or None)
+        folder = import_published(source, out, *names, question, frame_size, dtype, shard_size, update)
     print(folder)
 
 

@@ -3,33 +3,24 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from fovlm.errors import UserError
+
+VERBATIM = {"allow_extra_args": True, "ignore_unknown_options": True}  # fovlm/launch/request.py parses
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
     panel = "Training"
-    app.command(rich_help_panel=panel, cls=_Verbatim)(train)
+    app.command(rich_help_panel=panel, context_settings=VERBATIM)(train)
     app.command(rich_help_panel=panel)(sweep)
 
 
-class _Verbatim(TyperCommand):
-    """A command that gets its arguments as they are, `--` among them."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args in (["-h"], ["--help"]):
-            return super().parse_args(ctx, args)
-        ctx.args = args
-        return args
-
-
 def train(context: typer.Context) -> None:
-    """Train one run: NAME [section.key=value ...] [--resume auto|none|PATH] [--dry-run] [-- LAUNCHER OPTIONS].
+    """Train one run: NAME [section.key=value ...] [--resume auto|none|PATH] [--dry-run].
 
     `fovlm train --list` shows all runs, `fovlm train quickstart` is a good first. Files `experiments/*.yaml` in the
     current folder add runs. NUM_GPUS, CPU_RANKS and HOSTFILE say where to train; FOVLM_DATA, FOVLM_MODELS, FOVLM_RUNS
@@ -50,7 +41,6 @@ def sweep(
         list[str] | None,
         typer.Argument(metavar="PATTERN... [section.key=value ...]", help="`ablations/*`, `LR1 A1`, `135M-*`"),
     ] = None,
-    only: Annotated[str, typer.Option("--filter", help="Train only runs with this in their name.")] = "",
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Repeats of each run: NAME, NAME-s1 ...  [default: as its file says]")
     ] = None,
@@ -88,7 +78,7 @@ def sweep(
         raise UserError("--per-run divides the GPUs of --gpus: give both")
     if gpus and (jobs or ranks):
         raise UserError("--gpus excludes --jobs and --ranks, which are for the CPU")
-    planned = plan(select(patterns, only), overrides, seeds)
+    planned = plan(select(patterns), overrides, seeds)
     if gpus:
         slots = gpu_slots(gpus.split(","), per_run)
     elif jobs or ranks:

@@ -143,14 +143,14 @@ class Dataset:
             self.identity["first"] = first
         if any(source.table.several for source in self.sources):
             self.identity["grouping"] = grouping and asdict(grouping)
-        self.hash = _hash(self.identity | {"settings": [chat.hash, max_frames, image_frames, seed]})
+        self.hash = digest(json.dumps(self.identity | {"settings": [chat.hash, max_frames, image_frames, seed]}))
 
     def scored_hash(self, samples: int) -> str:
         """Names the first so many samples as something to score: questions, answers, and the tokens that count.
 
         How many frames of them a model is shown, and how often, is its own affair: losses compare all the same.
         """
-        return _hash(self.identity | {"settings": [self.chat.hash, self.seed, samples]})
+        return digest(json.dumps(self.identity | {"settings": [self.chat.hash, self.seed, samples]}))
 
     def _open(self, name: str, settings: DataSource, seed: int, cache: ShardCache | None) -> SourceShards:
         shards = find_shards(name, settings.shards, cache)
@@ -309,10 +309,6 @@ class Dataset:
         if self.length_weight is None:
             return (weight > 0).float()
         return weight * (of_source / (math.sqrt((weight > 0).sum()) if self.length_weight == "sqrt" else 1))
-
-
-def _hash(identity: dict[str, Any]) -> str:
-    return digest(json.dumps(identity))
 
 
 def _read_files(source: SourceShards, number: int) -> tuple[str, dict[Member, bytes]]:

@@ -52,19 +52,15 @@ def messages_of(turns: list[Any]) -> list[dict[str, Any]]:
     if not all(isinstance(turn, dict) for turn in turns):
         raise SampleError("conversations are not a list of {from, value}")
     said = ((turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns)
-    return [{"role": ROLES.get(str(role), role), "content": _unmarked(_text(content))} for role, content in said]
-
-
-def _unmarked(text: str) -> str:
-    """The text with a line break in place of a mark and the white space around it."""
-    return "\n".join(part.strip() for part in MARK.split(text)).strip()
+    return [{"role": ROLES.get(str(role), role), "content": _text(content)} for role, content in said]
 
 
 def _text(content: Any) -> str:
-    """The text of a message, which may come in typed parts."""
+    """The text of a message, which may come in typed parts, with a line break in place of a mark and the space around
+    it."""
     if isinstance(content, list):
         content = "\n".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
-    return content if isinstance(content, str) else ""
+    return "\n".join(part.strip() for part in MARK.split(content)).strip() if isinstance(content, str) else ""
 
 
 def _places(fields: Fields, name: str) -> list[str]:

@@ -82,7 +82,10 @@ def list_members(tar: BinaryIO, size: int) -> Iterator[Member]:
                 if not 0 <= length <= MAX_NAME or at - start > 4 * MAX_NAME:  # one of each kind
                     raise ValueError("an absurd extended header")
                 data = tar.read(length)
-                extended |= {b"x": _pax_records, b"L": _long_name}.get(kind, _nothing)(data)
+                if kind == b"x":
+                    extended |= _pax_records(data)
+                elif kind == b"L":
+                    extended["path"] = data.partition(b"\0")[0]
                 at += BLOCK + padded(length)
                 continue
             name, length = extended.get("path", name), int(extended.get("size", length))
@@ -130,14 +133,6 @@ def _pax_records(data: bytes) -> dict[str, bytes]:
             records[key.decode()] = value
         at += int(length)
     return records
-
-
-def _long_name(data: bytes) -> dict[str, bytes]:
-    return {"path": data.partition(b"\0")[0]}
-
-
-def _nothing(data: bytes) -> dict[str, bytes]:
-    return {}
 
 
 def printable(text: str) -> str:

@@ -7,6 +7,7 @@ webdataset can also run shell
 commands (`pipe:`) and unpickle members; neither is reachable from here.
 """
 
+import glob
 import json
 import re
 from collections.abc import Iterable
@@ -44,7 +45,7 @@ def find_shards(source: str, pattern: str, cache: ShardCache | None = None) -> l
         if URL.match(name):
             urls.append(_checked(name, where))
         elif re.search(r"[*?\[]", name):
-            matches = sorted(Path(path) for path in _glob(data_root() / name))
+            matches = sorted(map(Path, glob.glob(str(data_root() / name), recursive=True)))
             if not matches:
                 raise UserError(f"{where} matches no file (searched {data_root() / name}): {HELP}")
             found += matches
@@ -58,10 +59,6 @@ def find_shards(source: str, pattern: str, cache: ShardCache | None = None) -> l
 
 
 HELP = "write or copy the shards, or set FOVLM_DATA"
-
-
-def _glob(path: Path) -> Iterable[Path]:
-    return Path(path.anchor).glob(str(path.relative_to(path.anchor))) if path.is_absolute() else Path().glob(str(path))
 
 
 def _checked(url: str, where: str) -> str:
@@ -106,10 +103,7 @@ def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> None:
         writer = webdataset.TarWriter(file, encoder=False, mtime=0)
         try:
             for sample in samples:
-                writer.write({name: _encoded(value) for name, value in sample.items()})
+                records = {k: json.dumps(v, ensure_ascii=False).encode() for k, v in sample.items() if type(v) is dict}
+                writer.write(sample | records)
         finally:
             writer.close()
-
-
-def _encoded(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False).encode() if isinstance(value, dict) else value

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 from fovlm.errors import SampleError, UserError, did_you_mean
 
 LINES = 64  # rows in a block of a text file: small blocks mix well, and each is one read
-FORMATS = {"parquet": "parquet", "csv": "csv", "jsonl": "jsonl", "json": "json"}
 Row = dict[str, Any]
 
 
@@ -27,7 +26,7 @@ class Block:
     """`rows` rows of a table from row `first` on, at `place`: the offset of `length` bytes, or the row group."""
 
     file: Path
-    format: str  # one of FORMATS, or "rows": of a source that makes them itself
+    format: str  # parquet, csv, jsonl or json; or "rows": of a source that makes them itself
     first: int
     rows: int
     place: int = 0
@@ -48,7 +47,8 @@ def find_tables(where: Path, formats: tuple[str, ...]) -> list[Path]:
         near = did_you_mean(where.name, (p.name for p in where.parent.iterdir())) if where.parent.is_dir() else ""
         raise UserError(f"no such file or folder: {where}{near}")
     for name in formats:
-        if found := _tables_in(where, name):
+        found = sorted(where.rglob("*.parquet") if name == "parquet" else where.glob(f"*.{name}"))
+        if found := [file for file in found if name != "json" or _is_list(file)]:  # other JSON files are metadata
             return found
     raise UserError(f"{where} holds no {kinds}: give the folder that does, or the file itself")
 
@@ -63,13 +63,6 @@ def refuse_twice(tables: list[Path], raw: Path, whole: str) -> None:
         raise UserError(f"the rows of {parts[0]} are also in {at} and would come twice: give {at} as IN")
 
 
-def _tables_in(folder: Path, name: str) -> list[Path]:
-    if name == "parquet":
-        return sorted(folder.rglob("*.parquet"))
-    found = sorted(folder.glob(f"*.{name}"))
-    return [file for file in found if name != "json" or _is_list(file)]  # other JSON files are metadata
-
-
 def _is_list(file: Path) -> bool:
     with open(file, "rb") as data:
         return data.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
@@ -82,7 +75,7 @@ def blocks_of(file: Path, needs: tuple[tuple[str, ...], ...], same: tuple[str, .
     Raises UserError naming the file, the missing column and the columns present.
     """
     try:
-        kind = FORMATS[file.suffix[1:].lower()]
+        kind = file.suffix[1:].lower()
         if kind == "parquet":
             columns, blocks = _parquet_blocks(file, same)
         elif kind == "json":

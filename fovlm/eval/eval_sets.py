@@ -109,7 +109,8 @@ class QuestionSet:
             if self.skip_missing:
                 return UNREADABLE
             raise UserError(f"{self.name}, {error}; --skip-missing skips such questions") from error
-        image = len(q.media) == len(frames) and all(_still(m) for m in q.media)
+        still = (isinstance(m, bytes) or (m.is_file() and m.suffix.lower() in IMAGES) for m in q.media)
+        image = len(q.media) == len(frames) and all(still)
         texts = []
         for option in q.answers(form.letters):
             try:
@@ -127,10 +128,6 @@ class QuestionSet:
     def hash_without(self, numbers: Collection[int]) -> str:
         """The hash of the set without some of its items."""
         return hash_questions([q for n, q in enumerate(self.questions) if n not in numbers])
-
-
-def _still(media: Path | bytes) -> bool:
-    return isinstance(media, bytes) or (media.is_file() and media.suffix.lower() in IMAGES)
 
 
 class ShardSet:

@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 from scipy.stats import binomtest
@@ -49,7 +48,7 @@ def compute_metrics(samples: Iterable[SampleResult]) -> dict[str, Any]:
         found["by_category"] = _by(scored, "category", _accuracy)
         found["by_modality"] = _by(scored, "modality", _accuracy)
         for key in sorted({key for sample in scored for key in sample.get("extra", {})}):
-            found[f"by_{key}"] = _by(scored, partial(_extra, key=key), _accuracy)
+            found[f"by_{key}"] = _by(scored, key, _accuracy)
     return found
 
 
@@ -59,10 +58,6 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
         return 0.0, 1.0
     interval = binomtest(correct, n).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
-
-
-def _extra(sample: SampleResult, key: str) -> str:
-    return str(sample.get("extra", {}).get(key, "-"))
 
 
 def _accuracy(samples: Samples) -> dict[str, Any]:
@@ -85,8 +80,8 @@ def _loss(samples: Samples) -> float:
     return math.fsum(sample["nll"][i] for sample, i in pairs) / max(tokens, 1)
 
 
-def _by(samples: Samples, key: str | Callable[[SampleResult], str], metric: Callable[[Samples], Any]) -> dict[str, Any]:
+def _by(samples: Samples, key: str, metric: Callable[[Samples], Any]) -> dict[str, Any]:
     groups: dict[str, Samples] = {}
     for sample in samples:
-        groups.setdefault(str(sample[key] if isinstance(key, str) else key(sample)), []).append(sample)
+        groups.setdefault(str(sample.get(key, sample.get("extra", {}).get(key, "-"))), []).append(sample)
     return {name: metric(groups[name]) for name in sorted(groups)}

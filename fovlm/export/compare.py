@@ -41,7 +41,10 @@ def compare(
     if not samples:
         weight = torch.cat([torch.zeros(len(text.tokens)), torch.ones(len(said))])
         samples = [Sample("", "", frames, len(frames), torch.cat([text.tokens, said]), weight, text.prompt)]
-    nll = [torch.stack([nll_of(graphs, s, kind), _expected(model, s)]) for s in samples]
+    packs = [collate([s], model.config.frame_size, size=s.size) for s in samples]
+    nll = [
+        torch.stack([nll_of(graphs, s, kind), autoregressive(model, b)]) for s, b in zip(samples, packs, strict=True)
+    ]
     mean = torch.cat([x[:, s.weight > 0] for x, s in zip(nll, samples, strict=True)], dim=1).mean(1).tolist()
     see(graphs, text.tokens[: text.prompt], frames, kind)
     answer = graphs.answer(text.tokens[text.prompt :].numpy(), ends, settings["tokens"])
@@ -74,7 +77,3 @@ def see(graphs: GraphStream, prompt: Tensor, frames: Tensor, kind: int | None) -
     for frame in frames.numpy():
         _, at_frame = graphs.see(frame, kind, scored=[0])
     return ahead, at_frame
-
-
-def _expected(model: FoveatedVLM, sample: Sample) -> Tensor:
-    return autoregressive(model, collate([sample], model.config.frame_size, size=sample.size))

@@ -6,6 +6,7 @@ A backbone that would train with random weights, or compute something else when 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 
 import torch
 from transformers import (
@@ -59,20 +60,8 @@ def configuration(
     size, patch = settings.frame_size, patch_of(encoder)
     if size % patch:
         raise UserError(f"model.frame_size={size}: not a multiple of the encoder's patches of {patch} pixels")
-    return FoveatedConfig(
-        llm_config=llm,
-        encoder_config=encoder,
-        visual=settings.visual,
-        pooled=settings.pooled,
-        deep_query=settings.deep_query,
-        question=settings.question,
-        query_rounds=settings.query_rounds,
-        query_dim=settings.query_dim,
-        visual_scale=visual_scale,
-        frame_size=settings.frame_size,
-        image_frames=image_frames,
-        lora=settings.lora.model_dump() if settings.lora else None,
-    )
+    same = settings.model_dump(include=set(signature(FoveatedConfig).parameters) - {"visual_scale"})
+    return FoveatedConfig(llm, encoder, visual_scale=visual_scale, image_frames=image_frames, **same)
 
 
 def _random(key: str, given: dict) -> PreTrainedModel:
@@ -84,7 +73,10 @@ def _random(key: str, given: dict) -> PreTrainedModel:
 def random_config(key: str, given: dict) -> PreTrainedConfig:
     """The configuration `model.{key}` of a backbone with random weights. Raises UserError for one that is not
     supported, or of which transformers cannot make a model."""
-    _check_sizes(key, given)
+    for name, value in given.items():
+        most = 1000 if str(name).endswith("layers") else 1 << 24
+        if SIZE.search(str(name)) and type(value) is int and not 1 <= value <= most:
+            raise UserError(f"model.{key}.{name}: must be between 1 and {most:,}, not {str(value)[:40]}")
     with _mistakes(key):
         config = backbone_config(key, given)
         check_supported(key, config, config.model_type)
@@ -102,13 +94,6 @@ def random_config(key: str, given: dict) -> PreTrainedConfig:
         with torch.device("meta"):
             (AutoModel if key == "encoder" else AutoModelForCausalLM).from_config(config)
     return config
-
-
-def _check_sizes(key: str, given: dict) -> None:
-    for name, value in given.items():
-        most = 1000 if str(name).endswith("layers") else 1 << 24
-        if SIZE.search(str(name)) and type(value) is int and not 1 <= value <= most:
-            raise UserError(f"model.{key}.{name}: must be between 1 and {most:,}, not {str(value)[:40]}")
 
 
 @contextmanager

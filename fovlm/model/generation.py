@@ -54,7 +54,8 @@ class FoveatedGenerationMixin(GenerationMixin):
         mode `autoregressive`. Answers end where the context does. Raises UserError when there is no room for one.
         """
         frames = options.pop("pixel_values", None) if frames is None else frames
-        x, mask = self.embed(input_ids, attention_mask, frames, looks, prompt, mode, on_progress)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        x, mask = self.embed(unpadded(input_ids, mask, frames, looks, prompt), mode, on_progress)
         settings, options = self.settings(self.config.context - x.shape[1], generation_config, options)
         return self.llm.generate(inputs_embeds=x, attention_mask=mask, generation_config=settings, **options)
 
@@ -73,22 +74,13 @@ class FoveatedGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def embed(
-        self: "FoveatedVLM",
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        frames: Tensor | None = None,
-        looks: Tensor | None = None,
-        prompt: Tensor | None = None,
-        mode: str | None = None,
-        on_progress: Progress | None = None,
+        self: "FoveatedVLM", samples: list[Shown], mode: str | None = None, on_progress: Progress | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The language model's input [B, L, E], padded on the left, and its mask i64 [B, L]. Arguments and errors as in
-        `generate`."""
+        """The language model's input [B, L, E], padded on the left, and its mask i64 [B, L], for the conversations that
+        `unpadded` gives. `mode`, `on_progress` and errors as in `generate`."""
         modes = MODES[self.config.visual]
         if mode is not None and mode not in modes:
             raise UserError(f"mode is {', '.join(modes)} for this model, not '{mode}'{did_you_mean(mode, modes)}")
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        samples = unpadded(input_ids, mask, frames, looks, prompt)
         for sample, times in samples:
             check_context(self.config, sum(times), len(sample.tokens))
         tokens = self._visual_tokens(samples, mode or modes[-1], on_progress)

@@ -106,19 +106,15 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         )
         if config.lora:
             add_adapters(self.llm, **config.lora)
-        for unused in self._unused():
-            unused.requires_grad_(False)
+        # What the visual mode never uses stays out of the optimizer.
+        asking = [self.connector.q_first, *self.connector.to_query.parameters()]
+        seeing = [self.connector.q_static, *self.connector.query_in.parameters()]
+        unused = {"foveated": [], "coarse": asking, "multi_token": asking + seeing}[config.visual]
+        for parameter in unused:
+            parameter.requires_grad_(False)
         self._nll_and_slope = nll_and_slope
         self.post_init()
         self.generation_config = self.llm.generation_config
-
-    def _unused(self) -> list[nn.Parameter]:
-        """Parameters that the visual mode never uses: without a gradient they stay out of the optimizer."""
-        c, visual = self.connector, self.config.visual
-        asking = [c.q_first, *c.to_query.parameters()]
-        return {"foveated": [], "coarse": asking, "multi_token": [*asking, c.q_static, *c.query_in.parameters()]}[
-            visual
-        ]
 
     def _init_weights(self, module: nn.Module) -> None:
         """transformers calls this for weights that a checkpoint lacks; the backbones initialise themselves."""

@@ -93,7 +93,7 @@ def _at_the_end(evidence: Evidence, question: str, baseline: str, present: list[
     if known and verdict.winner is None and any(len(one.losses) == 1 for one in sides.values()):
         notes.append(f"Seed spread known: {known[1]:.3g} nats, that of {known[0]}.")
     if len(present) == 2:
-        notes += _frame_by_frame(evidence, present) + _for_less(evidence, present)
+        notes += _frame_by_frame(evidence, present)
     head = ("side", "seeds", "loss, mean (nats)", "spread over seeds", _more(verdict), "samples", "FLOPs")
     rows = [_row(evidence, one, verdict) for one in sides.values()]
     return Answer(question, present, verdict, head, rows, notes)
@@ -190,19 +190,6 @@ def _frame_by_frame(evidence: Evidence, pair: list[str]) -> list[str]:
     losses = [run.loss for run in evidence.side(b)]
     gap = welch(deployed[a], losses)
     return [f"{a} frame by frame, as deployed, minus {b}: {gap} nats ({len(deployed[a])} and {len(losses)} seeds)."]
-
-
-def _for_less(evidence: Evidence, pair: list[str]) -> list[str]:
-    """The more expensive side at the final FLOPs of the cheaper one: a note, as its schedule has not ended there."""
-    cheap, dear = sorted(pair, key=lambda label: np.mean([run.flops for run in evidence.side(label)]))
-    budget = min(run.flops for run in evidence.side(cheap))
-    there = [v for run in evidence.side(dear) if (v := loss_at(run, budget)) is not None]
-    if not there or max(run.flops for run in evidence.side(dear)) <= (1 + EQUAL) * budget:
-        return []
-    gap = welch(there, [run.loss for run in evidence.side(cheap)])
-    return [
-        f"{dear} at the FLOPs that {cheap} ends with, before its learning rate has decayed, minus {cheap}: {gap} nats."
-    ]
 
 
 def _more(verdict: Verdict) -> str:

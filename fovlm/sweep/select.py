@@ -18,7 +18,6 @@ from fovlm.errors import UserError, did_you_mean
 
 # resumable: has checkpoints, or was stopped before its first one; stale: its folder was made under other settings.
 Status = Literal["new", "resumable", "stale", "finished"]
-FEW = 12  # names in a message
 
 
 @dataclass(frozen=True)
@@ -35,23 +34,16 @@ class PlannedRun:
         return self.experiment.run_folder
 
 
-def select(patterns: Iterable[str], only: str = "", folder: Path = experiments.EXPERIMENTS) -> list[tuple[str, str]]:
+def select(patterns: Iterable[str], folder: Path = experiments.EXPERIMENTS) -> list[tuple[str, str]]:
     """(group, name) of the runs that match: each once, in the order of the patterns, then of the files.
 
-    `only` keeps the names that contain it, or match it as a glob. Raises UserError for a pattern without a run.
+    Raises UserError for a pattern without a run.
     """
-    groups = experiments.groups(folder)
-    patterns = list(patterns) or (["*"] if only else [])
+    groups, patterns = experiments.groups(folder), list(patterns)
     if not patterns:
         known = ", ".join(f"'{group}/*' ({len(names)})" for group, names in groups.items())
         raise UserError(f"which runs? Names, or groups: {known}")
-    found = list(dict.fromkeys(pair for pattern in patterns for pair in _matches(pattern, groups)))
-    matching = [(group, name) for group, name in found if only in name or fnmatchcase(name, only)]
-    if not matching:
-        names = [name for _, name in found]
-        more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
-        raise UserError(f"--filter {only}: none of {', '.join(names[:FEW])}{more}{did_you_mean(only, names)}")
-    return matching
+    return list(dict.fromkeys(pair for pattern in patterns for pair in _matches(pattern, groups)))
 
 
 def _matches(pattern: str, groups: dict[str, list[str]]) -> list[tuple[str, str]]:

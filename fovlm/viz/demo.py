@@ -189,9 +189,10 @@ def player(path: str) -> str:
 
 def strip(clip: Clip) -> str:
     """The frames of a clip with their times, as the model gets them."""
+    jpegs = (base64.b64encode(encode.encode_jpeg(f.permute(1, 2, 0).numpy())).decode() for f in clip.frames)
     figures = (
-        f"<figure><img src='data:image/jpeg;base64,{_jpeg(frame)}'>{second:g} s</figure>"
-        for frame, second in zip(clip.frames, clip.seconds)
+        f"<figure><img src='data:image/jpeg;base64,{jpeg}'>{second:g} s</figure>"
+        for jpeg, second in zip(jpegs, clip.seconds)
     )
     count = f"{len(clip.frames)} frame{'' if len(clip.frames) == 1 else 's'}, as the model gets them"
     note = f" · <b>{html.escape(clip.note)}</b>" if clip.note else ""
@@ -203,10 +204,6 @@ def framed(gazes: list[Any]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         text = write_page(gazes, Path(folder) / "look.html").read_text(encoding="utf-8")
     return f'<iframe class="fovlm-gaze" height="860" onload="{FIT}" srcdoc="{html.escape(text)}"></iframe>'
-
-
-def _jpeg(frame: Any) -> str:
-    return base64.b64encode(encode.encode_jpeg(frame.permute(1, 2, 0).numpy())).decode()
 
 
 def _thumb(path: Path, size: int) -> Any:

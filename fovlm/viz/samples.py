@@ -9,7 +9,7 @@ import numpy as np
 
 from fovlm.data.dataloader import plan_steps
 from fovlm.data.dataset import Dataset
-from fovlm.data.packing import PackBudget, Sample, SampleIssue
+from fovlm.data.packing import PackBudget, Sample
 from fovlm.estimate.dry_run import real_shares
 from fovlm.fileio import write_atomically
 from fovlm.media.encode import encode_jpeg
@@ -37,7 +37,9 @@ def write_page(dataset: Dataset, budget: PackBudget, packs: int, samples: int, o
             parts.append(f"<h2>step {step}, pack {number}</h2>")
             for position in positions:
                 found, issue = dataset.read(position)
-                parts += [_issue(issue)] if issue else []
+                if issue:
+                    where = escape(f"{issue.source}: {issue.key} in {issue.shard}: {issue.cause}")
+                    parts.append(f'<p class="bad">{where}; another one is read in its place</p>')
                 parts += [_article(sample, position, dataset) for sample in found]
                 count += len(found)
             if count >= samples:
@@ -89,8 +91,3 @@ def _article(sample: Sample, position: int, dataset: Dataset) -> str:
     facts += ["the same frames"] if sample.shares else []
     facts += ["the limit, so perhaps cut"] if len(sample.tokens) == dataset.chat.most else []
     return f"<article><small>{' &middot; '.join(facts)}</small><br>{images}<p>{' '.join(words)}</p></article>"
-
-
-def _issue(issue: SampleIssue) -> str:
-    where = escape(f"{issue.source}: {issue.key} in {issue.shard}: {issue.cause}")
-    return f'<p class="bad">{where}; another one is read in its place</p>'

@@ -278,16 +278,16 @@ class Evil:
         return Path.touch, (self.mark,)
 
 
-def test_code_in_a_shard_is_not_run_unless_trusted(run, tmp_path):
+def test_code_in_a_shard_is_not_run(run, tmp_path):
     mark, path = tmp_path / "mark", run / "checkpoints" / "step-00000005"
     shard = path / store.ENGINE / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     state = torch.load(shard)
     torch.save({**state, "ds_config": Evil(mark)}, shard)
     reseal(path)
-    with pytest.raises(UserError, match=r"more than tensors and plain values .*could run code.*--trust"):
+    with pytest.raises(UserError, match=r"more than tensors and plain values .*could run code: refused"):
         convert.convert(run, tmp_path / "out")
     assert not mark.exists()
-    convert.convert(run, tmp_path / "out", trust=True)
+    torch.load(shard, weights_only=False)
     assert mark.exists(), "or the test's file could not have done harm"
 
 
@@ -310,7 +310,6 @@ def test_user_errors_are_one_line_with_status_2(run, tmp_path, capsys, monkeypat
         (["run/checkpoints/step-00000005", "out", "--step", "5"], "is one checkpoint"),
         (["run", "out", "--dtype", "fp64"], "--dtype is bf16 or fp32"),
         (["run", "out", "--shard-size", "huge"], "no size"),
-        (["run", "out", "--to", "univrsal"], "did you mean 'universal'?"),
         (["x" * 300, "out"], "File name too long"),
     ]
     monkeypatch.chdir(tmp_path)

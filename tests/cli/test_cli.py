@@ -271,11 +271,6 @@ def test_options_without_an_effect_on_a_camera_are_refused(capsys, film, saved_m
     assert printed == f"fovlm: {option} has no effect with --live: a camera is shown in the terminal, without files\n"
 
 
-def test_a_universal_checkpoint_takes_no_type(capsys, tmp_path):
-    words = ("convert", "run", str(tmp_path / "out"), "--to", "universal")
-    assert "--shard-size has no effect with --to universal" in user_error(capsys, *words, "--shard-size", "1GB")
-
-
 def test_a_name_that_is_too_long_is_one_line(capsys, film):
     long = "x" * 300
     for words in (

@@ -101,8 +101,7 @@ def main() -> None:
         theirs = store.Checkpoints(other / f"zero{stage}").first_whole(verify=store.verify)
         assert theirs is not None
         try:
-            ready = other / f"universal{stage}"  # what `fovlm convert --to universal` made of it, for one of the stages
-            universal = universal_for(ready if ready.is_dir() else theirs, out / f"universal{stage}")
+            universal = universal_for(theirs, out / f"universal{stage}")
         except UserError as error:
             found[f"zero{stage}"]["refused"] = str(error)
             continue

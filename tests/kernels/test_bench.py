@@ -29,7 +29,6 @@ def test_a_run_writes_a_table_and_a_plot(tmp_path, capsys, op):
         assert row["device"].startswith("cpu")
         assert row["torch"] == torch.__version__
         assert row["commit"]
-    assert (tmp_path / "kernels_cpu.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("words", [["nope"], ["query", "--shapes", "small"], ["query", "--shapes", "huge:2"]])

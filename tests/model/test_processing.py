@@ -11,6 +11,7 @@ from fovlm.data.chat import ChatTokenizer
 from fovlm.data.packing import PackSize, Sample, collate
 from fovlm.errors import UserError
 from fovlm.model.autoregressive import autoregressive
+from fovlm.model.generation import unpadded
 from helpers import ROOT
 from helpers.interface import QUESTION, frames, model_of, processor_of, says
 from helpers.models import FRAME, VOCABULARY
@@ -174,7 +175,8 @@ def test_a_batch_answers_as_each_alone(visual, prompt):
 def test_what_is_seen_matters():
     model = model_of()
     inputs = processor_of(model)(text=[QUESTION] * 2, videos=[frames(2), frames(2, 1)])
-    x, mask = model.embed(**inputs)
+    parts = (inputs[name] for name in ("input_ids", "attention_mask", "frames", "looks", "prompt"))
+    x, mask = model.embed(unpadded(*parts))
     assert mask.all()
     assert not torch.allclose(x[0], x[1])
 

@@ -29,7 +29,6 @@ from helpers.models import tiny_model
 def folders(tmp_path_factory) -> dict[int, Path]:
     folders = {world: tmp_path_factory.mktemp(f"ranks{world}") for world in (1, 2)}
     run_ranks(1, ["-m", "helpers.engine_ranks", str(folders[1])])
-    convert(folders[1] / "zero2", folders[1] / "universal2", to="universal")
     run_ranks(2, ["-m", "helpers.engine_ranks", str(folders[2]), str(folders[1])])
     return folders
 

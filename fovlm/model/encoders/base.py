@@ -34,14 +34,14 @@ class Family(ABC):
     """
 
     kinds: tuple[str, ...]  # model_type of its configurations
-    mean: tuple[float, float, float]  # of the pixels in training, 0 to 1
-    std: tuple[float, float, float]
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the pixels in training, 0 to 1; here ImageNet's
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     is_rotary = False  # positions are rotations of queries and keys, in every layer
     skipped: tuple[str, ...] = ()  # names of released weights that are not the encoder's start with one of these
 
-    @abstractmethod
     def embed(self, backbone: Any, pixels: Tensor) -> Tensor:
         """Normalised pixels [F, 3, height, width] -> the first layer's input [F, N, D]."""
+        return backbone.embeddings(pixels)
 
     @abstractmethod
     def layers(self, backbone: Any) -> nn.ModuleList: ...

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import Dinov2Config, PreTrainedConfig
 
 from fovlm.model.encoders.base import Block, Family
@@ -20,10 +20,6 @@ RELEASED_NAMES = {
 
 class Dinov2(Family):
     kinds = ("dinov2", "dinov2_with_registers")
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-
-    def embed(self, backbone: Any, pixels: Tensor) -> Tensor:
-        return backbone.embeddings(pixels)
 
     def layers(self, backbone: Any) -> nn.ModuleList:
         return backbone.encoder.layer

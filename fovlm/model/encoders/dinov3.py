@@ -12,10 +12,6 @@ from fovlm.model.encoders.base import Block, Family, Rotary
 class Dinov3(Family):
     kinds = ("dinov3_vit",)
     is_rotary = True
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-
-    def embed(self, backbone: Any, pixels: Tensor) -> Tensor:
-        return backbone.embeddings(pixels)
 
     def layers(self, backbone: Any) -> nn.ModuleList:
         return backbone.model.layer

@@ -10,6 +10,7 @@ import typer
 from fovlm.errors import EXIT_STOPPED, UserError, did_you_mean
 
 PANEL = "Data"
+QUESTIONS = ("name", "place", "left", "kind")  # of scenes
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes.  [default: one per core]")]
 
 
@@ -57,7 +58,6 @@ def prepare(
             min=0, max=1, help="Share of the rows that may be rejected.  [default: 0.1 of your own data, all of others]"
         ),
     ] = None,
-    turns: Annotated[str, typer.Option(help="Of a conversation: `all`, or the `first`.")] = "all",
     rating: Annotated[
         list[str] | None, typer.Option(metavar="NAME=LEAST", help="finevision: keep exchanges rated so, `relevance=4`.")
     ] = None,
@@ -119,19 +119,15 @@ def prepare(
         )
         if samples is not None and not drawn:
             raise UserError(f"--samples is for val and scenes; all of {source} is prepared")
-        for option, value, allowed in (
-            ("--turns", turns, ("all", "first")),
-            ("--ask", ask, ("name", "place", "left", "kind")),
-        ):
-            if value not in allowed:
-                raise UserError(f"{option} {value}: it is {' or '.join(allowed)}{did_you_mean(value, allowed)}")
+        if ask not in QUESTIONS:
+            raise UserError(f"--ask {ask}: it is {' or '.join(QUESTIONS)}{did_you_mean(ask, QUESTIONS)}")
         if raw.startswith("hf:"):
             from fovlm.prepare.hub import fetch_dataset
 
             raw = str(fetch_dataset(raw))
         job = Job(
             source, Path(raw), out, name or "train", seed, per_shard, size, frames or 64, media=media, stage=stage,
-            turns=turns, columns=_columns(source, video, image, question, answer), ratings=_ratings(rating or []),
+            columns=_columns(source, video, image, question, answer), ratings=_ratings(rating or []),
             skip_missing=skip_missing, scenes=drawn,
         )  # fmt: skip
         kind = source_of(job)

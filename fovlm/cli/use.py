@@ -1,4 +1,4 @@
-"""Commands that use a trained model: ask, look, demo; and bench."""
+"""Commands that use a trained model: ask, look, demo."""
 
 import sys
 from pathlib import Path
@@ -33,9 +33,6 @@ def register(app: typer.Typer) -> None:
     """Add these commands to the app."""
     for command in (ask, look, demo):
         app.command(rich_help_panel=PANEL)(command)
-    app.command(rich_help_panel=PANEL, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-        bench
-    )
 
 
 def ask(
@@ -199,17 +196,6 @@ def demo(
         clips = list_clips(examples) if examples else []
         net, processor = open_(model, frames, dtype)
     serve(net, processor, Path(model).resolve().name, clips, tokens, frames, mode or None, port, host, share)
-
-
-def bench(context: typer.Context) -> None:
-    """Check the kernels against their reference on this machine, then time them.
-
-    Example: `fovlm bench query --shapes small:64 --repeat 20`. `fovlm bench -- --help` lists its arguments. To time
-    streaming, run `python -m benchmarks.stream MODEL` in a checkout.
-    """
-    with progress("starting"):
-        from kernels.bench import main
-    main(context.args)
 
 
 def check_model(folder: str, mode: str = "") -> None:

@@ -29,9 +29,7 @@ def combine(rows: list[tuple[int, Row | str]], job: Job, read: Callable[[Row, Jo
                 raise SampleError(row)
             one = read(row, job)
             for record in conversations(one.record):
-                _, turns = turns_of(record, "?" if one.files else "")
-            if job.turns == "first" and len(turns) > 1:
-                one.record = shortened(one.record)
+                turns_of(record, "?" if one.files else "")
             good.append((row, one))
         except SampleError as error:
             rejected.append((line, error))
@@ -63,12 +61,6 @@ def record_of(messages: list[dict[str, Any]]) -> Record:
     if [m["role"] for m in messages] == ["user", "assistant"]:
         return {"user": messages[0]["content"], "assistant": messages[1]["content"]}
     return {"messages": messages}
-
-
-def shortened(record: Record) -> Record:
-    """A record with the first turn alone."""
-    messages = record["messages"]
-    return record_of(messages[: 2 + (messages[0]["role"] == "system")])
 
 
 def listed(value: Any) -> list[Any]:

@@ -40,7 +40,6 @@ class Job:
     max_frames: int = 64  # of a video
     quality: int = 90  # of JPEG
     media: Path | None = None  # folder of the videos and pictures, when not with the table
-    turns: str = "all"  # of a conversation, or the "first"
     columns: tuple[tuple[str, str], ...] = ()  # table: (video, image, question or answer, its column)
     ratings: tuple[tuple[str, float], ...] = ()  # cauldron: (rating, least)
     max_bad: float = 1.0  # share of the rows that may be rejected

@@ -178,8 +178,7 @@ def _grid(cells: Grid, seeing: float | None, out: Path) -> list[str]:
         escape(f"Rule: {OPTIMUM_RULE} Noise here: {noise}."),
         heading("Scale: loss as a law of size and data"), *_laws(cells),
     ]  # fmt: skip
-    drawn = figures.law(cells, out / "law.svg")
-    blocks += [figure(drawn, "Measured losses against the fitted law."), escape(f"Rule: {LAW_RULE}"), escape(CHECKED)]
+    blocks += [escape(f"Rule: {LAW_RULE}"), escape(CHECKED)]
     drawn = figures.one_or_sixteen(cells, out / "one_or_sixteen.svg")
     if drawn:
         text = trend_text(cells, seeing)

@@ -127,26 +127,6 @@ def iso_flop(grid: Grid, path: Path) -> Path | None:
 
 
 @STYLED
-def law(grid: Grid, path: Path) -> Path | None:
-    """Measured against fitted losses, for each architecture that could be fitted."""
-    if not grid.fits:
-        return None
-    figure, axis = _figure(3.6, 3.3)
-    losses = [cell.loss for cell in grid.cells]
-    axis.plot([min(losses), max(losses)], [min(losses), max(losses)], color="black", linewidth=0.8, linestyle=":")
-    for arch, fit in grid.fits.items():
-        cells = grid.of(arch)
-        predicted = fit.law.loss([c.N for c in cells], [c.D for c in cells])
-        axis.plot(predicted, [c.loss for c in cells], ARCH_STYLE[arch][1], color=ARCH_STYLE[arch][0], label=ARCHS[arch])
-    axis.set_xlabel("E + A / N$^α$ + B / D$^β$, nats per token")
-    axis.set_ylabel("measured validation loss, nats per token")
-    _log_if_wide(axis.set_xscale, losses)
-    _log_if_wide(axis.set_yscale, losses)
-    axis.legend(loc="upper left")
-    return _save(figure, path)
-
-
-@STYLED
 def one_or_sixteen(grid: Grid, path: Path) -> Path | None:
     """Loss of F over loss of B for each size, over the budget."""
     pairs = grid.pairs()

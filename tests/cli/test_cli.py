@@ -37,11 +37,11 @@ def test_help_needs_neither_torch_nor_a_second():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert done.stdout.endswith("heavy: []\n")
-    for name in ("ask", "look", "demo", "convert", "import", "bench"):
+    for name in ("ask", "look", "demo", "convert", "import"):
         assert f" {name} " in done.stdout
 
 
-@pytest.mark.parametrize("name", ["ask", "look", "demo", "convert", "import", "bench"])
+@pytest.mark.parametrize("name", ["ask", "look", "demo", "convert", "import"])
 def test_every_command_shows_an_example(name, capsys):
     assert main([name, "--help"]) == 0
     assert f"Example: fovlm {name} " in " ".join(capsys.readouterr().out.split())

@@ -71,9 +71,6 @@ def test_cauldron_makes_one_sample_of_the_exchanges_about_a_picture(tmp_path):
     asked = [{"user": "what ?", "assistant": "red"}, {"user": "yes ?", "assistant": "no"}]
     assert (record, pictures) == ({"conversations": asked, "source": "vqa"}, ["jpg"])
     assert manifest.rejected == {"not a picture": 1, "several pictures in one row": 1}
-    first = made("cauldron", tmp_path / "raw", tmp_path / "first", turns="first")
-    ((_, record, _),) = samples_of(tmp_path / "first")
-    assert (record["assistant"], first.total("samples")) == ("red", 1)
 
 
 def test_rlaif_v_pairs(tmp_path):
@@ -103,9 +100,6 @@ def test_smoltalk_turns_system_messages_and_stages(tmp_path):
     ((_, record, pictures),) = samples_of(tmp_path / "all")
     assert (record, pictures) == ({"messages": row["messages"], "source": "magpie"}, [])
     assert manifest.rejected == {"the roles of messages do not alternate between user and assistant": 1}
-    made("smoltalk", raw, tmp_path / "first", turns="first")
-    ((_, record, _),) = samples_of(tmp_path / "first")
-    assert record["messages"] == row["messages"][:3]
     rows = conversations(60)
     jsonl(tmp_path / "talk.jsonl", rows)
     parts = [

@@ -19,7 +19,7 @@ RELEASED_NAMES = {
 
 
 class Dinov2(Family):
-    kinds = ("dinov2", "dinov2_with_registers")
+    kinds: tuple[str, ...] = ("dinov2", "dinov2_with_registers")
 
     def layers(self, backbone: Any) -> nn.ModuleList:
         return backbone.encoder.layer

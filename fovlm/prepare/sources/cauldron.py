@@ -1,7 +1,7 @@
 """The Cauldron and FineVision: parquet with `images` [{bytes, path}] and `texts` [{user, assistant}].
 
 All exchanges about a picture become one sample with several conversations, because most subsets ask independent
-questions (`--turns first`: the first alone). FineVision rates each exchange in `relevance_ratings` and so on;
+questions. FineVision rates each exchange in `relevance_ratings` and so on;
 `--rating relevance=4` keeps those with at least 4. Rows with several pictures are rejected: a sample has one picture,
 or frames in time. Sources: their cards.
 """
@@ -17,7 +17,7 @@ RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting
 
 
 def make(row: Row, job: Job) -> Iterator[NewSample]:
-    """The picture with its exchanges, or the first."""
+    """The picture with its exchanges."""
     images, texts = pick(row, "images"), pick(row, "texts")
     if not isinstance(images, list):
         raise SampleError("images are not a list")
@@ -36,7 +36,7 @@ def make(row: Row, job: Job) -> Iterator[NewSample]:
         raise SampleError("rated too low")
     records = [{part: str(text.get(part) or "").strip() for part in ("user", "assistant")} for text in texts]
     source = {"source": str(texts[0].get("source") or row.get("source") or job.source).strip()}
-    record = records[0] if len(records) == 1 or job.turns == "first" else {"conversations": records}
+    record = records[0] if len(records) == 1 else {"conversations": records}
     yield NewSample(record | source, [picture(images[0], job)], still=True)
 
 

@@ -3,7 +3,7 @@
 `content` is a text, or a list of parts: {type: text, text}, {type: image, image: FILE}, {type: video, video: FILE},
 {type: image_url, image_url: {url: data:...}}; a part without a file means the row's `images` or `videos`. FILE is a
 name below --media, {bytes, path}, or bytes. Rows about the same file become one sample with several conversations, and
-a conversation keeps all its turns (`--turns first`: the first). `--stage 1|2|3` takes one of three disjoint thirds, by
+a conversation keeps all its turns. `--stage 1|2|3` takes one of three disjoint thirds, by
 a hash of the conversation: every training stage needs text, and no stage should repeat the chats of another.
 
 `smoltalk` is the same without files. Sources: the data sets' cards, the documentation of transformers' chat templates.

@@ -33,11 +33,6 @@ class ReferenceOutputs:
     nll: list[Tensor]
     precision: str  # "float32" or "bfloat16"
 
-    @property
-    def mean(self) -> float:
-        """The mean NLL of all tokens in nats."""
-        return mean_nll(self.nll)
-
     def save(self, folder: Path) -> None:
         """Write it into a checkpoint."""
         tensors: dict[str, Tensor] = {}

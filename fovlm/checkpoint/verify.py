@@ -35,8 +35,9 @@ def check(out: Path, checkpoint: Path, dtype: torch.dtype, stored: Weights) -> s
     nll = reference_nll(model, reference)
     difference = float((torch.cat(nll) - torch.cat(reference.nll)).abs().mean())
     limit = TOLERANCE[reference.precision]
+    recorded = mean_nll(reference.nll)
     numbers = (
-        f"NLL {mean_nll(nll):.6f} as converted{' before rounding' if rounded else ''}, {reference.mean:.6f} as "
+        f"NLL {mean_nll(nll):.6f} as converted{' before rounding' if rounded else ''}, {recorded:.6f} as "
         f"recorded in training ({reference.precision}), mean difference per token {difference:.2g} "
         f"over {len(nll)} samples"
     )

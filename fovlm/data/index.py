@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -106,11 +106,6 @@ def open_indices(shards: list[Shard], cache: Path, fields: Fields = OWN) -> list
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         indices = pool.map(lambda shard: open_index(shard, cache, fields), shards)
         return list(track(indices, "indexing shards", len(shards)))
-
-
-def index_hash(indices: Iterable[Index]) -> str:
-    """One hash of the content of shards in their order; their paths are not part of it."""
-    return digest("\n".join(i.checksum for i in indices))
 
 
 def make_index(shard: Shard, fields: Fields = OWN) -> Index:

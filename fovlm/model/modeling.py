@@ -206,6 +206,10 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         """Queries [K, Q] look at their frames -> [K, D]."""
         return self.encoder.look(self.connector.query_in(query), cache, frame_of_look)
 
+    def look_weights(self, query: Tensor, cache: Cache, frame_of_look: Tensor | None = None) -> Tensor:
+        """The attention weights f32 [layers, K, H, N] of queries [K, Q] at their frames."""
+        return self.encoder.look_weights(self.connector.query_in(query), cache, frame_of_look).float()
+
     def read(self, layout: Layout, visual: Tensor, tokens: Tensor) -> Tensor:
         """The language model over a packed sequence of M positions -> final hidden states [M, E]."""
         words = self.llm.get_input_embeddings()(tokens)
@@ -262,10 +266,7 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         queries = {"coarse": self.connector.q_static.expand(len(looks.queries), -1)}
         if self.config.visual == "foveated":
             queries["fine"] = looks.queries
-        return {
-            name: self.encoder.look_weights(self.connector.query_in(query), looks.cache, batch.frame_of_look)
-            for name, query in queries.items()
-        }
+        return {name: self.look_weights(query, looks.cache, batch.frame_of_look) for name, query in queries.items()}
 
     # -- groups, checkpointing, compiling ---------------------------------------------------------------------------
 

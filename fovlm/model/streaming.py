@@ -124,8 +124,7 @@ class FrameStream:
         """Attention weights f32 [layers, 1, H, N] of the newest look. Raises ValueError before the first frame."""
         if self._last is None:
             raise ValueError("no frame has been seen")
-        query, cache = self._last
-        return self.model.encoder.look_weights(self.model.connector.query_in(query), cache).float()
+        return self.model.look_weights(*self._last)
 
     def _turn(self, places: int) -> None:
         """Rotate the keys of the words ahead of the frames to positions `places` later than they were read at."""

@@ -50,7 +50,7 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """Identifies the content of all shards in order, like `fovlm.data.index.index_hash`."""
+        """Identifies the content of all shards in order."""
         return digest("\n".join(self.shards[name].checksum for name in self.filled))
 
     @property

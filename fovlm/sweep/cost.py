@@ -10,11 +10,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fovlm.checkpoint.run_folder import read_metrics
 from fovlm.data.packing import PackSize
 from fovlm.estimate.dry_run import known_sizes, length, metric
 from fovlm.estimate.shapes import geometry
-from fovlm.sweep.progress import duration
+from fovlm.sweep.progress import duration, read_progress
 from fovlm.sweep.select import PlannedRun, run_status
 from fovlm.sweep.table import size_of
 from fovlm.tables import text_table
@@ -66,14 +65,10 @@ def estimates(
         sizes, unknown_since = known[key]
         whole = length(run.experiment, geometry(run.experiment.model), sizes)
         status = run_status(run)
-        left = {"finished": 0.0, "resumable": 1.0 - _progress(run)}.get(status, 1.0)
+        left = {"finished": 0.0, "resumable": 1.0 - read_progress(run)[0]}.get(status, 1.0)
         speed = Speed(given) if given else _measured(run, table, on_gpu)
         found.append(Estimate(run, status, whole.samples * left, whole.flops * left, unknown_since, speed, ranks))
     return found
-
-
-def _progress(run: PlannedRun) -> float:
-    return next((row["progress"] for row in reversed(read_metrics(run.folder)) if "progress" in row), 0.0)
 
 
 def _measured(run: PlannedRun, table: Mapping[str, Mapping[str, str]], on_gpu: bool) -> Speed | None:

@@ -34,7 +34,7 @@ class SweepProgress:
 
     def start(self, run: PlannedRun, where: str, resumes: bool) -> None:
         """A run starts; `where` says on what."""
-        self.shares[run.name] = _read(run)[0] if resumes else 0.0
+        self.shares[run.name] = read_progress(run)[0] if resumes else 0.0
         self.tasks[run.name] = self.bars.add_task(run.name, total=1.0, shown="starting")
         if not self.console.is_terminal:
             self.say(f"{run.name} {'resumes' if resumes else 'starts'}{where}")
@@ -50,7 +50,7 @@ class SweepProgress:
         """Read how far each running run is, and show it."""
         done = float(self.ended)
         for run in running:
-            share, shown = _read(run)
+            share, shown = read_progress(run)
             done += share
             self.bars.update(self.tasks[run.name], completed=share, shown=shown or "starting")
             if not self.console.is_terminal and int(share * LINES) > int(self.shares[run.name] * LINES):
@@ -72,7 +72,7 @@ class SweepProgress:
                 self.bars.stop()
 
 
-def _read(run: PlannedRun) -> tuple[float, str]:
+def read_progress(run: PlannedRun) -> tuple[float, str]:
     """How much of a run is done, and its newest values."""
     rows = read_metrics(run.folder)
     newest = {key: row[key] for row in rows[-20:] for key in SHOWN if key in row}

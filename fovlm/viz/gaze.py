@@ -22,7 +22,6 @@ from fovlm.errors import UserError, did_you_mean
 from fovlm.media import decode
 from fovlm.media.clip import Clip
 from fovlm.model.autoregressive import Stream
-from fovlm.model.encoder import Cache
 from fovlm.model.generation import check_context
 from fovlm.model.modes import FRAMES_AT_ONCE, MODES
 from fovlm.viz.answer import inputs_for
@@ -146,7 +145,7 @@ def _frame_by_frame(
         tokens += [look.token for look in looks]
         queries = {"coarse": _static(model, len(looks)), "fine": torch.cat([look.query for look in looks])}
         for name, query in queries.items():
-            weights[name].append(_weights(model, query, cache, where))
+            weights[name].append(model.look_weights(query, cache, where).cpu())
         done += len(looks)
         on_progress(done, len(frame_of_look))
     return torch.cat(tokens), {name: torch.cat(parts, dim=1) for name, parts in weights.items()}
@@ -158,15 +157,11 @@ def _parallel(model: Any, frames: Tensor, ids: Tensor, prompt: int, mode: str) -
     batch = collate([sample], frames.shape[-1], size=sample.size).to(frames.device)
     looks = model.looks(batch, "coarse" if mode == "coarse_only" else None)
     queries = {"coarse": _static(model, len(frames))} | ({"fine": looks.queries} if mode == "coarse_fine" else {})
-    return looks.tokens, {name: _weights(model, query, looks.cache) for name, query in queries.items()}
+    return looks.tokens, {name: model.look_weights(query, looks.cache).cpu() for name, query in queries.items()}
 
 
 def _static(model: Any, looks: int) -> Tensor:
     return model.connector.q_static.expand(looks, -1)
-
-
-def _weights(model: Any, query: Tensor, cache: Cache, frame_of_look: Tensor | None = None) -> Tensor:
-    return model.encoder.look_weights(model.connector.query_in(query), cache, frame_of_look).float().cpu()
 
 
 def _answer(model: Any, ids: Tensor, prompt: int, visual: Tensor, options: dict[str, Any]) -> list[int]:

@@ -136,7 +136,7 @@ def test_each_type_is_checked_against_the_reference_outputs(tmp_path, dtype, tra
     assert reference is not None
     assert reference.precision == str(trained).removeprefix("torch.")
     card = (out / "README.md").read_text()
-    assert f"{reference.mean:.6f} as recorded" in card
+    assert f"{mean_nll(reference.nll):.6f} as recorded" in card
     apart = float(re.search(r"per token (\S+) over", card)[1])
     assert apart < 1e-4, "the same weights, computed in the same type"
     assert ("rounded to bf16" in card) == ((dtype, trained) == ("bf16", torch.float32))
@@ -337,7 +337,6 @@ def test_reference_outputs_do_not_depend_on_the_pack(tmp_path):
     assert reference is not None
     assert [s.key for s in reference.samples] == [s.key for s in SAMPLES]
     torch.testing.assert_close(torch.cat(reference_nll(tiny_model(seed=3), reference)), torch.cat(reference.nll))
-    assert abs(mean_nll(reference.nll) - reference.mean) < 1e-12
 
 
 @pytest.mark.parametrize(("text", "number"), [("4GB", 4 * 10**9), ("1.5 MiB", 3 << 19), ("500", 500), ("2kb", 2000)])

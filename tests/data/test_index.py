@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fovlm.data.index import MEDIA, index_hash, make_index, open_index, open_indices
+from fovlm.data.index import MEDIA, make_index, open_index
 from fovlm.data.shards import write_shards
 from fovlm.errors import UserError
 from helpers import tiny
@@ -90,14 +90,6 @@ def test_where_the_folder_is_read_only_the_cache_holds_the_index(shard, tmp_path
     assert len(list((cache / "index").iterdir())) == 1
     monkeypatch.setattr("fovlm.data.index.make_index", None)
     assert open_index(shard, cache).key[0] == "t"
-
-
-def test_a_set_has_one_hash_wherever_it_lies(tmp_path):
-    for folder in ("a", "b"):
-        write_shards(tmp_path / folder / "s-%d.tar", [tiny.clip(f"k{i}", i) for i in range(4)], per_shard=2)
-    a, b = (open_indices([tmp_path / f / "s-0.tar", tmp_path / f / "s-1.tar"], tmp_path) for f in ("a", "b"))
-    assert index_hash(a) == index_hash(b)
-    assert index_hash(a) != index_hash(a[::-1])
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import typer
 
 from fovlm.cli.convert import PANEL, given
 from fovlm.cli.progress import progress
-from fovlm.errors import UserError, did_you_mean
+from fovlm.errors import UserError
 from fovlm.media.location import check_camera, check_path
 from fovlm.model.folder import check_folder
-from fovlm.model.modes import MODES
+from fovlm.model.modes import mode_of
 
 ModelFolder = Annotated[
     str,
@@ -202,9 +202,7 @@ def check_model(folder: str, mode: str = "") -> None:
     """Check the folder of a model, and a way to look, before torch is imported. Raises UserError."""
     if not folder:
         raise UserError("no model: give --model FOLDER or set FOVLM_MODEL (a folder that fovlm convert made)")
-    modes = MODES[check_folder(Path(folder)).get("visual", "foveated")]
-    if mode and mode not in modes:
-        raise UserError(f"--mode is {', '.join(modes)} for this model, not '{mode}'{did_you_mean(mode, modes)}")
+    mode_of(mode, check_folder(Path(folder)).get("visual", "foveated"))
 
 
 def open_(folder: str, frames: int, dtype: str) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from fovlm.data.chat import ChatTokenizer
 from fovlm.errors import UserError, did_you_mean
 from fovlm.eval.likelihood import View, encode, score, visual_tokens
 from fovlm.media import decode
-from fovlm.model.modes import MODES
+from fovlm.model.modes import mode_of
 from fovlm.model.processing import open_model
 from fovlm.progress import track
 
@@ -52,10 +52,7 @@ class Fovlm(lmms):
         where = self.accelerator.device if device in (None, "", "cuda") else device
         self.model, self.processor = open_model(pretrained, dtype, where)
         self.processor.max_frames = int(max_frames)
-        modes = MODES[self.model.config.visual]
-        if mode is not None and mode not in modes:
-            raise UserError(f"mode={mode}{did_you_mean(mode, modes)}: this model has {', '.join(modes)}")
-        self.mode = mode or modes[-1]
+        self.mode = mode_of(mode, self.model.config.visual)
 
     @property
     def device(self) -> torch.device:

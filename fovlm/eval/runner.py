@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fovlm.data.chat import ChatTokenizer
-from fovlm.errors import UserError, did_you_mean
 from fovlm.eval.controls import applies, apply_control
 from fovlm.eval.controls import check as check_controls
 from fovlm.eval.eval_sets import UNCUT, EvalItem, EvalSet, InputFormat, open_eval_set
@@ -25,7 +24,7 @@ from fovlm.eval.metrics import compute_metrics, score_options
 from fovlm.eval.results import ResultFile, SampleResult, check_or_write
 from fovlm.eval.target import Target
 from fovlm.fileio import write_atomically
-from fovlm.model.modes import MODES
+from fovlm.model.modes import MODES, mode_of
 from fovlm.progress import track
 
 NEAR = 64  # items among which another clip is looked for
@@ -56,7 +55,8 @@ def run_eval(target: Target, settings: EvalSettings, log: Callable[[str], None] 
 
     Raises UserError.
     """
-    modes, form = modes_of(target, settings.modes), format_of(target, settings)
+    visual, form = target.model.config.visual, format_of(target, settings)
+    modes = [mode_of(mode, visual) for mode in settings.modes] or list(MODES[visual])
     check_controls(settings.controls)
     if form.max_frames < settings.max_frames:
         each = f" at {form.tokens_per_look} tokens each" if form.tokens_per_look > 1 else ""
@@ -69,16 +69,6 @@ def run_eval(target: Target, settings: EvalSettings, log: Callable[[str], None] 
     merged = [merge(one, *found) for one, found in zip(sets, scored, strict=True)]
     results = [result for part in merged for result in part]
     return results if len(results) == sum(len(files) for _, files in scored) else []
-
-
-def modes_of(target: Target, wanted: list[str]) -> list[str]:
-    """The modes to score. Raises UserError for one that the model does not have."""
-    visual = target.model.config.visual
-    for mode in wanted:
-        if mode not in MODES[visual]:
-            near, modes = did_you_mean(mode, MODES[visual]), ", ".join(MODES[visual])
-            raise UserError(f"no mode '{mode}'{near}: a {visual} model has {modes}")
-    return wanted or list(MODES[visual])
 
 
 def format_of(target: Target, settings: EvalSettings) -> InputFormat:

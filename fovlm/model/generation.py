@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from fovlm.data.packing import EMPTY, Sample, collate, interleave
-from fovlm.errors import UserError, did_you_mean
+from fovlm.errors import UserError
 from fovlm.model.autoregressive import Stream
 from fovlm.model.configuration import FoveatedConfig
-from fovlm.model.modes import FRAMES_AT_ONCE, MODES, NEW_TOKENS
+from fovlm.model.modes import FRAMES_AT_ONCE, NEW_TOKENS, mode_of
 from fovlm.model.streaming import FrameStream
 
 if TYPE_CHECKING:
@@ -78,12 +78,10 @@ class FoveatedGenerationMixin(GenerationMixin):
     ) -> tuple[Tensor, Tensor]:
         """The language model's input [B, L, E], padded on the left, and its mask i64 [B, L], for the conversations that
         `unpadded` gives. `mode`, `on_progress` and errors as in `generate`."""
-        modes = MODES[self.config.visual]
-        if mode is not None and mode not in modes:
-            raise UserError(f"mode is {', '.join(modes)} for this model, not '{mode}'{did_you_mean(mode, modes)}")
+        mode = mode_of(mode, self.config.visual)
         for sample, times in samples:
             check_context(self.config, sum(times), len(sample.tokens))
-        tokens = self._visual_tokens(samples, mode or modes[-1], on_progress)
+        tokens = self._visual_tokens(samples, mode, on_progress)
         words = self.llm.get_input_embeddings()
         rows = [interleave(words(s.tokens), v, s.prompt) for (s, _), v in zip(samples, tokens, strict=True)]
         longest = max(map(len, rows))

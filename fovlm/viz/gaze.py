@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from fovlm.data.packing import Sample, collate, interleave
-from fovlm.errors import UserError, did_you_mean
+from fovlm.errors import UserError
 from fovlm.media import decode
 from fovlm.media.clip import Clip
 from fovlm.model.autoregressive import Stream
 from fovlm.model.generation import check_context
-from fovlm.model.modes import FRAMES_AT_ONCE, MODES
+from fovlm.model.modes import FRAMES_AT_ONCE, mode_of
 from fovlm.viz.answer import inputs_for
 from fovlm.viz.heatmap import entropy
 
@@ -82,13 +82,9 @@ def gaze_of(
     (a streamer, say). Raises UserError for a multi_token model, which has no query, for an unknown mode, and if the
     question does not fit into the context.
     """
-    modes, visual = MODES["foveated"], model.config.visual
-    if visual == "multi_token":
+    if model.config.visual == "multi_token":
         raise UserError("a multi_token model has no gaze to show: it reads all patches of every frame alike")
-    mode = mode or modes[-1]
-    if mode not in modes:
-        raise UserError(f"mode is {', '.join(modes)}, not '{mode}'{did_you_mean(mode, modes)}")
-    mode = "coarse_only" if visual == "coarse" else mode
+    mode = mode_of(mode, model.config.visual)
     question = (question or "").strip() or (QUESTION if model.config.question == "before_frames" else "")
 
     frames, times, ids, prompt = _inputs(model, processor, clip, question)

@@ -95,7 +95,8 @@ class SampleTable:
         ]
         self.token_files = [file.parent.with_name("tokens") / name for name in facts["token_files"]]
         self.counts: list[int] = facts["counts"]
-        self.first = np.concatenate([[0], np.cumsum(self.counts)[:-1]]).astype(np.int64)
+        self.ends = np.cumsum(self.counts, dtype=np.int64)
+        self.first = self.ends - self.counts
         self.causes: list[str] = ["", *facts["broken"]]
         self.broken = Counter(facts["broken"])
         self.several = any(facts["several"])
@@ -111,9 +112,7 @@ class SampleTable:
 
     def place(self, number: int) -> tuple[int, int]:
         """The shard of a group, and its number there."""
-        shard = int(np.searchsorted(self.first, number, side="right")) - 1
-        while not self.counts[shard]:  # shards without samples share their first number with the next
-            shard -= 1
+        shard = int(np.searchsorted(self.ends, number, side="right"))
         return shard, number - int(self.first[shard])
 
 

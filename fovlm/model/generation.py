@@ -180,10 +180,10 @@ def one_frame_a_look(sample: Sample, times: list[int]) -> Sample:
     return Sample("", "", frames.cpu(), len(frames), sample.tokens.cpu(), sample.weight, sample.prompt)
 
 
-def check_context(config: FoveatedConfig, looks: int, words: int, room: int = 1) -> None:
-    """Refuse a conversation that leaves no room for `room` tokens of an answer. Raises UserError."""
+def check_context(config: FoveatedConfig, looks: int, words: int) -> None:
+    """Refuse a conversation that leaves no room for an answer. Raises UserError."""
     seen, context = looks * config.tokens_per_look, config.context
-    if seen + words + room > context:
+    if seen + words >= context:
         raise UserError(
             f"{words} tokens of text and {seen} of frames leave no room for an answer in the context of {context}: "
             "ask a shorter question, or show fewer frames"

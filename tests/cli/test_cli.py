@@ -73,7 +73,7 @@ def test_mistakes_are_reported_before_torch_is_imported(film, saved_model):
         (["ask", film, "what"], "no model: give --model"),
         (["ask", film, "what", "-m", "nowhere"], "no such folder: nowhere"),
         (["ask", "nothing.mp4", "what", "-m", saved_model], "no such file: nothing.mp4"),
-        (["ask", film, "what", "-m", saved_model, "--mode", "multi_token"], "--mode is coarse_only, coarse_fine"),
+        (["ask", film, "what", "-m", saved_model, "--mode", "multi_token"], "mode is coarse_only, coarse_fine"),
         (["look", "--live", "97", "-m", saved_model], "no camera 97"),
         (["demo", "-m", saved_model, "--examples", "nowhere"], "no such file: nowhere"),
     ]

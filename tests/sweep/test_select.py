@@ -210,11 +210,6 @@ def test_options_that_cannot_be_are_refused_before_anything_runs(capsys, words, 
     assert message in capsys.readouterr().err
 
 
-def test_a_filter_that_keeps_nothing_names_a_few():
-    with pytest.raises(UserError, match=r"none of F1, .*, D1 and \d+ more$"):
-        select(["ablations", "scaling"], "zzz")
-
-
 @pytest.mark.parametrize("damage", [b"\xff\xfejunk", b"a,b\n1,2\n"])
 def test_a_damaged_table_is_reported_in_a_line(tmp_path, monkeypatch, capsys, damage):
     monkeypatch.setenv("FOVLM_RUNS", str(tmp_path))

@@ -57,6 +57,26 @@ def baselines(looks: Looks, scenes: Scenes, source: str) -> dict[str, dict[str, 
 
 
 @torch.no_grad()
+def controls(looks: Looks, scenes: Scenes, source: str) -> dict[str, dict[str, float]]:
+    """Loss and accuracy with information removed, named as in `fovlm/eval/controls.py`: no frames, frames in another
+    order, the middle frame in place of all, and looks with the queries of other questions."""
+    sums: dict[str, dict[str, list[float]]] = {}
+    for batch in scenes.batches(scenes.questions[source]):
+        seen, options = batch["seen"], {"blind": {"seen": batch["seen"][:, :0]}}
+        if (F := seen.shape[1]) > 1:
+            options["shuffled"] = {"seen": seen.roll(1, 1)}
+            options["repeated"] = {"seen": seen[:, [F // 2] * F]}
+        if looks.model.config.visual == "foveated":
+            options["foreign"] = {}
+        for name, changed in options.items():
+            nll, right, _ = looks.nll(batch | changed, foreign=name == "foreign")
+            row = sums.setdefault(name, {"loss": [], "accuracy": []})
+            row["loss"] += nll.tolist()
+            row["accuracy"] += right.float().tolist()
+    return {name: {key: float(np.mean(values)) for key, values in row.items()} for name, row in sums.items()}
+
+
+@torch.no_grad()
 def faithfulness(looks: Looks, scenes: Scenes, source: str) -> dict[str, float]:
     """The loss when the HIDDEN patches that a look attends to most are painted over, and as many others at random."""
     questions = scenes.questions[source][:96]

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
-from transformers import DynamicCache
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from fovlm.config.schema import Experiment
 from fovlm.data.chat import ChatTokenizer
@@ -50,7 +51,6 @@ class Scenes:
     def __init__(self, experiment: Experiment, model: FoveatedVLM, out: Path):
         data = experiment.data
         tokenizer = open_tokenizer(experiment)
-        chat = ChatTokenizer(tokenizer, experiment.model.question, data.loss_on, data.max_tokens)
         self.questions: dict[str, list[Question]] = {}
         self.jpegs: dict[str, list[bytes]] = {}
         self.stored: dict[str, np.ndarray] = {}
@@ -58,7 +58,7 @@ class Scenes:
         self.deep = model.config.visual != "multi_token" and model.config.deep_query
         for name in [*data.mixture, *data.val]:
             shards = data.sources[name].shards
-            self.questions[name], self.jpegs[name] = _read(name, shards, chat)
+            self.questions[name], self.jpegs[name] = read_questions(name, shards, experiment, tokenizer)
             self._encode(name, Path(shards).parent.name, model, out)
 
     def frames(self, source: str, pictures: list[int]) -> Tensor:
@@ -86,22 +86,29 @@ class Scenes:
         self.stored[name] = np.load(files[-1], mmap_mode="r")
 
     def batches(self, questions: list[Question]) -> list[dict[str, Any]]:
-        """The tensors of questions, those of one shape together: `seen` [B, F, ...] is what looks attend to."""
-        groups: dict[tuple[int, int, int], list[Question]] = {}
+        """The tensors of questions with as many frames and equally long prompts: `seen` [B, F, ...] is what looks
+        attend to. Tokens are padded at their end, where they have no weight."""
+        groups: dict[tuple[int, int], list[Question]] = {}
         for q in questions:
-            groups.setdefault((q.frames, q.prompt, len(q.tokens)), []).append(q)
+            groups.setdefault((q.frames, q.prompt), []).append(q)
         return [self._batch(group) for group in groups.values()]
 
     def _batch(self, questions: list[Question]) -> dict[str, Any]:
         seen = np.stack([self.stored[q.source][q.picture : q.picture + q.frames] for q in questions])
-        tokens, weight = (torch.stack([getattr(q, name) for q in questions]) for name in ("tokens", "weight"))
+        tokens = pad_sequence([q.tokens for q in questions], batch_first=True)
+        weight = pad_sequence([q.weight for q in questions], batch_first=True)
         frame = torch.tensor([q.frame for q in questions])
         boxes = torch.tensor([q.box for q in questions])
         shown = {"seen": torch.from_numpy(seen).view(HALF), "frame": frame, "boxes": boxes}
         return {"tokens": tokens, "weight": weight, "prompt": questions[0].prompt, **shown}
 
 
-def _read(name: str, pattern: str, chat: ChatTokenizer) -> tuple[list[Question], list[bytes]]:
+def read_questions(
+    name: str, pattern: str, experiment: Experiment, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Question], list[bytes]]:
+    """The questions of a source's shards, and the JPEGs of their frames."""
+    data = experiment.data
+    chat = ChatTokenizer(tokenizer, experiment.model.question, data.loss_on, data.max_tokens)
     questions: list[Question] = []
     jpegs: list[bytes] = []
     for path in find_shards(name, pattern):
@@ -134,10 +141,11 @@ def encode(model: FoveatedVLM, frames: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Looks:
-    """`Encoder.look` over encodings in bf16: products in bf16, the residual stream in fp32."""
+    """`Encoder.look` over encodings in bf16: products in bf16, the residual stream in fp32. `half`: the language model
+    computes in bf16 too."""
 
-    def __init__(self, model: FoveatedVLM):
-        self.model, encoder = model, model.encoder
+    def __init__(self, model: FoveatedVLM, half: bool = False):
+        self.model, self.half, encoder = model, half, model.encoder
         self.blocks = [encoder.family.block(layer) for layer in encoder.layers]
         linears = [(b.query, b.out, b.mlp.fc1, b.mlp.fc2) for b in self.blocks]
         self.weights = [[(m.weight.detach().to(HALF), m.bias.detach().to(HALF)) for m in four] for four in linears]
@@ -154,28 +162,40 @@ class Looks:
             x = x + block.scale2(nnf.linear(nnf.gelu(nnf.linear(block.norm2(x).to(HALF), *up)), *down).float())
         return self.model.encoder.family.norm(self.model.encoder.backbone)(x)
 
-    def nll(self, batch: dict[str, Any], rounds: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def nll(
+        self, batch: dict[str, Any], rounds: int | None = None, foreign: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(nll f32 [B] an answer token, whether all of them are the likeliest bool [B], the queries [B, F, Q]).
 
-        `rounds` of queries instead of the model's own; as many as frames are frame by frame, as deployed.
+        `rounds` of queries instead of the model's own; as many as frames are frame by frame, as deployed. `foreign`:
+        frames are looked at with the queries of other questions, half a batch away.
         """
         model, tokens, prompt = self.model, batch["tokens"], batch["prompt"]
-        words = model.llm.get_input_embeddings()(tokens)
-        memory = DynamicCache()
+        embed, memory = model.llm.get_input_embeddings(), DynamicCache()
         B, F = batch["seen"].shape[:2]
-        state = self.read(words[:, :prompt], memory)[:, -1] if prompt else None
+        state = None
+        if prompt:  # questions repeat: each is read once
+            asked, which = tokens[:, :prompt].unique(dim=0, return_inverse=True)
+            state = self.read(embed(asked), memory)[which, -1]
+            memory.batch_select_indices(which)
         query = model.connector.q_static.expand(B, F, -1)
-        steered = model.config.visual == "foveated"
-        visual = self.visual(batch["seen"], query) if F > 1 or not steered else query.new_zeros(B, 1, words.shape[-1])
+        steered = model.config.visual == "foveated" and F > 0
+        blank = embed(tokens[:, :1])  # of one frame, whose query no visual token comes before
+        visual = self.visual(batch["seen"], query) if F > 1 or not steered else blank
         for _ in range((model.config.query_rounds if rounds is None else rounds) if steered else 0):
             query = self.queries(visual[:, :-1], state, memory)
-            visual = self.visual(batch["seen"], query)
-        hidden = self.read(torch.cat([visual, words[:, prompt:]], 1), memory)
-        logits = model.llm.get_output_embeddings()(hidden[:, visual.shape[1] - 1 : -1]).float()
+            visual = self.visual(batch["seen"], query.roll(B // 2, 0) if foreign else query)
         target, weight = tokens[:, prompt:], batch["weight"][:, prompt:]
-        nll = nnf.cross_entropy(logits.transpose(1, 2), target, reduction="none")
-        right = ((logits.argmax(-1) == target) | (weight == 0)).all(1)
-        return (nll * weight).sum(1) / weight.sum(1), right, query
+        hidden = self.read(torch.cat([visual, embed(target)], 1), memory)
+        before = hidden[:, :1] * 0 if state is None else state[:, None]  # without frames, the prompt's last state
+        hidden = torch.cat([before, hidden], 1)[:, visual.shape[1] : -1]
+        counts = weight > 0
+        with torch.autocast("cpu", HALF, enabled=self.half):
+            logits = model.llm.get_output_embeddings()(hidden[counts]).float()
+        nll, wrong = torch.zeros_like(weight), torch.zeros_like(counts)
+        nll[counts] = nnf.cross_entropy(logits, target[counts], reduction="none")
+        wrong[counts] = logits.argmax(-1) != target[counts]
+        return (nll * weight).sum(1) / weight.sum(1), ~wrong.any(1), query
 
     def queries(self, visual: Tensor, state: Tensor | None, memory: DynamicCache) -> Tensor:
         """The queries [B, F, Q] of all looks, from the `state` [B, E] ahead of them and `visual` [B, F - 1, E]."""
@@ -205,4 +225,6 @@ class Looks:
 
     def read(self, x: Tensor, memory: DynamicCache) -> Tensor:
         """The language model over [B, m, E] behind what it has read -> [B, m, E]."""
-        return self.model.llm.base_model(inputs_embeds=x, past_key_values=memory, use_cache=True).last_hidden_state
+        with torch.autocast("cpu", HALF, enabled=self.half):
+            read = self.model.llm.base_model(inputs_embeds=x, past_key_values=memory, use_cache=True)
+        return read.last_hidden_state.float()

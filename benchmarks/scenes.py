@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.scene_gaze import baselines, faithfulness, figure, gaze, pointing
+from benchmarks.scene_gaze import baselines, controls, faithfulness, figure, gaze, pointing
 from benchmarks.scene_looks import Looks, Scenes
 from benchmarks.scene_report import report
 from fovlm.config.schema import Experiment, load
+from fovlm.errors import UserError
 from fovlm.fileio import write_atomically
 from fovlm.model.build import build
 from fovlm.model.modeling import FoveatedVLM
@@ -37,7 +38,8 @@ EASY = 0.25  # of them, after the first stage, about a single large picture
 
 def train(experiment: Experiment, scenes: Scenes, model: FoveatedVLM, log: str) -> list[dict[str, Any]]:
     """Train a model -> its validation scores as it goes."""
-    looks, optim, steps = Looks(model), experiment.optim, experiment.train.steps or 0
+    half = experiment.train.precision == "bf16"
+    looks, optim, steps = Looks(model, half), experiment.optim, experiment.train.steps or 0
     groups = [{"params": params, "name": name} for name, params in model.groups().items() if params]
     optimizer = torch.optim.AdamW(groups, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay)
     params = [p for group in groups for p in group["params"]]
@@ -100,6 +102,8 @@ def run(name: str, seed: int, steps: int | None, out: Path) -> dict[str, Any]:
     """Train and score one run -> what its file holds."""
     overrides = [f"train.seed={seed}"] + ([f"train.steps={steps}"] if steps else [])
     experiment = load(name, overrides)
+    if "encoder" not in experiment.optim.freeze:
+        raise UserError(f"{name} trains its encoder, and encodings are read from files here: ./launch.sh {name}")
     torch.manual_seed(seed)
     model = build(experiment.model)
     model.freeze(experiment.optim.freeze)
@@ -108,8 +112,9 @@ def run(name: str, seed: int, steps: int | None, out: Path) -> dict[str, Any]:
     scenes = Scenes(experiment, model, out)
     curve = train(experiment, scenes, model, f"{name}-s{seed}")
     save_file({n: p for n, p in model.named_parameters() if p.requires_grad}, out / f"{name}-s{seed}.safetensors")
+    looks, most = Looks(model, experiment.train.precision == "bf16"), experiment.data.val[-1]
     result = {"run": name, "seed": seed, "experiment": experiment.hash, "curve": curve}
-    looks, most = Looks(model), experiment.data.val[-1]
+    result["controls"] = controls(looks, scenes, most)
     steered = scenes.deep and model.config.visual == "foveated" and experiment.model.question == "before_frames"
     if steered and experiment.data.max_frames == 1:
         result |= {"baselines": baselines(looks, scenes, most), "faithfulness": faithfulness(looks, scenes, most)}

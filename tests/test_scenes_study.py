@@ -77,6 +77,15 @@ def test_losses_are_those_of_the_model(data, name):
     if frames > 1 and model.config.visual == "foveated":
         expected = per_sample(autoregressive(model, batch), batch) / 2
         torch.testing.assert_close(looks.nll(stored, rounds=frames)[0], expected, **near)
+    nothing = [Sample("", "", clips[0][:0], 0, q.tokens, q.weight) for q in asked]
+    texts = collate(nothing, experiment.model.frame_size, model.config.tokens_per_look)
+    blind = looks.nll(stored | {"seen": stored["seen"][:, :0]})[0]
+    torch.testing.assert_close(blind, per_sample(model(texts), texts) / 2, **near)
+    if model.config.visual == "foveated":  # the same question asked twice is its own foreign one
+        twice = {name: x if name == "prompt" else torch.cat([x[:3], x[:3]]) for name, x in stored.items()}
+        torch.testing.assert_close(looks.nll(twice, foreign=True)[0], looks.nll(twice)[0])
+        other = torch.allclose(looks.nll(stored, foreign=True)[0], looks.nll(stored)[0])
+        assert other == (experiment.model.question == "after_frames")  # then all queries are the same
 
 
 def test_the_study_trains_scores_and_resumes(data, monkeypatch, capsys):
@@ -88,6 +97,7 @@ def test_the_study_trains_scores_and_resumes(data, monkeypatch, capsys):
     for row in result["curve"][-1]["by_source"].values():
         assert 0 <= row["mass"] <= 1
         assert 0 < row["anywhere"] < 0.3
+    assert set(result["controls"]) == {"blind", "foreign"}
     assert set(result["faithfulness"]) == {"as it is", "where it looks", "elsewhere"}
     assert (data / "out" / "scenes-s0.png").exists()
     monkeypatch.setattr(study, "run", None)  # nothing is trained again

@@ -8,7 +8,7 @@ It computes what training computes (tests/test_scenes_study.py compares the loss
 in a tenth of the time, because of what is special here: the encoder is frozen, so keys and values of all layers come
 from a file (OUT/encodings-*.npy, bf16); questions are equally long and clips have equally many frames, so a batch is a
 tensor or two, and the language model reads each prompt once. Products with the encoder's weights are in bf16, all else
-in fp32.
+in fp32 (with SmolLM2 its products too are in bf16).
 """
 
 import argparse
@@ -38,8 +38,7 @@ EASY = 0.25  # of them, after the first stage, about a single large picture
 
 def train(experiment: Experiment, scenes: Scenes, model: FoveatedVLM, log: str) -> list[dict[str, Any]]:
     """Train a model -> its validation scores as it goes."""
-    half = experiment.train.precision == "bf16"
-    looks, optim, steps = Looks(model, half), experiment.optim, experiment.train.steps or 0
+    looks, optim, steps = looks_of(experiment, model), experiment.optim, experiment.train.steps or 0
     groups = [{"params": params, "name": name} for name, params in model.groups().items() if params]
     optimizer = torch.optim.AdamW(groups, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay)
     params = [p for group in groups for p in group["params"]]
@@ -70,6 +69,11 @@ def train(experiment: Experiment, scenes: Scenes, model: FoveatedVLM, log: str) 
             short = {name: round(row["loss"], 3) for name, row in curve[-1]["by_source"].items()}
             print(f"{log} {step}/{steps} train {curve[-1]['train']:.3f} {short} {times['seconds']:.0f} s", flush=True)
     return curve
+
+
+def looks_of(experiment: Experiment, model: FoveatedVLM) -> Looks:
+    """Looks of a run; a language model with released weights, which is large, computes in bf16."""
+    return Looks(model, half=isinstance(experiment.model.llm, str))
 
 
 def _endless(count: int, random: np.random.Generator):
@@ -112,7 +116,7 @@ def run(name: str, seed: int, steps: int | None, out: Path) -> dict[str, Any]:
     scenes = Scenes(experiment, model, out)
     curve = train(experiment, scenes, model, f"{name}-s{seed}")
     save_file({n: p for n, p in model.named_parameters() if p.requires_grad}, out / f"{name}-s{seed}.safetensors")
-    looks, most = Looks(model, experiment.train.precision == "bf16"), experiment.data.val[-1]
+    looks, most = looks_of(experiment, model), experiment.data.val[-1]
     result = {"run": name, "seed": seed, "experiment": experiment.hash, "curve": curve}
     result["controls"] = controls(looks, scenes, most)
     steered = scenes.deep and model.config.visual == "foveated" and experiment.model.question == "before_frames"

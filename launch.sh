@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# usage: ./launch.sh NAME [section.key=value ...] [--resume auto|none|PATH] [--dry-run]
+# usage: ./launch.sh NAME [section.key=value ...] [--resume auto|none|PATH] [--dry-run] [-- LAUNCHER OPTIONS]
 #        ./launch.sh --list
 #
 # Trains NAME, one of the runs of experiments/*.yaml. Makes the Python environment first if there is none.
+# Everything after -- goes to the deepspeed launcher, or to srun.
 # NUM_GPUS    GPUs to use on each node (default: all; 0: run on the CPU)
 # CPU_RANKS   processes where there is no GPU (default: 2)
 # HOSTFILE    nodes, one 'name slots=N' a line: multi-node training over ssh

@@ -48,7 +48,7 @@ def launch(request: Request) -> int:
     from fovlm.config.existing_run import check_same_settings
     from fovlm.data.inputs import check_inputs, from_hub, hub_answers, missing_inputs
 
-    where = find_resources()
+    where = find_resources(request.chooses)
     experiment = schema.load(request.words[0], list(request.words[1:]))
     deepspeed.resolve(experiment, where.world, where.device)
     if where.device == "cpu":

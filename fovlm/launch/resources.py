@@ -54,7 +54,7 @@ def free_port(taken: Collection[int] = ()) -> int:
             return port
 
 
-def find_resources() -> Resources:
+def find_resources(chooses: bool = False) -> Resources:
     """What the environment offers: GPUs, NUM_GPUS, CPU_RANKS, HOSTFILE, a SLURM allocation. Raises UserError."""
     env, gpus = os.environ, visible_gpus()
     if file := env.get("HOSTFILE"):
@@ -72,7 +72,7 @@ def find_resources() -> Resources:
     device = "cuda" if ranks else "cpu"
     if not (ranks := ranks or number("CPU_RANKS", CPU_RANKS)):
         raise UserError("CPU_RANKS=0: a run needs at least one")
-    return Resources(device, gpus[:ranks], ranks, nodes, ranks * nodes, slurm)
+    return Resources(device, gpus[:ranks], ranks, nodes, 1 if chooses else ranks * nodes, slurm)
 
 
 def number(variable: str, default: int) -> int:

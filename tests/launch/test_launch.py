@@ -41,13 +41,21 @@ def test_all_gpus_are_used_and_num_gpus_takes_the_first(place):
     assert env["DS_ACCELERATOR"] == "cpu"
 
 
+def test_what_follows_two_dashes_goes_to_the_launcher_and_wins(place):
+    place.gpus(4)
+    _, args, _ = place.recorded("hunt", "--", "--include", "localhost:2", "--master_port", "1234")
+    assert args.count("--include") == 1
+    assert args[-6:] == ["--include", "localhost:2", "--master_port", "1234", "fovlm.train", "hunt"]
+
+
 def test_inside_slurm_it_starts_itself_one_task_per_gpu(place):
     place.program("scontrol", "#!/bin/sh\necho first\necho second\n")
     slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "32"}
-    program, args, env = place.recorded("hunt", **slurm)
+    program, args, env = place.recorded("hunt", "--", "--exclusive", **slurm)
     assert program == "srun"
     assert {"--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--kill-on-bad-exit=1", "--cpus-per-task=8"} <= set(args)
     task = ["task", sys.executable, "-u", "-m", "fovlm.train", "hunt"]
+    assert args[args.index("sh") - 1] == "--exclusive"
     assert args[-6:] == task
     assert env["MASTER_ADDR"] == "first"
     assert env["MASTER_PORT"].isdigit()
@@ -67,6 +75,7 @@ def test_inside_slurm_it_starts_itself_one_task_per_gpu(place):
         (["hunt", "LR2"], "one run at a time"),
         (["hunt", "train.steps"], "a setting is section.key=value"),
         (["hunt", "deepspeed=zero9"], "did you mean 'zero"),
+        (["hunt", "--", "--num_gups=2"], "after --: no option --num_gups (did you mean '--num_gpus'?)"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2_before_anything_starts(place, arguments, expected):

@@ -56,6 +56,12 @@ def test_mistakes_in_a_hostfile_are_one_line(two_nodes, line):
     assert "line 5: must be" in done.stderr
 
 
+def test_with_a_hostfile_the_launchers_options_choose_no_nodes(two_nodes):
+    done = two_nodes.launch("hunt", "--", "--include", "one:0")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "the hostfile says where to run" in done.stderr
+
+
 def test_a_lost_node_is_named_and_ends_the_run_on_the_others(two_nodes):
     two_nodes.program("deepspeed", TREE.format(python=sys.executable))
     done = two_nodes.launch("hunt", LOST="two")

@@ -15,13 +15,13 @@ class Graphed(torch.nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         given = iter(tensors)
-        batch = self.batch._map(lambda t: next(given))
+        batch = self.batch.mapped(lambda t: next(given))
         return FoveatedVLM.forward(self.model, batch, weight=batch.weight)
 
 
 def tensors_of(batch: Batch) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
-    batch._map(found.append)
+    batch.mapped(found.append)
     return found
 
 

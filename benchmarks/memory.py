@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.samples import draw
+from benchmarks.samples import DINO_SMALL, LLM_135M, draw
 from fovlm.config.deepspeed import resolve
 from fovlm.config.schema import DataSettings, DataSource, Experiment, ModelSettings, OptimSettings, TrainSettings
 from fovlm.data.packing import Batch, Sample, collate
@@ -36,11 +36,6 @@ SMALL_DINO = {
     "hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "mlp_ratio": 4,
     "image_size": 112, "patch_size": 14,
 }  # fmt: skip
-LLM_135M = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
-}  # fmt: skip
-DINO_SMALL = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518}
 SMALL: dict[str, Any] = {"llm": SMALL_LLM, "encoder": SMALL_DINO, "frame_size": 112}
 REAL: dict[str, Any] = {"llm": LLM_135M, "encoder": DINO_SMALL, "frame_size": 224}
 CHECKPOINT = {"grad_checkpoint": ["encoder", "llm"]}

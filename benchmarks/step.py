@@ -34,8 +34,8 @@ import torch
 
 from benchmarks.gauges import counts, loaded_packs, versions, waiting
 from benchmarks.graphed import use_graph
-from benchmarks.memory import LLM_135M, REAL, SMALL
-from benchmarks.samples import draw
+from benchmarks.memory import REAL, SMALL
+from benchmarks.samples import LLM_135M, draw
 from fovlm.config.deepspeed import resolve
 from fovlm.config.schema import DataSettings, DataSource, Experiment, ModelSettings, TrainSettings
 from fovlm.data.packing import Batch, PackSize, Sample, collate

@@ -32,6 +32,7 @@ import torch.utils.data
 
 from fovlm.data.dataset import Dataset
 from fovlm.data.fetch_ahead import FetchAhead
+from fovlm.data.handover import FrameBuffers, Handed
 from fovlm.data.packing import Batch, PackBudget, collate, pack_samples
 from fovlm.errors import UserError
 
@@ -143,7 +144,7 @@ class PackLoader:
         if self.workers:
             options = {"multiprocessing_context": "forkserver", "worker_init_fn": _follow_parent}
         return torch.utils.data.DataLoader(
-            _Packs(self.dataset, self.tokens_per_look),
+            _Packs(self.dataset, self.tokens_per_look, FrameBuffers() if self.workers else None),
             sampler=packs,
             batch_size=None,
             collate_fn=_as_is,
@@ -164,8 +165,9 @@ class _Packs(torch.utils.data.Dataset):
 
     dataset: Dataset
     tokens_per_look: int
+    buffers: FrameBuffers | None  # with workers: each has its own copy
 
-    def __getitem__(self, positions: list[int]) -> Batch | UserError:
+    def __getitem__(self, positions: list[int]) -> Batch | Handed | UserError:
         samples, bad = [], []
         try:
             with self.dataset.hold(positions):
@@ -175,7 +177,8 @@ class _Packs(torch.utils.data.Dataset):
                     bad += [problem] if problem else []
         except UserError as error:  # torch would put the worker's traceback into its message
             return error
-        return collate(samples, self.dataset.frame_size, self.tokens_per_look, bad)
+        pack = samples, self.dataset.frame_size, self.tokens_per_look, bad
+        return Handed(collate(*pack, take=self.buffers.take)) if self.buffers else collate(*pack)
 
 
 def _as_is(batch: Any) -> Any:
@@ -206,7 +209,7 @@ def _kill(workers: list[BaseProcess]) -> None:
 
 def _check_shared_memory(workers: int, pack: int) -> None:
     """Workers hand packs of `pack` bytes over in shared memory; when that is full, the system kills them unheard."""
-    memory, needed = Path("/dev/shm"), workers * 3 * pack  # each works on one pack and keeps two ready
+    memory, needed = Path("/dev/shm"), workers * 4 * pack  # each works on one and keeps two ready, with room to spare
     if memory.is_dir() and (free := shutil.disk_usage(memory).free) < needed:
         raise UserError(
             f"{memory} has {free >> 20} MB free, and {workers} workers of a rank need {needed >> 20}: lower "

@@ -16,7 +16,9 @@ Letters: F unique frames, K looks, S text tokens, P text tokens ahead of the fra
 """
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,22 +147,24 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """A copy with every tensor on `device`."""
-        return self._map(lambda t: t.to(device, non_blocking=True))
+        return self.mapped(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory; torch's DataLoader calls this by name."""
-        return self._map(lambda t: t.pin_memory())
+        return self.mapped(lambda t: t.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of every tensor until `stream` has done what was launched on it so far."""
-        self._map(lambda t: t.record_stream(stream))
+        self.mapped(lambda t: t.record_stream(stream))
 
-    def _map(self, move) -> "Batch":
+    def mapped(self, move: Callable[[Any], Any], kind: type = Tensor) -> "Batch":
+        """A copy with `move` applied to every tensor (or other `kind` of array)."""
+
         def moved(value):
-            if isinstance(value, Tensor):
+            if isinstance(value, kind):
                 return move(value)
             if isinstance(value, Layout):
-                return replace(value, **{k: move(v) for k, v in vars(value).items() if isinstance(v, Tensor)})
+                return replace(value, **{k: move(v) for k, v in vars(value).items() if isinstance(v, kind)})
             return value
 
         return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self)})
@@ -236,10 +240,12 @@ def collate(
     tokens_per_look: int = 1,
     bad: list[SampleIssue] | None = None,
     size: PackSize | None = None,
+    take: Callable[[int], Tensor] | None = None,
 ) -> Batch:
     """Lay the samples out in one pack, in the order given; every frame must be [3, frame_size, frame_size].
 
-    The pack has the samples' own size, rounded up, or `size`. Raises ValueError when that is too small.
+    The pack has the samples' own size, rounded up, or `size`. Raises ValueError when that is too small. `take` gives
+    memory u8 [bytes] for the frames.
     """
     T = tokens_per_look
     used = sum((s.size for s in samples), EMPTY)
@@ -253,8 +259,10 @@ def collate(
     if size:
         whole, ahead = K * T + S, K * T + shape.prompt
 
+    room = 3 * F * frame_size**2
+    pixels = take(room) if take else torch.empty(room, dtype=torch.uint8)
     batch = Batch(
-        frames=torch.empty(F, frame_size, frame_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2),  # as decoders write
+        frames=pixels.view(F, frame_size, frame_size, 3).permute(0, 3, 1, 2),  # as decoders write
         # Padding looks are spread over the frames: a kernel that takes a frame's looks together has no long tail.
         frame_of_look=None if one_look_each else torch.arange(K) % F,
         tokens=torch.zeros(S, dtype=torch.int64),

@@ -17,14 +17,10 @@ Inputs = dict[str, Tensor]
 Implementation = Callable[[Inputs, "Tensor | None"], Tensor]
 
 
-def cache_bytes(device: str) -> int:
-    """Of the last cache of this GPU; of a CPU, more than those that this runs on have."""
-    return torch.cuda.get_device_properties().L2_cache_size if device == "cuda" else 64 * 2**20
-
-
 def buffers(nbytes: int, device: str) -> int:
-    """How many buffers of so many bytes exceed the cache by one, at least two."""
-    return max(2, -(-cache_bytes(device) // nbytes) + 1)
+    """How many buffers of so many bytes exceed the GPU's last cache by one, at least two; on a CPU 64 MiB."""
+    cache = torch.cuda.get_device_properties().L2_cache_size if device == "cuda" else 64 << 20
+    return max(2, -(-cache // nbytes) + 1)
 
 
 def replays(work: Callable[[int], object], count: int, repeat: int) -> Tensor:

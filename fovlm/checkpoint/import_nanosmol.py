@@ -183,7 +183,7 @@ def import_published(
         visual_scale=VISUAL_SCALE,
     )
     config.llm_config.tie_word_embeddings = bool(stored.ties)
-    words = load_tokenizer(_folder_or_id(tokenizer or llm))
+    words = load_tokenizer(str(local_folder(name := tokenizer or llm) or name))
     with staged_dir(out) as staging:
         write_weights(staging, config, stored, DTYPES[dtype], largest, on_progress)
         write_settings(staging, config, words, DTYPES[dtype])
@@ -238,12 +238,7 @@ def _unwrapped(state: Any, path: Path) -> dict[str, Tensor]:
 
 def _config_of(llm: str) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(_folder_or_id(llm), trust_remote_code=False)
+        return AutoConfig.from_pretrained(local_folder(llm) or llm, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"--llm {llm}: no configuration there ({reason})") from error
-
-
-def _folder_or_id(name: str) -> str:
-    """A model's folder, as given or below FOVLM_MODELS; else the name itself, as a Hugging Face id."""
-    return str(local_folder(name) or name)

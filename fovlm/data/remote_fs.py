@@ -70,9 +70,11 @@ def list_files(urls: list[str]) -> list[RemoteFile]:
     with ThreadPoolExecutor(16) as pool:
         heads = dict(zip(unknown, pool.map(_head, unknown), strict=True))
     for url in urls:
-        files = [heads[url]] if url in heads else _lookup(folders, url)
+        folder, _, name = url.rpartition("/")
+        names = fnmatch.filter(folders[folder], name) if _is_pattern(url) else [name]
+        listed = [folders[folder][name] for name in sorted(names) if name in folders[folder]]
+        files = [heads[url]] if url in heads else listed
         if not files:
-            folder, _, name = url.rpartition("/")
             why = f"; http has no listing, and there is no {MANIFEST} with the names" if _is_http(url) else ""
             raise UserError(f"no file {url}{did_you_mean(name, folders[folder])}{'' if folders[folder] else why}")
         found += files
@@ -85,13 +87,6 @@ def _is_http(url: str) -> bool:
 
 def _is_pattern(url: str) -> bool:
     return bool(re.search(r"[*\[]" if _is_http(url) else r"[*?\[]", url.rpartition("/")[2]))
-
-
-def _lookup(folders: dict[str, dict[str, RemoteFile]], url: str) -> list[RemoteFile]:
-    """The files that a folder's listing has for a URL."""
-    folder, _, name = url.rpartition("/")
-    names = fnmatch.filter(folders[folder], name) if _is_pattern(url) else [name]
-    return [folders[folder][name] for name in sorted(names) if name in folders[folder]]
 
 
 def _folder(folder: str) -> dict[str, RemoteFile]:

@@ -86,7 +86,11 @@ def autoregressive(model: "FoveatedVLM", batch: Batch) -> Tensor:
     if frame_of_look is None:
         frame_of_look = torch.arange(len(batch.frames), device=device)
     nll = torch.zeros(len(batch.tokens), device=device)
-    for (looks, text, prompt), numbers in _same_shape(batch).items():
+    shapes: dict[tuple[int, int, int], list[int]] = {}
+    for i, size in enumerate(batch.sizes):
+        if size.text:
+            shapes.setdefault((size.looks, size.text, size.prompt), []).append(i)
+    for (looks, text, prompt), numbers in shapes.items():
         words = torch.stack([(batch.text_segment == i).nonzero()[:, 0] for i in numbers])  # [B, text]
         tokens = batch.tokens[words]
         frames = torch.stack([frame_of_look[batch.look_segment == i] for i in numbers])  # [B, looks]
@@ -99,11 +103,3 @@ def autoregressive(model: "FoveatedVLM", batch: Batch) -> Tensor:
         scores = model.score(states.flatten(0, 1), tokens.flatten()).view_as(tokens)
         nll[words] = scores * (position > 0)
     return nll
-
-
-def _same_shape(batch: Batch) -> dict[tuple[int, int, int], list[int]]:
-    groups: dict[tuple[int, int, int], list[int]] = {}
-    for i, size in enumerate(batch.sizes):
-        if size.text:
-            groups.setdefault((size.looks, size.text, size.prompt), []).append(i)
-    return groups

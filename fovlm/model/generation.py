@@ -128,9 +128,10 @@ class FoveatedGenerationMixin(GenerationMixin):
                 stream.words(torch.stack([samples[i][0].tokens[:prompt] for i in numbers]))
             tokens = [torch.zeros(B, 0, self.config.llm_config.hidden_size, device=self.llm.device)]
             clips = torch.stack([samples[i][0].frames for i in numbers], dim=1)  # [f, B, 3, s, s]
-            for part, counts in _parts(clips, shared_times, max(1, FRAMES_AT_ONCE // B)):
-                cache = self.encoder.encode_only(part.flatten(0, 1).to(self.llm.device))
-                for number, count in enumerate(counts):
+            size = max(1, FRAMES_AT_ONCE // B)
+            for start in range(0, len(clips), size):
+                cache = self.encoder.encode_only(clips[start : start + size].flatten(0, 1).to(self.llm.device))
+                for number, count in enumerate(shared_times[start : start + size]):
                     index = torch.arange(number * B, (number + 1) * B, device=self.llm.device)[:, None]
                     looks = stream.look_at(cache, index.expand(-1, count))
                     tokens += [look.token[:, None].float() for look in looks]
@@ -139,11 +140,6 @@ class FoveatedGenerationMixin(GenerationMixin):
                         on_progress(done, total)
             found |= dict(zip(numbers, torch.cat(tokens, dim=1), strict=True))
         return [found[number] for number in range(len(samples))]
-
-
-def _parts(frames: Tensor, times: tuple[int, ...], size: int) -> Iterable[tuple[Tensor, tuple[int, ...]]]:
-    """Frames and how often each is looked at, `size` frames at once."""
-    return ((frames[i : i + size], times[i : i + size]) for i in range(0, len(frames), size))
 
 
 def unpadded(

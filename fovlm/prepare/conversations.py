@@ -7,7 +7,7 @@ from typing import Any
 from fovlm.data.chat import conversations, turns_of
 from fovlm.data.tables import Row
 from fovlm.errors import SampleError
-from fovlm.prepare.frames import bytes_or_name, find_video, picture, video_frames
+from fovlm.prepare.frames import NO_VIDEO, SUFFIXES, bytes_or_name, find_file, picture, video_frames
 from fovlm.prepare.job import Job, NewSample, Record
 
 
@@ -53,7 +53,7 @@ def media_of(files: list[tuple[str, Any]], job: Job) -> tuple[list[bytes], bool]
     video = bytes_or_name(which)
     if not video:
         raise SampleError("no video")
-    return video_frames(find_video(video, job) if isinstance(video, str) else video, job), False
+    return video_frames(find_file(video, job, SUFFIXES, NO_VIDEO) if isinstance(video, str) else video, job), False
 
 
 def record_of(messages: list[dict[str, Any]]) -> Record:

@@ -34,11 +34,6 @@ def find_file(name: object, job: Job, suffixes: tuple[str, ...] = (), cause: str
     raise SampleError(cause, str(name))
 
 
-def find_video(name: object, job: Job) -> Path:
-    """The file of a video by its name in a row, with or without suffix. Raises SampleError."""
-    return find_file(name, job, SUFFIXES, NO_VIDEO)
-
-
 def media_folders(job: Job) -> list[Path]:
     """The folders in which the videos and pictures of a job are looked for, in order."""
     return [job.media] if job.media is not None else [job.folder / name for name in FOLDERS]

@@ -22,13 +22,6 @@ from fovlm.report.statistics import RULE
 AT_FLOOR = 0.02  # of that loss: a run that is no further below it has not learned to see
 LOOKS = ("fine looks on the asked object", "coarse looks on the asked object", "looks on it by chance")
 SHORT = {"F": "foveated (F)", "B": "multi-token (B)"}
-CHECKED = (
-    "The fit was checked on synthetic losses, whose parameters it recovers within its intervals "
-    "(tests/report/test_scaling_law.py), "
-    "and on the 240 points that Besiroglu et al. (arXiv 2404.10102) read off a figure of Hoffmann et al.: E 1.82, "
-    "A 463, alpha 0.345, B 2223, beta 0.369, against their 1.82, 482, 0.348, 2085, 0.366, each within the interval "
-    "found here (docs/report.md)."
-)
 
 
 def write_report(words: Iterable[str], out: Path, title: str = "What the runs say") -> Path:
@@ -178,7 +171,7 @@ def _grid(cells: Grid, seeing: float | None, out: Path) -> list[str]:
         escape(f"Rule: {OPTIMUM_RULE} Noise here: {noise}."),
         heading("Scale: loss as a law of size and data"), *_laws(cells),
     ]  # fmt: skip
-    blocks += [escape(f"Rule: {LAW_RULE}"), escape(CHECKED)]
+    blocks.append(escape(f"Rule: {LAW_RULE}"))
     drawn = figures.one_or_sixteen(cells, out / "one_or_sixteen.svg")
     if drawn:
         text = trend_text(cells, seeing)

@@ -133,7 +133,10 @@ def grid(evidence: Evidence, draws: int = 200) -> Grid | None:
             found.misfit[arch] = off
             rise_or_none = rise if off <= MAX_MISFIT else None
             found.fits[arch] = fit_law(*data, noise=found.wide_noise or 0.0, draws=draws, rise=rise_or_none)
-    found.trend = _trend(found)
+    pairs = found.pairs()
+    if len(pairs) >= PAIRS and len({f.budget for f, _ in pairs}) >= SIZES:
+        flops = [math.log((f.flops * b.flops) ** 0.5) for f, b in pairs]
+        found.trend = slope(flops, [math.log(f.loss / b.loss) for f, b in pairs])
     return found
 
 
@@ -217,13 +220,3 @@ def _noise(groups: list[list[RunRecord]], evidence: Evidence) -> tuple[float | N
             spread = math.sqrt(sum(statistics.variance(one) * (len(one) - 1) for one in logs) / freedom)
             return spread, name, freedom
     return None, "", 0
-
-
-def _trend(found: Grid) -> Difference | None:
-    """Slope of log(F / B) over log FLOPs with Student's interval."""
-    pairs = found.pairs()
-    if len(pairs) < PAIRS or len({f.budget for f, _ in pairs}) < SIZES:
-        return None
-    return slope(
-        [math.log((f.flops * b.flops) ** 0.5) for f, b in pairs], [math.log(f.loss / b.loss) for f, b in pairs]
-    )

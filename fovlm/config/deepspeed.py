@@ -34,8 +34,6 @@ INSTEAD = {key: f"belongs to the experiment: {owner}" for key, owner in OWNED.it
 
 class Bf16(Strict):
     enabled: bool
-    immediate_grad_update: bool = UNSET
-    check_grad_overflow: bool = UNSET
 
 
 class DataTypes(Strict):
@@ -63,9 +61,7 @@ class ZeroOptimization(Strict):
     overlap_comm: bool = UNSET
     reduce_scatter: bool = UNSET
     reduce_bucket_size: int = UNSET
-    allgather_partitions: bool = UNSET
     allgather_bucket_size: int = UNSET
-    round_robin_gradients: bool = UNSET
     sub_group_size: int = UNSET
     offload_optimizer: OffloadOptimizer = UNSET
     offload_param: OffloadParam = UNSET
@@ -83,7 +79,6 @@ class DeepSpeedFile(Strict):
     zero_optimization: ZeroOptimization
     data_types: DataTypes = UNSET
     communication_data_type: str = UNSET
-    prescale_gradients: bool = UNSET
     wall_clock_breakdown: bool = UNSET
     memory_breakdown: bool = UNSET
     zero_force_ds_cpu_optimizer: bool = UNSET

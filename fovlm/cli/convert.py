@@ -108,9 +108,3 @@ def export(
     )
     if to == "page":
         print(f"to serve it: python -m http.server --directory {out}")
-
-
-def given(context: typer.Context, *names: str) -> str:
-    """The first of these options that is on the command line, as it is spelled there; "" if none is."""
-    found = (name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE")
-    return next(found, "").replace("_", "-")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fovlm.cli.convert import PANEL, given
+from fovlm.cli.convert import PANEL
 from fovlm.cli.progress import progress
 from fovlm.errors import UserError
 from fovlm.media.location import check_camera, check_path
@@ -105,8 +105,10 @@ def look(
     """
     asked = questions or []
     if live:
-        if option := given(context, "out", "layer", "head", "frames", "mode"):
-            raise UserError(f"--{option} has no effect with --live: a camera is shown in the terminal, without files")
+        for option in ("out", "layer", "head", "frames", "mode"):
+            if getattr(context.get_parameter_source(option), "name", "") == "COMMANDLINE":
+                why = "a camera is shown in the terminal, without files"
+                raise UserError(f"--{option} has no effect with --live: {why}")
         check_model(model)
         check_camera(live)
         from fovlm.viz.camera import watch

@@ -3,24 +3,33 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fovlm.errors import UserError
-
-VERBATIM = {"allow_extra_args": True, "ignore_unknown_options": True}  # fovlm/launch/request.py parses
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
     panel = "Training"
-    app.command(rich_help_panel=panel, context_settings=VERBATIM)(train)
+    app.command(rich_help_panel=panel, cls=_Verbatim)(train)
     app.command(rich_help_panel=panel)(sweep)
 
 
+class _Verbatim(TyperCommand):
+    """A command that gets its arguments as they are, `--` among them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args in (["-h"], ["--help"]):
+            return super().parse_args(ctx, args)
+        ctx.args = args
+        return args
+
+
 def train(context: typer.Context) -> None:
-    """Train one run: NAME [section.key=value ...] [--resume auto|none|PATH] [--dry-run].
+    """Train one run: NAME [section.key=value ...] [--resume auto|none|PATH] [--dry-run] [-- LAUNCHER OPTIONS].
 
     `fovlm train --list` shows all runs, `fovlm train quickstart` is a good first. Files `experiments/*.yaml` in the
     current folder add runs. NUM_GPUS, CPU_RANKS and HOSTFILE say where to train; FOVLM_DATA, FOVLM_MODELS, FOVLM_RUNS

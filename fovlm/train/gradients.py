@@ -87,11 +87,16 @@ class Gradients:
         for group, total in zip(self.groups, self.sums, strict=True):
             gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).view(-1) for p in group]
             begin = 0
-            for piece in joined_pieces(gradients, self.shares, len(total)):
-                new = piece if self.whole else own_share(piece.to(self.optimizer.communication_data_type))
-                old = total[begin : begin + len(new)]
+            for parts in pieces(gradients, self.shares, len(total)):
+                old = total[begin : begin + sum(map(len, parts)) // self.shares]
+                begin += len(old)
+                if self.shares == 1 and not self.added and parts[0].dtype == old.dtype:
+                    torch.cat(parts, out=old)
+                    continue
+                new = torch.cat(parts)
+                if not self.whole:
+                    new = own_share(new.to(self.optimizer.communication_data_type))
                 old.add_(new) if self.added else old.copy_(new)
-                begin += len(new)
             for p in group:
                 p.grad = None
         self.added += 1
@@ -101,22 +106,22 @@ class Gradients:
             self.optimizer.averaged_gradients = {i: Partition(share) for i, share in enumerate(shares)}
 
 
-def joined_pieces(gradients: list[Tensor], shares: int, size: int) -> Iterator[Tensor]:
-    """The gradients, zeros behind them, as `shares` shares of `size` numbers -> their pieces, some `PIECE` bytes each.
+def pieces(gradients: list[Tensor], shares: int, size: int) -> Iterator[list[Tensor]]:
+    """The gradients, zeros behind them, as `shares` shares of `size` numbers -> what to join to pieces of `PIECE` bytes.
 
     A piece holds the same places of every share, one share after the other.
     """
     step = -(-PIECE // (gradients[0].itemsize * shares))
-    pieces: list[list[list[Tensor]]] = [[[] for _ in range(shares)] for _ in range(0, size, step)]
+    found: list[list[list[Tensor]]] = [[[] for _ in range(shares)] for _ in range(0, size, step)]
     padding = gradients[0].new_zeros(shares * size - sum(len(g) for g in gradients))
     at = 0
     for rest in [*gradients, padding]:
         while len(rest):
             share, place = divmod(at, size)
             part, rest = rest.tensor_split([min(step - place % step, size - place)])
-            pieces[place // step][share].append(part)
+            found[place // step][share].append(part)
             at += len(part)
-    return (torch.cat(list(chain(*piece))) for piece in pieces)
+    return (list(chain(*piece)) for piece in found)
 
 
 def own_share(flat: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class Gradients:
 
 
 def pieces(gradients: list[Tensor], shares: int, size: int) -> Iterator[list[Tensor]]:
-    """The gradients, zeros behind them, as `shares` shares of `size` numbers -> what to join to pieces of `PIECE` bytes.
+    """The gradients, zeros behind them, as `shares` shares of `size` numbers -> what to join, `PIECE` bytes each.
 
     A piece holds the same places of every share, one share after the other.
     """

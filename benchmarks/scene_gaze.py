@@ -9,6 +9,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from benchmarks.scene_looks import Looks, Scenes, encode
+from fovlm.model.encoder import walk_layer
 from fovlm.viz.contact_sheet import Strip, draw_sheet
 from fovlm.viz.heatmap import maps
 
@@ -53,6 +54,18 @@ def baselines(looks: Looks, scenes: Scenes, source: str) -> dict[str, dict[str, 
     center = torch.exp(-(far[:, None] + far) / (side / 4) ** 2 / 2).expand_as(grid)
     for name, shown in (("CLS", grid), ("center", center)):
         found[name] = {k: float(np.mean(v)) for k, v in pointing(shown, batch["boxes"], scenes.size).items()}
+    return found
+
+
+@torch.no_grad()
+def outliers(looks: Looks, scenes: Scenes, source: str) -> list[float]:
+    """The largest norm of a patch over the median one, behind each layer of the encoder: 16 frames of a source."""
+    encoder, found = looks.model.encoder, []
+    x, rotary = encoder.embed(scenes.frames(source, list(range(min(16, len(scenes.jpegs[source]))))))
+    for layer in encoder.layers:
+        x, _ = walk_layer(encoder.family, layer, x, x.shape[1], encoder.head_width, False, False, rotary)
+        norms = x[:, encoder.prefix :].norm(dim=-1)
+        found.append(float(norms.max() / norms.median()))
     return found
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.scene_gaze import baselines, controls, faithfulness, figure, gaze, pointing
+from benchmarks.scene_gaze import baselines, controls, faithfulness, figure, gaze, outliers, pointing
 from benchmarks.scene_looks import Looks, Scenes
 from benchmarks.scene_report import report
 from fovlm.config.schema import Experiment, load
@@ -122,6 +122,7 @@ def run(name: str, seed: int, steps: int | None, out: Path) -> dict[str, Any]:
     steered = scenes.deep and model.config.visual == "foveated" and experiment.model.question == "before_frames"
     if steered and experiment.data.max_frames == 1:
         result |= {"baselines": baselines(looks, scenes, most), "faithfulness": faithfulness(looks, scenes, most)}
+        result["outliers"] = outliers(looks, scenes, most)
         figure(looks, scenes, most, out / f"{name}-s{seed}.png")
     return result
 

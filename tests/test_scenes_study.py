@@ -97,6 +97,8 @@ def test_the_study_trains_scores_and_resumes(data, monkeypatch, capsys):
     for row in result["curve"][-1]["by_source"].values():
         assert 0 <= row["mass"] <= 1
         assert 0 < row["anywhere"] < 0.3
+    assert len(result["outliers"]) == 2
+    assert min(result["outliers"]) > 1
     assert set(result["controls"]) == {"blind", "foreign"}
     assert set(result["faithfulness"]) == {"as it is", "where it looks", "elsewhere"}
     assert (data / "out" / "scenes-s0.png").exists()

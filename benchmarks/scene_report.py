@@ -17,8 +17,9 @@ CHANCE = math.log(16) / 2  # nats a token: one of sixteen names, and a token tha
 LAW = {
     "law": "one steered token",
     "law_static": "one static token",
-    "law_pooled4": "4 pooled tokens",
-    "law_pooled16": "16 pooled tokens",
+    "law_pooled4": "4 pooled tokens, three times the steps",
+    "law_pooled16": "16 pooled tokens, three times the steps",
+    "law_crop": "the same at twice the resolution",
 }
 SCORES = ("loss", "deployed", "accuracy", "pointing", "mass")
 

@@ -91,5 +91,5 @@ def law(results: list[dict[str, Any]], path: Path) -> None:
         axis.errorbar(numbers, mean, [mean - least, most - mean], marker="o", capsize=3, label=LAW[name])
     axis.axhline(CHANCE, color="grey", linestyle=":", label="chance")
     axis.set(xlabel="pictures in the frame", ylabel="loss, nats a token", xticks=numbers, ylim=(0, None))
-    axis.legend()
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 0.2))  # where no interval is
     drawn.savefig(path, dpi=110)

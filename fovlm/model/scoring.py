@@ -20,10 +20,10 @@ from fovlm.model.modes import NLL_CHUNK
 def nll_and_slope(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [s, V] -> the nll f32 [s] of the targets, and the gradient [s, V] of the sum of weight * nll."""
     log_p = logits.float().log_softmax(-1)
-    target = target[:, None]
+    target, weight = target[:, None], weight[:, None].to(log_p.dtype)
     nll = -log_p.gather(1, target)[:, 0]
-    slope = log_p.exp() * weight[:, None]
-    return nll, slope.scatter_add(1, target, -weight[:, None]).to(logits.dtype)
+    slope = log_p.exp_().mul_(weight)  # in place: further fp32 copies of the logits would be the peak of a step
+    return nll, slope.scatter_add_(1, target, -weight).to(logits.dtype)
 
 
 class WeightedNll(torch.autograd.Function):

@@ -82,6 +82,7 @@ class Place:
             "HOME": str(folder),
             "FOVLM_PYTHON": str(self.bin / "python"),
             "FOVLM_CACHE": str(folder / "cache"),
+            "FOVLM_RUNS": str(folder / "runs"),  # a checkout may have runs of its own
         }
 
     def program(self, name: str, text: str) -> None:

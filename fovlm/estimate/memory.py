@@ -155,7 +155,8 @@ def _activations(experiment: Experiment, shapes: Geometry, w: int, F: int, S: in
         "encoder": _layer_work(d, rows, w, again) if vit else 0,
         "coarse_looks": relook,
         "fine_llm": _read_work(shapes.llm, L, w, llm, "llm" in model.grad_checkpoint) + embedding,
-        "head": 3 * FP32 * chunk * shapes.llm.V + embedding * (2 if chunk < S else 1),
+        # fp32 logits and their log-softmax, beside the logits of another type
+        "head": (2 * FP32 + (w if w < FP32 else 0)) * chunk * shapes.llm.V + embedding * (2 if chunk < S else 1),
     }
     for turn in range(shapes.rounds):
         prefix_work = _read_work(shapes.llm, K + P, w, llm, "llm" in model.grad_checkpoint)

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from benchmarks.scene_looks import Looks, Scenes, encode
-from fovlm.model.encoder import walk_layer
+from benchmarks.scene_looks import Looks, Scenes, encode, walk
 from fovlm.viz.contact_sheet import Strip, draw_sheet
 from fovlm.viz.heatmap import maps
 
@@ -42,7 +41,7 @@ def pointing(grid: Tensor, boxes: Tensor, size: int) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def baselines(looks: Looks, scenes: Scenes, source: str) -> dict[str, dict[str, float]]:
-    """Pointing of what does not know the question: the encoder's own CLS, and a look at the center."""
+    """Pointing of what does not know the question: the coarse look, the encoder's own CLS, a look at the center."""
     (batch,), found = scenes.batches(scenes.questions[source]), {}
     seen: list[Tensor] = []
     pixels = scenes.frames(source, [0])
@@ -52,7 +51,8 @@ def baselines(looks: Looks, scenes: Scenes, source: str) -> dict[str, dict[str, 
     side = grid.shape[1]
     far = (torch.arange(side) - (side - 1) / 2) ** 2
     center = torch.exp(-(far[:, None] + far) / (side / 4) ** 2 / 2).expand_as(grid)
-    for name, shown in (("CLS", grid), ("center", center)):
+    coarse = gaze(looks, batch, looks.model.connector.q_static.expand(*batch["seen"].shape[:2], -1))
+    for name, shown in (("coarse", coarse), ("CLS", grid), ("center", center)):
         found[name] = {k: float(np.mean(v)) for k, v in pointing(shown, batch["boxes"], scenes.size).items()}
     return found
 
@@ -60,13 +60,9 @@ def baselines(looks: Looks, scenes: Scenes, source: str) -> dict[str, dict[str, 
 @torch.no_grad()
 def outliers(looks: Looks, scenes: Scenes, source: str) -> list[float]:
     """The largest norm of a patch over the median one, behind each layer of the encoder: 16 frames of a source."""
-    encoder, found = looks.model.encoder, []
-    x, rotary = encoder.embed(scenes.frames(source, list(range(min(16, len(scenes.jpegs[source]))))))
-    for layer in encoder.layers:
-        x, _ = walk_layer(encoder.family, layer, x, x.shape[1], encoder.head_width, False, False, rotary)
-        norms = x[:, encoder.prefix :].norm(dim=-1)
-        found.append(float(norms.max() / norms.median()))
-    return found
+    encoder, frames = looks.model.encoder, scenes.frames(source, list(range(min(16, len(scenes.jpegs[source])))))
+    norms = [x[:, encoder.prefix :].norm(dim=-1) for x, _ in walk(encoder, frames)]
+    return [float(one.max() / one.median()) for one in norms]
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ frame, N rows, l layers.
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fovlm.data.sample_format import read_members
 from fovlm.data.shards import find_shards
 from fovlm.data.tokenizers import open_tokenizer
 from fovlm.media.decode import decode_pictures
-from fovlm.model.encoder import Cache, heads, walk_layer
+from fovlm.model.encoder import Cache, Encoder, LayerCache, heads, walk_layer
 from fovlm.model.modeling import FoveatedVLM
 
 HALF = torch.bfloat16
@@ -129,15 +130,22 @@ def read_questions(
 
 
 @torch.no_grad()
+def walk(encoder: Encoder, frames: Tensor) -> Iterator[tuple[Tensor, LayerCache]]:
+    """Frames u8 [F, 3, s, s] -> behind each layer the rows [F, N, D], and its keys and values."""
+    x, rotary = encoder.embed(frames)
+    for layer in encoder.layers:
+        x, cached = walk_layer(encoder.family, layer, x, x.shape[1], encoder.head_width, False, False, rotary)
+        yield x, cached
+
+
+@torch.no_grad()
 def encode(model: FoveatedVLM, frames: Tensor) -> tuple[Tensor, Tensor]:
     """Frames u8 [F, 3, s, s] -> final features bf16 [F, N, D], keys and values bf16 [F, l, 2, H, N, d]."""
-    encoder, keys = model.encoder, []
+    encoder = model.encoder
     with torch.autocast("cpu", HALF):
-        x, rotary = encoder.embed(frames)
-        for layer in encoder.layers:
-            x, cached = walk_layer(encoder.family, layer, x, x.shape[1], encoder.head_width, False, False, rotary)
-            keys.append(torch.stack([part.transpose(1, 2).to(HALF) for part in cached], 1))
-        return encoder.family.norm(encoder.backbone)(x).to(HALF), torch.stack(keys, 1)
+        rows, cached = zip(*walk(encoder, frames), strict=True)
+        keys = [torch.stack([part.transpose(1, 2).to(HALF) for part in parts], 1) for parts in cached]
+        return encoder.family.norm(encoder.backbone)(rows[-1]).to(HALF), torch.stack(keys, 1)
 
 
 class Looks:

@@ -6,7 +6,7 @@ OUT/table.md, runs.csv and law.png. FOVLM_DATA has the scenes, FOVLM_MODELS the 
 
 It computes what training computes (tests/test_scenes_study.py compares the losses with those of `FoveatedVLM.forward`),
 in a tenth of the time, because of what is special here: the encoder is frozen, so keys and values of all layers come
-from a file (OUT/encodings-*.npy, bf16); questions are equally long and clips have equally many frames, so a batch is a
+from a file (OUT/encodings-*.npy, bf16); prompts are equally long and clips have equally many frames, so a batch is a
 tensor or two, and the language model reads each prompt once. Products with the encoder's weights are in bf16, all else
 in fp32 (with SmolLM2 its products too are in bf16).
 """

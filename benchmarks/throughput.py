@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +108,8 @@ def plain_step(model: Any, old: bool) -> Callable[[Any], Any]:
 
 def engine_step(model: Any, old: bool) -> Callable[[Any], Any]:
     """A step of the tree's engine over a batch, its result read."""
-    if old:
-        from fovlm import config as schema  # type: ignore[attr-defined]
-        from fovlm import deepspeed_config as deepspeed
-        from fovlm import engine
-    else:
-        from fovlm.config import deepspeed, schema
-        from fovlm.train import engine
+    names = ("config", "deepspeed_config", "engine") if old else ("config.schema", "config.deepspeed", "train.engine")
+    schema, deepspeed, engine = (import_module(f"fovlm.{name}") for name in names)
     data = {"sources": {"a": {"shards": "a.tar", "kind": "video"}}, "train" if old else "mixture": {"a": 1.0}}
     train = {"steps": 1, "packs_per_step": 1, "precision": "fp32", "best": "train_loss"}
     e = schema.Experiment.model_validate({"name": "step", "data": data, "train": train})

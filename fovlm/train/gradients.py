@@ -15,7 +15,8 @@ from torch import Tensor
 from fovlm import distributed
 
 CHUNK = 1 << 20  # numbers whose squares are summed in fp32
-PIECE = 1 << 23  # bytes that are joined or sent at a time: they fit a processor's cache
+PIECE = 1 << 23  # bytes that a CPU joins or sends at a time: they fit its cache
+GPU_PIECE = 1 << 27  # bytes that a GPU joins and sends at a time, since every piece costs it launches
 
 
 def lighten(optimizer: Any, stage: int, offload: bool) -> None:
@@ -107,11 +108,12 @@ class Gradients:
 
 
 def pieces(gradients: list[Tensor], shares: int, size: int) -> Iterator[list[Tensor]]:
-    """The gradients, zeros behind them, as `shares` shares of `size` numbers -> what to join, `PIECE` bytes each.
+    """The gradients, zeros behind them, as `shares` shares of `size` numbers -> what to join, some MB each.
 
     A piece holds the same places of every share, one share after the other.
     """
-    step = -(-PIECE // (gradients[0].itemsize * shares))
+    most = PIECE if gradients[0].device.type == "cpu" else GPU_PIECE
+    step = -(-most // (gradients[0].itemsize * shares))
     found: list[list[list[Tensor]]] = [[[] for _ in range(shares)] for _ in range(0, size, step)]
     padding = gradients[0].new_zeros(shares * size - sum(len(g) for g in gradients))
     at = 0

@@ -62,7 +62,7 @@ def test_more_batches_than_buffers_that_are_used_again(monkeypatch):
 
 
 def test_a_worker_overwrites_no_batch_that_is_read(tmp_path, monkeypatch):
-    """While it goes on, the last five are held."""
+    """The last five batches stay in use while the worker makes more."""
     monkeypatch.setenv("FOVLM_DATA", str(tmp_path))
     monkeypatch.setenv("FOVLM_CACHE", str(tmp_path))
     data, steps = tiny.dataset(tmp_path), 24

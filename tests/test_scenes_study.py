@@ -121,11 +121,12 @@ def test_smoke_of_the_study(tmp_path, monkeypatch):
     draw(Path(os.environ["FOVLM_RAW"]), tmp_path / "data", (400, 1200, 150, 30))
     monkeypatch.setenv("FOVLM_DATA", str(tmp_path / "data"))
     torch.set_num_threads(1)
-    steered, static, film = (
+    steered, static, film, rounds = (
         study.run(name, 0, steps, tmp_path)["curve"][-1]["by_source"]
-        for name, steps in (("scenes", 450), ("scenes_static", 450), ("film", 120))
+        for name, steps in (("scenes", 450), ("scenes_static", 450), ("film", 120), ("film_rounds", 60))
     )
     assert steered["objects9"]["loss"] < static["objects9"]["loss"] - 0.2
     assert steered["objects9"]["pointing"] > 0.5
     assert film["film3"]["loss"] < CHANCE
-    assert abs(film["film3"]["deployed"] - film["film3"]["loss"]) < 0.3
+    # Trained with one round alone, what is learned is lost when frames come one by one.
+    assert abs(rounds["film3"]["deployed"] - rounds["film3"]["loss"]) < 0.3

@@ -24,7 +24,7 @@ PARTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "kernel tests": (["pytest", "-m", "gpu or not slow", "tests/kernels"], ("pytest", "hypothesis", "triton")),
     "model tests": (["pytest", "-m", "gpu", *MODEL_TESTS], ("pytest",)),
     "engine tests": (["pytest", "-m", "gpu", "tests/train/test_engine.py"], ("pytest", "deepspeed", "webdataset")),
-    "kernels": (["kernels.bench", "--out", str(RESULTS)], ("matplotlib", "triton")),
+    "kernels": (["kernels.bench", "--out", str(RESULTS)], ("triton",)),
     "step": (["benchmarks.step"], ("matplotlib", "pydantic")),
 }
 ALSO = {

@@ -4,6 +4,7 @@ torch's loader would move every tensor into fresh shared memory: the system hand
 and each tensor passes a file descriptor over a socket.
 """
 
+import os
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -55,6 +56,11 @@ class Handed:
 
 def _receive(rest: Batch, buffer: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Batch:
     memory = buffer.numpy()[HEAD:]  # every view of the frames keeps this object alive
-    weakref.finalize(memory, buffer[:1].zero_)
+    weakref.finalize(memory, _release, buffer, os.getpid()).atexit = False
     frames = torch.from_numpy(memory).as_strided(shape, stride)
     return replace(rest.mapped(torch.from_numpy, np.ndarray), frames=frames)
+
+
+def _release(buffer: Tensor, reader: int) -> None:
+    if os.getpid() == reader:  # a fork drops its own copy alone
+        buffer[0] = 0

@@ -1,5 +1,6 @@
 """Frames in shared buffers: written again when nobody reads them any more, and not before."""
 
+import os
 from itertools import islice
 from multiprocessing.reduction import ForkingPickler
 
@@ -51,6 +52,18 @@ def test_a_buffer_is_free_when_the_last_view_of_its_frames_is_gone():
     larger = buffers.take(10**6)
     assert len(larger) == 10**6
     assert len(buffers.buffers) == 2, "it takes the place of one that is too small"
+
+
+def test_a_fork_of_the_reader_frees_no_buffer():
+    buffers = handover.FrameBuffers()
+    batch = received(buffers)
+    if not (child := os.fork()):
+        del batch
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert buffers.buffers[0][0] == 1
+    del batch
+    assert buffers.buffers[0][0] == 0
 
 
 def test_more_batches_than_buffers_that_are_used_again(monkeypatch):

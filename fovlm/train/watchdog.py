@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterable
 
 import torch.distributed as dist
 
@@ -20,7 +21,7 @@ GRACE = 10.0  # seconds for all ranks to say where they are
 class Watchdog:
     """From `restart` on, this process has `seconds` until the next `restart` or `stop`.
 
-    Past that each rank tells the others where it is, rank 0 (or the first that answers) prints it, and all end.
+    Past that each rank tells the others where it is, rank 0 (or the first that answers) prints it, and then all end.
     """
 
     def __init__(self, seconds: float):
@@ -41,13 +42,15 @@ class Watchdog:
     def _watch(self) -> None:
         while time.monotonic() < self.deadline:
             time.sleep(min(1.0, self.seconds / 10))
-        places = self._exchange(self._place())
-        if min(rank for rank, place in enumerate(places) if place) == distributed.rank():
+        places = self._exchange("place", self._place(), range(distributed.world()))
+        speaker = min(rank for rank, place in enumerate(places) if place)
+        if speaker == distributed.rank():
             for rank, place in enumerate(places):
                 where = place or "does not answer"
                 print(f"fovlm: rank {rank} on {self.hosts[rank]} {where}", file=sys.stderr, flush=True)
             print(f"fovlm: a step took longer than {self.seconds / 60:g} minutes (train.hang_minutes): ending",
                   file=sys.stderr, flush=True)  # fmt: skip
+        self._exchange("printed", "yes", [speaker])  # a rank that ends before may take the speaker with it
         faulthandler.dump_traceback()
         os._exit(EXIT_FAILED)
 
@@ -58,21 +61,22 @@ class Watchdog:
             return "waits for the others"
         return f"hangs in {stack[-1].name} ({stack[-1].filename}:{stack[-1].lineno})"
 
-    def _exchange(self, place: str) -> list[str]:
-        """The places of all ranks; "" for those that do not answer in time, or can no longer be asked."""
-        places = [""] * distributed.world()
-        places[distributed.rank()] = place
+    def _exchange(self, topic: str, message: str, ranks: Iterable[int]) -> list[str]:
+        """Tells all ranks `message`, and returns what `ranks` say on this topic: "" for one that does not answer in
+        time or can no longer be asked."""
+        messages = [""] * distributed.world()
+        messages[distributed.rank()] = message
         if not dist.is_initialized():
-            return places
+            return messages
         try:
-            store = dist.PrefixStore("hang", dist.distributed_c10d._get_default_store())
-            store.set(str(distributed.rank()), place)
+            store = dist.PrefixStore(f"hang {topic}", dist.distributed_c10d._get_default_store())
+            store.set(str(distributed.rank()), message)
             until = time.monotonic() + GRACE
-            while not all(places) and time.monotonic() < until:
-                for rank, known in enumerate(places):
-                    if not known and store.check([str(rank)]):
-                        places[rank] = store.get(str(rank)).decode()
+            while (missing := [rank for rank in ranks if not messages[rank]]) and time.monotonic() < until:
+                for rank in missing:
+                    if store.check([str(rank)]):
+                        messages[rank] = store.get(str(rank)).decode()
                 time.sleep(0.1)
         except RuntimeError:  # the node of rank 0, which holds the store, is gone
             pass
-        return places
+        return messages

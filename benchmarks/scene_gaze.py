@@ -9,6 +9,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from benchmarks.scene_looks import Looks, Scenes, encode, walk
+from fovlm.eval.controls import is_foreign
 from fovlm.viz.contact_sheet import Strip, draw_sheet
 from fovlm.viz.heatmap import maps
 
@@ -68,7 +69,7 @@ def outliers(looks: Looks, scenes: Scenes, source: str) -> list[float]:
 @torch.no_grad()
 def controls(looks: Looks, scenes: Scenes, source: str) -> dict[str, dict[str, float]]:
     """Loss and accuracy with information removed, named as in `fovlm/eval/controls.py`: no frames, frames in another
-    order, the middle frame in place of all, and looks with the queries of other questions."""
+    order, the middle frame in place of all, and looks with the queries of other questions. `questions` were scored."""
     sums: dict[str, dict[str, list[float]]] = {}
     for batch in scenes.batches(scenes.questions[source]):
         seen, options = batch["seen"], {"blind": {"seen": batch["seen"][:, :0]}}
@@ -78,11 +79,25 @@ def controls(looks: Looks, scenes: Scenes, source: str) -> dict[str, dict[str, f
         if looks.model.config.visual == "foveated":
             options["foreign"] = {}
         for name, changed in options.items():
-            nll, right, _ = looks.nll(batch | changed, foreign=name == "foreign")
+            others = other_questions(batch) if name == "foreign" else None
+            scored = slice(None) if others is None else [n for n, other in enumerate(others) if other != n]
+            nll, right, _ = looks.nll(batch | changed, gaze_of=others)
             row = sums.setdefault(name, {"loss": [], "accuracy": []})
-            row["loss"] += nll.tolist()
-            row["accuracy"] += right.float().tolist()
-    return {name: {key: float(np.mean(values)) for key, values in row.items()} for name, row in sums.items()}
+            row["loss"] += nll[scored].tolist()
+            row["accuracy"] += right[scored].float().tolist()
+    means = {name: {k: float(np.mean(v)) for k, v in row.items()} for name, row in sums.items() if row["loss"]}
+    return {name: found | {"questions": len(sums[name]["loss"])} for name, found in means.items()}
+
+
+def other_questions(batch: dict[str, Any]) -> list[int]:
+    """The number of the next question, cyclically, that is foreign to each; its own where there is none."""
+    asked, clips = batch["tokens"][:, : batch["prompt"]], batch["clips"].tolist()
+
+    def next_to(n: int) -> int:
+        others = [*range(n + 1, len(clips)), *range(n)]
+        return next((m for m in others if is_foreign(clips[n], asked[n], clips[m], asked[m])), n)
+
+    return [next_to(n) for n in range(len(clips))]
 
 
 @torch.no_grad()

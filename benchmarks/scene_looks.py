@@ -100,7 +100,8 @@ class Scenes:
         weight = pad_sequence([q.weight for q in questions], batch_first=True)
         frame = torch.tensor([q.frame for q in questions])
         boxes = torch.tensor([q.box for q in questions])
-        shown = {"seen": torch.from_numpy(seen).view(HALF), "frame": frame, "boxes": boxes}
+        clips = torch.tensor([q.picture for q in questions])
+        shown = {"seen": torch.from_numpy(seen).view(HALF), "frame": frame, "boxes": boxes, "clips": clips}
         return {"tokens": tokens, "weight": weight, "prompt": questions[0].prompt, **shown}
 
 
@@ -171,12 +172,12 @@ class Looks:
         return self.model.encoder.family.norm(self.model.encoder.backbone)(x)
 
     def nll(
-        self, batch: dict[str, Any], rounds: int | None = None, foreign: bool = False
+        self, batch: dict[str, Any], rounds: int | None = None, gaze_of: list[int] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(nll f32 [B] an answer token, whether all of them are the likeliest bool [B], the queries [B, F, Q]).
 
-        `rounds` of queries instead of the model's own; as many as frames are frame by frame, as deployed. `foreign`:
-        frames are looked at with the queries of other questions, half a batch away.
+        `rounds` of queries instead of the model's own; as many as frames are frame by frame, as deployed. Frames
+        are looked at with the queries of the questions `gaze_of` [B] instead of their own.
         """
         model, tokens, prompt = self.model, batch["tokens"], batch["prompt"]
         embed, memory = model.llm.get_input_embeddings(), DynamicCache()
@@ -192,7 +193,7 @@ class Looks:
         visual = self.visual(batch["seen"], query) if F > 1 or not steered else blank
         for _ in range((model.config.query_rounds if rounds is None else rounds) if steered else 0):
             query = self.queries(visual[:, :-1], state, memory)
-            visual = self.visual(batch["seen"], query.roll(B // 2, 0) if foreign else query)
+            visual = self.visual(batch["seen"], query if gaze_of is None else query[gaze_of])
         target, weight = tokens[:, prompt:], batch["weight"][:, prompt:]
         hidden = self.read(torch.cat([visual, embed(target)], 1), memory)
         before = hidden[:, :1] * 0 if state is None else state[:, None]  # without frames, the prompt's last state

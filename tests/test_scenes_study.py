@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import scenes as study
-from benchmarks.scene_gaze import pointing
+from benchmarks.scene_gaze import other_questions, pointing
 from benchmarks.scene_looks import Looks, Scenes
 from benchmarks.scene_report import CHANCE
 from fovlm.config.schema import load
@@ -81,11 +81,15 @@ def test_losses_are_those_of_the_model(data, name):
     texts = collate(nothing, experiment.model.frame_size, model.config.tokens_per_look)
     blind = looks.nll(stored | {"seen": stored["seen"][:, :0]})[0]
     torch.testing.assert_close(blind, per_sample(model(texts), texts) / 2, **near)
-    if model.config.visual == "foveated":  # the same question asked twice is its own foreign one
-        twice = {name: x if name == "prompt" else torch.cat([x[:3], x[:3]]) for name, x in stored.items()}
-        torch.testing.assert_close(looks.nll(twice, foreign=True)[0], looks.nll(twice)[0])
-        other = torch.allclose(looks.nll(stored, foreign=True)[0], looks.nll(stored)[0])
-        assert other == (experiment.model.question == "after_frames")  # then all queries are the same
+    if model.config.visual == "foveated":
+        others = other_questions(stored)
+        assert all(asked[n].picture != asked[m].picture for n, m in enumerate(others) if n != m)
+        plain, foreign = looks.nll(stored)[0], looks.nll(stored, gaze_of=others)[0]
+        changed = (foreign - plain).abs() > 1e-6
+        if experiment.model.question == "before_frames":
+            assert changed.tolist() == [n != m for n, m in enumerate(others)]
+        else:  # a single frame's query is then the same for all
+            assert not changed.any()
 
 
 def test_the_study_trains_scores_and_resumes(data, monkeypatch, capsys):
@@ -112,6 +116,14 @@ def test_pointing_counts_patches_whose_center_is_in_the_box():
     grid[0, 4, 4], grid[0, 0, 0], grid[1, 0, 0] = 3, 1, 1
     found = pointing(grid, torch.tensor([[42, 42, 84, 84]] * 2), 126)
     assert found == {"pointing": [1, 0], "mass": [0.75, 0], "anywhere": [pytest.approx(1 / 9)] * 2}
+
+
+def test_a_foreign_question_is_another_one_about_another_clip():
+    tokens, clips = torch.tensor([[1, 2, 9], [1, 2, 8], [1, 2, 7], [3, 4, 6], [5, 6, 0]]), torch.tensor([0, 1, 2, 2, 0])
+    batch = {"tokens": tokens, "clips": clips, "prompt": 2}
+    assert other_questions(batch) == [3, 3, 4, 4, 1]
+    assert other_questions(batch | {"prompt": 0}) == [1, 2, 4, 4, 1], "no question comes before the frames"
+    assert other_questions({name: x if name == "prompt" else x[:3] for name, x in batch.items()}) == [0, 1, 2]
 
 
 @pytest.mark.real

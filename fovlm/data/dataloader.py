@@ -32,8 +32,8 @@ import torch.utils.data
 
 from fovlm.data.dataset import Dataset
 from fovlm.data.fetch_ahead import FetchAhead
-from fovlm.data.handover import FrameBuffers, Handed
-from fovlm.data.packing import Batch, PackBudget, collate, pack_samples
+from fovlm.data.handover import FrameBuffers, Handed, buffer_bytes
+from fovlm.data.packing import Batch, PackBudget, collate, pack_samples, round_up
 from fovlm.errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -112,7 +112,9 @@ class PackLoader:
         self.workers, self.tokens_per_look, self.pin = workers, tokens_per_look, pin
         self.bad: Counter[tuple[str, str]] = Counter()
         if workers:
-            _check_shared_memory(workers, budget.cost // budget.frame * 3 * dataset.frame_size**2)
+            frames = round_up(budget.cost // budget.frame)
+            held = 0 if pin else 2 * packs_of_each(packs, world)  # of a step, and of the one before it
+            _check_shared_memory(workers, buffer_bytes(frames * 3 * dataset.frame_size**2), held)
             _start_server()  # it imports torch meanwhile
 
     def __iter__(self) -> Iterator[StepBatches]:
@@ -207,9 +209,10 @@ def _kill(workers: list[BaseProcess]) -> None:
         process.kill()
 
 
-def _check_shared_memory(workers: int, pack: int) -> None:
-    """Workers hand packs of `pack` bytes over in shared memory; when that is full, the system kills them unheard."""
-    memory, needed = Path("/dev/shm"), workers * 4 * pack  # each works on one and keeps two ready, with room to spare
+def _check_shared_memory(workers: int, buffer: int, held: int) -> None:
+    """Workers hand packs over in shared buffers of `buffer` bytes at most; when memory is full, the system kills them
+    unheard. Of each worker two are in work or ready (torch's `prefetch_factor`), and its share of `held` is read."""
+    memory, needed = Path("/dev/shm"), workers * (2 + -(-held // workers)) * buffer
     if memory.is_dir() and (free := shutil.disk_usage(memory).free) < needed:
         raise UserError(
             f"{memory} has {free >> 20} MB free, and {workers} workers of a rank need {needed >> 20}: lower "

@@ -15,8 +15,13 @@ from torch import Tensor
 
 from fovlm.data.packing import Batch
 
-HEAD = 64  # bytes before the frames; the first is 1 from when a worker takes the buffer until nobody reads it any more
+HEAD = 64  # bytes before the frames; the first is 1 from when a batch is in the buffer until nobody reads it any more
 KEPT = 32  # buffers of a worker that are used again; more than a rank holds of a worker's packs at a time
+
+
+def buffer_bytes(size: int) -> int:
+    """The bytes of a new buffer for a batch with `size` bytes of frames: with room for a larger one."""
+    return HEAD + size * 5 // 4
 
 
 class FrameBuffers:
@@ -26,18 +31,18 @@ class FrameBuffers:
         self.buffers: list[Tensor] = []
 
     def take(self, size: int) -> Tensor:
-        """Memory u8 [size] that nobody reads: a buffer that is free again, or a new one."""
+        """Memory u8 [size] that nobody reads: a buffer that is free again, or a new one. `Handed` makes it busy."""
         free = [n for n, buffer in enumerate(self.buffers) if not buffer[0]]
         fits = [n for n in free if len(self.buffers[n]) >= HEAD + size]
         if fits:
             buffer = self.buffers[fits[0]]
         else:
-            buffer = torch.empty(HEAD + size * 5 // 4, dtype=torch.uint8).share_memory_()
+            buffer = torch.empty(buffer_bytes(size), dtype=torch.uint8).share_memory_()
+            buffer[0] = 0
             if free:
                 self.buffers[free[0]] = buffer
             elif len(self.buffers) < KEPT:
                 self.buffers.append(buffer)
-        buffer[0] = 1
         return buffer[HEAD : HEAD + size]
 
 
@@ -46,6 +51,7 @@ class Handed:
 
     def __init__(self, batch: Batch):
         self.batch = batch
+        batch.frames.as_strided([1], [1], 0).fill_(1)
 
     def __reduce__(self) -> tuple[Any, ...]:
         frames = self.batch.frames

@@ -3,7 +3,7 @@
 blind     no frames: what the texts give away
 shuffled  the frames in random order: what can be answered without time
 repeated  one frame in place of all: what a single picture shows
-foreign   each look has the query of a look at another item, with its question and clip: what the model's own gaze adds
+foreign   each look has the query of a look at another clip, after another question: what the model's own gaze adds
 """
 
 import hashlib
@@ -28,6 +28,12 @@ def check(names: list[str]) -> None:
 def applies(control: str, visual: str, mode: str) -> bool:
     """Whether a control exists for a model: only models with queries have a gaze to replace."""
     return control != "foreign" or (visual == "foveated" and mode != "coarse_only")
+
+
+def is_foreign(clip: object, question: Tensor, other_clip: object, other_question: Tensor) -> bool:
+    """Whether looks at another item have a gaze of their own: another clip and, where questions come before the frames,
+    another question. Questions are the tokens [p] before the frames."""
+    return clip != other_clip and not (len(question) and torch.equal(question, other_question))
 
 
 def apply_control(control: str, view: View | None, other: View | None, key: str) -> View | None:

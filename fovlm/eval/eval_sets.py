@@ -52,6 +52,11 @@ class EvalItem:
     answer: int | None = None  # number of the right text; None: the loss alone
     extra: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def prompt(self) -> Tensor:
+        """The tokens i64 [p] before the frames: the same for all texts."""
+        return self.texts[0].tokens[: self.texts[0].prompt]
+
 
 @dataclass(frozen=True)
 class InputFormat:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fovlm.data.chat import ChatTokenizer
-from fovlm.eval.controls import applies, apply_control
+from fovlm.eval.controls import applies, apply_control, is_foreign
 from fovlm.eval.controls import check as check_controls
 from fovlm.eval.eval_sets import UNCUT, EvalItem, EvalSet, InputFormat, open_eval_set
 from fovlm.eval.likelihood import View, encode, score, visual_tokens
@@ -27,7 +27,7 @@ from fovlm.fileio import write_atomically
 from fovlm.model.modes import MODES, mode_of
 from fovlm.progress import track
 
-NEAR = 64  # items among which another clip is looked for
+NEAR = 64  # items among which another clip and question are looked for
 Result = dict[str, Any]
 Files = dict[tuple[str, str], ResultFile]  # by control and mode
 Chunk = list[tuple[int, EvalItem | str]]  # numbers of items, with the item or the reason why it is skipped
@@ -169,7 +169,7 @@ def score_chunk(target: Target, eval_set: EvalSet, chunk: Chunk, files: Files) -
             if isinstance(item, str):
                 file.add({"n": number, "skipped": item})
             elif control == "foreign" and others[number] is None and views[number] is not None:
-                file.add({"n": number, "id": item.id, "skipped": "no other clip nearby"})
+                file.add({"n": number, "id": item.id, "skipped": "no other clip and question nearby"})
             else:
                 view = apply_control(control, views[number], others.get(number), item.id)
                 result = blind.get(number) if view is None else None
@@ -193,21 +193,22 @@ def views_of(target: Target, items: list[EvalItem]) -> dict[int, View | None]:
         encodings[clip] = encoding.of(at, at := at + len(shown))
     for item in items:
         if len(item.frames):
-            text = item.texts[0]
-            prompt = text.tokens[: text.prompt].to(model.device)
-            views[item.number] = View(encodings[item.clip], item.looks.to(model.device), prompt)
+            looks, prompt = item.looks.to(model.device), item.prompt.to(model.device)
+            views[item.number] = View(encodings[item.clip], looks, prompt)
     return views
 
 
 def _other_view(
     target: Target, eval_set: EvalSet, item: EvalItem, items: list[EvalItem], views: dict[int, View | None], last: int
 ) -> View | None:
-    """The view of the next item with another clip: of its chunk, cyclically, or behind it, which costs an encoding."""
+    """The view of the next foreign item: of its chunk, cyclically, or behind it, which costs an encoding."""
     if not len(item.frames):
         return None
 
     def differs(other: EvalItem | str) -> bool:
-        return isinstance(other, EvalItem) and bool(len(other.frames)) and other.clip != item.clip
+        if not isinstance(other, EvalItem) or not len(other.frames):
+            return False
+        return is_foreign(item.clip, item.prompt, other.clip, other.prompt)
 
     at = items.index(item)
     if other := next(filter(differs, [*items[at + 1 :], *items[:at]]), None):

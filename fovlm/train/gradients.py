@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fovlm import distributed
 
-CHUNK = 1 << 20  # numbers whose squares are summed in fp32
+ROW = 256  # numbers whose squares are summed in fp32, one after the other on a CPU
 PIECE = 1 << 23  # bytes that a CPU joins or sends at a time: they fit its cache
 GPU_PIECE = 1 << 27  # bytes that a GPU joins and sends at a time, since every piece costs it launches
 
@@ -47,14 +47,14 @@ def lighten(optimizer: Any, stage: int, offload: bool) -> None:
 
 
 def square_sum(tensors: list[Tensor], device: torch.device | str) -> Tensor:
-    """The sum of the squares of all numbers f64 (0-d): in fp32 within a chunk, in fp64 over the chunks.
+    """The sum of the squares of all numbers f64 (0-d): in fp32 within a row, in fp64 over the rows.
 
-    fp64 throughout would copy every tensor; fp32 throughout loses digits over a hundred million numbers.
+    fp64 throughout would copy every tensor; fp32 over a million equal numbers is 0.1 % off.
     """
-    chunks = [chunk for t in tensors for chunk in t.detach().view(-1).split(CHUNK)]
-    if not chunks:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(torch._foreach_norm(chunks, 2)).double().square().sum()
+    flat = [t.detach().view(-1) for t in tensors]
+    rows = [part for t in flat for part in (t[: len(t) // ROW * ROW].view(-1, ROW), t[None, len(t) // ROW * ROW :])]
+    norms = [torch.linalg.vector_norm(part, dim=1) for part in rows]
+    return torch.cat([torch.zeros(1, device=device), *norms]).double().square().sum()
 
 
 class Gradients:

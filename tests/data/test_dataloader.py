@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,6 +188,16 @@ def test_too_little_shared_memory_is_said_before_workers_die_of_it(data, monkeyp
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"workers of a rank need .* lower data\.workers"):
         PackLoader(data, BUDGET, PACKS, workers=1)
+
+
+@pytest.mark.parametrize(("pin", "world", "buffers"), [(False, 1, 3 * 10), (False, 3, 3 * 5), (True, 1, 3 * 2)])
+def test_shared_memory_is_enough_for_what_workers_and_the_main_process_hold(data, monkeypatch, pin, world, buffers):
+    """Three workers with two packs each, and two steps of twelve packs over all ranks that a CPU reads in place."""
+    needed = buffers * (64 + 30 * 3 * 16 * 16 * 5 // 4)
+    for free in (needed - 1, needed):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with pytest.raises(UserError) if free < needed else nullcontext():
+            PackLoader(data, BUDGET, PACKS, workers=3, world=world, pin=pin)
 
 
 @pytest.mark.parametrize("end", ["raise RuntimeError('it fails')", "os.kill(os.getpid(), signal.SIGKILL)"])

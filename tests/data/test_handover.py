@@ -1,9 +1,11 @@
 """Frames in shared buffers: written again when nobody reads them any more, and not before."""
 
 import os
+from dataclasses import replace
 from itertools import islice
 from multiprocessing.reduction import ForkingPickler
 
+import pytest
 import torch
 
 from fovlm.data import handover
@@ -52,6 +54,13 @@ def test_a_buffer_is_free_when_the_last_view_of_its_frames_is_gone():
     larger = buffers.take(10**6)
     assert len(larger) == 10**6
     assert len(buffers.buffers) == 2, "it takes the place of one that is too small"
+
+
+def test_a_batch_that_fails_leaves_its_buffer_free():
+    buffers = handover.FrameBuffers()
+    with pytest.raises(RuntimeError):
+        collate([replace(SAMPLES[0], frames=SAMPLES[0].frames[:, :2])], SIZE, take=buffers.take)
+    assert [int(buffer[0]) for buffer in buffers.buffers] == [0]
 
 
 def test_a_fork_of_the_reader_frees_no_buffer():

@@ -1,6 +1,7 @@
 """Evaluation: options scored as if alone, frames encoded once, controls, intervals, resume, several ranks, losses."""
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -134,6 +135,19 @@ def test_controls_do_what_they_say(mode):
         controls.check(["blnid"])
 
 
+def test_a_foreign_gaze_follows_another_question(tmp_path, quiz):
+    """Questions that are all the same are left out, and counted: with one frame their queries are, too."""
+    one = target(question="before_frames")
+    how = {"modes": ["coarse_fine"], "controls": ["foreign"]}
+    _, foreign = run_eval(one, settings(tmp_path, **how))
+    shown = sum(bool(question.media) for question in quiz)
+    assert foreign["skipped"] == {"no other clip and question nearby": shown}
+    quiz[0] = replace(quiz[0], question="is it red ?")
+    plain, foreign = run_eval(one, settings(tmp_path, out=tmp_path / "two", **how))
+    assert foreign["skipped"] == {}
+    assert foreign["loss"] != pytest.approx(plain["loss"])
+
+
 def test_blind_shows_the_model_no_frame_at_all(tmp_path, quiz):
     """The same questions over other pictures have the same likelihoods."""
     found = []
@@ -247,7 +261,7 @@ def test_accuracy_is_by_sum_and_by_token_and_by_category():
 
 def test_shards_give_losses_by_source_and_modality(tmp_path):
     pattern = clips(tmp_path, "val", [3, 2, 0, 3])
-    image = {"__key__": "q", "jpg": picture(9), "json": clip("q", 0)["json"]}
+    image = {"__key__": "q", "jpg": picture(9), "json": clip("q", 0, user="is it red ?")["json"]}
     write_shards(tmp_path / "more-%02d.tar", [clip("p", 0, source="books"), image])
     one = target(question="before_frames", image_frames=2)
     more = str(tmp_path / "more-00.tar")

@@ -6,6 +6,15 @@ import torch
 from fovlm.train import gradients
 
 
+@pytest.mark.parametrize("value", [0.1, 1.7e-5])
+def test_the_norm_of_many_equal_numbers_is_exact(value):
+    tensors = [torch.full((size,), value) for size in (1 << 22, 300, 255, 0)]
+    numbers = sum(map(len, tensors))
+    exact = numbers * float(tensors[0][0]) ** 2
+    assert float(gradients.square_sum(tensors, "cpu")) == pytest.approx(exact, rel=1e-6)
+    assert float(gradients.square_sum([], "cpu")) == 0
+
+
 @pytest.mark.parametrize("numbers", [1, 3, 4, 100])
 def test_pieces_hold_the_same_places_of_every_share(monkeypatch, numbers):
     """Three shares of eight: weights of any size, one over two borders, and two zeros behind them."""

@@ -10,18 +10,9 @@ from fovlm.errors import UserError, did_you_mean
 from fovlm.export import KINDS, WEIGHTS
 from fovlm.media.location import check_path
 
-PANEL = "Using a model"
-
 Out = Annotated[str, typer.Argument(metavar="OUT", help="The folder to create.")]
 Dtype = Annotated[str, typer.Option(help="bf16 or fp32.")]
 ShardSize = Annotated[str, typer.Option(help="Largest weight file, for example 4GB or 500MB.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add these commands to the app."""
-    app.command(rich_help_panel=PANEL)(convert)
-    app.command("import", rich_help_panel=PANEL)(import_)
-    app.command(rich_help_panel=PANEL)(export)
 
 
 def convert(
@@ -39,11 +30,8 @@ def convert(
     Example: `fovlm convert runs/LR1 converted/LR1`
     """
     with progress("starting") as update:
-        from transformers.utils.logging import disable_progress_bar
-
         from fovlm.checkpoint.convert import convert as work
 
-        disable_progress_bar()  # the command shows its own
         folder = work(source, out, dtype, shard_size, step or None, tokenizer or None, update)
     print(folder)
 
@@ -67,11 +55,8 @@ def import_(
     Example: `fovlm import foveated.pt converted/foveated`
     """
     with progress("reading the weights") as update:
-        from transformers.utils.logging import disable_progress_bar
-
         from fovlm.checkpoint.import_nanosmol import import_published
 
-        disable_progress_bar()
         names = (llm or None, tokenizer or None)
         folder = import_published(source, out, *names, question, frame_size, dtype, shard_size, update)
     print(folder)

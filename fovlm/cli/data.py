@@ -9,19 +9,9 @@ import typer
 
 from fovlm.errors import EXIT_STOPPED, UserError, did_you_mean
 
-PANEL = "Data"
 QUESTIONS = ("name", "place", "left", "kind")  # of scenes
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes.  [default: one per core]")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add these commands to the app."""
-    for command in (prepare, check):
-        app.command(rich_help_panel=PANEL)(command)
-    group = typer.Typer(help="Look at the data of a run as the model gets it.", no_args_is_help=True)
-    group.command()(view)
-    group.command()(stats)
-    app.add_typer(group, name="data", rich_help_panel=PANEL)
+group = typer.Typer(help="Look at the data of a run as the model gets it.", no_args_is_help=True)
 
 
 def prepare(
@@ -112,7 +102,8 @@ def prepare(
         if source == "val":
             from fovlm.prepare.holdout import draw
 
-            _print(summarize_holdout(out, draw(raw, out, name or "val", samples or 10_000, seed, workers)))
+            drawn_set = draw(raw, out, name or "val", samples or 10_000, seed, workers)
+            print("\n".join(summarize_holdout(out, drawn_set)))
             return
         drawn = (
             SceneSettings(samples or 10_000, objects, grid, frames or 1, ask, held_out) if source == "scenes" else None
@@ -132,7 +123,7 @@ def prepare(
         )  # fmt: skip
         kind = source_of(job)
         job = replace(job, max_bad=kind.max_bad if max_bad is None else max_bad)
-        _print(summarize_job(out, make(job, workers), kind))
+        print("\n".join(summarize_job(out, make(job, workers), kind)))
     except OSError as error:  # a full disk, a folder without write permission
         raise UserError(
             f"{error.filename or out}: {error.strerror or error}; when that is fixed, the same command resumes"
@@ -171,7 +162,7 @@ def check(
     if repair is not None and repair.exists() and (not repair.is_dir() or any(repair.iterdir())):
         raise UserError(f"--repair {repair}: exists and is not an empty folder; give a new one")
     scans = check_shards(patterns, against or [], workers or os.cpu_count() or 1, pictures)
-    _print(summarize_check(scans))
+    print("\n".join(summarize_check(scans)))
     if repair is not None:
         try:
             left = write(scans, repair)
@@ -186,6 +177,7 @@ Run = Annotated[str, typer.Argument(metavar="RUN|PATTERN", help="A run of experi
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Other settings.")]
 
 
+@group.command()
 def view(
     name: Run,
     overrides: Overrides = None,
@@ -204,6 +196,7 @@ def view(
     print(f"{write_page(dataset, budget, packs, samples, out)} samples in {out}")
 
 
+@group.command()
 def stats(name: Run, overrides: Overrides = None) -> None:
     """Print what a run, or LR1 of these shards, reads: samples, frames and tokens of each source, what is repeated or
     broken, the mix, how full packs are.
@@ -261,7 +254,3 @@ def _ratings(given: list[str]) -> tuple[tuple[str, float], ...]:
             raise UserError(f"--rating {one}: NAME=LEAST with one of {', '.join(RATINGS)}{did_you_mean(name, RATINGS)}")
         found.append((name, float(least)))
     return tuple(found)
-
-
-def _print(lines: list[str]) -> None:
-    print("\n".join(lines))

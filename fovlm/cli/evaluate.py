@@ -9,14 +9,6 @@ import typer
 
 from fovlm.errors import UserError
 
-PANEL = "Evaluation"
-
-
-def register(app: typer.Typer) -> None:
-    """Add these commands to the app."""
-    app.command(name="eval", rich_help_panel=PANEL)(eval_)
-    app.command(rich_help_panel=PANEL)(report)
-
 
 def eval_(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a converted model or of a run.")],
@@ -68,7 +60,6 @@ def eval_(
 
     with progress("loading the model"):
         import torch
-        from transformers.utils.logging import disable_progress_bar
 
         from fovlm.eval import tables
         from fovlm.eval.runner import EvalSettings, run_eval
@@ -77,7 +68,6 @@ def eval_(
         from fovlm.paths import data_root
         from fovlm.tables import text_table
 
-        disable_progress_bar()  # of transformers
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
         part = _part(shard)

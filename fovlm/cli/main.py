@@ -39,8 +39,17 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-for group in (data, train, evaluate, convert, use):  # the order in --help
-    group.register(app)
+PANELS = {  # in the order of --help
+    "Data": (data.prepare, data.check),
+    "Training": (train.train, train.sweep),
+    "Evaluation": (evaluate.eval_, evaluate.report),
+    "Using a model": (convert.convert, convert.import_, convert.export, use.ask, use.look, use.demo),
+}
+for panel, commands in PANELS.items():
+    for command in commands:
+        verbatim = train.Verbatim if command is train.train else None
+        app.command(command.__name__.rstrip("_"), rich_help_panel=panel, cls=verbatim)(command)
+app.add_typer(data.group, name="data", rich_help_panel="Data")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,14 +11,7 @@ from typer.core import TyperCommand
 from fovlm.errors import UserError
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the app."""
-    panel = "Training"
-    app.command(rich_help_panel=panel, cls=_Verbatim)(train)
-    app.command(rich_help_panel=panel)(sweep)
-
-
-class _Verbatim(TyperCommand):
+class Verbatim(TyperCommand):
     """A command that gets its arguments as they are, `--` among them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

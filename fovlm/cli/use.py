@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from fovlm.cli.convert import PANEL
 from fovlm.cli.progress import progress
 from fovlm.errors import UserError
 from fovlm.media.location import check_camera, check_path
@@ -27,12 +26,6 @@ Dtype = Annotated[str, typer.Option(help="bf16 or fp32.  [default: as stored, fp
 Mode = Annotated[
     str, typer.Option(help="autoregressive (frame by frame, the default), coarse_fine (as trained) or coarse_only.")
 ]
-
-
-def register(app: typer.Typer) -> None:
-    """Add these commands to the app."""
-    for command in (ask, look, demo):
-        app.command(rich_help_panel=PANEL)(command)
 
 
 def ask(
@@ -210,11 +203,9 @@ def check_model(folder: str, mode: str = "") -> None:
 def open_(folder: str, frames: int, dtype: str) -> tuple[Any, Any]:
     """The model and the processor of a folder, on the GPU if there is one."""
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
     from fovlm.model.processing import open_model
 
-    disable_progress_bar()  # the command shows its own
     net, processor = open_model(folder, dtype, "cuda" if torch.cuda.is_available() else "cpu")
     processor.max_frames = frames
     return net, processor

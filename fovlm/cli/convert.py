@@ -30,8 +30,11 @@ def convert(
     Example: `fovlm convert runs/LR1 converted/LR1`
     """
     with progress("starting") as update:
+        from transformers.utils.logging import disable_progress_bar
+
         from fovlm.checkpoint.convert import convert as work
 
+        disable_progress_bar()  # the command shows its own
         folder = work(source, out, dtype, shard_size, step or None, tokenizer or None, update)
     print(folder)
 
@@ -55,8 +58,11 @@ def import_(
     Example: `fovlm import foveated.pt converted/foveated`
     """
     with progress("reading the weights") as update:
+        from transformers.utils.logging import disable_progress_bar
+
         from fovlm.checkpoint.import_nanosmol import import_published
 
+        disable_progress_bar()
         names = (llm or None, tokenizer or None)
         folder = import_published(source, out, *names, question, frame_size, dtype, shard_size, update)
     print(folder)

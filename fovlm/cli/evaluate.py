@@ -60,6 +60,7 @@ def eval_(
 
     with progress("loading the model"):
         import torch
+        from transformers.utils.logging import disable_progress_bar
 
         from fovlm.eval import tables
         from fovlm.eval.runner import EvalSettings, run_eval
@@ -68,6 +69,7 @@ def eval_(
         from fovlm.paths import data_root
         from fovlm.tables import text_table
 
+        disable_progress_bar()  # of transformers
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
         part = _part(shard)

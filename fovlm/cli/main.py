@@ -5,6 +5,7 @@ Commands import what they need when they run, so that `fovlm --help` is fast.
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -39,7 +40,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-PANELS = {  # in the order of --help
+PANELS: dict[str, tuple[Callable[..., None], ...]] = {  # in the order of --help
     "Data": (data.prepare, data.check),
     "Training": (train.train, train.sweep),
     "Evaluation": (evaluate.eval_, evaluate.report),

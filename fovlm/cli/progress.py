@@ -1,6 +1,5 @@
 """Progress of a command on the terminal's error stream."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,7 +10,6 @@ def progress(step: str) -> Iterator[Callable[..., None]]:
 
     Yields `update(done, total, step)`, which makes it a bar once a total is known; `step` renames it.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers: this is the command's own
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

@@ -203,9 +203,11 @@ def check_model(folder: str, mode: str = "") -> None:
 def open_(folder: str, frames: int, dtype: str) -> tuple[Any, Any]:
     """The model and the processor of a folder, on the GPU if there is one."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from fovlm.model.processing import open_model
 
+    disable_progress_bar()  # the command shows its own
     net, processor = open_model(folder, dtype, "cuda" if torch.cuda.is_available() else "cpu")
     processor.max_frames = frames
     return net, processor

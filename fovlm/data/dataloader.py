@@ -10,14 +10,11 @@ whatever state they are in. They leave signals to their parent, which has a chec
 """
 
 import atexit
-import logging
 import multiprocessing.forkserver
-import os
 import shutil
 import signal
 import sys
-import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,11 +31,11 @@ from fovlm.data.dataset import Dataset
 from fovlm.data.fetch_ahead import FetchAhead
 from fovlm.data.handover import FrameBuffers, Handed, buffer_bytes
 from fovlm.data.packing import Batch, PackBudget, collate, pack_samples, round_up
+from fovlm.data.workers import follow_parent
 from fovlm.errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 WINDOW = 16  # samples for each pack that are looked at to plan a step; twice as many where they do not fill it
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -89,8 +86,7 @@ def samples_that_fill(packs: int, dataset: Dataset, budget: PackBudget) -> int:
 class PackLoader:
     """Iterates over the steps of a run from `cursor`, as rank `rank` of `world`.
 
-    `packs` are all packs of a step, over all ranks. `pin` puts batches into page-locked memory. `bad` counts the broken
-    samples of the steps handed out so far, by (source, cause), of this rank alone.
+    `packs` are all packs of a step, over all ranks. `pin` puts batches into page-locked memory.
     """
 
     def __init__(
@@ -110,7 +106,6 @@ class PackLoader:
         self.dataset, self.budget, self.packs = dataset, budget, packs
         self.rank, self.world, self.cursor, self.stop = rank, world, cursor, stop
         self.workers, self.tokens_per_look, self.pin = workers, tokens_per_look, pin
-        self.bad: Counter[tuple[str, str]] = Counter()
         if workers:
             frames = round_up(budget.cost // budget.frame)
             held = 0 if pin else 2 * packs_of_each(packs, world)  # of a step, and of the one before it
@@ -136,7 +131,6 @@ class PackLoader:
                 for problem in (batch for batch in found if isinstance(batch, UserError)):
                     raise problem
                 mine, step = cast(list[Batch], found), planned.popleft()
-                self._report(mine)
                 samples, self.cursor = step.cursor - self.cursor, step.cursor
                 fetch.move(step.cursor)
                 yield StepBatches(mine, step.cursor, samples)
@@ -154,11 +148,6 @@ class PackLoader:
             pin_memory=self.pin,
             **options,
         )
-
-    def _report(self, batches: list[Batch]) -> None:
-        for bad in (bad for batch in batches for bad in batch.bad):
-            self.bad[bad.source, bad.cause] += 1
-            log.warning("%s: sample %s in %s is replaced: %s", bad.source, bad.key, bad.shard, bad.cause)
 
 
 @dataclass
@@ -188,20 +177,8 @@ def _as_is(batch: Any) -> Any:
 
 
 def _follow_parent(worker: int) -> None:
-    """In a worker: leave signals to the parent, and end when it ends.
-
-    torch watches a worker's parent by its process number, which is the fork server's here.
-    """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end, daemon=True).start()
+    """torch watches a worker's parent by its process number, which is the fork server's here."""
+    follow_parent(*SIGNALS)
 
 
 def _kill(workers: list[BaseProcess]) -> None:

@@ -34,7 +34,7 @@ def each(call: Callable[..., T], arguments: list[tuple], workers: int) -> Iterat
     context = multiprocessing.get_context("forkserver" if server else "spawn")
     if server:
         context.set_forkserver_preload(["fovlm.prepare.write_shard"])
-    pool = ProcessPoolExecutor(min(workers, len(arguments)), context, _follow_parent)
+    pool = ProcessPoolExecutor(min(workers, len(arguments)), context, follow_parent, (signal.SIGINT,))
     finished = False
     try:
         running: list[Future[T]] = [pool.submit(call, *one) for one in arguments]
@@ -68,9 +68,10 @@ def bounded_memory(more: int = MEMORY) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def _follow_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, and exit when the parent does, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def follow_parent(*signals: int) -> None:
+    """In a worker: leave these signals to the parent, and exit when the parent does, however it ends."""
+    for number in signals:
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

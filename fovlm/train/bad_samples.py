@@ -16,21 +16,24 @@ class BadSamples:
     def __init__(self, max_fraction: float):
         self.max_fraction = max_fraction
         self.unreported: list[SampleIssue] = []  # of this rank
+        self.counts: Counter[tuple[str, str]] = Counter()  # of this rank, since the run started or resumed
 
     def add(self, batches: Iterable[Batch]) -> None:
         """Note the broken samples of this rank's packs."""
-        self.unreported += [issue for batch in batches for issue in batch.bad]
+        issues = [issue for batch in batches for issue in batch.bad]
+        self.unreported += issues
+        self.counts.update((issue.source, issue.cause) for issue in issues)
 
-    def report(self, counts: Counter[tuple[str, str]], seen: int, logger: Logger, step: int) -> None:
+    def report(self, seen: int, logger: Logger, step: int) -> None:
         """Log the broken samples of all ranks: each by name, and how many by (source, cause).
 
-        `counts` are this rank's since the run started or resumed, `seen` the samples of all ranks since then. Every
-        rank must call it. Raises SharedError past the limit.
+        `seen` are the samples of all ranks since the run started or resumed. Every rank must call it. Raises
+        SharedError past the limit.
         """
         for issue in (issue for part in distributed.gather(self.unreported) for issue in part):
             logger.info(f"{issue.source}: sample {issue.key} in {issue.shard} is replaced: {issue.cause}")
         self.unreported = []
-        total: Counter[tuple[str, str]] = sum(distributed.gather(counts), start=Counter())
+        total: Counter[tuple[str, str]] = sum(distributed.gather(self.counts), start=Counter())
         if total:
             logger.log(step, {f"bad/{source}/{cause}": n for (source, cause), n in total.items()})
         if total.total() > self.max_fraction * max(seen, FEW):

@@ -172,8 +172,7 @@ class Trainer:
                     row = step_metrics(result, before) | {f"lr_{group}": rate for group, rate in rates.items()}
                     progress = {"samples": state.samples, "progress": self.progress, "skipped_steps": state.skipped}
                     self.logger.log(state.step, row | progress | throughput.metrics(state))
-                    seen = state.samples - self.start_samples
-                    self.bad_samples.report(self.loader.bad, seen, self.logger, state.step)
+                    self.bad_samples.report(state.samples - self.start_samples, self.logger, state.step)
                 self.logger.set_step(state.step)
                 if evaluates:
                     self._validate()
@@ -319,8 +318,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.WARNING if first else logging.ERROR)
-    # The run's logger names the broken samples of all ranks.
-    logging.getLogger("fovlm.data.dataloader").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     try:
         experiment = schema.load(options.name, options.overrides)

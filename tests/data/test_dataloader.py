@@ -20,7 +20,7 @@ from fovlm.config.schema import DataSource
 from fovlm.data.chat import ChatTokenizer
 from fovlm.data.dataloader import PackLoader, plan_steps
 from fovlm.data.dataset import Dataset
-from fovlm.data.packing import PackBudget
+from fovlm.data.packing import PackBudget, SampleIssue
 from fovlm.data.shards import write_shards
 from fovlm.errors import UserError
 from helpers import ROOT, tiny
@@ -112,16 +112,12 @@ def test_a_loader_that_is_iterated_again_continues(data):
     assert cursors == [step.cursor for step in islice(PackLoader(data, BUDGET, PACKS), 4)]
 
 
-def test_broken_samples_are_counted_once_they_are_handed_out(data, caplog):
-    counts = Counter()
-    for rank in range(2):
-        loader = PackLoader(data, BUDGET, PACKS, rank=rank, world=2)
-        samples = sum(step.samples for step in islice(loader, 8))
-        counts += loader.bad
-    images = round(0.3 * samples)
-    assert set(counts) == {("image", "undecodable picture")}
-    assert abs(counts.total() - images / 9) <= 1
-    assert "sample i4 in image-0.tar" in caplog.text
+def test_a_batch_names_its_broken_samples(data):
+    ranks = [list(islice(PackLoader(data, BUDGET, PACKS, rank=rank, world=2), 8)) for rank in range(2)]
+    issues = [issue for steps in ranks for step in steps for batch in step.batches for issue in batch.bad]
+    assert set(issues) == {SampleIssue("undecodable picture", "image", "image-0.tar", "i4")}
+    images = round(0.3 * sum(step.samples for step in ranks[0]))
+    assert abs(len(issues) - images / 9) <= 1
 
 
 def test_packs_keep_to_the_budget_and_waste_little(data):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Job:
 class NewSample:
     """A record and its JPEGs: the frames of a video, one picture (`still`), or none.
 
-    `rejected` are (line, cause) of rows of which nothing is in the record, which is empty when that is all of them.
+    `rejected` are (line, cause) of rows of which nothing is in the record. An empty record is no sample.
     """
 
     record: Record
@@ -68,14 +68,14 @@ class NewSample:
 
 @dataclass(frozen=True)
 class RawSource:
-    """A kind of raw data. `make` turns a row into samples, in the workers; it raises SampleError."""
+    """A kind of raw data. `make` turns a row into a sample, in the workers; it raises SampleError."""
 
     name: str
     kind: str  # video, image, text, preference, mixed
     formats: tuple[str, ...]  # of its tables; the first one present is read
     required: tuple[tuple[str, ...], ...]  # columns, each with its alternative names
     columns: tuple[str, ...]  # that are read from parquet files
-    make: Callable[[Row, Job], Iterator[NewSample]]
+    make: Callable[[Row, Job], NewSample]
     prompt: str = ""  # the question of samples without one
     same: tuple[str, ...] = ()  # columns: rows with the same values there are made together (`data/tables.py`)
     max_bad: float = 1.0

@@ -142,7 +142,7 @@ def _inputs(job: Job, blocks: list[Block]) -> list[dict[str, Any]]:
 
 
 def _write_rejected(file: Path, rejected: Rejected) -> None:
-    rejected.sort(key=lambda row: (row["shard"], row["file"], row["row"], row.get("turn", 0)))
+    rejected.sort(key=lambda row: (row["shard"], row["file"], row["row"]))
     write_atomically(file, _lines(rejected))
 
 

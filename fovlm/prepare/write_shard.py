@@ -23,9 +23,9 @@ def make_shard(job: Job, task: ShardTask) -> tuple[ShardEntry, Rejected]:
     rejected: Rejected = []
     counts: Counter[str] = Counter()
 
-    def reject(error: SampleError, **where: Any) -> None:
+    def reject(error: SampleError, file: str, row: int) -> None:
         about = {"about": error.about} if error.about else {}
-        rejected.append({"shard": path.name, **where, "cause": str(error), **about})
+        rejected.append({"shard": path.name, "file": file, "row": row, "cause": str(error), **about})
 
     def samples() -> Iterator[dict[str, Any]]:
         for file, number, row in _rows(job, task):
@@ -34,23 +34,19 @@ def make_shard(job: Job, task: ShardTask) -> tuple[ShardEntry, Rejected]:
             try:
                 if isinstance(row, str):
                     raise SampleError(row)
-                made = list(source.make(row, job))
+                sample = source.make(row, job)
             except SampleError as error:
                 for line in lines:
-                    reject(error, file=file, row=line)
+                    reject(error, file, line)
                 continue
-            for turn, sample in enumerate(made):
-                for line, cause in sample.rejected:
-                    reject(cause, file=file, row=line)
-                if not sample.record:
-                    continue
-                several = len(made) > 1
-                key = f"{_key_prefix(file)}-{number:08d}" + (f"-{turn}" if several else "")
+            for line, cause in sample.rejected:
+                reject(cause, file, line)
+            if sample.record:
                 try:
-                    yield _content(key, sample)
+                    yield _content(f"{_key_prefix(file)}-{number:08d}", sample)
                     counts.update(samples=1, frames=len(sample.pictures))
                 except SampleError as error:
-                    reject(error, file=file, row=number, **({"turn": turn} if several else {}))
+                    reject(error, file, number)
 
     write_shard(path, samples())
     causes = dict(sorted(Counter(row["cause"] for row in rejected).items()))

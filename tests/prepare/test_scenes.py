@@ -28,8 +28,8 @@ def drawn(raw, frames: int, ask: str) -> list[tuple[dict, list[np.ndarray]]]:
             [np.asarray(Image.open(io.BytesIO(picture))).astype(int) for picture in sample.pictures],
         )
         for row in scenes.rows(job)
-        for sample in scenes.make(row, job)
-        for asked in sample.record["conversations"]
+        for sample in [scenes.make(row, job)]
+        for asked in sample.record.get("conversations", ())
     ]
 
 

@@ -4,8 +4,6 @@ The right option is the answer of a sample; all options, the number of the right
 record. Shards hold one kind of sample, so ScienceQA's questions without a picture are rejected.
 """
 
-from collections.abc import Iterator
-
 from fovlm.data.tables import Row
 from fovlm.errors import SampleError, UserError
 from fovlm.eval.benchmarks import read_questions
@@ -16,7 +14,7 @@ from fovlm.prepare.job import Job, NewSample, RawSource
 KINDS = {"mvbench": "video", "videomme": "video", "scienceqa": "image", "pope": "image"}
 
 
-def make(row: Row, job: Job) -> Iterator[NewSample]:
+def make(row: Row, job: Job) -> NewSample:
     """One question."""
     question: EvalQuestion = row["question"]
     if not question.media:
@@ -36,7 +34,7 @@ def make(row: Row, job: Job) -> Iterator[NewSample]:
         "category": question.category,
         "id": question.id,
     }
-    yield NewSample(record, jpegs(frames, job), still=KINDS[job.source] == "image")
+    return NewSample(record, jpegs(frames, job), still=KINDS[job.source] == "image")
 
 
 def _rows(job: Job) -> list[Row]:

@@ -6,8 +6,6 @@ questions. FineVision rates each exchange in `relevance_ratings` and so on;
 or frames in time. Sources: their cards.
 """
 
-from collections.abc import Iterator
-
 from fovlm.data.tables import Row, pick
 from fovlm.errors import SampleError
 from fovlm.prepare.frames import picture
@@ -16,7 +14,7 @@ from fovlm.prepare.job import Job, NewSample, RawSource
 RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
 
 
-def make(row: Row, job: Job) -> Iterator[NewSample]:
+def make(row: Row, job: Job) -> NewSample:
     """The picture with its exchanges."""
     images, texts = pick(row, "images"), pick(row, "texts")
     if not isinstance(images, list):
@@ -37,7 +35,7 @@ def make(row: Row, job: Job) -> Iterator[NewSample]:
     records = [{part: str(text.get(part) or "").strip() for part in ("user", "assistant")} for text in texts]
     source = {"source": str(texts[0].get("source") or row.get("source") or job.source).strip()}
     record = records[0] if len(records) == 1 else {"conversations": records}
-    yield NewSample(record | source, [picture(images[0], job)], still=True)
+    return NewSample(record | source, [picture(images[0], job)], still=True)
 
 
 SOURCES = [

@@ -8,8 +8,6 @@ their place there. Rows about the same file, wherever they are in the list, beco
 conversations; rows without a file are text. Sources: LLaVA's data page, LLaVA-Video-178K's card.
 """
 
-from collections.abc import Iterator
-
 from fovlm.data.record import MARK, ROLES, messages_of
 from fovlm.data.tables import Row, pick
 from fovlm.errors import SampleError
@@ -17,9 +15,9 @@ from fovlm.prepare.conversations import Conversation, combine, listed, record_of
 from fovlm.prepare.job import Job, NewSample, RawSource
 
 
-def make(row: Row, job: Job) -> Iterator[NewSample]:
+def make(row: Row, job: Job) -> NewSample:
     """The conversations about one file."""
-    yield combine(row["rows"], job, read)
+    return combine(row["rows"], job, read)
 
 
 def read(row: Row, job: Job) -> Conversation:

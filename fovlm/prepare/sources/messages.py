@@ -11,7 +11,6 @@ a hash of the conversation: every training stage needs text, and no stage should
 
 import hashlib
 import json
-from collections.abc import Iterator
 from typing import Any
 
 from fovlm.data.tables import Row, pick
@@ -23,11 +22,10 @@ STAGES = 3
 FILES = ("image", "images", "video", "videos")  # columns
 
 
-def make(row: Row, job: Job) -> Iterator[NewSample]:
+def make(row: Row, job: Job) -> NewSample:
     """The conversations of rows about the same file; nothing for a conversation of another stage."""
     rows = [(n, one) for n, one in row["rows"] if not job.stage or isinstance(one, str) or stage_of(one) == job.stage]
-    if rows:
-        yield combine(rows, job, read)
+    return combine(rows, job, read)
 
 
 def read(row: Row, job: Job) -> Conversation:

@@ -21,7 +21,6 @@ import functools
 import json
 import re
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +121,7 @@ def cell_name(cell: int, grid: int) -> str:
     return f"row {cell // grid + 1} column {cell % grid + 1}"
 
 
-def make(row: Row, job: Job) -> Iterator[NewSample]:
+def make(row: Row, job: Job) -> NewSample:
     """The questions of one scene."""
     drawn, stock = settings(job), library(job)
     rng = np.random.default_rng([job.seed, drawn.held_out, row["scene"]])
@@ -151,9 +150,8 @@ def make(row: Row, job: Job) -> Iterator[NewSample]:
             when = f"in frame {shown + 1} ?" if drawn.frames > 1 else "?"
             texts = {"user": f"{found[0]} {when}", "assistant": found[1]}
             conversations.append(texts | {"asked": int(target), "frame": shown})
-    if conversations:
-        record = {"conversations": conversations[:QUESTIONS], "objects": objects, "source": f"scenes/{count}"}
-        yield NewSample(record, pictures, still=drawn.frames == 1)
+    record = {"conversations": conversations[:QUESTIONS], "objects": objects, "source": f"scenes/{count}"}
+    return NewSample(record if conversations else {}, pictures, still=drawn.frames == 1)
 
 
 def _question(

@@ -5,7 +5,6 @@ A file is a name below --media, {bytes, path}, or bytes. Neighbours about the sa
 become one sample with several conversations. Rows without a file are text.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -18,9 +17,9 @@ FORMATS = ("jsonl", "csv", "parquet", "json")
 Columns = dict[str, tuple[str, ...]]  # video, image, question, answer -> its column, with alternative names
 
 
-def make(columns: Columns, row: Row, job: Job) -> Iterator[NewSample]:
+def make(columns: Columns, row: Row, job: Job) -> NewSample:
     """The questions about one file."""
-    yield combine(row["rows"], job, partial(read, columns))
+    return combine(row["rows"], job, partial(read, columns))
 
 
 def read(columns: Columns, row: Row, job: Job) -> Conversation:

@@ -7,9 +7,8 @@ from `memory.py`, and the samples' sizes from the index of the shards where ther
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import astuple
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +49,7 @@ def describe(experiment: Experiment, world_size: int, device: str | None = None)
     shapes = geometry(experiment.model)
     if Path(tokenizer := tokenizer_path(experiment)).is_dir() or tokenizer == "bytes":
         check_vocabulary(shapes.llm.V, len(open_tokenizer(experiment)))
-    sizes, why_not = known_sizes(experiment)
+    sizes, why_bound = sizes_of(experiment)
     fetched = _fetched(experiment)
     parts = [
         f"{experiment.name}: {experiment.note}" if experiment.note else experiment.name,
@@ -58,33 +57,40 @@ def describe(experiment: Experiment, world_size: int, device: str | None = None)
         _section(f"DeepSpeed, {world_size} x {device}", json.dumps(deepspeed, indent=2)),
         *([_section("remote shards", fetched)] if fetched else []),
         _section("parameters", _parameters(experiment, shapes)),
-        _section("FLOPs per sample", _flops(experiment, shapes, sizes, why_not)),
-        _section("length", _length(experiment, shapes, sizes)),
+        _section("FLOPs per sample", _flops(experiment, shapes, sizes, why_bound)),
+        _section("length", _length(experiment, shapes, sizes, why_bound)),
         _section("packs", _packs(experiment, shapes, sizes, world_size, device)),
         _section("memory per rank (estimated)", _memory(experiment, shapes, deepspeed, world_size, device)),
     ]
     return "\n\n".join(parts)
 
 
-def known_sizes(experiment: Experiment) -> tuple[list[PackSize], str]:
-    """The sizes of the first training samples; or none, and why, when the shards have not been indexed."""
+def sizes_of(experiment: Experiment) -> tuple[list[PackSize], str]:
+    """The sizes of the first training samples; where they are not known yet the largest that the settings allow, and
+    why."""
+    found = known_sizes(experiment)
+    return (largest_sizes(experiment), found) if isinstance(found, str) else (found, "")
+
+
+def known_sizes(experiment: Experiment) -> list[PackSize] | str:
+    """The sizes of the first training samples; or why they are not known: the shards have no index yet."""
     task = experiment.data.generate
     if task and not (data_root() / task.folder / "task.json").is_file():
-        return [], "the synthetic task has no shards yet (the run makes them)"
+        return "the synthetic task has no shards yet (the run makes them)"
     try:
         for name in experiment.data.mixture:
             for shard in _shards(experiment, name):
                 if isinstance(shard, RemoteShard) and not shard.path.is_file():
-                    return [], f"{shard.name} of {name} is not in the cache (the run fetches it)"
+                    return f"{shard.name} of {name} is not in the cache (the run fetches it)"
                 if next(stored_indices(shard, cache_root(), experiment.data.sources[name].fields), None) is None:
-                    return [], f"{shard.name} of {name} has no index yet (the run makes it)"
+                    return f"{shard.name} of {name} has no index yet (the run makes it)"
         tokenizer = tokenizer_path(experiment)
         if not Path(tokenizer).is_dir() and tokenizer not in TINY_TOKENIZERS:
-            return [], "the tokenizer is not local yet"
+            return "the tokenizer is not local yet"
         dataset = open_dataset(experiment, open_tokenizer(experiment), experiment.data.mixture)
     except UserError as error:
-        return [], str(error)
-    return [PackSize(*row) for row in dataset.sizes(0, SIZED).tolist()], ""
+        return str(error)
+    return [PackSize(*row) for row in dataset.sizes(0, SIZED).tolist()]
 
 
 def _shards(experiment: Experiment, name: str) -> list[Shard]:
@@ -106,15 +112,11 @@ def _fetched(experiment: Experiment) -> str:
     return text_table(rows) + limit if len(rows) > 1 else ""
 
 
-def largest_sizes(experiment: Experiment) -> Iterator[PackSize]:
-    """The samples of the run in order, each of its source's largest size. Endless."""
-    shapes = largest(experiment)
+def largest_sizes(experiment: Experiment) -> list[PackSize]:
+    """The first samples of the run in order, each of its source's largest size."""
     mix = MixtureSampler(experiment.data.mixture, experiment.data.first)
-    position = 0
-    while True:
-        source, _ = mix(position)
-        yield shapes[mix.names[source]]
-        position += 1
+    shapes = [largest(experiment, name) for name in mix.names]
+    return [shapes[source] for source in mix.window(0, SIZED)[0].tolist()]
 
 
 # -- sections --------------------------------------------------------------------------------------------------------
@@ -127,12 +129,10 @@ def _parameters(experiment: Experiment, shapes: Geometry) -> str:
     return text_table([["", "trained", "frozen"], *rows])
 
 
-def _flops(experiment: Experiment, shapes: Geometry, sizes: list[PackSize], why_not: str) -> str:
-    if sizes:
-        said = f"mean of the first {len(sizes)} samples: {_mean(sizes)}"
-    else:
-        sizes = list(islice(largest_sizes(experiment), SIZED))
-        said = f"AT MOST, with every sample as large as the settings allow ({_mean(sizes)}), since {why_not}"
+def _flops(experiment: Experiment, shapes: Geometry, sizes: list[PackSize], why_bound: str) -> str:
+    said = f"mean of the first {len(sizes)} samples: {_mean(sizes)}"
+    if why_bound:
+        said = f"AT MOST, with every sample as large as the settings allow ({_mean(sizes)}), since {why_bound}"
     parts = mean_cost(experiment, shapes, sizes)
     rows = [
         [name, *map(metric, (cost.forward, cost.backward, cost.total, cost.recompute))]
@@ -161,18 +161,16 @@ class Length(NamedTuple):
 
 
 def length(experiment: Experiment, shapes: Geometry, sizes: list[PackSize]) -> Length:
-    """The length of a run whose samples have these sizes; without sizes, of one with the largest samples."""
-    train = experiment.train
-    sizes = sizes or list(islice(largest_sizes(experiment), SIZED))
-    per_sample = total(mean_cost(experiment, shapes, sizes)).total
-    per_step = samples_per_step(experiment, sizes)
+    """The length of a run whose samples have these sizes."""
+    train, (packs, steps) = experiment.train, plan(experiment, sizes)
+    per_sample, per_step = total(mean_cost(experiment, shapes, sizes)).total, sum(map(len, packs)) / steps
     if train.steps:
         return Length(train.steps * per_step, train.steps, per_step, per_sample)
     samples = train.samples or samples_for(train.flops or 0.0, per_sample)
     return Length(samples, math.ceil(samples / per_step), per_step, per_sample)
 
 
-def _length(experiment: Experiment, shapes: Geometry, sizes: list[PackSize]) -> str:
+def _length(experiment: Experiment, shapes: Geometry, sizes: list[PackSize], why_bound: str) -> str:
     long = length(experiment, shapes, sizes)
     given = next(key for key in ("samples", "steps", "flops") if getattr(experiment.train, key))
     rows = [
@@ -181,7 +179,9 @@ def _length(experiment: Experiment, shapes: Geometry, sizes: list[PackSize]) -> 
         ["steps", f"{long.steps:,}"],
         ["FLOPs", metric(long.flops)],
     ]
-    return text_table([["", f"from train.{given}"], *rows]) + ("" if sizes else "\nwith the largest samples, as above")
+    return text_table([["", f"from train.{given}"], *rows]) + (
+        "\nwith the largest samples, as above" if why_bound else ""
+    )
 
 
 def plan(experiment: Experiment, sizes: Iterable[PackSize]) -> tuple[list[list[PackSize]], int]:
@@ -199,12 +199,6 @@ def plan(experiment: Experiment, sizes: Iterable[PackSize]) -> tuple[list[list[P
     return packs, steps
 
 
-def samples_per_step(experiment: Experiment, sizes: Iterable[PackSize]) -> float:
-    """How many samples of these sizes a step takes on average."""
-    packs, steps = plan(experiment, sizes)
-    return sum(map(len, packs)) / steps
-
-
 def real_shares(packs: Iterable[list[PackSize]], tokens_per_look: int = 1) -> dict[str, float]:
     """Of what is computed for packs of these samples, the share that is not padding, by dimension."""
     real, whole = np.zeros(4), np.zeros(4)
@@ -220,7 +214,7 @@ def real_shares(packs: Iterable[list[PackSize]], tokens_per_look: int = 1) -> di
 
 def _packs(experiment: Experiment, shapes: Geometry, sizes: list[PackSize], world_size: int, device: str) -> str:
     long = length(experiment, shapes, sizes)
-    packs, steps = plan(experiment, sizes or islice(largest_sizes(experiment), SIZED))
+    packs, steps = plan(experiment, sizes)
     name = torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else ""
     gpu, peak = (name, known) if (known := peak_flops(name)) else ("H100", PEAKS["H100"])
     step = long.per_step * long.per_sample
@@ -242,12 +236,9 @@ def _memory(experiment: Experiment, shapes: Geometry, deepspeed: dict, world_siz
         experiment, shapes, 2 if deepspeed["bf16"]["enabled"] else 4, stage=deepspeed["zero_optimization"]["stage"]
     )
     inside = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in stored.items() if size)
+    slack = "without the CUDA context and the allocator's slack: 1-2 GB" if device == "cuda" else ""
     rows[4].append(inside)
-    rows[5] = [
-        "all",
-        rows[5][1],
-        "without the CUDA context and the allocator's slack: 1-2 GB" if device == "cuda" else "",
-    ]
+    rows[5] = ["all", rows[5][1], slack]
     if said.host:
         rows.append(["in main memory", f"{said.host / 1e9:.2f} GB", "offloaded"])
     return text_table(rows, left=(0, 2))

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fovlm.config.schema import DataSource, Experiment
+from fovlm.config.schema import Experiment
 from fovlm.data.packing import PackSize
 from fovlm.errors import UserError
 from fovlm.estimate.shapes import Geometry, geometry
@@ -69,10 +69,8 @@ def total(parts: dict[str, Cost]) -> Cost:
 
 
 def mean_cost(experiment: Experiment, shapes: Geometry, sizes: Iterable[PackSize]) -> dict[str, Cost]:
-    """FLOPs by part of the mean sample. Raises ValueError when there are no sizes."""
+    """FLOPs by part of the mean sample."""
     counts = Counter(sizes)
-    if not counts:
-        raise ValueError("no samples to take the mean of")
     mean: dict[str, Cost] = {}
     for size, count in counts.items():
         for name, cost in sample_cost(experiment, shapes, size).items():
@@ -102,20 +100,13 @@ def peak_flops(name: str) -> float | None:
     return next((peak for known, peak in PEAKS.items() if known in name), None)
 
 
-def largest(experiment: Experiment) -> dict[str, PackSize]:
-    """For each training source the largest sample that the settings let through.
-
-    An upper bound, for when there is no data yet: real samples are shorter and cost less.
-    """
-    return {name: _largest(experiment, experiment.data.sources[name]) for name in experiment.data.mixture}
-
-
-def _largest(experiment: Experiment, source: DataSource) -> PackSize:
-    data, ahead = experiment.data, experiment.model.question == "before_frames"
+def largest(experiment: Experiment, name: str) -> PackSize:
+    """The largest sample of a source that the settings let through: an upper bound, for when there is no data yet."""
+    data, source = experiment.data, experiment.data.sources[name]
     frames = {"text": 0, "image": 1}.get(source.kind, data.max_frames)
     looks = data.image_frames if source.kind == "image" else frames
     answers = 2 if source.kind == "preference" else 1
-    prompt = data.max_tokens if ahead and frames else 0
+    prompt = data.max_tokens if experiment.model.question == "before_frames" and frames else 0
     return PackSize(answers * frames, answers * looks, answers * data.max_tokens, answers * prompt)
 
 

@@ -88,7 +88,7 @@ class Grid:
     @property
     def wide_noise(self) -> float | None:
         """The noise, widened by Student's factor for the few seeds that it comes from."""
-        return self.noise and self.noise * student(LEVEL, self.freedom) / NORMAL
+        return self.noise and self.noise * student(self.freedom) / NORMAL
 
     @property
     def budgets(self) -> list[str]:

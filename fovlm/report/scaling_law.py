@@ -15,15 +15,19 @@ from numpy.typing import ArrayLike
 from scipy.optimize import minimize
 from scipy.special import huber, logsumexp, softmax
 
-from fovlm.report.statistics import student
+from fovlm.report.statistics import LEVEL, student
 
 DELTA = 1e-3  # of the Huber loss: about 0.1 % of the loss
 FEW = 20  # points; a resample of fewer often lacks a size or a budget, so noise is added to them instead
 STARTS = 24  # the points of the grid with the lowest loss, from which the fit is run to convergence
+NOISY = 2000  # parabolas through noisy losses
+TAILS = (50 * (1 - LEVEL), 50 * (1 + LEVEL))  # per cent
 NORMAL = 1.96  # Student's quantile for many degrees of freedom
 STEEPEST = 4.0  # the highest exponent that the fit looks for
 # Bounds of log E (less log of the lowest loss), log A, alpha, log B, beta, where N and D are 1 at their mean.
 BOUNDS = ((-8.0, 1.0), (-12.0, 6.0), (1e-3, STEEPEST), (-12.0, 6.0), (1e-3, STEEPEST))
+
+Numbers = Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -68,16 +72,7 @@ class Fit:
         return None if self.rise is None else self.law.exponent(self.rise)
 
 
-def fit_law(
-    N: Sequence[float],
-    D: Sequence[float],
-    L: Sequence[float],
-    noise: float = 0.0,
-    draws: int = 200,
-    level: float = 0.95,
-    seed: int = 0,
-    rise: float | None = 1.0,
-) -> Fit:
+def fit_law(N: Numbers, D: Numbers, L: Numbers, noise: float = 0.0, draws: int = 200, rise: float | None = 1.0) -> Fit:
     """Fit the law to losses L > 0 at sizes N and amounts of data D, with bootstrap intervals from `draws` refits.
 
     Points are resampled. With fewer than `FEW`, normal noise is added to the fitted log losses instead: that of the
@@ -92,10 +87,10 @@ def fit_law(
     n0, d0 = n.mean(), d.mean()
     n, d = n - n0, d - d0
     best = _best(n, d, y, _starts(y))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     fitted = _predict(best, n, d)[0]
     freedom = len(y) - 5
-    left = float(np.sqrt(((y - fitted) ** 2).sum() / freedom)) * student(level, freedom) / NORMAL
+    left = float(np.sqrt(((y - fitted) ** 2).sum() / freedom)) * student(freedom) / NORMAL
     scale = max(left, noise)
     found = []
     for _ in range(draws):
@@ -106,25 +101,22 @@ def fit_law(
             data = n, d, fitted + scale * rng.standard_normal(len(y))
         found.append(_law(_best(*data, [best], 1e-8), n0, d0))  # far below the measured noise
     law = _law(best, n0, d0)
-    tails = [50 * (1 - level), 50 * (1 + level)]
     names = [field.name for field in fields(Law)]
     columns = dict(zip(names, np.array([astuple(one) for one in found]).reshape(-1, 5).T, strict=True))
     if rise is not None:
         columns["exponent"] = np.array([one.exponent(rise) for one in found])
-    intervals = {k: tuple(np.percentile(v, tails).tolist()) for k, v in columns.items()} if found else {}
+    intervals = {k: tuple(np.percentile(v, TAILS).tolist()) for k, v in columns.items()} if found else {}
     return Fit(law, intervals, len(y), float((y - fitted).std()), rise)
 
 
-def cost_of_size(N: Sequence[float], flops: Sequence[float]) -> tuple[float, float]:
+def cost_of_size(N: Numbers, flops: Numbers) -> tuple[float, float]:
     """How the FLOPs of a sample grow with size: a line c0 + c1 N, fitted by least squares of the relative errors.
 
     Returns (rise, miss): the slope of log FLOPs over log N between the ends of that line, and the largest deviation of
     a size from it, as a share of its FLOPs or of the line's whole rise, whichever is less; 0 and inf where the line
-    does not rise. Raises ValueError for fewer than three different sizes or a number that is not above 0.
+    does not rise.
     """
     n, f = np.asarray(N, float), np.asarray(flops, float)
-    if len(set(N)) < 3 or min(n.min(), f.min()) <= 0:
-        raise ValueError("the cost of a size needs three different sizes, all numbers above 0")
     c0, c1 = np.linalg.lstsq(np.stack([1 / f, n / f], 1), np.ones_like(f), rcond=None)[0]
     line = c0 + c1 * n
     low, high = (float(c0 + c1 * end) for end in (n.min(), n.max()))
@@ -148,16 +140,12 @@ class Optimum:
     mean: float  # the geometric mean of the sizes
 
 
-def parabola(
-    N: Sequence[float], L: Sequence[float], noise: float | None, draws: int = 2000, level: float = 0.95, seed: int = 0
-) -> Optimum:
+def parabola(N: Numbers, L: Numbers, noise: float | None) -> Optimum:
     """Fit a parabola of loss over log N ("approach 2" of Hoffmann et al.) and its lowest point.
 
-    `noise` is the standard deviation of a loss in nats; the interval comes from `draws` fits to losses with that noise
-    added. Without it there is no interval and `sure` is 0. Raises ValueError for fewer than three different sizes.
+    `noise` is the standard deviation of a loss in nats; the interval comes from NOISY fits to losses with that noise
+    added. Without it there is no interval and `sure` is 0.
     """
-    if len(set(N)) < 3:
-        raise ValueError("a parabola needs three different sizes")
     x = np.log(np.asarray(N, float))
     mean = x.mean()
     y = np.asarray(L, float)
@@ -168,11 +156,11 @@ def parabola(
         size, loss = float(np.exp(inside + mean)), float(np.polyval(c, inside))
     sure = 0.0
     if noise is not None:
-        noisy = y[:, None] + noise * np.random.default_rng(seed).standard_normal((len(y), draws))
+        noisy = y[:, None] + noise * np.random.default_rng(0).standard_normal((len(y), NOISY))
         lowest = _lowest(np.polyfit(x - mean, noisy, 2), x - mean)
         sure = float(np.isfinite(lowest).mean())
         if size is not None and sure > 0:
-            ends = np.nanpercentile(lowest, [50 * (1 - level), 50 * (1 + level)])
+            ends = np.nanpercentile(lowest, TAILS)
             low, high = (float(np.exp(end + mean)) for end in ends)
     return Optimum(size, loss, low, high, sure, (float(c[0]), float(c[1]), float(c[2])), float(np.exp(mean)))
 

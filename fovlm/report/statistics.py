@@ -68,9 +68,9 @@ class Verdict:
     level: float = LEVEL  # of each of their intervals
 
 
-def student(level: float, freedom: float) -> float:
-    """The t beyond which both tails of Student's distribution together hold 1 - level."""
-    return float(stats.t.ppf((1 + level) / 2, freedom))
+def student(freedom: float) -> float:
+    """The t beyond which both tails of Student's distribution together hold 1 - LEVEL."""
+    return float(stats.t.ppf((1 + LEVEL) / 2, freedom))
 
 
 def welch(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> Difference:
@@ -84,21 +84,21 @@ def welch(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> Diffe
     return Difference(value, float(low), float(high))
 
 
-def paired(differences: Sequence[float], level: float = LEVEL) -> Difference:
+def paired(differences: Sequence[float]) -> Difference:
     """The mean of differences taken within each seed, with Student's interval."""
     value = statistics.fmean(differences)
     if len(differences) < 2:
         return Difference(value)
     if len(set(differences)) == 1:
         return Difference(value, value, value)
-    low, high = stats.ttest_1samp(differences, 0).confidence_interval(level)
+    low, high = stats.ttest_1samp(differences, 0).confidence_interval(LEVEL)
     return Difference(value, float(low), float(high))
 
 
-def slope(x: Sequence[float], y: Sequence[float], level: float = LEVEL) -> Difference:
+def slope(x: Sequence[float], y: Sequence[float]) -> Difference:
     """The slope of a straight line through three points or more, with Student's interval."""
     line = stats.linregress(x, y)
-    reach = student(level, len(x) - 2) * line.stderr
+    reach = student(len(x) - 2) * line.stderr
     return Difference(float(line.slope), float(line.slope - reach), float(line.slope + reach))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fovlm.data.packing import PackSize
-from fovlm.estimate.dry_run import known_sizes, length, metric
+from fovlm.estimate.dry_run import length, metric, sizes_of
 from fovlm.estimate.shapes import geometry
 from fovlm.sweep.progress import duration, read_progress
 from fovlm.sweep.select import PlannedRun, run_status
@@ -61,7 +61,7 @@ def estimates(
     for run in planned:
         key = run.experiment.model_dump_json(include={"data": True, "model": {"question", "llm", "tokenizer"}})
         if key not in known:
-            known[key] = known_sizes(run.experiment)
+            known[key] = sizes_of(run.experiment)
         sizes, unknown_since = known[key]
         whole = length(run.experiment, geometry(run.experiment.model), sizes)
         status = run_status(run)

@@ -10,14 +10,7 @@ from fovlm.data.dataset import open_dataset
 from fovlm.data.packing import PackSize
 from fovlm.data.shards import write_shards
 from fovlm.errors import UserError
-from fovlm.estimate.dry_run import (
-    describe,
-    known_sizes,
-    largest_sizes,
-    length,
-    real_shares,
-    samples_per_step,
-)
+from fovlm.estimate.dry_run import describe, largest_sizes, length, real_shares, sizes_of
 from fovlm.estimate.flops import mean_cost, total
 from fovlm.estimate.shapes import geometry
 from fovlm.train import trainer
@@ -95,13 +88,13 @@ def test_real_sizes_are_used_where_shards_are_indexed(bare):
     e = tiny(data, flops=1e9)
     e = e.model_copy(update={"model": e.model.model_copy(update={"tokenizer": str(folder)})})
 
-    none, why = known_sizes(e)
-    assert (none, "no index yet" in why) == ([], True)
+    most, why = sizes_of(e)
+    assert (set(most), "no index yet" in why) == ({PackSize(4, 4, 64, 0)}, True)
     assert not list((bare / "FOVLM_DATA").glob("*.index"))  # looking made none
     assert "AT MOST" in describe(e, 1, "cpu")
 
     dataset = open_dataset(e, tokenizer(), data.mixture)  # as the run does: makes the index
-    sizes, why = known_sizes(e)
+    sizes, why = sizes_of(e)
     assert (sizes[:20], why) == ([dataset.size(i) for i in range(20)], "")
     text = describe(e, 1, "cpu")
     assert "AT MOST" not in text
@@ -116,17 +109,17 @@ def test_the_packs_of_a_step_and_its_time(bare):
     assert real_shares(full) == dict.fromkeys(("frames", "prefix", "sequence", "text"), 1.0)
     assert real_shares([[PackSize(65, 65, 1, 0)]])["frames"] == 65 / 66
     text = describe(e, 4, "cuda")
-    long = length(e, geometry(e.model), [])
+    long = length(e, geometry(e.model), largest_sizes(e))
     assert f"{1e3 * long.per_step * long.per_sample / (0.4 * 989e12 * 4):.1f} ms" in text
     assert "989.00 TFLOP/s dense bf16 (H100) on each of 4" in text
 
 
 def test_samples_in_a_step_are_those_that_packing_takes(bare):
     e = load("LR1", ["data.pack_cost=2560"])
-    assert samples_per_step(e, [PackSize(16, 16, 128, 0)] * 400) == 4 * e.train.packs_per_step
-    assert samples_per_step(e, [PackSize(64, 64, 512, 0)] * 3) == 3
-    sources = [next(largest_sizes(e)) for _ in range(1)]
-    assert sources[0].frames in (0, 64)
+    shapes = geometry(e.model)
+    assert length(e, shapes, [PackSize(16, 16, 128, 0)] * 400).per_step == 4 * e.train.packs_per_step
+    assert length(e, shapes, [PackSize(64, 64, 512, 0)] * 3).per_step == 3
+    assert {size.frames for size in largest_sizes(e)} == {0, 64}
 
 
 def test_a_checkpoint_that_does_not_exist_is_refused(bare, monkeypatch, capsys):

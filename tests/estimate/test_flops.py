@@ -198,7 +198,7 @@ def test_a_budget_buys_samples_of_mean_cost():
 
 def test_without_data_the_largest_sample_is_the_bound():
     e = experiment(question="before_frames")
-    assert largest(e) == {"a": PackSize(5, 5, 14, 14)}
+    assert largest(e, "a") == PackSize(5, 5, 14, 14)
     shapes = geometry(e.model)
-    bound = total(sample_cost(e, shapes, largest(e)["a"])).total
+    bound = total(sample_cost(e, shapes, largest(e, "a"))).total
     assert bound >= total(mean_cost(e, shapes, [PackSize(5, 5, 14, 6)])).total

@@ -67,8 +67,6 @@ def test_what_has_no_law_is_refused():
         fit_law([1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 1, 1, 1, 1])
     with pytest.raises(ValueError, match="above 0"):
         fit_law([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 1, 0])
-    with pytest.raises(ValueError, match="three different sizes"):
-        parabola([1e5, 1e5, 2e5], [1, 1, 1], None)
 
 
 def test_parabola_finds_the_lowest_point_and_says_how_sure_it_is():
@@ -111,8 +109,6 @@ def test_costs_that_are_no_line_over_size_are_reported():
     assert cost_of_size(N, 6 * N**0.8)[1] > 0.03
     assert cost_of_size(N, 1e10 + 6 * N + [0, 0, 1e10])[1] > 0.03, "a larger encoder beside the largest"
     assert cost_of_size(N, [3e9, 2e9, 1e9])[1] == np.inf
-    with pytest.raises(ValueError, match="three different sizes"):
-        cost_of_size([1, 1, 2], [1, 1, 1])
 
 
 @pytest.mark.parametrize("L", [[3.0, 2.0, 1.5], [1.0, 2.0, 1.0]], ids=["still falling", "a hill"])
@@ -125,8 +121,7 @@ def test_parabola_without_a_lowest_point_among_the_sizes_has_none(L):
 
 def test_student_quantiles():
     """Values of any printed table of t."""
-    assert student(0.95, 2) == pytest.approx(4.303, abs=1e-3)
-    assert student(0.99, 10) == pytest.approx(3.169, abs=1e-3)
+    assert student(2) == pytest.approx(4.303, abs=1e-3)
 
 
 @pytest.mark.skipif(

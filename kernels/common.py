@@ -150,9 +150,7 @@ def launches(op: str, device: torch.device, dtype: torch.dtype, frames: Shapes, 
 
 
 @functools.cache
-def _launches(
-    op: str, device: torch.device, dtype: torch.dtype, frames: tuple[tuple[int, ...], ...], one: bool
-) -> bool:
+def _launches(op: str, device: torch.device, dtype: torch.dtype, frames: Shapes, one: bool) -> bool:
     attend = getattr(torch.ops.fovlm_kernels, op)
     make = functools.partial(torch.zeros, device=device, dtype=dtype)
     groups = (None, None) if one else group_looks(make(2, dtype=torch.int64), 1)

@@ -25,15 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.common import (
-    TRIAL,
-    accumulator,
-    attend_by_frame,
-    check_looks,
-    dense_rows,
-    group_looks,
-    uses_triton,
-)
+from kernels.common import TRIAL, accumulator, attend_by_frame, check_looks, dense_rows, group_looks, uses_triton
 from kernels.query_kernels import _backward_kernel, _forward_kernel
 
 WIDTHS = (16, 32, 64, 128, 256)  # head widths d with a Triton kernel

@@ -41,25 +41,28 @@ def weights_only() -> Iterator[None]:
             os.environ[variable] = before
 
 
-def to_universal(path: Path, out: Path) -> Path:
-    """Convert the checkpoint at `path` to DeepSpeed's universal form in `out`, which any number of ranks can load.
+def universal_for(path: Path, scratch: Path) -> Path | None:
+    """The universal form of a checkpoint that this number of ranks cannot load otherwise, made in `scratch`; None where
+    it can.
 
-    Rank 0 does it, the others wait. Raises UserError for ZeRO-3, whose universal checkpoints do not resume exactly
+    Rank 0 makes it, the others wait. Raises UserError for ZeRO-3, whose universal checkpoints do not resume exactly
     (a loss of 21.57 where 20.63 was right, DeepSpeed 0.19.8).
     """
     state = store.read_state(path)
+    if state.world_size == distributed.world():
+        return None
     if state.zero_stage == 3:
         raise UserError(
             f"{path} was written by {state.world_size} ranks under ZeRO-3 and can only resume on as many: "
             "start that many, or train with deepspeed=zero2"
         )
     if distributed.rank() == 0:
-        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
         with weights_only(), contextlib.redirect_stdout(io.StringIO()):
             ds_to_universal.main(
                 Namespace(
                     input_folder=str(path / ENGINE),
-                    output_folder=str(out / ENGINE),
+                    output_folder=str(scratch / ENGINE),
                     num_extract_workers=1,
                     num_merge_workers=1,
                     keep_temp_folder=False,
@@ -68,13 +71,7 @@ def to_universal(path: Path, out: Path) -> Path:
                 )
             )
     distributed.barrier()
-    return out
-
-
-def universal_for(path: Path, scratch: Path) -> Path | None:
-    """The universal form of a checkpoint that this number of ranks cannot load otherwise, made in `scratch`; None where
-    it can. Raises UserError for ZeRO-3."""
-    return to_universal(path, scratch) if store.read_state(path).world_size != distributed.world() else None
+    return scratch
 
 
 def universal_done(scratch: Path) -> None:

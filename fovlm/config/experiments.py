@@ -136,7 +136,7 @@ def _all(folder: Path) -> dict[str, Run]:
     found: dict[str, Run] = {}
     for _, file in sorted(files.items()):
         content = read(file)
-        for name, run in [*_runs(file, content), *_grid(file, content)]:
+        for name, run in _runs(file, content):
             if name in found:
                 raise UserError(f"{_short(file)}: {name}: {_short(found[name][0])} has a run of that name already")
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -146,24 +146,16 @@ def _all(folder: Path) -> dict[str, Run]:
 
 
 def _runs(file: Path, content: dict[str, Any]) -> list[tuple[str, Run]]:
-    found: list[tuple[str, Run]] = []
-    for name, difference in _mapping(file, content, "runs").items():
-        where = f"runs.{name}"
-        found.append((name, (file, [(where, difference)], _note(file, where, difference))))
-    return found
-
-
-def _grid(file: Path, content: dict[str, Any]) -> list[tuple[str, Run]]:
+    """The runs of a file, then the points of its grid."""
+    runs = [(name, [(f"runs.{name}", changes)]) for name, changes in _mapping(file, content, "runs").items()]
     axes = _mapping(file, content, "grid")
     sizes = [len(_mapping(file, axes, axis, "grid.")) for axis in axes]
     if math.prod(sizes) > MOST:
         raise UserError(f"{_short(file)}: grid: {math.prod(sizes):,} runs are too many (at most {MOST:,})")
-    found: list[tuple[str, Run]] = []
     for point in itertools.product(*axes.values()) if axes else ():
-        differences = [(f"grid.{axis}.{value}", axes[axis][value]) for axis, value in zip(axes, point, strict=True)]
-        note = ", ".join(_note(file, where, difference) for where, difference in differences)
-        found.append(("-".join(point), (file, differences, note)))
-    return found
+        at = zip(axes, point, strict=True)
+        runs.append(("-".join(point), [(f"grid.{axis}.{value}", axes[axis][value]) for axis, value in at]))
+    return [(name, (file, changes, ", ".join(_note(file, *one) for one in changes))) for name, changes in runs]
 
 
 def _with_base(file: Path, above: tuple[Path, ...]) -> Settings:

@@ -175,11 +175,6 @@ def _csv_row(header: tuple[str, ...], cells: list[str]) -> Row | str:
     return dict(zip(header, cells, strict=True))
 
 
-def _header(file: Path) -> list[str]:
-    with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
-        return next(csv.reader(lines), [])
-
-
 @functools.lru_cache(maxsize=2)
 def _json_rows(file: Path, same: tuple[str, ...]) -> list[Row | str]:
     rows: list[Row | str] = [*read_json_list(file)]
@@ -204,10 +199,9 @@ def _line_blocks(file: Path, kind: str, same: tuple[str, ...]) -> tuple[list[str
     columns: list[str] = []
     start = line = first = 0
     with open(file, "rb") as data:
-        ends = _csv_ends(data, file) if kind == "csv" else _jsonl_ends(data)
+        ends: Iterator[tuple[int, Any]] = _csv_ends(data, file) if kind == "csv" else _jsonl_ends(data)
         if kind == "csv":
-            columns = _header(file)
-            start, _ = next(ends, (0, None))
+            start, columns = next(ends, (0, []))
         for end, lines, rows in _cut(ends, tuple(columns), same):
             blocks.append(Block(file, kind, first, rows, start, end - start, tuple(columns), line, same))
             start, line, first = end, line + lines, first + rows
@@ -255,8 +249,9 @@ def _csv_ends(file: BinaryIO, path: Path) -> Iterator[tuple[int, list[str]]]:
     def lines() -> Iterator[str]:
         nonlocal place
         for line in file:
+            text = line.decode("utf-8" if place else "utf-8-sig", "replace")
             place += len(line)
-            yield line.decode("utf-8", "replace")
+            yield text
 
     try:
         for cells in csv.reader(lines()):  # reads exactly the lines of a row

@@ -78,12 +78,7 @@ def chatml_tokenizer(backend: Tokenizer) -> PreTrainedTokenizerFast:
     """A tokenizer of transformers with the ChatML template, from one that knows the `SPECIAL` tokens."""
     unknown, start, end = SPECIAL
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token=unknown,
-        bos_token=start,
-        eos_token=end,
-        pad_token=end,
-        chat_template=CHATML,
+        tokenizer_object=backend, unk_token=unknown, bos_token=start, eos_token=end, pad_token=end, chat_template=CHATML
     )
 
 

@@ -47,11 +47,7 @@ class Estimate:
 
 
 def estimate(
-    experiment: Experiment,
-    shapes: Geometry,
-    ds_config: dict[str, Any],
-    world: int,
-    pack: tuple[int, int] | None = None,
+    experiment: Experiment, shapes: Geometry, ds_config: dict[str, Any], world: int, pack: tuple[int, int] | None = None
 ) -> Estimate:
     """The bytes of one of `world` ranks; `ds_config` is the resolved DeepSpeed dict (`deepspeed_config.merge`).
 

@@ -22,8 +22,7 @@ from fovlm.config.schema import ModelSettings
 from fovlm.data.chat import TRANSFORMERS_ERRORS
 from fovlm.errors import UserError, did_you_mean
 from fovlm.model.configuration import FoveatedConfig, backbone_config
-from fovlm.model.encoder import DROPOUTS
-from fovlm.model.encoders.families import FAMILIES, patch_of, vision_config
+from fovlm.model.encoders.families import FAMILIES, patch_of, unsupported, vision_config
 from fovlm.model.modeling import FoveatedVLM, check_report
 from fovlm.paths import local_folder
 
@@ -136,7 +135,7 @@ def _pretrained(key: str, source: str) -> PreTrainedModel:
 
 def check_supported(key: str, config: PreTrainedConfig, source: str) -> None:
     """Refuse a backbone `model.{key}` that cannot be used. Raises UserError with the reason."""
-    if reason := unsupported_encoder(config) if key == "encoder" else unsupported_llm(config):
+    if reason := unsupported(config) if key == "encoder" else unsupported_llm(config):
         raise UserError(f"model.{key}={source}: {reason}")
 
 
@@ -148,14 +147,6 @@ def check_names(key: str, config: PreTrainedConfig, given: dict) -> None:
         if hasattr(config, name) and not hasattr(default, name):
             close = did_you_mean(name, vars(default))
             raise UserError(f"model.{key}.{name}: no setting of '{config.model_type}' in transformers{close}")
-
-
-def unsupported_encoder(config: PreTrainedConfig) -> str:
-    """Why an encoder of this configuration cannot be used; empty when it can."""
-    if config.model_type in FAMILIES:
-        on = [name for name in DROPOUTS if getattr(config, name, 0)]
-        return f"the encoder runs without dropout: set {' and '.join(on)} to 0" if on else ""
-    return f"an encoder of type '{config.model_type}' is not supported, only {', '.join(FAMILIES)}"
 
 
 def unsupported_llm(config: PreTrainedConfig) -> str:

@@ -24,11 +24,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fovlm.model.encoders.base import Block, Family, Rotary
-from fovlm.model.encoders.families import family_of
+from fovlm.model.encoders.families import FAMILIES, unsupported
 from kernels.absorbed_attention import absorbed_attention, available
 from kernels.query_attention import query_attention
-
-DROPOUTS = ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")
 
 # Of one layer: key and value, each [F, N, H, d]; or the rows [F, N, D] that both are projected from, before the norm if
 # layers are recomputed, else behind it.
@@ -149,9 +147,9 @@ class Encoder(nn.Module):
     def __init__(self, backbone: PreTrainedModel, deep: bool = True, recompute: bool = False, attention: str = "auto"):
         super().__init__()
         config = backbone.config
-        if on := [name for name in DROPOUTS if getattr(config, name, 0)]:
-            raise ValueError(f"the encoder runs without dropout: set {' and '.join(on)} to 0")
-        self.family = family_of(config)
+        if reason := unsupported(config):
+            raise ValueError(reason)
+        self.family = FAMILIES[config.model_type]
         for unused in self.family.unused(backbone):
             unused.requires_grad_(False)
         self.backbone = backbone

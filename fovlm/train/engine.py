@@ -234,7 +234,7 @@ class Engine:
     def load(self, path: Path, universal: Path | None = None) -> None:
         """Put weights, optimizer and random states back as `path` holds them, on every rank.
 
-        `universal` is the folder that `to_universal` made, for another number of ranks; the engine must have been
+        `universal` is the folder that `universal_for` made, for another number of ranks; the engine must have been
         made with `load_universal` in its config. Files are read with `weights_only`.
         """
         with weights_only():

@@ -8,7 +8,6 @@ from transformers import Dinov2Config, Dinov2Model
 
 from benchmarks.memory import Live
 from fovlm.model.encoder import Cache, Encoder, heads, rotate, weights_of
-from fovlm.model.encoders.families import family_of
 from helpers.models import ENCODERS, pixels, tiny_model
 
 FORMS = ["none", "last", "all"]  # which layers keep rows
@@ -221,8 +220,9 @@ def test_a_frame_of_another_size_has_another_grid(kind):
 
 
 def test_an_unknown_family_is_refused():
+    llm = tiny_model().llm
     with pytest.raises(ValueError, match="type 'llama' is not supported, only dinov2"):
-        family_of(tiny_model().config.llm_config)
+        Encoder(llm)
 
 
 def test_weights_of_survives_large_logits():

@@ -8,13 +8,15 @@ from fovlm.model.encoders.dinov3 import Dinov3
 from fovlm.model.encoders.siglip2 import Siglip
 
 FAMILIES: dict[str, Family] = {kind: family for family in (Dinov2(), Dinov3(), Siglip()) for kind in family.kinds}
+DROPOUTS = ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")
 
 
-def family_of(config: PreTrainedConfig) -> Family:
-    """The family of an encoder's configuration. Raises ValueError for any other model."""
+def unsupported(config: PreTrainedConfig) -> str:
+    """Why an encoder of this configuration cannot be used; empty when it can."""
     if config.model_type not in FAMILIES:
-        raise ValueError(f"an encoder of type '{config.model_type}' is not supported, only {', '.join(FAMILIES)}")
-    return FAMILIES[config.model_type]
+        return f"an encoder of type '{config.model_type}' is not supported, only {', '.join(FAMILIES)}"
+    on = [name for name in DROPOUTS if getattr(config, name, 0)]
+    return f"the encoder runs without dropout: set {' and '.join(on)} to 0" if on else ""
 
 
 def side_of(config: PreTrainedConfig, frame_size: int) -> int:

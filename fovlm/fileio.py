@@ -117,10 +117,8 @@ def unsealed(line: bytes) -> str:
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold a lock on a folder, or on a file that is made for it. It ends with the block, or with the process.
-
-    Raises BlockingIOError when another process has it and `wait` is false. A file system without locks has no effect.
-    """
+    """Hold a lock on a folder, or on a file that is made for it. It ends with the block, or with the process. Raises
+    BlockingIOError when another process has it and `wait` is false. A file system without locks has no effect."""
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:

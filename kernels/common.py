@@ -121,10 +121,7 @@ def on_gpu(inputs: Tensor) -> bool:
 
 def uses_triton(op: str, implementation: str, inputs: Tensor, fits: bool, frames: Shapes, one: bool) -> bool:
     """Whether Triton runs: on a GPU where a kernel `fits` the shape, the type is bf16, fp16 or fp32 and it `launches`,
-    or on request.
-
-    Raises ValueError for an unknown implementation, and for "triton" where it cannot run.
-    """
+    or on request. Raises ValueError for an unknown implementation, and for "triton" where it cannot run."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: implementation is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
     fits = fits and triton is not None and inputs.dtype in (torch.bfloat16, torch.float16, torch.float32)

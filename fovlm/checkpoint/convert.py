@@ -87,10 +87,8 @@ def refuse_occupied(out: Path) -> None:
 def write_weights(
     out: Path, config: FoveatedConfig, stored: Weights, dtype: torch.dtype, largest: int, on_progress: OnProgress
 ) -> None:
-    """Stream the stored weights into `out` as `dtype` (buffers keep their type), tied ones once.
-
-    Raises UserError if names and shapes are not exactly those of a model of this configuration.
-    """
+    """Stream the stored weights into `out` as `dtype` (buffers keep their type), tied ones once. Raises UserError if
+    names and shapes are not exactly those of a model of this configuration."""
     with torch.device("meta"):
         model = FoveatedVLM(config)
     tied = {released_name(name) for name in model.all_tied_weights_keys}

@@ -53,10 +53,8 @@ EXACT = 1e-5  # the largest remainder of the bias, relative to it, after the que
 
 
 class Published(Weights):
-    """The weights of a published state dict under our names.
-
-    Raises UserError for other names than those above, and for shapes that do not fit together.
-    """
+    """The weights of a published state dict under our names. Raises UserError for other names than those above, and for
+    shapes that do not fit together."""
 
     def __init__(self, state: dict[str, Tensor], origin: str):
         super().__init__(origin)

@@ -124,10 +124,8 @@ def find_checkpoint(where: str | Path, which: str | None = None, verify: Callabl
 
 
 def load_weights(model: FoveatedVLM, where: str) -> None:
-    """Start `model` from the weights of a run, a checkpoint, or a folder that `save_pretrained` wrote.
-
-    Raises UserError when there are none, or they do not fit.
-    """
+    """Start `model` from the weights of a run, a checkpoint, or a folder that `save_pretrained` wrote. Raises UserError
+    when there are none, or they do not fit."""
     try:
         folder = find_folder(Path(where))
         if (folder / "config.json").is_file():

@@ -108,10 +108,8 @@ class MergedWeights(Weights):
 
 
 class ZeroWeights(Weights):
-    """The weights of the checkpoint files in `folder`; trained ones are fp32.
-
-    Raises UserError if a file is missing (it is named), damaged, or holds more than tensors and plain values.
-    """
+    """The weights of the checkpoint files in `folder`; trained ones are fp32. Raises UserError if a file is missing (it
+    is named), damaged, or holds more than tensors and plain values."""
 
     def __init__(self, folder: Path):
         super().__init__(str(folder))

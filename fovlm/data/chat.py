@@ -151,9 +151,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 def template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
     """The parts of the tokenizer's chat template before the question, between it and the answer, and after the answer.
-
-    Raises UserError when there is no template, or one that changes the messages.
-    """
+    Raises UserError when there is no template, or one that changes the messages."""
     head, before, middle, tail = around(tokenizer, 1)
     return head + SYSTEM + before, middle, tail
 

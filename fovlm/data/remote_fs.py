@@ -58,9 +58,7 @@ def read_range(file: RemoteFile, start: int, stop: int) -> bytes:
 
 def list_files(urls: list[str]) -> list[RemoteFile]:
     """The files at URLs whose last part may have wildcards. http has no listing: there a manifest names the files.
-
-    Raises UserError for a file that is not there, with the closest name.
-    """
+    Raises UserError for a file that is not there, with the closest name."""
     found: list[RemoteFile] = []
     for folder in (url.rpartition("/")[0] for url in urls):
         if re.search(r"[*\[]", folder):
@@ -134,10 +132,8 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def _call(url: str, work: Callable[[Any], T]) -> T:
-    """`work` on the file system of a URL, tried again while the connection is lost.
-
-    Raises UserError with the file, the host, the tries and the cause.
-    """
+    """`work` on the file system of a URL, tried again while the connection is lost. Raises UserError with the file, the
+    host, the tries and the cause."""
     fs, failures = _file_system(url)
     for attempt in range(1, TRIES + 1):
         try:

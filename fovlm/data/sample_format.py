@@ -151,9 +151,7 @@ def read_members(data: bytes) -> dict[Member, bytes]:
 
 def contents(members: list[Member], fields: Fields = OWN) -> tuple[str, list[Member]]:
     """(`text` | `image` | `video`, the media members in frame order) of a sample's members; `fields` as of its source.
-
-    Raises SampleError.
-    """
+    Raises SampleError."""
     numbered: list[Member] = []
     single: list[Member] = []
     for member in members:

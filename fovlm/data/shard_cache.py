@@ -108,10 +108,8 @@ class RemoteShard:
         return file
 
     def fetch(self, on_progress: Callable[[int], None] = lambda done: None, must: bool = False) -> bool:
-        """Fetch the file. False where another process is fetching it, or, unless it `must` be, there is no room.
-
-        Raises UserError for what cannot be fetched, is not what its index says, or a full disk.
-        """
+        """Fetch the file. False where another process is fetching it, or, unless it `must` be, there is no room. Raises
+        UserError for what cannot be fetched, is not what its index says, or a full disk."""
         part = self.path.with_name(self.path.name + PART)
         try:
             self.cache.folder.mkdir(parents=True, exist_ok=True)

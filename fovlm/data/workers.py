@@ -21,10 +21,8 @@ T = TypeVar("T")
 
 
 def each(call: Callable[..., T], arguments: list[tuple], workers: int) -> Iterator[T]:
-    """The results of `call` on each of the arguments, as they are done; one worker runs in this process.
-
-    Raises UserError when a worker is killed, and whatever `call` raises.
-    """
+    """The results of `call` on each of the arguments, as they are done; one worker runs in this process. Raises
+    UserError when a worker is killed, and whatever `call` raises."""
     if workers == 1 or len(arguments) < 2:
         for one in arguments:
             yield call(*one)

@@ -38,10 +38,8 @@ SIZED = 2000  # samples whose mean size is taken for all
 
 
 def describe(experiment: Experiment, world_size: int, device: str | None = None) -> str:
-    """The dry run for `world_size` ranks on `device` ("cuda" or "cpu"; None: a GPU if there is one).
-
-    Raises UserError for settings that cannot run, as the run itself would.
-    """
+    """The dry run for `world_size` ranks on `device` ("cuda" or "cpu"; None: a GPU if there is one). Raises UserError
+    for settings that cannot run, as the run itself would."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
     experiment = settle(experiment, device)

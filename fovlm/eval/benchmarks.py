@@ -90,10 +90,8 @@ def videomme(where: Path) -> Iterator[EvalQuestion]:
 
 
 def scienceqa(where: Path) -> Iterator[EvalQuestion]:
-    """ScienceQA with its hints before the questions; only the test split if file names say which it is.
-
-    Raises UserError.
-    """
+    """ScienceQA with its hints before the questions; only the test split if file names say which it is. Raises
+    UserError."""
     for file, number, row in _parquet(where, ("question", "choices", "answer")):
         text, options, answer = _columns(file, number, row, "question", "choices", "answer")
         data = _image_bytes(row.get("image"))

@@ -136,10 +136,8 @@ class QuestionSet:
 
 
 class ShardSet:
-    """The samples of shards, of any kind, whose answer's loss is measured. `hash` and methods as of QuestionSet.
-
-    Raises UserError for shards that are tokenized for a loss on every token.
-    """
+    """The samples of shards, of any kind, whose answer's loss is measured. `hash` and methods as of QuestionSet. Raises
+    UserError for shards that are tokenized for a loss on every token."""
 
     protocol = "loss of the answer"
 

@@ -68,9 +68,7 @@ def without_letters(options: Sequence[str]) -> tuple[str, ...]:
 
 def frames_of(question: EvalQuestion, size: int, max_frames: int) -> Tensor:
     """The frames of a question, u8 [f, 3, size, size]: one a second of a video, at most `max_frames`; f = 0 for text.
-
-    Raises UserError naming the question when its media cannot be read completely.
-    """
+    Raises UserError naming the question when its media cannot be read completely."""
     try:
         parts = [
             _picture(media, size) if isinstance(media, bytes) else _clip(media, question.segment, size, max_frames)

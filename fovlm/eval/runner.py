@@ -51,10 +51,8 @@ class EvalSettings:
 
 
 def run_eval(target: Target, settings: EvalSettings, log: Callable[[str], None] = print) -> list[Result]:
-    """Score all sets; the results in order on the rank that finishes last, an empty list on others.
-
-    Raises UserError.
-    """
+    """Score all sets; the results in order on the rank that finishes last, an empty list on others. Raises
+    UserError."""
     visual, form = target.model.config.visual, format_of(target, settings)
     modes = [mode_of(mode, visual) for mode in settings.modes] or list(MODES[visual])
     check_controls(settings.controls)

@@ -100,10 +100,8 @@ AttentionInterface.register(ATTENTION, attend)
 
 @torch.no_grad()
 def write_graphs(model: FoveatedVLM, out: Path) -> None:
-    """Write encoder.onnx, look.onnx and llm.onnx of a model in fp32.
-
-    Raises UserError for models that have no frame-by-frame form, and if a package is missing.
-    """
+    """Write encoder.onnx, look.onnx and llm.onnx of a model in fp32. Raises UserError for models that have no
+    frame-by-frame form, and if a package is missing."""
     config, words = model.config, model.llm.config
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)

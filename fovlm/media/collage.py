@@ -10,9 +10,7 @@ from fovlm.media.decode import PICTURE_ERRORS, decoder_errors, refuse_absurd
 
 def load_cutout(file: Path, side: int) -> np.ndarray | None:
     """A PNG without its transparent margin, its longer side at most `side` -> u8 [h, w, 4]; None if it is opaque.
-
-    Raises SampleError.
-    """
+    Raises SampleError."""
     with decoder_errors("undecodable picture", PICTURE_ERRORS), Image.open(file, formats=["PNG"]) as image:
         refuse_absurd(*image.size)
         if not image.has_transparency_data:

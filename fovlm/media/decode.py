@@ -58,9 +58,7 @@ def decoder_errors(cause: str, errors: tuple[type[BaseException], ...]) -> Itera
 
 def decode_media(media: list[tuple[str, bytes]], count: int, size: int, most: int) -> Tensor:
     """`count` pictures, or one video of `count` seconds, with their extensions -> u8 [f, 3, size, size], f <= most.
-
-    Raises SampleError.
-    """
+    Raises SampleError."""
     if media and media[0][0] in VIDEOS:
         ((extension, data),) = media
         return decode_video(data, extension, size, count, most)

@@ -30,10 +30,8 @@ SIZE = re.compile(r"(size|heads|layers|dim|channels|embeddings)$")  # names of w
 
 
 def build(settings: ModelSettings, image_frames: int = 1) -> FoveatedVLM:
-    """The model of an experiment, in fp32 on the CPU: backbones pretrained, or random from a dict.
-
-    Raises UserError for a folder without weights, and for a backbone that is not supported.
-    """
+    """The model of an experiment, in fp32 on the CPU: backbones pretrained, or random from a dict. Raises UserError for
+    a folder without weights, and for a backbone that is not supported."""
     encoder, llm = (
         _random(key, given) if isinstance(given, dict) else _pretrained(key, given)
         for key, given in (("encoder", settings.encoder), ("llm", settings.llm))

@@ -17,9 +17,7 @@ DEFAULT_TYPES = {"llm": "llama", "encoder": "dinov2"}
 
 def backbone_config(key: str, given: dict[str, Any]) -> PreTrainedConfig:
     """The HF configuration of `model.{key}` ("llm" or "encoder") from keyword arguments, `model_type` among them.
-
-    Raises UserError for a type that transformers does not know, and for arguments that it refuses.
-    """
+    Raises UserError for a type that transformers does not know, and for arguments that it refuses."""
     settings = {"model_type": DEFAULT_TYPES[key], **given}
     kind = settings.pop("model_type")
     if kind not in CONFIG_MAPPING:

@@ -57,10 +57,8 @@ class ShardScan:
 
 
 def check_shards(patterns: list[str], against: list[str], workers: int, decode: bool) -> list[ShardScan]:
-    """Scan the shards of the patterns, without those of `against`; sorted by path.
-
-    Raises UserError for a pattern that matches nothing, and for an unreadable shard of `against`.
-    """
+    """Scan the shards of the patterns, without those of `against`; sorted by path. Raises UserError for a pattern that
+    matches nothing, and for an unreadable shard of `against`."""
     others = list_shards(against)
     resolved = {path.resolve() for path in others}
     paths = [path for path in list_shards(patterns) if path.resolve() not in resolved]

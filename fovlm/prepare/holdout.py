@@ -67,10 +67,8 @@ def _draw(scans: list[ShardScan], out: Path, manifest: Manifest) -> None:
 
 
 def allocate(counts: dict[Any, int], samples: int) -> dict[Any, int]:
-    """Distribute `samples` in proportion to `counts`, at least one each, exact in total (largest remainders).
-
-    Raises UserError when `samples` is not below the total, or below the number of strata.
-    """
+    """Distribute `samples` in proportion to `counts`, at least one each, exact in total (largest remainders). Raises
+    UserError when `samples` is not below the total, or below the number of strata."""
     total = sum(counts.values())
     if samples >= total:
         raise UserError(f"--samples {samples}: there are {total}, and an evaluation set must leave some to train on")

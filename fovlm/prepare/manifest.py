@@ -129,10 +129,8 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def resume_or_new(folder: Path, settings: dict[str, Any], inputs: list[dict[str, Any]]) -> Manifest:
-    """The folder's manifest without shards that are gone, or a new one.
-
-    Raises UserError when the folder holds shards of other settings, of other input, or of an older version.
-    """
+    """The folder's manifest without shards that are gone, or a new one. Raises UserError when the folder holds shards
+    of other settings, of other input, or of an older version."""
     found = load_manifest(folder)
     if found is None:
         return Manifest(settings, inputs)

@@ -53,9 +53,7 @@ def estimates(
     planned: Iterable[PlannedRun], table: Mapping[str, Mapping[str, str]], ranks: int, on_gpu: bool, given: float | None
 ) -> list[Estimate]:
     """What is left to do, with `ranks` ranks per run. `table` is runs.csv; `given`, FLOP/s of a rank, replaces it.
-
-    Raises UserError for models whose shapes are not known without a download.
-    """
+    Raises UserError for models whose shapes are not known without a download."""
     known: dict[str, tuple[list[PackSize], str]] = {}  # runs that share their data share the sizes
     found = []
     for run in planned:

@@ -35,10 +35,8 @@ class PlannedRun:
 
 
 def select(patterns: Iterable[str], folder: Path = experiments.EXPERIMENTS) -> list[tuple[str, str]]:
-    """(group, name) of the runs that match: each once, in the order of the patterns, then of the files.
-
-    Raises UserError for a pattern without a run.
-    """
+    """(group, name) of the runs that match: each once, in the order of the patterns, then of the files. Raises
+    UserError for a pattern without a run."""
     groups, patterns = experiments.groups(folder), list(patterns)
     if not patterns:
         known = ", ".join(f"'{group}/*' ({len(names)})" for group, names in groups.items())

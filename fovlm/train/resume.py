@@ -13,10 +13,8 @@ from fovlm.errors import UserError
 
 
 def find(experiment: Experiment, data_hash: str) -> Path | None:
-    """The checkpoint that `train.resume` asks for, verified and of this experiment; None for a fresh start.
-
-    Raises SharedError when it is missing or damaged, or was made with other settings or other data.
-    """
+    """The checkpoint that `train.resume` asks for, verified and of this experiment; None for a fresh start. Raises
+    SharedError when it is missing or damaged, or was made with other settings or other data."""
     path = _wanted(experiment)
     if path is None:
         return None

@@ -56,10 +56,8 @@ SIZED = 5000  # samples whose mean size converts a budget of FLOPs into samples
 
 
 class Trainer:
-    """A run on one rank. Everything is built here, and restored from a checkpoint where the run resumes.
-
-    Raises UserError (SharedError where every rank knows of it).
-    """
+    """A run on one rank. Everything is built here, and restored from a checkpoint where the run resumes. Raises
+    UserError (SharedError where every rank knows of it)."""
 
     def __init__(self, experiment: Experiment, device: torch.device):
         experiment = distributed.broadcast(settle(asked := experiment, device.type))
@@ -204,10 +202,8 @@ class Trainer:
         return metrics
 
     def _read_results(self, late: int) -> StepResult | None:
-        """Add the results of all steps but the last `late` to the state -> the last one read.
-
-        Raises SharedError when `train.max_nonfinite` steps in a row were skipped.
-        """
+        """Add the results of all steps but the last `late` to the state -> the last one read. Raises SharedError when
+        `train.max_nonfinite` steps in a row were skipped."""
         result = None
         while len(self.unread) > late:
             step, read = self.unread.pop(0)

@@ -80,9 +80,7 @@ def write_contact_sheet(
     gaze: Gaze, path: str | Path, layer: int | None = None, head: int | None = None, most: int = MOST
 ) -> Path:
     """Write a PNG (or PDF, by the path's suffix) of a layer and head, by default their means, and return its path.
-
-    Raises UserError for a layer or head that does not exist.
-    """
+    Raises UserError for a layer or head that does not exist."""
     check_choice(gaze.weights["coarse"].shape, layer, head)
     shown = decode.spread(len(gaze.frames), most)
     grids = {name: maps(weights, layer, head) for name, weights in gaze.weights.items()}

@@ -18,10 +18,8 @@ TIMES, RATE = 2, 4  # frames of the file that show a look, and frames per second
 
 
 def write_video(gaze: Gaze, path: str | Path, layer: int | None = None, head: int | None = None) -> Path:
-    """Write an MP4 with two looks per second, of a layer and head, by default their means, and return its path.
-
-    Raises UserError for a layer or head that does not exist.
-    """
+    """Write an MP4 with two looks per second, of a layer and head, by default their means, and return its path. Raises
+    UserError for a layer or head that does not exist."""
     check_choice(gaze.weights["coarse"].shape, layer, head)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

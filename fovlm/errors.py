@@ -2,7 +2,7 @@
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 EXIT_FAILED = 1  # a fault that is not the user's
 EXIT_USER_ERROR = 2  # something to fix first; nothing was started, or nothing was lost
@@ -36,6 +36,11 @@ def did_you_mean(word: str, words: Iterable[object]) -> str:
     lower = {w.lower(): w for w in candidates}
     close = difflib.get_close_matches(str(word).lower(), list(lower), n=1, cutoff=0.5)
     return f" (did you mean '{lower[close[0]]}'?)" if close else ""
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """`a, b, c and 4 more`: at most `most` of the names."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def format_error(error: UserError | OSError) -> str:

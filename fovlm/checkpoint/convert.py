@@ -24,7 +24,7 @@ from fovlm.checkpoint.safetensors_writer import WeightPlan, byte_size, write_ten
 from fovlm.checkpoint.verify import check
 from fovlm.checkpoint.zero_reader import Weights
 from fovlm.data.chat import template
-from fovlm.errors import UserError, did_you_mean
+from fovlm.errors import UserError, did_you_mean, few
 from fovlm.fileio import staged_dir
 from fovlm.model.configuration import FoveatedConfig
 from fovlm.model.encoders.dinov2 import released_name
@@ -99,8 +99,7 @@ def write_weights(
     wrong += sources.keys() - shapes.keys()
     wrong += [name for name in shapes.keys() & sources.keys() if stored.shape(sources[name]) != shapes[name]]
     if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise UserError(f"{stored.origin}: its weights are not those of its model: {min(wrong)}{more}")
+        raise UserError(f"{stored.origin}: its weights are not those of its model: {few(sorted(wrong), 1)}")
     plan: WeightPlan = {
         name: (shape, dtype if name in parameters else stored.dtype(sources[name]))
         for name, shape in shapes.items()
@@ -110,7 +109,6 @@ def write_weights(
         out, plan, lambda name: stored.read(sources[name]), largest,
         lambda done, total: on_progress(done, total, "writing the weights"),
     )  # fmt: skip
-    stored.close()
 
 
 def write_settings(out: Path, config: FoveatedConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fovlm.errors import UserError
+from fovlm.errors import UserError, few
 from fovlm.model.lora import BASE, A, B, is_adapter, merge, plain_name
 
 
@@ -72,10 +72,6 @@ class Weights:
         whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone()
         return whole[: math.prod(shape)].view(shape)
 
-    def close(self) -> None:
-        """Release the files."""
-        self._pieces = {}
-
     def add(self, name: str, shape: tuple[int, ...], pieces: list[Tensor]) -> None:
         """Add a weight. Raises UserError if the flat pieces together are too short."""
         if min(shape, default=0) < 0 or sum(len(piece) for piece in pieces) < math.prod(shape):
@@ -102,9 +98,6 @@ class MergedWeights(Weights):
         if BASE not in stored or names[0] not in self.inner.shapes:
             return weight
         return merge(weight, self.inner.read(names[0]), self.inner.read(names[1]), self.lora)
-
-    def close(self) -> None:
-        self.inner.close()
 
 
 class ZeroWeights(Weights):
@@ -223,8 +216,7 @@ def _check_complete(folder: Path, found: dict[int, Path], count: int) -> None:
     rank, path = min(found.items())
     names = [path.name.replace(f"zero_pp_rank_{rank}_", f"zero_pp_rank_{r}_") for r in range(count)]
     if missing := [name for name in names if not (folder / name).is_file()]:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"{folder}: {', '.join(missing[:3])}{more} missing, of the shards of {count} ranks")
+        raise UserError(f"{folder}: {few(missing)} missing, of the shards of {count} ranks")
 
 
 def _field(path: Path, state: Any, key: str) -> Any:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fovlm.config import experiments
 from fovlm.config.schema import Experiment
-from fovlm.errors import UserError
+from fovlm.errors import UserError, few
 
 MOST = 5  # differences that a message names
 
@@ -38,8 +38,7 @@ def check_same_settings(experiment: Experiment) -> None:
     apart = [
         f"{key}={now.get(key)} (was {before.get(key)})" for key in sorted(hashed) if before.get(key) != now.get(key)
     ]
-    more = f" and {len(apart) - MOST} more" if len(apart) > MOST else ""
     raise UserError(
-        f"{experiment.run_folder} was made under other settings: {', '.join(apart[:MOST])}{more}: undo the change, "
+        f"{experiment.run_folder} was made under other settings: {few(apart, MOST)}: undo the change, "
         "give this run another name with name=..., or start from its weights with model.init_from"
     )

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from fovlm.checkpoint.reference import collate_tight
 from fovlm.data.chat import TokenizedText
 from fovlm.data.packing import Sample, collate, interleave, text_positions
 from fovlm.model.autoregressive import Stream
@@ -61,9 +60,7 @@ def encode(model: FoveatedVLM, frames: Tensor, together: int = 32) -> Encoding:
 
 def _encode(model: FoveatedVLM, frames: Tensor) -> Encoding:
     if model.config.visual == "multi_token":
-        clip = Sample("", "", frames, len(frames), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
-        batch = collate_tight([clip], model.config.tokens_per_look).to(frames.device)
-        return Encoding(None, model.looks(batch).tokens.unflatten(0, (len(frames), -1)))
+        return Encoding(None, model.pooled(frames))
     return Encoding(*model.encode(frames))
 
 

@@ -177,10 +177,10 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         """
         visual = visual or self.config.visual
         if visual == "multi_token":
-            return Looks(None, None, None, self._pooled(batch).flatten(0, 1))
+            pooled = self.pooled(batch.frames)
+            return Looks(None, None, None, _of_looks(pooled, batch).flatten(0, 1))
         cache, seen = encoded or self.encode(batch.frames)
-        tokens = self.connector.token(seen)
-        coarse = tokens = tokens if batch.frame_of_look is None else tokens[batch.frame_of_look]
+        coarse = tokens = _of_looks(self.connector.token(seen), batch)
         queries = self.connector.q_static.expand(len(coarse), -1)
         for _ in range(self.config.query_rounds if visual == "foveated" else 0):
             queries = self.queries(batch, tokens)
@@ -248,14 +248,13 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         """-log p(target) f32 [s] from hidden states [s, E]; the logits [s, V] live only inside."""
         return nnf.cross_entropy(self.llm.get_output_embeddings()(hidden).float(), target, reduction="none")
 
-    def _pooled(self, batch: Batch) -> Tensor:
-        """multi_token: every look's patches pooled -> [K, T, E]."""
-        features = self.encoder.features(batch.frames)[:, self.encoder.prefix :]
-        side = side_of(self.config.encoder_config, batch.frames.shape[-1])
+    def pooled(self, frames: Tensor) -> Tensor:
+        """multi_token: the patches of frames u8 [F, 3, s, s], pooled -> [F, T, E]."""
+        features = self.encoder.features(frames)[:, self.encoder.prefix :]
+        side = side_of(self.config.encoder_config, frames.shape[-1])
         grid = features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
         pooled = nnf.adaptive_avg_pool2d(grid, self.config.pooled).flatten(2).transpose(1, 2)
-        tokens = self.connector.token(pooled)
-        return tokens if batch.frame_of_look is None else tokens[batch.frame_of_look]
+        return self.connector.token(pooled)
 
     @torch.no_grad()
     def gaze(self, batch: Batch) -> dict[str, Tensor]:
@@ -303,6 +302,11 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         self._nll_and_slope = nll_and_slope
         for layer in self.llm.base_model.layers:
             layer._compiled_call_impl = None
+
+
+def _of_looks(tokens: Tensor, batch: Batch) -> Tensor:
+    """What belongs to each frame [F, ...] -> to each look [K, ...]."""
+    return tokens if batch.frame_of_look is None else tokens[batch.frame_of_look]
 
 
 def check_report(report: dict[str, Any], where: str, skipped: tuple[str, ...] = ()) -> None:

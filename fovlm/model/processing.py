@@ -34,7 +34,6 @@ from fovlm.model.shipped_code import AUTO_MAP
 from fovlm.model.supervised import IGNORED
 
 Seen = tuple[Tensor, list[int]]  # frames u8 [f, 3, s, s], and how often each is looked at
-NONE: tuple[Any, ...] = ()
 log = logging.getLogger("fovlm")
 
 
@@ -206,7 +205,7 @@ class FoveatedProcessor(ProcessorMixin):
     def _as_messages(text: str | Sequence[str] | None, images: Any, videos: Any) -> list[Any]:
         """`text`, `images` and `videos` -> messages. One text has all images and videos, several have one each."""
         one = isinstance(text, str)
-        questions: list[str] = [text] if isinstance(text, str) else list(text or NONE)
+        questions: list[str] = [text] if isinstance(text, str) else list(text or ())
         parts: list[list[dict[str, Any]]] = [[] for _ in questions]
         for kind, given in (("video", videos), ("image", images)):
             if given is None:

@@ -6,14 +6,14 @@ architecture F.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from fovlm.checkpoint.run_folder import read_metrics, read_summary
 from fovlm.config.schema import Experiment
-from fovlm.errors import UserError, did_you_mean
+from fovlm.errors import UserError, did_you_mean, few
 from fovlm.paths import run_root
-from fovlm.report.confounds import scaled_label
+from fovlm.report.confounds import grouped, scaled_label
 from fovlm.report.runs import ARCH, Evidence, RunRecord
 from fovlm.sweep import select
 
@@ -54,9 +54,9 @@ def collect(words: Iterable[str]) -> Evidence:
         _one_set([run for label in labels for run in evidence.side(label)])
     cells = evidence.cells
     _one_set(evidence.side(scaled_label(evidence)) + cells)  # their noise may be that of its seeds
-    groups = _by(cells, lambda run: run.group)
+    groups = grouped(cells, lambda run: run.group, lambda run: run.name)
     if len(groups) > 1:
-        several = "; ".join(_some(names) for names in groups.values())
+        several = "; ".join(map(few, groups.values()))
         raise UserError(f"runs of different grids can't be compared: {several}; make one report for each")
     return evidence
 
@@ -130,9 +130,9 @@ def _drop(evidence: Evidence) -> None:
 
 def _one_set(runs: list[RunRecord]) -> None:
     """Raises UserError unless all were scored on one validation set."""
-    sets = _by(runs, lambda run: f"{'+'.join(run.experiment.data.val)} {run.val_set}")
+    sets = grouped(runs, lambda run: f"{'+'.join(run.experiment.data.val)} {run.val_set}", lambda run: run.name)
     if len(sets) > 1:
-        several = "; ".join(f"[{name}] {_some(names)}" for name, names in sets.items())
+        several = "; ".join(f"[{name}] {few(names)}" for name, names in sets.items())
         raise UserError(
             f"runs scored on different validation sets can't be compared: {several}; make one report for each"
         )
@@ -144,15 +144,3 @@ def _order(evidence: Evidence, run: RunRecord) -> tuple[bool, float, str, str, b
         return True, run.parameters, run.budget, run.arch, False, "", run.seed
     root = evidence.root(run.label)
     return False, 0, root, "", run.label != root, run.label, run.seed
-
-
-def _by(runs: list[RunRecord], key: Callable[[RunRecord], str]) -> dict[str, list[str]]:
-    """Names of runs, grouped."""
-    found: dict[str, list[str]] = {}
-    for run in runs:
-        found.setdefault(key(run), []).append(run.name)
-    return found
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

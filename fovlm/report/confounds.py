@@ -55,9 +55,9 @@ def grid_faults(cells: Sequence[RunRecord]) -> str:
     differ, nor the data. The architecture needs no check: a run is left out when its settings are of another.
     """
     faults = []
-    budgets = _grouped(cells, lambda run: run.budget, lambda run: run.experiment.train.flops)
-    sizes = _grouped(cells, lambda run: run.size, lambda run: [_setting(run, path) for path in SIZE])
-    counts = _grouped(cells, lambda run: run.size, lambda run: (run.arch, run.parameters))
+    budgets = grouped(cells, lambda run: run.budget, lambda run: run.experiment.train.flops)
+    sizes = grouped(cells, lambda run: run.size, lambda run: [_setting(run, path) for path in SIZE])
+    counts = grouped(cells, lambda run: run.size, lambda run: (run.arch, run.parameters))
     for budget, flops in budgets.items():
         if len(flops) > 1 or None in flops:
             faults.append(f"the cells of {budget} are not of one train.flops ({', '.join(map(str, flops))})")
@@ -100,7 +100,7 @@ def _data_differs(runs: Sequence[RunRecord]) -> bool:
     return len({run.summary.get("data_hash") for run in runs}) > 1
 
 
-def _grouped(
+def grouped(
     runs: Sequence[RunRecord], key: Callable[[RunRecord], str], of: Callable[[RunRecord], Any]
 ) -> dict[str, list[Any]]:
     """For each key the different values that its runs have."""

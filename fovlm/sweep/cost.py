@@ -7,10 +7,11 @@ and other load on that machine are not included.
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fovlm.data.packing import PackSize
+from fovlm.errors import few
 from fovlm.estimate.dry_run import length, metric, sizes_of
 from fovlm.estimate.shapes import geometry
 from fovlm.sweep.progress import duration, read_progress
@@ -104,14 +105,14 @@ def describe(found: list[Estimate], slots: int, price: float | None, on_gpu: boo
         lines.append(f"{slots} runs at a time")
     if bounded := [e for e in left if e.upper_bound_since]:
         lines.append(
-            f"{_few([e.run.name for e in bounded])}: every sample counts as large as the settings allow, so FLOPs are "
+            f"{few([e.run.name for e in bounded])}: every sample counts as large as the settings allow, so FLOPs are "
             f"AT MOST these (and samples at least, where FLOPs are given), since {bounded[0].upper_bound_since}"
         )
     for speed in dict.fromkeys(e.speed for e in left if e.speed and e.speed.measured):
-        lines.append(f"time from {metric(speed.flops_per_second)}FLOP/s per {one}, measured on {_few(speed.measured)}")
+        lines.append(f"time from {metric(speed.flops_per_second)}FLOP/s per {one}, measured on {few(speed.measured)}")
     if unknown := [e.run.name for e in left if e.speed is None]:
         lines.append(
-            f"no time for {_few(unknown)}: no finished run in runs.csv has their size; --flops-per-second sets the "
+            f"no time for {few(unknown)}: no finished run in runs.csv has their size; --flops-per-second sets the "
             f"speed of one {one}"
         )
     return "\n".join(lines)
@@ -129,7 +130,3 @@ def _scheduled(seconds: list[float], slots: int) -> float:
     for one in seconds:
         ends[ends.index(min(ends))] += 0.0 if math.isnan(one) else one
     return math.nan if any(map(math.isnan, seconds)) else max(ends)
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

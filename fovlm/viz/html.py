@@ -10,12 +10,14 @@ import hashlib
 import json
 from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
 import torch
 
 from fovlm.errors import UserError
+from fovlm.fileio import write_atomically
 from fovlm.media import encode
 from fovlm.model.modes import MODE_NOTES
 from fovlm.viz.gaze import Gaze
@@ -40,15 +42,9 @@ def write_page(gazes: list[Gaze], path: str | Path) -> Path:
         "DATA": json.dumps(_data(gazes), separators=(",", ":")).replace("<", "\\u003c"),
         "SCRIPT": script,
     }
-    # The template is split before inserting, so that no inserted text is searched for placeholders.
-    page, rest = "", pieces.joinpath("page.html").read_text(encoding="utf-8")
-    for name, part in parts.items():
-        before, _, rest = rest.partition(f"%{name}%")
-        page += before + part
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page + rest, encoding="utf-8")
-    return path
+    page = Template(pieces.joinpath("page.html").read_text(encoding="utf-8"))
+    write_atomically(Path(path), page.substitute(parts))
+    return Path(path)
 
 
 def _data(gazes: list[Gaze]) -> dict[str, Any]:

@@ -1,11 +1,21 @@
 """Fixtures that several test files use."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from tokenizers import decoders
 
 from fovlm.model.processing import FoveatedProcessor
+from helpers.forked import Forked
 from helpers.models import tiny_model
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory) -> Iterator[Forked]:
+    """The ranks of all tests start from one process, which has imported DeepSpeed and transformers."""
+    with Forked(tmp_path_factory.mktemp("forked")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

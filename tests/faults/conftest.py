@@ -50,12 +50,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def forked(home: Path) -> Iterator[Forked]:
-    with Forked(home) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
 def whole(home: Path, forked: Forked) -> Reference:
     """A run on two ranks that nothing disturbed, to compare with."""
     return Reference(home, forked)

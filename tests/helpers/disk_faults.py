@@ -8,6 +8,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,27 @@ def spoil(rank: int, target: int, steps: list[int]) -> None:
         return step(self, batches)
 
     Engine._loss, Engine.step = spoiled, counted
+
+
+def hang(rank: int) -> None:
+    """Minutes pass like seconds, and every step takes 0.6 s; on rank 1 the sixth never ends.
+
+    Rank 0 is slow to print, as on a busy machine: no other rank may end before.
+    """
+    from fovlm.train.engine import Engine
+    from fovlm.train.trainer import Watchdog
+
+    step, steps, init, exchange = Engine.step, [], Watchdog.__init__, Watchdog._exchange
+
+    def stuck(engine: Engine, batches: list[Any]) -> Any:
+        steps.append(1)
+        time.sleep(90 if len(steps) == 6 and rank == 1 else 0.6)
+        return step(engine, batches)
+
+    def slow(*arguments: Any) -> Any:
+        answers = exchange(*arguments)
+        time.sleep(1 if rank == 0 else 0)
+        return answers
+
+    Engine.step, Watchdog._exchange = stuck, slow
+    Watchdog.__init__ = lambda watchdog, seconds: init(watchdog, seconds / 60)

@@ -1,4 +1,4 @@
-"""What each rank does for test_engine.py: many checks in one start, since a start takes 20 s. Writes what it found.
+"""What each rank does for test_engine.py: many checks in one start. Writes what it found.
 
 python -m helpers.engine_ranks FOLDER [OTHER]     OTHER: the folder of a run on another number of ranks, to go on from
 """
@@ -78,10 +78,10 @@ def run(engine: Engine, first: int, last: int, packs: Callable[[int], list[Batch
     return [dataclasses.asdict(engine.step(packs(step)[mine])()) for step in range(first, last)]
 
 
-def main() -> None:
-    device, out = start(), Path(sys.argv[1])
+def main(arguments: list[str]) -> int:
+    device, out = start(), Path(arguments[0])
     gradients.PIECE = 1 << 14  # several of the small models' gradients
-    other = Path(sys.argv[2]) if len(sys.argv) > 2 else None
+    other = Path(arguments[1]) if len(arguments) > 1 else None
     found: dict[str, Any] = {}
     for stage in (1, 2, 3):
         trained = engine(device, stage)
@@ -127,6 +127,7 @@ def main() -> None:
     found["warm"] = float(warm(packs(0)[0]).sum().detach())
     if distributed.rank() == 0:
         (out / "found.json").write_text(json.dumps(found))
+    return 0
 
 
 def unusual(device: torch.device, stage: int, folder: Path) -> None:
@@ -158,4 +159,4 @@ def not_finite(trained: Engine) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,8 +1,10 @@
-"""Runs of `fovlm.train` in forked processes: everything is imported once, so ranks start in a second, not in fifteen.
+"""Runs of `fovlm.train` in forked processes: everything is imported once, so ranks start in a second, not in five.
 
 `python -m helpers.forked` is the server, which imports and forks; `Forked` starts it and talks to it in lines of JSON.
+What a rank calls is a function of its arguments, the trainer's `main` by default; it ends with what that returns.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers import ROOT
+
+TRAIN = "fovlm.train.trainer:main"
 
 
 class Ranks:
@@ -73,27 +77,33 @@ class Forked:
         print(json.dumps(request), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
-    def start(self, world: int, arguments: list[str], env: dict[str, str], hook: str = "", **options: Any) -> Ranks:
-        """Start `world` ranks of a run. `hook` ("module:function") is called in each before, with the options."""
+    def start(
+        self, world: int, arguments: list[str], env: dict[str, str], hook: str = "", main: str = TRAIN, **options: Any
+    ) -> Ranks:
+        """Start `world` ranks of `main` ("module:function"). `hook` is called in each before, with the options."""
         self.count += 1
         logs = [self.folder / f"run-{self.count:03d}-{rank}.txt" for rank in range(world)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         pids = self.ask(
-            start=arguments, env=env, port=port, logs=[str(log) for log in logs], hook=hook, options=options
+            start=arguments, env=env, port=port, logs=[str(log) for log in logs], hook=hook, main=main, options=options
         )  # fmt: skip
         return Ranks(self, pids, logs)
 
-    def run(self, world: int, arguments: list[str], env: dict[str, str], **options: Any) -> tuple[list[int], str]:
-        """A run to its end: the statuses of its ranks, and what rank 0 printed."""
+    def run(self, world: int, arguments: list[str], env: dict[str, str], status: int = 0, **options: Any) -> str:
+        """A run to its end: what rank 0 printed. Fails when a rank ends with another status."""
         ranks = self.start(world, arguments, env, **options)
-        return ranks.wait(), ranks.said()
+        assert ranks.wait() == [status] * world, "\n".join(map(ranks.said, range(world)))
+        return ranks.said()
 
 
 def _serve() -> None:
+    gc.disable()  # in imports it takes a second
     import fovlm.train.trainer  # noqa: F401
 
+    gc.freeze()  # or a collection in a fork copies all of the server's memory
+    gc.enable()
     replies, ended = os.fdopen(os.dup(1), "w"), {}
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -120,12 +130,9 @@ def _fork(request: dict[str, Any], rank: int) -> int:
         os.environ.update({key: str(value) for key, value in where.items()} | request["env"])
         os.environ["MASTER_ADDR"] = "127.0.0.1"
         if request["hook"]:
-            module, _, name = request["hook"].partition(":")
-            getattr(importlib.import_module(module), name)(rank=rank, **request["options"])
-        from fovlm.train import process, trainer
-
-        process.keep_running_without_output()
-        status = trainer.main(request["start"])
+            _function(request["hook"])(rank=rank, **request["options"])
+        _function("fovlm.train.process:keep_running_without_output")()
+        status = _function(request["main"])(request["start"])
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     finally:
@@ -134,6 +141,11 @@ def _fork(request: dict[str, Any], rank: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _function(name: str) -> Any:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 if __name__ == "__main__":

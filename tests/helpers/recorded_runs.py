@@ -1,20 +1,19 @@
-"""Several runs of `fovlm.train` in one process, since a start takes seconds: their losses, statuses and last words.
-
-python -m helpers.recorded_runs RUNS OUT     RUNS: JSON of name -> {"arguments": [...], "spoilt": [steps, from 1]}
-"""
+"""Several runs of `fovlm.train` in one process, since a start takes seconds: their losses, statuses and last words."""
 
 import contextlib
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fovlm.data.packing import Batch
 from fovlm.train import trainer
 from fovlm.train.engine import Engine, StepResult
 from fovlm.train.losses import Loss
+from helpers.forked import Forked
+from helpers.training import environment
 
 
 class Recorded(Engine):
@@ -33,10 +32,17 @@ class Recorded(Engine):
         return done
 
 
-def main() -> None:
-    found = {}
+def record(forked: Forked, home: Path, runs: dict[str, Any]) -> dict[str, Any]:
+    """What became of runs, given by name as {"arguments": [...], "spoilt": [steps, from 1]}."""
+    (home / "runs.json").write_text(json.dumps(runs))
+    forked.run(1, [str(home)], environment(home), main=f"{__name__}:main")
+    return json.loads((home / "found.json").read_text())
+
+
+def main(arguments: list[str]) -> int:
+    home, found = Path(arguments[0]), {}
     trainer.Engine = Recorded
-    for name, run in json.loads(Path(sys.argv[1]).read_text()).items():
+    for name, run in json.loads((home / "runs.json").read_text()).items():
         Recorded.steps, Recorded.spoilt = [], run.get("spoilt", [])
         with tempfile.TemporaryFile("w+") as said:
             with contextlib.redirect_stderr(said):
@@ -50,8 +56,5 @@ def main() -> None:
             "status": status,
             "said": last_words,
         }
-    Path(sys.argv[2]).write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+    (home / "found.json").write_text(json.dumps(found))
+    return 0

@@ -26,10 +26,10 @@ from helpers.models import tiny_model
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[int, Path]:
+def folders(forked, tmp_path_factory) -> dict[int, Path]:
     folders = {world: tmp_path_factory.mktemp(f"ranks{world}") for world in (1, 2)}
-    run_ranks(1, ["-m", "helpers.engine_ranks", str(folders[1])])
-    run_ranks(2, ["-m", "helpers.engine_ranks", str(folders[2]), str(folders[1])])
+    forked.run(1, [str(folders[1])], {}, main="helpers.engine_ranks:main")
+    forked.run(2, [str(folders[2]), str(folders[1])], {}, main="helpers.engine_ranks:main")
     return folders
 
 

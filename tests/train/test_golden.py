@@ -3,14 +3,13 @@
 To renew them after a change that is meant to change them: FOVLM_GOLDEN=write pytest tests/train/test_golden.py
 """
 
-import json
 import math
 import os
 
 import pytest
 
-from helpers.launch import run_ranks
-from helpers.training import STEPS, arguments, assert_golden, environment, write_data, write_golden
+from helpers.recorded_runs import record
+from helpers.training import STEPS, arguments, assert_golden, write_data, write_golden
 
 QUICK = ["data.workers=0", "data.val=[]", "train.eval_every=0", "train.best=train_loss", "train.save_every=0"]
 PICTURES = ["data.mixture={pictures: 86, words: 14}", "data.image_frames=4"]
@@ -38,13 +37,11 @@ def quickstart() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> dict[str, dict]:
+def trained(forked, tmp_path_factory) -> dict[str, dict]:
     home = write_data(tmp_path_factory.mktemp("golden"))
     runs = {name: {"arguments": [*arguments(home, name, *way), *QUICK]} for name, way in WAYS.items()}
     runs["quickstart"] = {"arguments": [*quickstart(), *QUICK]}
-    (home / "runs.json").write_text(json.dumps(runs))
-    run_ranks(1, ["-m", "helpers.recorded_runs", str(home / "runs.json"), str(home / "found.json")], environment(home))
-    return json.loads((home / "found.json").read_text())
+    return record(forked, home, runs)
 
 
 @pytest.mark.parametrize("name", [*WAYS, "quickstart"])

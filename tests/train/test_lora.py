@@ -10,7 +10,6 @@ from fovlm.config import schema
 from fovlm.errors import UserError
 from fovlm.estimate.shapes import geometry, parameters
 from fovlm.model.lora import is_adapter
-from helpers.launch import run_ranks
 from helpers.models import pack, tiny_model
 from helpers.training import arguments, environment, rows, write_data
 from helpers.zero_files import SAMPLES, write_run
@@ -52,12 +51,12 @@ def test_adapters_are_merged(tmp_path):
 
 
 @pytest.mark.slow
-def test_adapters_train_resume_exactly_and_convert(tmp_path):
+def test_adapters_train_resume_exactly_and_convert(forked, tmp_path):
     home = write_data(tmp_path)
-    run_ranks(2, ["-m", "fovlm.train", *arguments(home, "whole", *LORA, *QUIET)], environment(home))
+    forked.run(2, arguments(home, "whole", *LORA, *QUIET), environment(home))
     half = home / "runs" / "whole" / "checkpoints" / "step-00000004"
     again = [*arguments(home, "again", *LORA, *QUIET), f"train.resume={half}"]
-    run_ranks(1, ["-m", "fovlm.train", *again], environment(home))
+    forked.run(1, again, environment(home))
     whole, resumed = ([row["loss"] for row in rows(home, name)] for name in ("whole", "again"))
     assert len(resumed) == 4
     assert resumed == pytest.approx(whole[4:], rel=1e-5)

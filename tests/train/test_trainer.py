@@ -1,6 +1,6 @@
 """`python -m fovlm.train` from shards to a finished run: golden losses, a kill and a resume on fewer ranks, a signal.
 
-A start of two ranks takes some 15 s, so three starts serve all checks.
+One start, that of the signal, is that of a user; the others are forked.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fovlm.checkpoint.run_folder import Row
-from helpers.launch import run_ranks, start_ranks
+from helpers.launch import start_ranks
 from helpers.training import STEPS, arguments, assert_golden, environment, rows, write_data
 
 LOGGED = """loss_fine loss_coarse fine_over_coarse grad_norm lr_connector lr_encoder lr_llm attention_entropy
@@ -24,14 +24,10 @@ def home(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("train"))
 
 
-def command(home: Path, name: str, *more: str) -> list[str]:
-    return ["-m", "fovlm.train", *arguments(home, name, *more)]
-
-
 @pytest.fixture(scope="module")
-def whole(home) -> tuple[str, list[Row]]:
+def whole(forked, home) -> tuple[str, list[Row]]:
     """An uninterrupted run on two ranks: what it printed, and its rows."""
-    output = run_ranks(2, command(home, "whole"), environment(home))
+    output = forked.run(2, arguments(home, "whole"), environment(home))
     return output, rows(home, "whole")
 
 
@@ -71,16 +67,15 @@ def test_a_broken_sample_is_counted_and_named(whole, home):
     assert "sample p2 in broken-00.tar" in named[0]
 
 
-def test_a_killed_run_resumes_exactly_on_another_number_of_ranks(whole, home):
-    processes = start_ranks(2, command(home, "killed", "data.workers=0"), environment(home))
+def test_a_killed_run_resumes_exactly_on_another_number_of_ranks(forked, whole, home):
+    words = arguments(home, "killed", "data.workers=0")
+    ranks = forked.start(2, words, environment(home))
     until(lambda: len(rows(home, "killed")) >= 7)
-    for process in processes:  # at once, in the middle of a step
-        process.kill()
-    for process in processes:
-        process.wait()
+    ranks.kill()  # at once, in the middle of a step
+    ranks.wait()
     stopped = len(rows(home, "killed"))
     assert stopped < STEPS
-    output = run_ranks(1, command(home, "killed", "data.workers=0"), environment(home))
+    output = forked.run(1, words, environment(home))
     assert "resuming from step-0000" in output
     again = rows(home, "killed")
     assert [row["samples"] for row in again] == [row["samples"] for row in whole[1]]
@@ -91,17 +86,19 @@ def test_a_killed_run_resumes_exactly_on_another_number_of_ranks(whole, home):
     assert not (home / "runs" / "killed" / "universal").exists(), "it was made for the resume alone"
 
 
-def test_a_signal_saves_within_a_step_and_a_stranger_is_refused(whole, home):
-    (process,) = start_ranks(1, command(home, "signalled", "data.workers=0"), environment(home))
+def test_a_signal_saves_within_a_step_and_a_stranger_is_refused(forked, home):
+    command = ["-m", "fovlm.train", *arguments(home, "signalled", "data.workers=0")]
+    (process,) = start_ranks(1, command, environment(home))
     until(lambda: len(rows(home, "signalled")) >= 2)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
+    assert not [word for word in ("Traceback", "Warning") if word in output], output
     latest = (home / "runs" / "signalled" / "checkpoints" / "latest").read_text().strip()
     saved = json.loads((home / "runs" / "signalled" / "checkpoints" / latest / "state.json").read_text())
     assert saved["step"] == len(rows(home, "signalled"))
     # The same run folder with another rate is another experiment.
-    output = run_ranks(1, command(home, "signalled", "optim.lr_llm=1e-3"), environment(home), status=2)
+    output = forked.run(1, arguments(home, "signalled", "optim.lr_llm=1e-3"), environment(home), status=2)
     assert output.strip().count("\n") == 0
     assert "another experiment" in output
     assert "name=" in output

@@ -73,6 +73,12 @@ def staged_dir(out: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def refuse_occupied(out: Path) -> None:
+    """Raise UserError when `out` is there and not an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already and not empty: remove it, or give another folder")
+
+
 def remove_unfinished(path: Path) -> None:
     """Remove what killed processes left of `path`, whose name may be a glob. Only where no other process writes it."""
     for left in path.parent.glob(f".{path.name}.*{UNFINISHED}"):

@@ -25,7 +25,7 @@ from fovlm.checkpoint.verify import check
 from fovlm.checkpoint.zero_reader import Weights
 from fovlm.data.chat import template
 from fovlm.errors import UserError, did_you_mean, few
-from fovlm.fileio import staged_dir
+from fovlm.fileio import refuse_occupied, staged_dir
 from fovlm.model.configuration import FoveatedConfig
 from fovlm.model.encoders.dinov2 import released_name
 from fovlm.model.modeling import FoveatedVLM
@@ -76,12 +76,6 @@ def example_question(run: Path) -> str:
     """The question of the first clip in the newest attention maps of a run, "" without any."""
     maps = sorted((run / "maps").glob("step-*.npz"))
     return str(np.load(maps[-1])["texts"][0]).partition(" → ")[0] if maps else ""
-
-
-def refuse_occupied(out: Path) -> None:
-    """Raise UserError when `out` is there and not an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already and not empty: remove it, or give another folder")
 
 
 def write_weights(

@@ -23,13 +23,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from fovlm.checkpoint.convert import DTYPES, OnProgress, refuse_occupied, write_settings, write_weights
+from fovlm.checkpoint.convert import DTYPES, OnProgress, write_settings, write_weights
 from fovlm.checkpoint.model_card import imported_card
 from fovlm.checkpoint.safetensors_writer import byte_size
 from fovlm.checkpoint.zero_reader import Weights, load_pickled
 from fovlm.data.chat import load_tokenizer
 from fovlm.errors import UserError, did_you_mean
-from fovlm.fileio import staged_dir
+from fovlm.fileio import refuse_occupied, staged_dir
 from fovlm.model.build import check_vocabulary
 from fovlm.model.configuration import FoveatedConfig
 from fovlm.model.encoders.dinov2 import Dinov2Config, config_of, released_name

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fovlm.errors import EXIT_STOPPED, UserError, did_you_mean
+from fovlm.fileio import refuse_occupied
 
 QUESTIONS = ("name", "place", "left", "kind")  # of scenes
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes.  [default: one per core]")]
@@ -159,8 +160,8 @@ def check(
     from fovlm.prepare.repair import repair as write
     from fovlm.prepare.summary import summarize_check
 
-    if repair is not None and repair.exists() and (not repair.is_dir() or any(repair.iterdir())):
-        raise UserError(f"--repair {repair}: exists and is not an empty folder; give a new one")
+    if repair is not None:
+        refuse_occupied(repair)
     scans = check_shards(patterns, against or [], workers or os.cpu_count() or 1, pictures)
     print("\n".join(summarize_check(scans)))
     if repair is not None:

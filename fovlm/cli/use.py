@@ -44,22 +44,15 @@ def ask(
 
     Example: `fovlm ask clip.mp4 "What happens?" --model converted/LR1`
     """
-    check_model(model, mode)
-    check_path(video)
-    with progress("loading the model"):
-        from fovlm.media.clip import read_clip
-        from fovlm.viz.answer import answer
-
-        net, processor = open_(model, frames, dtype)
-    with progress(f"reading {Path(video).name}") as update:
-        clip = read_clip(video, net.config.frame_size, frames, fps, update)
-    warn(clip)
+    net, processor, clip = open_both(model, mode, video, frames, fps, dtype)
     options: dict[str, Any] = {"mode": mode or None}
     if temperature:
         import torch
 
         torch.manual_seed(seed)
         options |= {"do_sample": True, "temperature": temperature}
+    from fovlm.viz.answer import answer
+
     with progress(f"looking at {count(len(clip.frames), 'frame')}") as update:
         pieces = answer(net, processor, clip, question, tokens, on_progress=update, **options)
         first = next(pieces, "")
@@ -116,27 +109,17 @@ def look(
         raise UserError(f"--out {out} is a file: give a folder")
     if len(asked) > 2:
         raise UserError(f"{len(asked)} questions: give one, or two to compare (each in quotes)")
-    check_model(model, mode)
-    check_path(video)
-    with progress("loading the model"):
-        from fovlm.media.clip import read_clip
-        from fovlm.viz.answer import ALIKE
-        from fovlm.viz.contact_sheet import check_choice, save_weights, write_contact_sheet
-        from fovlm.viz.gaze import gaze_of
-        from fovlm.viz.html import write_page
-        from fovlm.viz.video import write_video
+    net, processor, clip = open_both(model, mode, video, frames, fps, dtype)
+    from fovlm.viz.answer import ALIKE
+    from fovlm.viz.contact_sheet import check_choice, save_weights, write_contact_sheet
+    from fovlm.viz.gaze import gaze_of
+    from fovlm.viz.html import write_page
+    from fovlm.viz.video import write_video
 
-        net, processor = open_(model, frames, dtype)
     encoder = net.config.encoder_config
     layers = encoder.num_hidden_layers if net.config.deep_query else 1
     check_choice((layers, 0, encoder.num_attention_heads), layer, head)
-    with progress(f"reading {Path(video).name}") as update:
-        clip = read_clip(video, net.config.frame_size, frames, fps, update)
-    warn(clip)
-    try:  # before the work
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be created: {error.strerror or error}") from error
+    out.mkdir(parents=True, exist_ok=True)  # before the work
     gazes = []
     for question in asked or [""]:
         step = f"looking at {count(len(clip.frames), 'frame')}" + (f": {question}" if question else "")
@@ -213,10 +196,19 @@ def open_(folder: str, frames: int, dtype: str) -> tuple[Any, Any]:
     return net, processor
 
 
-def warn(clip: Any) -> None:
-    """Print what could not be read of a clip."""
+def open_both(model: str, mode: str, video: str, frames: int, fps: float, dtype: str) -> tuple[Any, Any, Any]:
+    """The model, its processor and the clip; prints what could not be read of it."""
+    check_model(model, mode)
+    check_path(video)
+    with progress("loading the model"):
+        from fovlm.media.clip import read_clip
+
+        net, processor = open_(model, frames, dtype)
+    with progress(f"reading {Path(video).name}") as update:
+        clip = read_clip(video, net.config.frame_size, frames, fps, update)
     if clip.note:
         print(f"fovlm: {clip.name}: {clip.note}", file=sys.stderr, flush=True)
+    return net, processor, clip
 
 
 def count(n: int, what: str) -> str:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from fovlm.errors import UserError
 from fovlm.model.processing import open_model
 
 
@@ -30,11 +29,7 @@ class Fovlm:
 
     def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
         """The greedy answer to one message. Raises UserError for other parts than text, image and video."""
-        content = []
-        for part in message:
-            if part["type"] not in ("text", "image", "video"):
-                raise UserError(f"a part of type '{part['type']}': this model supports text, image and video")
-            content.append({"type": part["type"], part["type"]: part["value"]})
+        content = [{"type": part["type"], part["type"]: part["value"]} for part in message]
         inputs = self.processor(messages=[{"role": "user", "content": content}]).to(self.model.device)
         tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, mode=self.mode, do_sample=False)
         return str(self.processor.batch_decode(tokens)[0]).strip()

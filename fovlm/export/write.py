@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fovlm.checkpoint.convert import end_tokens, refuse_occupied
+from fovlm.checkpoint.convert import end_tokens
 from fovlm.checkpoint.locate import find_folder, open_run
 from fovlm.checkpoint.reference import ReferenceOutputs
 from fovlm.data.chat import template
@@ -28,7 +28,7 @@ from fovlm.export import npm
 from fovlm.export.compare import compare
 from fovlm.export.graphs import GRAPHS, PROTOBUF, write_graphs
 from fovlm.export.runtime import shrink
-from fovlm.fileio import staged_dir
+from fovlm.fileio import refuse_occupied, staged_dir
 from fovlm.media import encode
 from fovlm.media.clip import read_clip
 from fovlm.model.encoders.families import side_of

@@ -117,16 +117,9 @@ def attend(p: Block, query: Tensor, cached: LayerCache, frame_of_look: Tensor | 
     """Attention of the looks' queries [K, H, d] over a layer's cache -> [K, H, d]."""
     if len(cached) == 2:
         return query_attention(query, *cached, frame_of_look, scale)
-    return absorbed_attention(
-        query,
-        cached[0],
-        frame_of_look,
-        scale,
-        key_weight=p.key.weight,
-        key_bias=p.key.bias,
-        value_weight=p.value.weight,
-        value_bias=p.value.bias,
-    )
+    projections: dict[str, Any] = {"key_weight": p.key.weight, "key_bias": p.key.bias}
+    projections |= {"value_weight": p.value.weight, "value_bias": p.value.bias}
+    return absorbed_attention(query, cached[0], frame_of_look, scale, **projections)
 
 
 def weights_of(query: Tensor, key: Tensor, frame_of_look: Tensor | None, scale: float) -> Tensor:

@@ -225,7 +225,7 @@ def test_looks_are_written_as_page_film_sheet_and_weights(capsys, saved_model, f
         capsys, "look", film, "what ?", "--layer", "3", "--out", new, "-m", saved_model
     )
     assert not Path(new).exists()
-    assert "cannot be created" in user_error(capsys, "look", film, "what ?", "--out", f"{film}/new", "-m", saved_model)
+    assert "Not a directory" in user_error(capsys, "look", film, "what ?", "--out", f"{film}/new", "-m", saved_model)
     assert "is a file" in user_error(capsys, "look", film, "--out", film, "-m", saved_model)
 
 

@@ -46,11 +46,7 @@ def build(settings: ModelSettings, image_frames: int = 1) -> FoveatedVLM:
 
 
 def configuration(
-    settings: ModelSettings,
-    llm: PreTrainedConfig,
-    encoder: PreTrainedConfig,
-    visual_scale: float,
-    image_frames: int = 1,
+    settings: ModelSettings, llm: PreTrainedConfig, encoder: PreTrainedConfig, visual_scale: float, image_frames: int
 ) -> FoveatedConfig:
     """The configuration of an experiment's model with these backbones. Raises UserError for a frame size that is not a
     whole number of patches."""

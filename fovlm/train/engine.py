@@ -24,7 +24,7 @@ from deepspeed.runtime.zero import stage_1_and_2
 from fovlm import distributed
 from fovlm.checkpoint import store
 from fovlm.checkpoint.reference import ReferenceBatch, ReferenceOutputs
-from fovlm.checkpoint.store import ENGINE
+from fovlm.checkpoint.store import ENGINE, Checkpoints, State
 from fovlm.config.schema import OptimSettings
 from fovlm.data.packing import Batch
 from fovlm.data.prefetch import DeviceCopies
@@ -191,12 +191,7 @@ class Engine:
         return (size[True] + size[False]) * self.dtype.itemsize + size[True] * 12
 
     def save(
-        self,
-        checkpoints: store.Checkpoints,
-        state: store.State,
-        experiment: str,
-        best: bool,
-        probe: ReferenceBatch | None = None,
+        self, checkpoints: Checkpoints, state: State, experiment: str, best: bool, probe: ReferenceBatch | None = None
     ) -> Path:
         """Write a checkpoint together with all ranks; see `store.py` for the order of its parts.
 

@@ -4,7 +4,6 @@ import ast
 import functools
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from fovlm.cli.main import app
 from fovlm.config import experiments, schema
 from fovlm.errors import UserError
 from helpers import ROOT
+from helpers.launch import fresh_python
 
 FILES = sorted([*(ROOT / "fovlm").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -245,8 +245,7 @@ size = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=
 LlamaForCausalLM(LlamaConfig(**size))
 print("fine")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip().endswith("fine"), done.stderr
+    assert fresh_python(code).strip().endswith("fine")
 
 
 @pytest.mark.parametrize("file", FILES + TESTS, ids=lambda file: str(file.relative_to(ROOT)))

@@ -1,5 +1,6 @@
 """A finished run, and the evidence that a set of runs makes."""
 
+import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,7 @@ class RunRecord:
     def flops_per_sample(self) -> float:
         return self.flops / self.samples
 
-    @property
+    @functools.cached_property
     def parameters(self) -> int:
         """All parameters of backbones and connector that the visual mode uses, trained or frozen."""
         counts = parameters(self.experiment, geometry(self.experiment.model))

@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass, fields
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import minimize
-from scipy.special import huber, logsumexp, softmax
+from scipy.special import huber
 
 from fovlm.report.statistics import LEVEL, student
 
@@ -181,7 +181,8 @@ def _predict(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarra
     """log of the law at the points, and the shares [3, points] of its three terms."""
     e, a, alpha, b, beta = theta
     terms = np.stack([np.full_like(n, e), a - alpha * n, b - beta * d])
-    return logsumexp(terms, axis=0), softmax(terms, axis=0)
+    total = np.logaddexp.reduce(terms, axis=0)  # scipy's logsumexp takes ten times as long for few points
+    return total, np.exp(terms - total)
 
 
 def _loss(theta: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:

@@ -1,5 +1,6 @@
 """`python -m fovlm.train NAME [section.key=value ...]`: train a run."""
 
+import gc
 import os
 import sys
 
@@ -8,10 +9,14 @@ from fovlm.train.process import keep_running_without_output, stop_without_launch
 if __name__ == "__main__":
     keep_running_without_output()
     stop_without_launcher()
+    gc.disable()  # the imports make no garbage, and looking for it takes a second
     from fovlm.train.trainer import main  # takes seconds, in which launch.sh may end
 
+    gc.freeze()
+    gc.enable()
     status = main()
     if status:  # in an ordinary exit torch's threads may abort when another rank is gone, and 134 replaces the status
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    gc.freeze()  # the end of Python looks for garbage again, another second

@@ -1,7 +1,6 @@
 """Folders that are saved, loaded and shared: a fresh process, the Auto classes, the hub, and what is no model."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from fovlm import FoveatedVLM, open_model
 from fovlm.errors import UserError
-from helpers import ROOT
 from helpers.interface import QUESTION, model_of, processor_of
+from helpers.launch import fresh_python
 from helpers.models import FRAME
 
 
@@ -27,11 +26,15 @@ def folder(tmp_path) -> Path:
 
 
 def test_a_fresh_process_needs_nothing_but_the_folder(folder):
-    """In fp32 and bf16, by our names and by the Auto classes."""
+    """In fp32 and bf16, by our names and by the Auto classes. Looking for transformers is not importing it."""
     code = f"""
+import sys, fovlm, importlib.util
+importlib.util.find_spec("transformers")
+assert not {{"torch", "transformers"}} & set(sys.modules)
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+assert type(AutoConfig.from_pretrained({str(folder)!r})).__name__ == "FoveatedConfig"
 import torch
 from fovlm import FoveatedProcessor, FoveatedVLM
-from transformers import AutoModelForImageTextToText, AutoProcessor
 processor = FoveatedProcessor.from_pretrained({str(folder)!r})
 inputs = processor(text={QUESTION!r}, videos=torch.full((2, 3, {FRAME}, {FRAME}), 9, dtype=torch.uint8))
 for dtype in (torch.float32, torch.bfloat16):
@@ -41,13 +44,13 @@ for dtype in (torch.float32, torch.bfloat16):
 model = AutoModelForImageTextToText.from_pretrained({str(folder)!r}).eval()
 print(model.generate(**inputs, max_new_tokens=4)[0].tolist())
 assert type(AutoProcessor.from_pretrained({str(folder)!r})) is FoveatedProcessor
+assert type(AutoModel.from_pretrained({str(folder)!r})) is type(model) is FoveatedVLM
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    printed = fresh_python(code)
     model, processor = open_model(folder)
     shown = torch.full((2, 3, FRAME, FRAME), 9, dtype=torch.uint8)
     expected = model.generate(**processor(text=QUESTION, videos=shown), max_new_tokens=4)[0].tolist()
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    answers = [json.loads(line) for line in printed.splitlines()]
     assert answers[0] == answers[2] == expected
     assert len(answers[1]) > 0
 
@@ -136,19 +139,15 @@ def test_what_is_no_model_is_refused_in_one_line(folder, tmp_path):
     "imports",
     [
         "import transformers, fovlm",
-        # Looking for transformers is not importing it.
-        "import sys, fovlm, importlib.util as u; u.find_spec('transformers'); assert not SLOW & set(sys.modules)",
         # The model is not registered in the middle of an import by a module of fovlm.
         "import fovlm.data.chat, sys; assert 'fovlm.model' not in sys.modules; from fovlm import FoveatedVLM",
     ],
 )
 def test_importing_fovlm_registers_the_auto_classes(folder, imports):
     code = f"""
-SLOW = {{"torch", "transformers"}}
 {imports}
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 for auto in (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor):
     print(type(auto.from_pretrained({str(folder)!r})).__name__)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == ["FoveatedConfig", "FoveatedVLM", "FoveatedVLM", "FoveatedProcessor"], done.stderr
+    assert fresh_python(code).split() == ["FoveatedConfig", "FoveatedVLM", "FoveatedVLM", "FoveatedProcessor"]

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from fovlm import open_model
 from helpers.interface import frames, model_of, processor_of, says
+from helpers.launch import fresh_python
 
 CODE = """
 import json, sys
@@ -46,10 +45,8 @@ def test_a_saved_model_loads_without_fovlm(tmp_path, question):
     env["HF_MODULES_CACHE"] = str(tmp_path / "cache")
 
     def load(folder, again) -> list:
-        command = [sys.executable, "-c", CODE, str(folder), str(again)]
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
+        printed = fresh_python(CODE, str(folder), str(again), env=env, cwd=tmp_path)
+        return json.loads(printed.splitlines()[-1])
 
     tokens, loss, said = load(tmp_path / "model", tmp_path / "again")
     asked = says("what is this ?", video=shown)

@@ -102,9 +102,7 @@ def _videos(
     object_names = names(task.names)
     rng = np.random.default_rng([task.seed, stream])
     for start in range(0, count, PER_SHARD):  # at most this many clips in memory
-        part = generate(
-            rng, min(PER_SHARD, count - start), objects, frames, task.grid, task.patch, task.names, task.marks
-        )
+        part = generate(task, rng, min(PER_SHARD, count - start), frames, objects)
         for i in range(len(part.frames)):
             key = f"{kind}{start + i:06d}"
             record = {
@@ -172,23 +170,18 @@ def glyph(digit: int, height: int, width: int) -> np.ndarray:
     return rows[y][:, x]
 
 
-def generate(
-    rng: np.random.Generator, clips: int, counts: list[int], f: int, grid: int, p: int, name_count: int, marks: int
-) -> Clips:
-    """Draw `clips` clips of f frames on a grid of `grid` x `grid` patches of p pixels.
-
-    Each clip has one of the `counts` of objects, with different names out of the first `name_count`; in every frame
-    they are in new places and show new marks out of `marks`.
-    """
-    most = max(counts)
+def generate(task: SyntheticTask, rng: np.random.Generator, clips: int, f: int, counts: list[int]) -> Clips:
+    """Draw `clips` clips of f frames. Each has one of the `counts` of objects, with different names; in every frame
+    they are in new places and show new marks."""
+    grid, p, most = task.grid, task.patch, max(counts)
     objects = rng.choice(np.array(counts), clips)
-    who = rng.random((clips, name_count)).argsort(1)[:, :most]  # distinct names of each clip; the first is asked for
+    who = rng.random((clips, task.names)).argsort(1)[:, :most]  # distinct names of each clip; the first is asked for
     cells = rng.random((clips, f, grid * grid)).argsort(2)[:, :, :most]
-    shown = rng.integers(0, marks, (clips, f, most))
-    sprite = 1 + who[:, None, :] * marks + shown
+    shown = rng.integers(0, task.marks, (clips, f, most))
+    sprite = 1 + who[:, None, :] * task.marks + shown
     sprite[np.broadcast_to(np.arange(most) >= objects[:, None, None], sprite.shape)] = 0
     canvas = np.zeros((clips, f, grid * grid), np.int64)
     np.put_along_axis(canvas, cells, sprite, 2)
-    pictures = sprites(name_count, marks, p)[canvas].reshape(clips, f, grid, grid, p, p, 3)
+    pictures = sprites(task.names, task.marks, p)[canvas].reshape(clips, f, grid, grid, p, p, 3)
     frames = pictures.transpose(0, 1, 2, 4, 3, 5, 6).reshape(clips, f, grid * p, grid * p, 3)
     return Clips(frames, who[:, 0], shown[:, :, 0], cells[:, :, 0], objects)

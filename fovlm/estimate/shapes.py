@@ -26,18 +26,14 @@ from fovlm.model.lora import is_adapter
 from fovlm.model.modeling import FoveatedVLM
 from fovlm.paths import local_folder
 
+LLM_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+)  # fmt: skip
 
-def _llm(kind: str, V: int, width: int, inner: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict:
-    return {
-        "model_type": kind,
-        "vocab_size": V,
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "tie_word_embeddings": True,
-    } | more
+
+def _llm(kind: str, *sizes: int, **more: Any) -> dict:
+    named = dict(zip(LLM_SIZES, sizes, strict=True))
+    return {"model_type": kind, "tie_word_embeddings": True, **named, **more}
 
 
 def _vit(kind: str, width: int, **more: Any) -> dict:

@@ -36,11 +36,11 @@ from fovlm.model.modeling import FoveatedVLM
 from fovlm.model.modes import NEW_TOKENS
 from fovlm.model.processing import open_model
 from fovlm.model.streaming import RESERVE
+from fovlm.viz.gaze import QUESTION
 from fovlm.viz.heatmap import ALPHA, DARKEN, STOPS
 
 TOLERANCE = 1e-4  # nats between an fp32 graph and PyTorch
 PAGE = ("index.html", "page.js", "model.js")
-QUESTION = "What happens here?"
 
 
 @dataclass

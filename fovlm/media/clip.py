@@ -70,15 +70,13 @@ def _read_file(
 def list_clips(folder: str | Path) -> list[Path]:
     """What `read_clip` supports in a folder, in natural order: files, by their first bytes, and folders of pictures.
 
-    Pictures whose names differ in numbers alone are the frames of one clip: the folder itself. Raises UserError.
+    Pictures whose names differ in numbers alone are the frames of one clip: the folder itself. Raises UserError, and
+    OSError for what must not be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")
-    try:
-        found = [path for path in sorted(folder.iterdir(), key=_natural) if _is_clip(path)]
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror or error}") from error
+    found = [path for path in sorted(folder.iterdir(), key=_natural) if _is_clip(path)]
     if not found:
         raise UserError(f"{folder} holds no video or picture (supported: {KINDS})")
     numbered = {re.sub(r"\d+", "", path.name) for path in found}

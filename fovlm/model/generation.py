@@ -170,10 +170,8 @@ def _sample(tokens: Tensor, frames: Tensor | None, looks: Tensor | None, prompt:
 
 def one_frame_a_look(sample: Sample, times: list[int]) -> Sample:
     """A sample with every frame as often as it is looked at, which any pack can hold."""
-    frames = sample.frames
-    if times:
-        frames = frames.repeat_interleave(torch.tensor(times, device=frames.device), dim=0)
-    return Sample("", "", frames.cpu(), len(frames), sample.tokens.cpu(), sample.weight, sample.prompt)
+    frames = sample.frames.cpu().repeat_interleave(torch.tensor(times, dtype=torch.int64), dim=0)
+    return Sample("", "", frames, len(frames), sample.tokens.cpu(), sample.weight, sample.prompt)
 
 
 def check_context(config: FoveatedConfig, looks: int, words: int) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -128,8 +128,6 @@ class ContextCache(Cache):
 
     def copies(self, times: int) -> Cache:
         """A cache of transformers with every conversation `times` times, for beam search."""
-        from transformers import DynamicCache
-
         copy = DynamicCache()
         for number, layer in enumerate(layer for layer in self.layers if layer.buffers):
             copy.update(*(x.repeat_interleave(times, dim=0) for x in (layer.keys, layer.values)), number)

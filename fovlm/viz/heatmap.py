@@ -24,13 +24,8 @@ def maps(weights: Tensor | np.ndarray, layer: int | None = None, head: int | Non
     weights = torch.as_tensor(weights)
     weights = weights.mean(0) if layer is None else weights[layer]
     weights = weights.mean(1) if head is None else weights[:, head]
-    side = side_of(weights.shape[1])
+    side = math.isqrt(weights.shape[1])
     return weights[:, -side * side :].float().unflatten(1, (side, side))
-
-
-def side_of(rows: int) -> int:
-    """Patches on a side of a frame whose N rows are a square of patches and a few other tokens."""
-    return math.isqrt(rows)
 
 
 def smooth(grid: Tensor, size: int) -> Tensor:

@@ -8,6 +8,7 @@ its hash).
 import base64
 import hashlib
 import json
+import math
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -21,7 +22,7 @@ from fovlm.fileio import write_atomically
 from fovlm.media import encode
 from fovlm.model.modes import MODE_NOTES
 from fovlm.viz.gaze import Gaze
-from fovlm.viz.heatmap import DARKEN, STOPS, entropy, side_of
+from fovlm.viz.heatmap import DARKEN, STOPS, entropy
 
 QUALITY = 85  # of the JPEGs
 
@@ -65,7 +66,7 @@ def _data(gazes: list[Gaze]) -> dict[str, Any]:
         "K": K,
         "H": H,
         "layers": layers,
-        "side": side_of(N),
+        "side": math.isqrt(N),  # the rows of a frame are a square of patches and a few other tokens
         "stops": STOPS,
         "darken": DARKEN,
         "frames": frames,
@@ -86,7 +87,7 @@ def _data(gazes: list[Gaze]) -> dict[str, Any]:
 
 def _weights(weights: np.ndarray) -> dict[str, Any]:
     """[layers, K, H, N] -> the patches as u8; of each layer, look and head the weight of 255, CLS and entropy."""
-    n = side_of(weights.shape[-1]) ** 2  # patches; CLS and registers come before them
+    n = math.isqrt(weights.shape[-1]) ** 2  # patches; CLS and registers come before them
     patches = weights[..., -n:].astype(np.float32)
     most = patches.max(-1).clip(1e-12)
     return {

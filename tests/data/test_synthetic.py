@@ -28,8 +28,7 @@ def folders(tmp_path, monkeypatch):
 
 
 def draw(task: SyntheticTask = TASK, clips: int = 12, seed: int = 0) -> synthetic.Clips:
-    rng = np.random.default_rng(seed)
-    return synthetic.generate(rng, clips, task.objects, task.frames, task.grid, task.patch, task.names, task.marks)
+    return synthetic.generate(task, np.random.default_rng(seed), clips, task.frames, task.objects)
 
 
 def patches(frames: np.ndarray, p: int) -> np.ndarray:

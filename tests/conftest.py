@@ -1,5 +1,6 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files use, and when garbage is collected."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,14 @@ from tokenizers import decoders
 from fovlm.model.processing import FoveatedProcessor
 from helpers.forked import Forked
 from helpers.models import tiny_model
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported lives to the end: a collection need not look at it
+
+
+def pytest_unconfigure() -> None:
+    gc.freeze()  # or the end of Python takes seconds
 
 
 @pytest.fixture(scope="session")

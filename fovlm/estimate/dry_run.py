@@ -48,6 +48,7 @@ def describe(experiment: Experiment, world_size: int, device: str | None = None)
     if Path(tokenizer := tokenizer_path(experiment)).is_dir() or tokenizer == "bytes":
         check_vocabulary(shapes.llm.V, len(open_tokenizer(experiment)))
     sizes, why_bound = sizes_of(experiment)
+    long = length(experiment, shapes, sizes)
     fetched = _fetched(experiment)
     parts = [
         f"{experiment.name}: {experiment.note}" if experiment.note else experiment.name,
@@ -56,8 +57,8 @@ def describe(experiment: Experiment, world_size: int, device: str | None = None)
         *([_section("remote shards", fetched)] if fetched else []),
         _section("parameters", _parameters(experiment, shapes)),
         _section("FLOPs per sample", _flops(experiment, shapes, sizes, why_bound)),
-        _section("length", _length(experiment, shapes, sizes, why_bound)),
-        _section("packs", _packs(experiment, shapes, sizes, world_size, device)),
+        _section("length", _length(experiment, long, why_bound)),
+        _section("packs", _packs(long, shapes, world_size, device)),
         _section("memory per rank (estimated)", _memory(experiment, shapes, deepspeed, world_size, device)),
     ]
     return "\n\n".join(parts)
@@ -152,6 +153,8 @@ class Length(NamedTuple):
     steps: int
     per_step: float
     per_sample: float
+    packs: list[list[PackSize]]  # of the steps that the known samples fill
+    packs_per_step: float
 
     @property
     def flops(self) -> float:
@@ -162,14 +165,12 @@ def length(experiment: Experiment, shapes: Geometry, sizes: list[PackSize]) -> L
     """The length of a run whose samples have these sizes."""
     train, (packs, steps) = experiment.train, plan(experiment, sizes)
     per_sample, per_step = total(mean_cost(experiment, shapes, sizes)).total, sum(map(len, packs)) / steps
-    if train.steps:
-        return Length(train.steps * per_step, train.steps, per_step, per_sample)
-    samples = train.samples or samples_for(train.flops or 0.0, per_sample)
-    return Length(samples, math.ceil(samples / per_step), per_step, per_sample)
+    samples = train.steps * per_step if train.steps else train.samples or samples_for(train.flops or 0.0, per_sample)
+    count = train.steps or math.ceil(samples / per_step)
+    return Length(samples, count, per_step, per_sample, packs, len(packs) / steps)
 
 
-def _length(experiment: Experiment, shapes: Geometry, sizes: list[PackSize], why_bound: str) -> str:
-    long = length(experiment, shapes, sizes)
+def _length(experiment: Experiment, long: Length, why_bound: str) -> str:
     given = next(key for key in ("samples", "steps", "flops") if getattr(experiment.train, key))
     rows = [
         ["samples", f"{long.samples:,.0f}"],
@@ -210,16 +211,14 @@ def real_shares(packs: Iterable[list[PackSize]], tokens_per_look: int = 1) -> di
     return dict(zip(("frames", "prefix", "sequence", "text"), (real / whole).tolist(), strict=True))
 
 
-def _packs(experiment: Experiment, shapes: Geometry, sizes: list[PackSize], world_size: int, device: str) -> str:
-    long = length(experiment, shapes, sizes)
-    packs, steps = plan(experiment, sizes)
+def _packs(long: Length, shapes: Geometry, world_size: int, device: str) -> str:
     name = torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else ""
     gpu, peak = (name, known) if (known := peak_flops(name)) else ("H100", PEAKS["H100"])
     step = long.per_step * long.per_sample
     rows = [
-        ["samples in a pack", f"{sum(map(len, packs)) / len(packs):,.1f}"],
-        ["FLOPs of a pack", metric(step * steps / len(packs))],
-        *([f"real {part}", f"{share:.1%}"] for part, share in real_shares(packs, shapes.T).items()),
+        ["samples in a pack", f"{long.per_step / long.packs_per_step:,.1f}"],
+        ["FLOPs of a pack", metric(step / long.packs_per_step)],
+        *([f"real {part}", f"{share:.1%}"] for part, share in real_shares(long.packs, shapes.T).items()),
         *([f"a step at {mfu:.0%} MFU", f"{1e3 * step / (mfu * peak * world_size):,.1f} ms"] for mfu in MFU),
     ]
     assumed = f"MFU is an assumption, of {metric(peak)}FLOP/s dense bf16 ({gpu}) on each of {world_size}"

@@ -1,11 +1,10 @@
 """A tiny model trained for some steps with the references and with the kernels: two curves as JSON.
 
-Triton's interpreter must be chosen before Triton is imported: TRITON_INTERPRET=1 python -m helpers.kernel_curve STEPS
+Triton's interpreter must be chosen before Triton is imported, with TRITON_INTERPRET=1.
 """
 
 import functools
 import json
-import sys
 
 import torch
 
@@ -54,14 +53,11 @@ def curve(steps: int) -> list[float]:
     return losses
 
 
-def main() -> None:
+def both(steps: int) -> None:
+    """Print the curves."""
     torch.set_num_threads(1)
     found = {}
     for implementation in ("reference", "triton"):
         use(implementation)
-        found[implementation] = curve(int(sys.argv[1]))
+        found[implementation] = curve(steps)
     print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from fovlm.train.losses import text_loss
 from helpers import ROOT
 from helpers.devices import DEVICES
 from helpers.kernel_curve import use
+from helpers.launch import fresh_python
 
 STEPS = 10
 
@@ -31,10 +30,8 @@ def test_a_tiny_model_learns_the_same_under_the_interpreter():
     Attention that is wrong by 1 %, in one form alone, moves this curve by 1e-3, and a gradient wrong by 10 % by 4e-4.
     """
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    command = [sys.executable, "-m", "helpers.kernel_curve", str(STEPS)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    curves = json.loads(done.stdout)
+    code = "import sys; from helpers.kernel_curve import both; both(int(sys.argv[1]))"
+    curves = json.loads(fresh_python(code, str(STEPS), env=environment))
     assert len(curves["triton"]) == STEPS
     assert curves["triton"][-1] < 0.8 * curves["triton"][0], "and it learns"
     assert_same(curves, 1e-5)

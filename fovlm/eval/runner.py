@@ -5,6 +5,7 @@ mode, control and option. Chunks depend on item numbers alone, so interrupted ru
 same results.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ NEAR = 64  # items among which another clip and question are looked for
 Result = dict[str, Any]
 Files = dict[tuple[str, str], ResultFile]  # by control and mode
 Chunk = list[tuple[int, EvalItem | str]]  # numbers of items, with the item or the reason why it is skipped
+Asked = tuple[str, Tensor] | None  # an item's clip and question; None without frames
 
 
 @dataclass
@@ -107,8 +109,9 @@ def score_set(
     mine = chunks_of(len(eval_set), settings.batch)[rank::ranks]
     left = [chunk for chunk in mine if any(n not in file.done for file in files.values() for n in chunk)]
     chunks = _prefetch(eval_set, left)
+    asked = functools.cache(lambda number: asked_of(eval_set.item(number)))
     for chunk in track(chunks, f"batches of {eval_set.name}", len(left)) if rank == 0 else chunks:
-        score_chunk(target, eval_set, chunk, files)
+        score_chunk(target, eval_set, chunk, files, asked)
     return facts, files
 
 
@@ -151,14 +154,20 @@ def _prefetch(eval_set: EvalSet, chunks: list[range]) -> Iterator[Chunk]:
             yield ready
 
 
-def score_chunk(target: Target, eval_set: EvalSet, chunk: Chunk, files: Files) -> None:
-    """Encode the frames of a chunk once, and add its items to every file that lacks them."""
+def asked_of(item: EvalItem | str) -> Asked:
+    """What decides which items are foreign to it."""
+    return (item.clip, item.prompt) if isinstance(item, EvalItem) and len(item.frames) else None
+
+
+def score_chunk(target: Target, eval_set: EvalSet, chunk: Chunk, files: Files, asked: Callable[[int], Asked]) -> None:
+    """Encode the frames of a chunk once, and add its items to every file that lacks them. `asked` remembers what items
+    ask, by number: to look for a foreign one would decode the same items again for each."""
     items = [item for _, item in chunk if isinstance(item, EvalItem)]
     views = views_of(target, items)
     others: dict[int, View | None] = {}
     if any(control == "foreign" for control, _ in files):
         last = chunk[-1][0]
-        others = {item.number: _other_view(target, eval_set, item, items, views, last) for item in items}
+        others = {item.number: _other_view(target, eval_set, asked, item, items, views, last) for item in items}
     blind: dict[int, SampleResult] = {}  # without frames all modes are the same
     for (control, mode), file in files.items():
         for number, item in chunk:
@@ -197,23 +206,28 @@ def views_of(target: Target, items: list[EvalItem]) -> dict[int, View | None]:
 
 
 def _other_view(
-    target: Target, eval_set: EvalSet, item: EvalItem, items: list[EvalItem], views: dict[int, View | None], last: int
+    target: Target,
+    eval_set: EvalSet,
+    asked: Callable[[int], Asked],
+    item: EvalItem,
+    items: list[EvalItem],
+    views: dict[int, View | None],
+    last: int,
 ) -> View | None:
     """The view of the next foreign item: of its chunk, cyclically, or behind it, which costs an encoding."""
     if not len(item.frames):
         return None
 
-    def differs(other: EvalItem | str) -> bool:
-        if not isinstance(other, EvalItem) or not len(other.frames):
-            return False
-        return is_foreign(item.clip, item.prompt, other.clip, other.prompt)
+    def differs(other: Asked) -> bool:
+        return other is not None and is_foreign(item.clip, item.prompt, *other)
 
     at = items.index(item)
-    if other := next(filter(differs, [*items[at + 1 :], *items[:at]]), None):
-        return views[other.number]
-    behind = (eval_set.item((last + n) % len(eval_set)) for n in range(1, min(len(eval_set), NEAR) + 1))
-    found = next(filter(differs, behind), None)
-    return views_of(target, [found])[found.number] if isinstance(found, EvalItem) else None
+    if near := next((one for one in [*items[at + 1 :], *items[:at]] if differs(asked_of(one))), None):
+        return views[near.number]
+    behind = ((last + n) % len(eval_set) for n in range(1, min(len(eval_set), NEAR) + 1))
+    found = next((number for number in behind if differs(asked(number))), None)
+    other = "" if found is None else eval_set.item(found)
+    return views_of(target, [other])[other.number] if isinstance(other, EvalItem) else None
 
 
 def _score_item(target: Target, item: EvalItem, view: View | None, mode: str) -> SampleResult:

@@ -1,6 +1,7 @@
 """Evaluation: options scored as if alone, frames encoded once, controls, intervals, resume, several ranks, losses."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 
@@ -135,11 +136,13 @@ def test_controls_do_what_they_say(mode):
         controls.check(["blnid"])
 
 
-def test_a_foreign_gaze_follows_another_question(tmp_path, quiz):
+def test_a_foreign_gaze_follows_another_question(tmp_path, quiz, monkeypatch):
     """Questions that are all the same are left out, and counted: with one frame their queries are, too."""
-    one = target(question="before_frames")
+    one, read, item = target(question="before_frames"), [], eval_sets.QuestionSet.item
+    monkeypatch.setattr(eval_sets.QuestionSet, "item", lambda self, number: read.append(number) or item(self, number))
     how = {"modes": ["coarse_fine"], "controls": ["foreign"]}
     _, foreign = run_eval(one, settings(tmp_path, **how))
+    assert max(Counter(read).values()) == 2, "decoded to be scored, and once to look for another question"
     shown = sum(bool(question.media) for question in quiz)
     assert foreign["skipped"] == {"no other clip and question nearby": shown}
     quiz[0] = replace(quiz[0], question="is it red ?")

@@ -92,6 +92,22 @@ def test_a_table_of_pictures_videos_and_texts(tmp_path):
     assert (manifest.total("rows"), manifest.total("samples"), manifest.rejected) == (5, 4, {})
 
 
+@pytest.mark.parametrize("format", ["csv", "jsonl", "json", "parquet"])
+def test_a_table_of_texts_alone(tmp_path, format):
+    """No column has files: every row is a sample, also next to an equal one. One without an answer is named."""
+    cells = [["why ?", f"because {n // 2}"] for n in range(11)] + [["how ?", ""]]
+    rows = [{"q": question, "a": answer} for question, answer in cells]
+    raw = tmp_path / f"t.{format}"
+    write = {"csv": lambda f, r: table(f, ["q", "a"], cells), "jsonl": jsonl, "parquet": parquet}
+    write.get(format, lambda f, r: f.write_text(json.dumps(r)))(raw, rows)
+    made("table", raw, tmp_path / "out", columns=COLUMNS[1:], max_bad=0.1)
+    assert records(tmp_path / "out") == sorted(
+        [({"user": q, "assistant": a, "source": "table"}, 0) for q, a in cells[:-1]], key=str
+    )
+    (rejected,) = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
+    assert (rejected["row"], rejected["cause"]) == (11, "no a")
+
+
 def test_llava(tmp_path):
     pictures(tmp_path / "media", "a.jpg", "b.jpg")
     asked = talk(("human", "<image>\nwhat ?"), ("gpt", "red"))

@@ -57,7 +57,7 @@ def source(name: str, kind: str, columns: Columns, formats: tuple[str, ...], **m
         required=tuple(names for part, names in columns.items() if part != "question" or name == "table"),
         columns=(*(name for names in columns.values() for name in names), "source"),
         make=partial(make, columns),
-        same=(*columns.get("video", ()), *columns.get("image", ())),
+        same=(*columns.get("video", ()), *columns.get("image", ())) or ("",),  # a column without values: each row alone
         **more,
     )
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from benchmarks.scene_looks import Looks, Scenes, encode, walk
+from benchmarks.scene_looks import Looks, Question, Scenes, encode, walk
 from fovlm.eval.controls import is_foreign
 from fovlm.viz.contact_sheet import Strip, draw_sheet
 from fovlm.viz.heatmap import maps
@@ -128,8 +128,9 @@ def figure(looks: Looks, scenes: Scenes, source: str, path: Path) -> None:
     (batch,) = scenes.batches(questions)
     grid = gaze(looks, batch, looks.nll(batch)[2])
     frames = torch.cat([scenes.frames(source, [q.picture]) for q in questions])
-    strips = [
-        Strip(frames[n : n + 1], {"": grid[n : n + 1]}, title=q.words.replace("what is in ", "").replace(" ? ", ": "))
-        for n, q in enumerate(questions)
-    ]
+
+    def title(question: Question) -> str:
+        return question.words.removeprefix("what is in ").removeprefix("where is the ").replace(" ? ", ": ")
+
+    strips = [Strip(frames[n : n + 1], {"": grid[n : n + 1]}, title=title(q)) for n, q in enumerate(questions)]
     draw_sheet(strips, path, columns=4, width=9, dpi=100)

@@ -57,10 +57,12 @@ class Scenes:
         self.stored: dict[str, np.ndarray] = {}
         self.size = experiment.model.frame_size
         self.deep = model.config.visual != "multi_token" and model.config.deep_query
+        self.trained = None if "encoder" in experiment.optim.freeze else model
         for name in [*data.mixture, *data.val]:
             shards = data.sources[name].shards
             self.questions[name], self.jpegs[name] = read_questions(name, shards, experiment, tokenizer)
-            self._encode(name, Path(shards).parent.name, model, out)
+            if not self.trained:
+                self._encode(name, Path(shards).parent.name, model, out)
 
     def frames(self, source: str, pictures: list[int]) -> Tensor:
         """u8 [n, 3, s, s]."""
@@ -95,14 +97,23 @@ class Scenes:
         return [self._batch(group) for group in groups.values()]
 
     def _batch(self, questions: list[Question]) -> dict[str, Any]:
-        seen = np.stack([self.stored[q.source][q.picture : q.picture + q.frames] for q in questions])
         tokens = pad_sequence([q.tokens for q in questions], batch_first=True)
         weight = pad_sequence([q.weight for q in questions], batch_first=True)
         frame = torch.tensor([q.frame for q in questions])
         boxes = torch.tensor([q.box for q in questions])
         clips = torch.tensor([q.picture for q in questions])
-        shown = {"seen": torch.from_numpy(seen).view(HALF), "frame": frame, "boxes": boxes, "clips": clips}
+        shown = {"seen": self._seen(questions), "frame": frame, "boxes": boxes, "clips": clips}
         return {"tokens": tokens, "weight": weight, "prompt": questions[0].prompt, **shown}
+
+    def _seen(self, questions: list[Question]) -> Tensor:
+        """Encodings bf16 [B, F, ...] of frames: from the file, or from an encoder that is trained."""
+        if not self.trained:
+            seen = np.stack([self.stored[q.source][q.picture : q.picture + q.frames] for q in questions])
+            return torch.from_numpy(seen).view(HALF)
+        clips = list(dict.fromkeys((q.source, q.picture) for q in questions))
+        frames = [self.frames(source, list(range(n, n + questions[0].frames))) for source, n in clips]
+        seen = encode(self.trained, torch.cat(frames))[self.deep].unflatten(0, (len(clips), -1))
+        return seen[[clips.index((q.source, q.picture)) for q in questions]]
 
 
 def read_questions(
@@ -130,7 +141,6 @@ def read_questions(
     return questions, jpegs
 
 
-@torch.no_grad()
 def walk(encoder: Encoder, frames: Tensor) -> Iterator[tuple[Tensor, LayerCache]]:
     """Frames u8 [F, 3, s, s] -> behind each layer the rows [F, N, D], and its keys and values."""
     x, rotary = encoder.embed(frames)
@@ -139,7 +149,6 @@ def walk(encoder: Encoder, frames: Tensor) -> Iterator[tuple[Tensor, LayerCache]
         yield x, cached
 
 
-@torch.no_grad()
 def encode(model: FoveatedVLM, frames: Tensor) -> tuple[Tensor, Tensor]:
     """Frames u8 [F, 3, s, s] -> final features bf16 [F, N, D], keys and values bf16 [F, l, 2, H, N, d]."""
     encoder = model.encoder
@@ -156,13 +165,18 @@ class Looks:
     def __init__(self, model: FoveatedVLM, half: bool = False):
         self.model, self.half, encoder = model, half, model.encoder
         self.blocks = [encoder.family.block(layer) for layer in encoder.layers]
+        trained = any(parameter.requires_grad for parameter in encoder.parameters())
+        self.weights = None if trained else self._weights()
+
+    def _weights(self) -> list[list[tuple[Tensor, Tensor]]]:
         linears = [(b.query, b.out, b.mlp.fc1, b.mlp.fc2) for b in self.blocks]
-        self.weights = [[(m.weight.detach().to(HALF), m.bias.detach().to(HALF)) for m in four] for four in linears]
+        return [[(m.weight.to(HALF), m.bias.to(HALF)) for m in four] for four in linears]
 
     def look(self, x: Tensor, keys: Tensor, seen: list[Tensor] | None = None) -> Tensor:
         """Looks f32 [B, D] over [B, l, 2, H, N, d] -> f32 [B, D]; `seen` gets attention [B, H, N] of each layer."""
         H, d = keys.shape[3], keys.shape[5]
-        for n, (block, (query, out, up, down)) in enumerate(zip(self.blocks, self.weights, strict=True)):
+        weights = self.weights or self._weights()
+        for n, (block, (query, out, up, down)) in enumerate(zip(self.blocks, weights, strict=True)):
             q = nnf.linear(block.norm1(x).to(HALF), *query).view(len(x), H, 1, d)
             share = ((q @ keys[:, n, 0].transpose(2, 3)).float() * d**-0.5).softmax(-1)
             if seen is not None:

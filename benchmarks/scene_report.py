@@ -21,11 +21,12 @@ LAW = {
     "law_pooled16": "16 pooled tokens, three times the steps",
     "law_crop": "the same at twice the resolution",
 }
+TIMES = Path(__file__).parent / "results" / "scene_time.csv"  # of benchmarks/scene_time.py
 SCORES = ("loss", "deployed", "accuracy", "pointing", "mass")
 
 
 def report(results: list[dict[str, Any]], out: Path) -> str:
-    """Write OUT/table.md, runs.csv and law.png -> the tables."""
+    """Write OUT/table.md, runs.csv, law.png and time.png -> the tables."""
     text = tables(results)
     write_atomically(out / "table.md", text)
     with open(out / "runs.csv", "w", newline="", encoding="utf-8") as file:
@@ -34,6 +35,7 @@ def report(results: list[dict[str, Any]], out: Path) -> str:
         writer.writeheader()
         writer.writerows(rows(results))
     law([result for result in results if result["run"] in LAW], out / "law.png")
+    time(results, out / "time.png")
     return text
 
 
@@ -92,4 +94,26 @@ def law(results: list[dict[str, Any]], path: Path) -> None:
     axis.axhline(CHANCE, color="grey", linestyle=":", label="chance")
     axis.set(xlabel="pictures in the frame", ylabel="loss, nats a token", xticks=numbers, ylim=(0, None))
     axis.legend(loc="lower left", bbox_to_anchor=(0, 0.2))  # where no interval is
+    drawn.savefig(path, dpi=110)
+
+
+def time(results: list[dict[str, Any]], path: Path) -> None:
+    """Loss with the most pictures against minutes of one core, encoder included: a line for each run and seed, to the
+    end of its longest training."""
+    with open(TIMES, encoding="utf-8") as file:
+        seconds = {row["run"]: float(row["seconds"]) for row in csv.DictReader(file)}
+    drawn = Figure((7, 4.5), layout="constrained")
+    axis = drawn.add_subplot()
+    for color, name in enumerate(LAW):
+        for result in (result for result in results if result["run"] == name and name in seconds):
+            later = [r for r in results if r["run"] == f"{name}_longer" and r["seed"] == result["seed"]]
+            points = [(0, row) for row in result["curve"]]
+            points += [(result["curve"][-1]["step"], row) for more in later for row in more["curve"]]
+            minutes = [(before + row["step"]) * seconds[name] / 60 for before, row in points]
+            losses = [list(row["by_source"].values())[-1]["loss"] for _, row in points]
+            label = LAW[name].split(",")[0] if result["seed"] == 0 else None
+            axis.plot(minutes, losses, marker=".", color=f"C{color}", label=label)
+    axis.axhline(CHANCE, color="grey", linestyle=":", label="chance")
+    axis.set(xlabel="minutes of one core", ylabel="loss, nats a token", xscale="log", ylim=(0, None))
+    drawn.legend(loc="outside lower center", ncols=3)
     drawn.savefig(path, dpi=110)

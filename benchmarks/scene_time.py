@@ -1,17 +1,21 @@
 """What a step of the study's arms costs with the encoder in it: python -m benchmarks.scene_time [RUN ...] [--rounds N]
 
 Forward and backward pass of the model itself over one pack of 48 questions about 12 scenes with the most pictures,
-which share their encodings as in training, in turns: median process time, one thread, fp32. FOVLM_DATA has the scenes,
-FOVLM_MODELS the encoder.
+which share their encodings as in training, in turns: median process time, one thread, fp32. Writes the table to
+benchmarks/results/scene_time.csv, from which time.png of the study is drawn. FOVLM_DATA has the scenes, FOVLM_MODELS
+the encoder.
 """
 
 import argparse
+import csv
 import statistics
 import time
 
 import torch
 
+from benchmarks.gauges import versions
 from benchmarks.scene_looks import read_questions
+from benchmarks.scene_report import TIMES
 from fovlm.config.schema import load
 from fovlm.data.packing import EMPTY, Batch, Sample, collate
 from fovlm.data.tokenizers import open_tokenizer
@@ -21,7 +25,7 @@ from fovlm.media.decode import decode_pictures
 from fovlm.model.build import build
 from fovlm.model.modeling import FoveatedVLM
 
-RUNS = ["law", "law_static", "law_pooled16", "law_crop"]
+RUNS = ["law", "law_static", "law_pooled4", "law_pooled16", "law_crop"]
 QUESTIONS = 48
 
 
@@ -44,7 +48,7 @@ def step_of(name: str) -> tuple[FoveatedVLM, Batch, float]:
 
 
 def main() -> None:
-    """Print a table."""
+    """Time all runs, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", default=RUNS)
     parser.add_argument("--rounds", type=int, default=5)
@@ -59,9 +63,16 @@ def main() -> None:
             model(batch, weight=batch.weight).backward()
             if n:  # the first allocates
                 seconds[name].append(time.process_time() - begun)
-    print("| run | processor seconds a step | GFLOPs a question |\n|---|---|---|")
-    for name, taken in seconds.items():
-        print(f"| {name} | {statistics.median(taken):.2f} | {steps[name][2] / 1e9:.1f} |")
+    rows = [
+        {"run": name, "seconds": round(statistics.median(taken), 3), "gflops": round(steps[name][2] / 1e9, 2)}
+        | {"torch": torch.__version__, **versions()}
+        for name, taken in seconds.items()
+    ]
+    with open(TIMES, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(TIMES.read_text())
 
 
 if __name__ == "__main__":

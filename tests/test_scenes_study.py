@@ -53,7 +53,7 @@ def data(tmp_path, monkeypatch):
     return tmp_path
 
 
-RUNS = ["scenes", "scenes_static", "scenes_after", "scenes_pooled", "scenes_shallow", "film", "film_static"]
+RUNS = ["scenes", "scenes_static", "scenes_after", "scenes_pooled", "scenes_shallow", "film", "film_static", "trained"]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -90,6 +90,25 @@ def test_losses_are_those_of_the_model(data, name):
             assert changed.tolist() == [n != m for n, m in enumerate(others)]
         else:  # a single frame's query is then the same for all
             assert not changed.any()
+
+
+def test_gradients_of_a_trained_encoder_are_those_of_the_model(data):
+    experiment = load("trained", TINY)
+    torch.manual_seed(1)
+    model = build(experiment.model).eval()
+    scenes = Scenes(experiment, model, data)
+    asked = scenes.questions["objects9"][:6]
+    samples = [Sample("", "", scenes.frames(q.source, [q.picture]), 1, q.tokens, q.weight, q.prompt) for q in asked]
+    found = []
+    for losses in (
+        lambda: per_sample(model(collate(samples, 126, 1)), collate(samples, 126, 1)) / 2,
+        lambda: torch.cat([Looks(model).nll(batch)[0] for batch in scenes.batches(asked)]),
+    ):
+        model.zero_grad()
+        losses().mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.encoder.parameters() if p.grad is not None]))
+    assert torch.cosine_similarity(*found, dim=0) > 0.99
+    torch.testing.assert_close(found[1].norm(), found[0].norm(), rtol=0.01, atol=0)
 
 
 def test_the_study_trains_scores_and_resumes(data, monkeypatch, capsys):

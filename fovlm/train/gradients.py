@@ -23,8 +23,8 @@ def lighten(optimizer: Any, stage: int, offload: bool) -> None:
     """Replace what DeepSpeed does parameter by parameter, or more often than needed. Gradients are summed over ranks.
 
     A gradient that is not finite makes the norm so, and the step is skipped on that: nothing needs to look at every
-    gradient first. The norm is one call. With offload in bf16, DeepSpeed adds the gradients of the next step to those
-    of a skipped one, and then skips every step. Without offload, `Gradients` adds them up.
+    gradient first. The norm is a few calls. With offload in bf16, DeepSpeed adds the gradients of the next step to
+    those of a skipped one, and then skips every step. Without offload, `Gradients` adds them up.
     """
 
     def norm(gradients: list[Tensor], parameters: Any, norm_type: int = 2) -> Tensor:

@@ -44,7 +44,8 @@ def ask(
 
     Example: `fovlm ask clip.mp4 "What happens?" --model converted/LR1`
     """
-    net, processor, clip = open_both(model, mode, video, frames, fps, dtype)
+    net, processor = load(model, mode, video, frames, dtype)
+    clip = read(video, net, frames, fps)
     options: dict[str, Any] = {"mode": mode or None}
     if temperature:
         import torch
@@ -109,7 +110,7 @@ def look(
         raise UserError(f"--out {out} is a file: give a folder")
     if len(asked) > 2:
         raise UserError(f"{len(asked)} questions: give one, or two to compare (each in quotes)")
-    net, processor, clip = open_both(model, mode, video, frames, fps, dtype)
+    net, processor = load(model, mode, video, frames, dtype)
     from fovlm.viz.answer import ALIKE
     from fovlm.viz.contact_sheet import check_choice, save_weights, write_contact_sheet
     from fovlm.viz.gaze import gaze_of
@@ -119,6 +120,7 @@ def look(
     encoder = net.config.encoder_config
     layers = encoder.num_hidden_layers if net.config.deep_query else 1
     check_choice((layers, 0, encoder.num_attention_heads), layer, head)
+    clip = read(video, net, frames, fps)
     out.mkdir(parents=True, exist_ok=True)  # before the work
     gazes = []
     for question in asked or [""]:
@@ -196,19 +198,23 @@ def open_(folder: str, frames: int, dtype: str) -> tuple[Any, Any]:
     return net, processor
 
 
-def open_both(model: str, mode: str, video: str, frames: int, fps: float, dtype: str) -> tuple[Any, Any, Any]:
-    """The model, its processor and the clip; prints what could not be read of it."""
+def load(model: str, mode: str, video: str, frames: int, dtype: str) -> tuple[Any, Any]:
+    """The model and its processor, for a video that is there."""
     check_model(model, mode)
     check_path(video)
     with progress("loading the model"):
-        from fovlm.media.clip import read_clip
+        return open_(model, frames, dtype)
 
-        net, processor = open_(model, frames, dtype)
+
+def read(video: str, net: Any, frames: int, fps: float) -> Any:
+    """The clip; prints what could not be read of it."""
+    from fovlm.media.clip import read_clip
+
     with progress(f"reading {Path(video).name}") as update:
         clip = read_clip(video, net.config.frame_size, frames, fps, update)
     if clip.note:
         print(f"fovlm: {clip.name}: {clip.note}", file=sys.stderr, flush=True)
-    return net, processor, clip
+    return clip
 
 
 def count(n: int, what: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from fovlm.errors import UserError
 from fovlm.fileio import write_atomically
 
-VERSION = 2  # of the files
+VERSION = 3  # of the files, and of what controls mean
 SampleResult = dict[str, Any]
 
 

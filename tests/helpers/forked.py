@@ -138,9 +138,7 @@ def _fork(request: dict[str, Any], rank: int) -> int:
     finally:
         if sys.exc_info()[0]:
             traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        _function("fovlm.train.process:exit_at_once")(status)
 
 
 def _function(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""A rank whose launcher dies saves and stops; a rank whose output closes continues."""
+"""A rank whose launcher dies saves and stops; one whose output closes continues; one that ends at once leaks nothing."""
 
 import os
 import signal
@@ -26,7 +26,24 @@ stop_without_launcher()
 print("training", flush=True)
 time.sleep(60)
 """
+# A queue of a dataloader is closed while its thread has not run yet.
+CLOSES_A_QUEUE = """
+import multiprocessing, sys
+from fovlm.train.process import exit_at_once
+queue = multiprocessing.get_context("forkserver").Queue()
+queue.put(1)
+queue.cancel_join_thread()
+queue.close()
+sys.setswitchinterval(10)
+del queue
+exit_at_once(75)
+"""
 PARENT = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {RANK!r}]); time.sleep(60)"
+
+
+def test_an_exit_at_once_leaks_nothing():
+    ended = subprocess.run([sys.executable, "-c", CLOSES_A_QUEUE], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout + ended.stderr) == (75, "")
 
 
 @pytest.mark.parametrize("reads", [0, 1])

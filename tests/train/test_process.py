@@ -1,4 +1,4 @@
-"""A rank whose launcher dies saves and stops; one whose output closes continues; one that ends at once leaks nothing."""
+"""A rank whose launcher dies saves and stops; one whose output closes continues; an exit at once leaks nothing."""
 
 import os
 import signal

@@ -118,9 +118,6 @@ def largest_sizes(experiment: Experiment) -> list[PackSize]:
     return [shapes[source] for source in mix.window(0, SIZED)[0].tolist()]
 
 
-# -- sections --------------------------------------------------------------------------------------------------------
-
-
 def _parameters(experiment: Experiment, shapes: Geometry) -> str:
     counts = parameters(experiment, shapes)
     rows = [[name, f"{count.trainable:,}", f"{count.frozen:,}"] for name, count in counts.items()]

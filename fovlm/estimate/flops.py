@@ -110,9 +110,6 @@ def largest(experiment: Experiment, name: str) -> PackSize:
     return PackSize(answers * frames, answers * looks, answers * data.max_tokens, answers * prompt)
 
 
-# -- the parts -----------------------------------------------------------------------------------------------------
-
-
 def _text_cost(experiment: Experiment, shapes: Geometry, size: PackSize) -> dict[str, Cost]:
     model, optim = experiment.model, experiment.optim
     vit, llm = "encoder" not in optim.freeze, "llm" not in optim.freeze and not model.lora

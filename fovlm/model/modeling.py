@@ -139,8 +139,6 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         """The language model without its head."""
         return self.llm.base_model
 
-    # -- training -------------------------------------------------------------------------------------------------
-
     def forward(
         self,
         batch: Batch | None = None,
@@ -266,8 +264,6 @@ class FoveatedVLM(PreTrainedModel, FoveatedGenerationMixin):
         if self.config.visual == "foveated":
             queries["fine"] = looks.queries
         return {name: self.look_weights(query, looks.cache, batch.frame_of_look) for name, query in queries.items()}
-
-    # -- groups, checkpointing, compiling ---------------------------------------------------------------------------
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """The three parameter groups: each trainable parameter once (tied weights are one)."""

@@ -136,8 +136,6 @@ class FoveatedProcessor(ProcessorMixin):
         """The tokenizer's `batch_decode`, without its special tokens: the answers, from what `generate` returns."""
         return self.tokenizer.batch_decode(*args, skip_special_tokens=skip_special_tokens, **kwargs)
 
-    # -- one conversation --------------------------------------------------------------------------------------------
-
     def _conversation(self, turns: Sequence[dict[str, Any]]) -> tuple[TokenizedText, Seen]:
         """The messages of a conversation -> its text and its frames, which all belong to one turn."""
         spoken: list[tuple[str, str]] = []
@@ -198,8 +196,6 @@ class FoveatedProcessor(ProcessorMixin):
             return given[media.spread(len(given), self.max_frames)]
         chosen = [_pixels(given[n]) for n in media.spread(len(given), self.max_frames)]
         return torch.from_numpy(np.stack([media.fit(p, self.frame_size) for p in chosen])).permute(0, 3, 1, 2)
-
-    # -- a batch of them ---------------------------------------------------------------------------------------------
 
     @staticmethod
     def _as_messages(text: str | Sequence[str] | None, images: Any, videos: Any) -> list[Any]:

@@ -79,8 +79,6 @@ class FrameStream:
         if full == "slide" and (kind := model.llm.base_model.rotary_emb.rope_type) != "default":
             raise UserError(f"full='slide' needs plain rotary positions; those of this language model are '{kind}'")
 
-    # -- seeing ------------------------------------------------------------------------------------------------------
-
     def __iter__(self) -> Iterator[int]:
         """See `frames` one after the other; yields how many have been seen."""
         for frame in self.frames:
@@ -140,8 +138,6 @@ class FrameStream:
             turned = keys * cos + torch.cat([-other, one], dim=-1) * sin
             layer.keys[:, :, : self.head] = turned.to(layer.keys.dtype)
 
-    # -- questions ----------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def ask(
         self, question: str | None = None, generation_config: GenerationConfig | None = None, **options: Any
@@ -187,8 +183,6 @@ class FrameStream:
         # The turn of the first question is still open: the second is a new line of it.
         line = self._tokenizer(f"\n{question}", add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         return torch.cat([line, text.tokens[text.prompt :]])
-
-    # -- sizes ------------------------------------------------------------------------------------------------------
 
     @property
     def window(self) -> int:

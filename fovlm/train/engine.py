@@ -181,8 +181,6 @@ class Engine:
             reference_nll = self.reference(batch)
         return preference_loss(nll, reference_nll, batch, self.dpo_beta)
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
-
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint: the weights, and fp32 master weights and two moments of what is trained."""
         size = {True: 0, False: 0}

@@ -137,8 +137,6 @@ class Trainer:
         if checkpoint:
             self.logger.info(f"resuming from {checkpoint.name}, sample {self.state.samples}")
 
-    # -- the loop -----------------------------------------------------------------------------------------------------
-
     def train(self) -> int:
         """Train to the end, or until SIGTERM, SIGHUP or SIGUSR1; returns the exit status."""
         train, state = self.experiment.train, self.state
@@ -235,8 +233,6 @@ class Trainer:
         packs = self.experiment.train.packs_per_step
         first = list(islice(plan_steps(self.train_set, budget, packs, 0, self.total_samples), 20))
         return max(1, round(len(first) * self.total_samples / max(first[-1].cursor, 1)))
-
-    # -- validation and the end ---------------------------------------------------------------------------------------
 
     def _validate(self, every_mode: bool = False) -> float | None:
         """Validate and log; returns the loss as trained, None without a validation set."""

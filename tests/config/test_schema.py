@@ -38,9 +38,6 @@ def folder(tmp_path):
     return write
 
 
-# -- the runs of this project -----------------------------------------------------------------------------------------
-
-
 def test_the_names_are_the_golden_ones():
     """A name is a promise: after adding a run on purpose, update the list (the test's message shows it)."""
     assert "\n".join(NAMES) + "\n" == GOLDEN.read_text()
@@ -91,9 +88,6 @@ def test_text_retention_is_14_percent_in_every_stage():
     for name in ("stage1", "stage2", "stage3", "LR1"):
         mix = load(name).data.mixture
         assert mix["smoltalk"] / sum(mix.values()) == pytest.approx(0.14)
-
-
-# -- the three forms --------------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_parsed_once_and_an_override_stays_with_its_run(folder, monkeypatch):
@@ -289,9 +283,6 @@ def test_a_name_belongs_to_one_file(folder):
 
 def test_sections_are_the_fields_of_an_experiment():
     assert {*experiments.SECTIONS, "name"} == set(Experiment.model_fields)
-
-
-# -- the experiment itself --------------------------------------------------------------------------------------------
 
 
 def test_an_experiment_is_strict_and_does_not_change():

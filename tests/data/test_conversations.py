@@ -30,9 +30,6 @@ def messages(turns, system: str | None = None) -> list[dict]:
     return listed + [m for u, a in turns for m in ({"role": "user", "content": u}, {"role": "assistant", "content": a})]
 
 
-# -- several turns ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("system", [None, "it is yes ."])
 def test_several_turns_are_the_template_of_all_of_them_with_a_loss_on_each_answer(system):
     expected = messages(TURNS, system or SYSTEM)
@@ -75,9 +72,6 @@ def test_turns_are_expectedwithout_roles_and_one_turn_is_a_question_and_an_answe
 def test_unusable_turns(record, cause):
     with pytest.raises(SampleError, match=cause):
         chat().text(record, None, frames=True)
-
-
-# -- groups ----------------------------------------------------------------------------------------------------------
 
 
 def asked(key: str, questions: int, frames: int = 2, **more) -> dict:
@@ -163,9 +157,6 @@ def test_weights_of_a_source_and_of_long_answers(opened):
     assert float(two.weight.max()) == pytest.approx(2 / 4**0.5)
     (one, _), _ = opened([asked("a", 2)], source={"loss_weight": 2.0}, length_weight="none").read(0)
     assert float(one.weight.sum()) == 4
-
-
-# -- one encoding ----------------------------------------------------------------------------------------------------
 
 
 def over_the_same_frames(prompts: list[int], frames: int = 3, looks: int | None = None) -> list[Sample]:

@@ -59,9 +59,6 @@ def answered(tokenizer, tokens: torch.Tensor, weight: torch.Tensor) -> str:
     return tokenizer.decode(words)
 
 
-# -- what is drawn ----------------------------------------------------------------------------------------------------
-
-
 def test_clips_are_a_function_of_the_seed():
     one, same, other = draw(), draw(), draw(seed=1)
     for name in ("frames", "asked", "marks", "cell", "objects"):
@@ -113,9 +110,6 @@ def test_all_names_and_marks_are_read_back_from_jpeg():
     assert np.array_equal(read(seen, task)[:241], np.arange(241))
 
 
-# -- words ------------------------------------------------------------------------------------------------------------
-
-
 def test_every_question_and_answer_survives_the_tokenizer():
     tokenizer = synthetic.tokenizer(TASK)
     said = [synthetic.QUESTION.format(name=name) for name in synthetic.names(24)] + ["0 1 2 3 4 5 6 7 8 9"]
@@ -141,9 +135,6 @@ def test_text_alone_counts_on():
         answer = [int(word) for word in sample["json"]["assistant"].split()]
         assert synthetic.NUMBERS[len(answer)] == many
         assert answer == [(int(first) + n) % TASK.marks for n in range(len(answer))]
-
-
-# -- what is written --------------------------------------------------------------------------------------------------
 
 
 def test_the_same_settings_give_the_same_bytes_and_are_written_once():
@@ -228,9 +219,6 @@ def test_the_pair_differs_in_the_look_alone():
     assert looking.optim == static.optim
     assert looking.train == static.train
     assert looking.model.model_copy(update={"visual": "coarse"}) == static.model
-
-
-# -- what is judged ---------------------------------------------------------------------------------------------------
 
 
 def test_blind_loss_is_that_of_guessing_every_mark():

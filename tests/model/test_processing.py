@@ -38,9 +38,6 @@ def test_what_the_docs_show_in_python_runs(tmp_path, monkeypatch, capsys):
     assert re.findall(r"after (\d) frames: ", out) == ["1", "2", "3", "4"]
 
 
-# -- the processor ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("prompt", ["before_frames", "after_frames"])
 def test_tokens_are_those_of_training(prompt):
     processor = processor_of(model_of(question=prompt))
@@ -117,9 +114,6 @@ def test_a_mistake_is_one_line(call, says_so):
     with pytest.raises(UserError, match=says_so) as error:
         processor_of(model_of())(**call)
     assert "\n" not in str(error.value)
-
-
-# -- generate ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prompt", ["before_frames", "after_frames"])

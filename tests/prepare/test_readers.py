@@ -32,9 +32,6 @@ def records(out: Path) -> list[tuple[dict, int]]:
     return sorted(((record, len(files)) for _, record, files in samples_of(out)), key=str)
 
 
-# -- rows about the same file ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("format", ["csv", "jsonl", "json", "parquet"])
 def test_rows_about_one_file_are_read_as_one(tmp_path, format):
     """Neighbours, also across the blocks of a text file; in a JSON list also those further away."""
@@ -61,9 +58,6 @@ def test_rows_with_the_bytes_of_a_picture_are_not_compared(tmp_path):
     rows = [{"file": {"bytes": PICTURE, "path": "x"}, "q": "what ?", "a": str(n)} for n in range(5)]
     manifest = made("table", parquet(tmp_path / "t.parquet", rows, group=3), tmp_path / "out", columns=COLUMNS)
     assert (manifest.total("samples"), manifest.total("rows")) == (5, 5)
-
-
-# -- the readers -------------------------------------------------------------------------------------------------------
 
 
 def test_a_table_of_pictures_videos_and_texts(tmp_path):
@@ -201,8 +195,6 @@ def test_the_bytes_do_not_depend_on_workers(tmp_path):
     assert load_manifest(tmp_path / "1").total("samples") == 12
     made("table", raw, tmp_path / "1", media=media, columns=COLUMNS, per_shard=4)  # whole: nothing to do
 
-
-# -- bad input ---------------------------------------------------------------------------------------------------------
 
 GOOD = {"image": "a.jpg", "conversations": talk(("human", "<image>what ?"), ("gpt", "red"))}
 BAD = {

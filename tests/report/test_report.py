@@ -20,9 +20,6 @@ def verdicts(root):
     return {answer.title.split(":")[0] + ", at equal FLOPs" * answer.at_equal_flops: answer for answer in found}
 
 
-# -- the rule --------------------------------------------------------------------------------------------------------
-
-
 def test_welch_interval_is_that_of_a_worked_example():
     """By hand: means 2 and 5, both variances 1, n = 3: se 0.8165, 4 degrees of freedom, t 2.776."""
     difference = welch([4, 5, 6], [1, 2, 3])
@@ -58,9 +55,6 @@ def test_among_several_sides_the_best_must_beat_each_at_a_stricter_level():
     best, rival = Side("best", (1.0, 1.1, 1.2)), Side("rival", (1.24, 1.34, 1.45))
     assert decide([best, rival]).winner == "best"
     assert decide([best, rival, Side("far", (9.0, 9.1, 9.2))]).winner is None
-
-
-# -- the questions ---------------------------------------------------------------------------------------------------
 
 
 def test_ablations_with_seeds_are_decided_and_those_without_are_not(tmp_path):
@@ -149,9 +143,6 @@ def test_intervals_are_given_with_their_level(tmp_path):
     assert {row["level"] for row in rows if row["question"].startswith("Freeze strategy")} == {"0.975"}
 
 
-# -- what is read ----------------------------------------------------------------------------------------------------
-
-
 def test_runs_scored_on_different_sets_are_refused_with_the_sets_named(tmp_path):
     write_seeds(tmp_path, "LR1", [0.5])
     write_run(tmp_path, "nano-A1", 0.9, 0, "A1", val_hash="another")
@@ -226,9 +217,6 @@ def test_unknown_flops_decide_nothing_at_equal_flops(tmp_path):
     assert found["One token against sixteen"].decided
     assert found["One token against sixteen, at equal FLOPs"].verdict.text.startswith("not decided")
     write_report([str(tmp_path)], tmp_path / "out")
-
-
-# -- the page --------------------------------------------------------------------------------------------------------
 
 
 def test_the_page_is_whole_and_its_numbers_are_there_as_csv(tmp_path):

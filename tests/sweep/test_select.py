@@ -119,9 +119,6 @@ def test_what_a_run_was_scored_on_is_its_questions_and_answers(shards, monkeypat
     assert len({val(), val(samples=6), val("data.loss_on=answer"), val("data.seed=1"), val("data.max_tokens=100")}) == 5
 
 
-# -- what they would cost ---------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def bare(tmp_path, monkeypatch):
     """No data, no models, no runs."""

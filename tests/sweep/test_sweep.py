@@ -121,9 +121,6 @@ def place(tmp_path, monkeypatch):
     return Place(tmp_path)
 
 
-# -- what becomes of them ---------------------------------------------------------------------------------------------
-
-
 def test_one_after_another_and_what_is_finished_is_skipped(place):
     results, status, said = place.work("trio/*")
     assert (results, status) == ({"two": "finished", "one": "finished", "next": "finished"}, 0)

@@ -1,5 +1,6 @@
 """Commands for data: prepare, check, data view, data stats."""
 
+import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -131,7 +132,9 @@ def prepare(
         ) from error
     except KeyboardInterrupt:
         print("stopped; the same command resumes", flush=True)
-        os._exit(EXIT_STOPPED)  # at once: the workers end with this process, and only complete shards have names
+        for worker in multiprocessing.active_children():
+            worker.kill()  # at once: only complete shards have names
+        raise SystemExit(EXIT_STOPPED) from None
 
 
 def check(

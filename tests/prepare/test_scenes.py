@@ -1,6 +1,11 @@
 """Scenes: the same bytes for a seed, boxes around what is drawn, questions whose answers are in the picture."""
 
 import io
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -94,6 +99,21 @@ def test_the_same_bytes_whatever_the_workers_and_a_tokenizer(raw, tmp_path):
         for _, record, _ in found
         for asked in record["conversations"]
     )
+
+
+def test_a_stop_ends_the_workers_and_leaks_nothing(raw, tmp_path):
+    command = [sys.executable, "-m", "fovlm", "prepare", "scenes", str(raw), str(tmp_path), "--workers", "2"]
+    with subprocess.Popen(
+        [*command, "--samples", "50000", "--per-shard", "100"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        while not list(tmp_path.glob("*.tar")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=30)  # to the end of the last process
+    assert (process.returncode, output.splitlines()[-1]) == (75, "stopped; the same command resumes")
+    assert "leaked" not in output
 
 
 def test_what_cannot_be_drawn_is_refused(raw, tmp_path):

@@ -95,7 +95,8 @@ def save_maps(
         Strip(shown, {name: maps(parts[n]) for name, parts in weights.items()}, texts[n])
         for n, shown in enumerate(frames)
     ]
-    draw_sheet(strips, path, columns=max(1, MOST_LOOKS // max(map(len, frames))), dpi=100)
+    columns = max(1, min(CLIPS // 2, MOST_LOOKS // max(map(len, frames))))
+    draw_sheet(strips, path, columns=columns, dpi=100)
     arrays: dict[str, Any] = {name: torch.cat(parts, dim=1).half().numpy() for name, parts in weights.items()}
     arrays |= {"clip": np.array(clip), "look": np.array(look)}
     arrays |= {"keys": np.array([sample.key for sample in samples]), "texts": np.array(texts)}

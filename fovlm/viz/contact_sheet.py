@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill, shorten
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from fovlm.viz.html import clock
 
 COLUMNS = 8
 MOST = 24  # looks on a sheet, evenly spaced
-LETTERS = 15  # characters of the title per inch
+LETTERS = 15  # characters of a title per inch
+TITLE_LINES = 3  # of a contact sheet, at most
 SIDE = (112, 224)  # pixels of a drawn frame: at least, at most
 GAP = 4  # pixels between two frames
 LEFT, RIGHT = 0.25, 0.08  # inches beside a strip; the names of its rows are at the left
@@ -52,9 +54,11 @@ def draw_sheet(
     longest = max(len(strip.frames) for strip in strips)
     w, h = longest * (side + GAP) - GAP, len(names) * (side + GAP) - GAP
     rows = -(-len(strips) // columns)
-    above = LINE * any(strip.title for strip in strips) + LINE * any(strip.labels for strip in strips)
-    top = LINE * 1.5 if title else RIGHT
     wide = width / columns - LEFT - RIGHT  # inches of a strip
+    titles = [fill(strip.title, int(LETTERS * wide)) for strip in strips]
+    title = fill(title, int(LETTERS * width))
+    above = LINE * (max(len(t.splitlines()) for t in titles) + any(strip.labels for strip in strips))
+    top = LINE * (len(title.splitlines()) + 0.5) if title else RIGHT
     high = wide * h / w
     height = rows * (high + above) + top + RIGHT
     figure = Figure((width, height))
@@ -69,8 +73,7 @@ def draw_sheet(
             axis.text(-GAP, n * (side + GAP) + side / 2, name, rotation=90, ha="right", va="center", fontsize=8)
         for k, label in enumerate(strip.labels):
             axis.text(k * (side + GAP) + side / 2, -GAP, label, ha="center", va="bottom", fontsize=7)
-        if strip.title:
-            axis.set_title(strip.title, fontsize=8, loc="left", pad=3, parse_math=False)
+        axis.set_title(titles[number], fontsize=8, loc="left", pad=3, parse_math=False)
     figure.text(LEFT / width, 1 - 0.05 / height, title, fontsize=8, va="top", parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi)
@@ -92,8 +95,7 @@ def write_contact_sheet(
     which = f"layer {'mean' if layer is None else layer}, head {'mean' if head is None else head}"
     title = f"{gaze.question} → {gaze.answer}" if gaze.question else gaze.clip
     width = max(4, 1.3 * len(strips[0].frames) + LEFT + RIGHT)
-    title, most_letters = " ".join(title.split()), int(LETTERS * width) - len(which) - 4
-    title = title if len(title) <= most_letters else f"{title[: most_letters - 1]}…"
+    title = shorten(title, int(LETTERS * width) * TITLE_LINES - len(which) - 4, placeholder=" …")
     draw_sheet(strips, Path(path), f"{title}  ({which})", width=width)
     return Path(path)
 

@@ -7,6 +7,7 @@ from threading import Event
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fovlm.config.schema import DataSource
 from fovlm.data.chat import ChatTokenizer
@@ -153,6 +154,8 @@ def test_files(tmp_path):
     film = write_video(found, tmp_path / "m.mp4", layer=1).read_bytes()
     assert decode.video_seconds(film, "mp4") == FILM // 2
     assert write_contact_sheet(found, tmp_path / "s.png", head=1).read_bytes()[1:4] == b"PNG"
+    high = write_contact_sheet(gaze("a long question " * 12), tmp_path / "high.png")  # the title in lines, all of it
+    assert Image.open(high).height > Image.open(tmp_path / "s.png").height
     stored = np.load(save_weights(found, tmp_path / "w.npz"))
     assert np.allclose(stored["fine"], found.weights["fine"], atol=1e-3)
     assert "CLS" in str(stored["axes"])

@@ -3,6 +3,7 @@
 import difflib
 import errno
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 EXIT_FAILED = 1  # a fault that is not the user's
 EXIT_USER_ERROR = 2  # something to fix first; nothing was started, or nothing was lost
@@ -36,6 +37,13 @@ def did_you_mean(word: str, words: Iterable[object]) -> str:
     lower = {w.lower(): w for w in candidates}
     close = difflib.get_close_matches(str(word).lower(), list(lower), n=1, cutoff=0.5)
     return f" (did you mean '{lower[close[0]]}'?)" if close else ""
+
+
+def did_you_mean_path(path: Path) -> str:
+    """The same for a path that does not exist, or `: no folder x` and the same for the first folder that is missing."""
+    missing = next(p for p in (path, *path.parents) if p.parent.is_dir())
+    where = f": no folder {missing}" if missing != path else ""
+    return where + did_you_mean(missing.name, (p.name for p in missing.parent.iterdir()))
 
 
 def few(names: Sequence[str], most: int = 3) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fovlm.errors import SampleError, UserError, did_you_mean
+from fovlm.errors import SampleError, UserError, did_you_mean, did_you_mean_path
 
 LINES = 64  # rows in a block of a text file: small blocks mix well, and each is one read
 Row = dict[str, Any]
@@ -44,8 +44,7 @@ def find_tables(where: Path, formats: tuple[str, ...]) -> list[Path]:
             raise UserError(f"{where} is not a table of this source (expected {kinds})")
         return [where]
     if not where.is_dir():
-        near = did_you_mean(where.name, (p.name for p in where.parent.iterdir())) if where.parent.is_dir() else ""
-        raise UserError(f"no such file or folder: {where}{near}")
+        raise UserError(f"no such file or folder: {where}{did_you_mean_path(where)}")
     for name in formats:
         found = sorted(where.rglob("*.parquet") if name == "parquet" else where.glob(f"*.{name}"))
         if found := [file for file in found if name != "json" or _is_list(file)]:  # other JSON files are metadata

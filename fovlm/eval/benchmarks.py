@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fovlm.data import tables
-from fovlm.errors import UserError, did_you_mean
+from fovlm.errors import UserError, did_you_mean, did_you_mean_path
 from fovlm.eval.questions import LETTERS, EvalQuestion, without_letters
 
 IMAGES = (".jpg", ".jpeg", ".png")
@@ -274,5 +274,4 @@ def _files(root: Path) -> Iterator[Path]:
 def _nothing(where: Path, wanted: str) -> UserError:
     if where.exists():
         return UserError(f"{where} holds no {wanted}: give the folder that does")
-    near = did_you_mean(where.name, (p.name for p in where.parent.iterdir())) if where.parent.is_dir() else ""
-    return UserError(f"no such file or folder: {where}{near}")
+    return UserError(f"no such file or folder: {where}{did_you_mean_path(where)}")

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from fovlm.errors import UserError, did_you_mean
+from fovlm.errors import UserError, did_you_mean_path
 
 
 def check_path(path: str | Path) -> Path:
@@ -13,9 +13,7 @@ def check_path(path: str | Path) -> Path:
         raise UserError(f"{path} is an address: download it first and give the file")
     try:
         if not path.exists():
-            if not path.parent.is_dir():
-                raise UserError(f"no such folder: {path.parent}")
-            raise UserError(f"no such file: {path}{did_you_mean(path.name, (p.name for p in path.parent.iterdir()))}")
+            raise UserError(f"no such file: {path}{did_you_mean_path(path)}")
         if not path.is_dir() and not path.is_file():
             raise UserError(f"{path} is neither a file nor a folder")
     except OSError as error:

@@ -16,7 +16,7 @@ from fovlm.data.chat import conversations, turns_of, weight_of
 from fovlm.data.index import make_index, stored_indices
 from fovlm.data.sample_format import contents, parse_json, printable, read_members
 from fovlm.data.workers import each
-from fovlm.errors import SampleError, UserError, did_you_mean
+from fovlm.errors import SampleError, UserError, did_you_mean_path
 from fovlm.media.decode import decode_media
 from fovlm.paths import cache_root
 from fovlm.prepare.job import content_hashes
@@ -97,10 +97,8 @@ def list_shards(patterns: Iterable[str]) -> list[Path]:
         for name in names:
             files = [Path(file) for file in glob.glob(name, recursive=True) if Path(file).is_file()]
             if not files:
-                folder = Path(name).parent
-                near = did_you_mean(Path(name).name, (p.name for p in folder.iterdir())) if folder.is_dir() else ""
-                where = "" if folder.is_dir() or glob.has_magic(name) else f": no folder {folder}"
-                raise UserError(f"no shard '{name}'{near}{where}")
+                is_folder = f": it is a folder, take '{name}/*.tar'" if Path(name).is_dir() else ""
+                raise UserError(f"no shard '{name}'{is_folder or did_you_mean_path(Path(name))}")
             found.update(files)
     return sorted(found)
 

@@ -48,8 +48,13 @@ def prepare(job: Job, workers: int, log: Callable[[str], None] = print) -> Manif
 def _make(job: Job, blocks: list[Block], workers: int, log: Callable[[str], None]) -> Manifest:
     manifest = resume_or_new(job.out, _settings(job), _inputs(job, blocks))
     remove_unfinished(job.out / "*")
-    # Shards without any of their videos are made again: the download may have continued.
-    manifest.shards = {name: shard for name, shard in manifest.shards.items() if not _without_videos(shard)}
+    # Shards without any of their videos are made again (the download may have continued), and those with too many
+    # rejected rows (--media may have been wrong).
+    manifest.shards = {
+        name: shard
+        for name, shard in manifest.shards.items()
+        if not _without_videos(shard) and sum(shard.rejected.values()) <= job.max_bad * shard.rows
+    }
     tasks = plan_shards(blocks, job.per_shard, job.seed)
     missing = [task for task in tasks if shard_path(job, task.number).name not in manifest.shards]
     if len(missing) < len(tasks):
@@ -87,7 +92,7 @@ def _check_rejected(job: Job, manifest: Manifest, rejected: Rejected, planned: i
     if len(rejected) > job.max_bad * max(rows, planned) and manifest.total("samples"):
         raise UserError(
             f"{len(rejected)} of {rows} rows are rejected, more than --max-bad {job.max_bad:g} of all: "
-            f"{'; '.join(describe_rejected(rejected, rows))}"
+            f"{'; '.join(describe_rejected(rejected, rows))}; correct them, or --media, and give the command again"
         )
 
 

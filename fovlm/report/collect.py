@@ -66,7 +66,7 @@ def _folders(word: str) -> list[Path]:
     roots = (Path(), run_root())
     for path in (root / word for root in roots):
         if (path / "experiment.yaml").is_file():
-            return [path]
+            return [path, *(_with_seeds([word]) if path == run_root() / word else ())]
         if inside := sorted(p.parent for p in path.glob("*/experiment.yaml")):
             return inside
         if path.is_file():
@@ -83,11 +83,15 @@ def _folders(word: str) -> list[Path]:
         known = [p.parent.name for p in run_root().glob("*/experiment.yaml")]
         where = f"here or in {run_root()}{did_you_mean(word, known)}"
         raise UserError(f"no run folder '{word}' {where}; {error}") from None
-    found = sorted(p.parent for p in run_root().glob("*/experiment.yaml"))
-    inside = [folder for name in names for folder in found if SEED.sub("", folder.name) == name]
-    if not inside:
+    if not (inside := _with_seeds(names)):
         raise UserError(f"'{word}' has not been run: no folder of it in {run_root()} (fovlm sweep '{word}')")
     return inside
+
+
+def _with_seeds(names: list[str]) -> list[Path]:
+    """The folders of these runs and of their further seeds."""
+    found = sorted(p.parent for p in run_root().glob("*/experiment.yaml"))
+    return [folder for name in names for folder in found if SEED.sub("", folder.name) == name]
 
 
 def _read(folder: Path, experiment: Experiment) -> RunRecord | str:

@@ -121,7 +121,7 @@ def test_mistakes_are_one_line(tmp_path):
     cut = (tmp_path / "late.mp4").read_bytes()[:-4000]
     for path, said in {
         tmp_path / "flim.mp4": "did you mean 'film.mp4'?",
-        tmp_path / "nowhere" / "film.mp4": "no such folder",
+        tmp_path / "nowhere" / "film.mp4": f"film.mp4: no folder {tmp_path}/nowhere",
         "https://example.org/film.mp4": "download it first",
         tmp_path / "empty": "holds no pictures",
         saved(tmp_path / "a.mp4", b""): "is empty",

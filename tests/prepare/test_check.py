@@ -239,3 +239,5 @@ def test_the_commands_status_and_its_mistakes(damaged, tmp_path, capsys):
     assert main(["check", pattern, "--repair", str(damaged / "train-00000.tar")]) == 2
     with pytest.raises(UserError, match=r"did you mean 'train-00000\.tar'"):
         list_shards([str(damaged / "train-0000.tar")])
+    with pytest.raises(UserError, match=rf"it is a folder, take '{damaged}/\*\.tar'"):
+        list_shards([str(damaged)])

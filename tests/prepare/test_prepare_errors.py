@@ -111,6 +111,19 @@ def test_videos_that_were_not_found_are_made_once_they_are(tmp_path):
     assert (found.total("samples"), found.complete) == (1, True)
 
 
+def test_shards_with_too_many_missing_files_are_made_again(tmp_path):
+    for folder, names in (("wrong", "a"), ("right", "ab")):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / f"{name}.webm").write_bytes(VIDEO)
+    asked = table(tmp_path / "t.csv", ["file", "a"], [["a.webm", "Red."], ["b.webm", "Blue."]])
+    settings = {"columns": (("video", "file"), ("answer", "a")), "max_bad": 0.1}
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"1 of 2 rows are rejected.*correct them, or --media"):
+            made("table", asked, tmp_path / "out", media=tmp_path / "wrong", **settings)
+    assert made("table", asked, tmp_path / "out", media=tmp_path / "right", **settings).total("samples") == 2
+
+
 def test_a_data_set_that_is_partly_there_is_prepared_as_far_as_it_goes(tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()

@@ -193,6 +193,7 @@ def test_runs_are_found_by_folder_glob_name_and_group(tmp_path, monkeypatch):
     everything = ["nano-A1", "nano-LR1", "nano-LR1-s1"]
     assert names(str(tmp_path)) == names("nano-*") == names("nano/*") == everything
     assert names(*map(str, sorted(tmp_path.iterdir()))) == everything, "as a shell expands runs/*"
+    assert names("nano-A1", "nano-LR1") == everything, "a name brings its further seeds"
     assert names("nano-A1") == ["nano-A1"]
     with pytest.raises(UserError, match=r"no run folder 'nano-LR11'.*did you mean 'nano-LR1"):
         collect(["nano-LR11"])

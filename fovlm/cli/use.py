@@ -60,7 +60,10 @@ def ask(
     print(first, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
+        first += piece
     print()
+    if not first.strip():
+        print("fovlm: the model's answer is empty", file=sys.stderr, flush=True)
 
 
 def look(

@@ -94,7 +94,8 @@ def check_or_write(folder: Path, facts: dict[str, Any]) -> None:
     found = _parse(path, path.read_bytes())
     for key in facts:
         if found.get(key) != facts[key]:
+            what = "of another set or --limit: set_hash" if key == "set_hash" else f"with {key}"
             raise UserError(
-                f"{folder} holds results with {key} {found.get(key)}, not {facts[key]}: give another --out, or remove "
-                "the folder"
+                f"{folder} holds results {what} {found.get(key)}, not {facts[key]}: give another --out, or remove the "
+                "folder"
             )

@@ -3,21 +3,21 @@
 from collections import Counter
 from pathlib import Path
 
+from fovlm.paths import data_root
 from fovlm.prepare.check import ShardScan, problems
 from fovlm.prepare.job import RawSource
 from fovlm.prepare.manifest import MANIFEST, REJECTED, Manifest, describe_rejected, read_rejected
 from fovlm.tables import text_table
 
 PROMPTS = {"video": "Describe the video.", "image": "Describe the picture."}  # for samples without a question
-DECLARE = "below data.sources of an experiment (the path is relative to FOVLM_DATA):"
+DECLARE = "below data.sources of an experiment:"
 
 
 def summarize_job(out: Path, manifest: Manifest, source: RawSource) -> list[str]:
     """Totals, rejected rows by cause, and the YAML line that declares the source."""
     lines = _totals(out, manifest)
     if manifest.filled:
-        name = source.name.replace("-", "_")
-        lines += [DECLARE, _declaration(name, source.kind, out, manifest.filled, source.prompt)]
+        lines += [DECLARE, _declaration(out.name, source.kind, out, manifest.filled, source.prompt)]
     return lines
 
 
@@ -49,7 +49,9 @@ def _totals(out: Path, manifest: Manifest) -> list[str]:
 
 def _declaration(name: str, kind: str, out: Path, shards: list[str], prompt: str | None) -> str:
     question = f", prompt: {prompt}" if prompt else ""
-    return f'  {name}: {{kind: {kind}, shards: "{out.name}/{pattern_of(shards)}"{question}}}'
+    where, data = out.resolve(), data_root().resolve()
+    where = where.relative_to(data) if where.is_relative_to(data) else where
+    return f'  {name.replace("-", "_")}: {{kind: {kind}, shards: "{where / pattern_of(shards)}"{question}}}'
 
 
 def pattern_of(names: list[str]) -> str:

@@ -288,3 +288,9 @@ def test_the_demo_asks_for_gradio(capsys, saved_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "fovlm.viz.demo", raising=False)
     assert "pip install 'gradio>=6'" in user_error(capsys, "demo", "-m", saved_model)
+
+
+def test_an_empty_answer_is_said_to_be_empty(film, saved_model, capsys, monkeypatch):
+    monkeypatch.setattr("fovlm.viz.answer.answer", lambda *_, **__: iter(["", " "]))
+    assert main(["ask", film, "what", "-m", saved_model]) == 0
+    assert "the model's answer is empty" in capsys.readouterr().err

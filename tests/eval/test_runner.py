@@ -216,7 +216,7 @@ def test_results_of_another_model_or_set_are_not_mixed(tmp_path, quiz):
     run_eval(target(), settings(tmp_path, modes=["coarse_only"]))
     with pytest.raises(UserError, match="give another --out"):
         run_eval(target(1), settings(tmp_path, modes=["coarse_only"]))
-    with pytest.raises(UserError, match="set_hash"):
+    with pytest.raises(UserError, match="of another set or --limit: set_hash"):
         run_eval(target(), settings(tmp_path, modes=["coarse_only"], limit=3))
     other = target()
     other.model.config.image_frames += 1

@@ -204,10 +204,12 @@ def test_tables_of_any_length_and_quoting(tmp_path):
     assert read == [*({"n": i} for i in range(131)), "malformed JSON"]
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FOVLM_DATA", str(tmp_path))
     jsonl(tmp_path / "talk.jsonl", conversations(4))
-    assert main(["prepare", "smoltalk", str(tmp_path / "talk.jsonl"), str(tmp_path / "out"), "--workers", "1"]) == 0
-    assert 'smoltalk: {kind: text, shards: "out/train-00000.tar"}' in capsys.readouterr().out
+    out = tmp_path / "pool" / "some-talk"
+    assert main(["prepare", "smoltalk", str(tmp_path / "talk.jsonl"), str(out), "--workers", "1"]) == 0
+    assert 'some_talk: {kind: text, shards: "pool/some-talk/train-00000.tar"}' in capsys.readouterr().out
     assert main(["prepare", "openvd", "a", "b"]) == 2
     printed = capsys.readouterr()
     assert (printed.out, printed.err.count("\n")) == ("", 1)

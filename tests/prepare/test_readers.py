@@ -226,7 +226,7 @@ def test_bad_rows_are_counted_by_cause_and_named(tmp_path, capsys):
     assert (manifest.total("rows"), manifest.total("samples")) == (10, 1)
     assert "  rejected 1 of 10 rows: no such picture file (gone.jpg of row 1 of t.jsonl)" in printed
     assert "  rejected 1 of 10 rows: malformed JSON (row 9 of t.jsonl)" in printed
-    assert 'llava: {kind: mixed, shards: "out/train-00000.tar"' in printed
+    assert f'out: {{kind: mixed, shards: "{tmp_path}/out/train-00000.tar"' in printed
     assert main(words) == 2  # the same folder, by default at most a tenth
     assert "9 of 10 rows are rejected, more than --max-bad 0.1 of all" in capsys.readouterr().err
 

@@ -36,7 +36,7 @@ EASY = 0.25  # of them, after the first stage, about a single large picture
 
 
 def train(experiment: Experiment, scenes: Scenes, model: FoveatedVLM, log: str) -> list[dict[str, Any]]:
-    """Train a model -> its validation scores as it goes."""
+    """Train a model -> its validation scores as it goes; the first, at step 0, of weights that it starts from."""
     looks, optim, steps = looks_of(experiment, model), experiment.optim, experiment.train.steps or 0
     groups = [{"params": params, "name": name} for name, params in model.groups().items() if params]
     optimizer = torch.optim.AdamW(groups, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay)
@@ -48,6 +48,16 @@ def train(experiment: Experiment, scenes: Scenes, model: FoveatedVLM, log: str) 
     curve: list[dict[str, Any]] = []
     losses: list[float] = []
     begin, busy = time.perf_counter(), time.process_time()
+
+    def scored(step: int) -> None:
+        times = {"seconds": time.perf_counter() - begin, "processor": time.process_time() - busy}
+        mean = round(float(np.mean(losses[-20:])), 4) if losses else None
+        curve.append({"step": step, "train": mean, **times, **score(looks, scenes, experiment)})
+        short = {name: round(row["loss"], 3) for name, row in curve[-1]["by_source"].items()}
+        print(f"{log} {step}/{steps} train {mean} {short} {times['seconds']:.0f} s", flush=True)
+
+    if experiment.model.init_from:
+        scored(0)
     for step in range(1, steps + 1):
         many = BATCH if step <= stage else round(BATCH * EASY)
         chosen = [easy[next(orders[0])] for _ in range(many)] + [hard[next(orders[1])] for _ in range(BATCH - many)]
@@ -61,12 +71,7 @@ def train(experiment: Experiment, scenes: Scenes, model: FoveatedVLM, log: str) 
         optimizer.step()
         losses.append(nll.mean().item())
         if step % experiment.train.eval_every == 0 or step == steps:
-            times = {"seconds": time.perf_counter() - begin, "processor": time.process_time() - busy}
-            curve.append(
-                {"step": step, "train": float(np.mean(losses[-20:])), **times, **score(looks, scenes, experiment)}
-            )
-            short = {name: round(row["loss"], 3) for name, row in curve[-1]["by_source"].items()}
-            print(f"{log} {step}/{steps} train {curve[-1]['train']:.3f} {short} {times['seconds']:.0f} s", flush=True)
+            scored(step)
     return curve
 
 

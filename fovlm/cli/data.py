@@ -77,6 +77,12 @@ def prepare(
     held_out: Annotated[
         bool, typer.Option("--held-out", help="scenes: only films, and names of `kind`, that no other scenes have.")
     ] = False,
+    pictures: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="scenes: pictures of each name; --held-out shows the next one in place of them.  [default: one]"
+        ),
+    ] = None,
 ) -> None:
     """Turn raw data into shards.
 
@@ -108,7 +114,9 @@ def prepare(
             print("\n".join(summarize_holdout(out, drawn_set)))
             return
         drawn = (
-            SceneSettings(samples or 10_000, objects, grid, frames or 1, ask, held_out) if source == "scenes" else None
+            SceneSettings(samples or 10_000, objects, grid, frames or 1, ask, held_out, pictures)
+            if source == "scenes"
+            else None
         )
         if samples is not None and not drawn:
             raise UserError(f"--samples is for val and scenes; all of {source} is prepared")

@@ -23,7 +23,8 @@ class SceneSettings:
     grid: int = 3  # cells on a side
     frames: int = 1  # of a scene
     ask: str = "name"  # the question
-    held_out: bool = False  # with the films and names that only validation has
+    held_out: bool = False  # with the films, names and pictures that only validation has
+    pictures: int | None = None  # of a name, and another one for validation; None: one, for both
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fovlm.data.chat import load_tokenizer
 from fovlm.errors import UserError
 from fovlm.prepare.job import Job, SceneSettings
 from fovlm.prepare.sources import scenes
-from helpers.raw_data import GREY, bytes_of, made, samples_of, stamps_and_films
+from helpers.raw_data import GREY, bytes_of, jsonl, made, samples_of, stamps_and_films
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,26 @@ def test_validation_has_films_and_names_of_its_own(raw):
     assert not set(train.films) & set(val.films)
     assert len(train.cutouts) + len(val.cutouts) == 40
     assert not train.cutouts.keys() & val.cutouts.keys()
+
+
+def test_validation_has_pictures_of_its_own(raw, tmp_path):
+    (tmp_path / "stamps").mkdir()
+    files = [[f"{raw}/stamps/{scenes.NAMES[(n + k) % 16]}.png" for k in range(3)] for n in range(16)]
+    rows = [
+        {"file": file, "caption": f"A {name}.", "category": "animals"}
+        for name, three in zip(scenes.NAMES, files, strict=True)
+        for file in three
+    ]
+    jsonl(tmp_path / "stamps" / "stamps.jsonl", rows)
+    (tmp_path / "clips").symlink_to(raw / "clips")
+
+    def colors(pictures: int, held_out: bool) -> list[int]:
+        job = Job("scenes", tmp_path, tmp_path, scenes=SceneSettings(pictures=pictures, held_out=held_out))
+        return [int(cutout[20, 20, 1]) // 6 for cutout in scenes.library(job).cutouts[scenes.NAMES[3]]]
+
+    assert (colors(2, held_out=False), colors(2, held_out=True)) == ([3, 4], [5])
+    with pytest.raises(UserError, match="fewer than 4 cutouts named frog, butterfly"):
+        colors(3, held_out=True)
 
 
 def test_the_same_bytes_whatever_the_workers_and_a_tokenizer(raw, tmp_path):

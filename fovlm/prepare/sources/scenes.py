@@ -13,14 +13,16 @@ QUESTIONS times, about different objects: conversations that share its encoded f
     kind    what kind of thing is in row 1 column 3 ?  its category; pictures have any name, and validation others
 
 With several frames the question ends in "in frame 2 ?". `--held-out` takes the films, and for `kind` the names, that a
-set made without it never has. Records hold `objects` [{name, kind, boxes}], a box [left, top, right, bottom] in pixels
-for each frame, and for each conversation the `asked` object and `frame`. A seed gives the same bytes every time.
+set made without it never has; with `--pictures N` also, of each name, the picture behind the first N of the table.
+Records hold `objects` [{name, kind, boxes}], a box [left, top, right, bottom] in pixels for each frame, and for each
+conversation the `asked` object and `frame`. A seed gives the same bytes every time.
 """
 
 import functools
 import json
 import re
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ NAME = re.compile(r"(?:An?|Some|The) ([a-z]+)\.")
 class Library:
     """The pictures by name, their kinds, and the films of one job."""
 
-    cutouts: dict[str, np.ndarray]  # u8 [h, w, 4]
+    cutouts: dict[str, list[np.ndarray]]  # u8 [h, w, 4] each
     kinds: dict[str, str]
     films: list[Path]
 
@@ -85,19 +87,23 @@ def library(job: Job) -> Library:
         rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{table}: scenes need this table of pictures ({error})") from error
-    cutouts, kinds = {}, {}
+    cutouts: dict[str, list[np.ndarray]] = defaultdict(list)
+    kinds, first = {}, drawn.pictures or 0 if drawn.held_out else 0
+    needed = first + 1 if drawn.held_out else drawn.pictures or 1
     for row in rows:
         match = NAME.fullmatch(row["caption"])
         name = match[1] if match else ""
         wanted = row["category"] in KINDS and held_out(name) == drawn.held_out if drawn.ask == "kind" else name in NAMES
-        if match and wanted and name not in cutouts:
+        if match and wanted and len(cutouts.get(name, ())) < needed:
             cutout = load_cutout(table.parent / row["file"], job.size // drawn.grid)
             if cutout is not None:
-                cutouts[name], kinds[name] = cutout, KINDS.get(row["category"], "")
+                cutouts[name].append(cutout)
+                kinds[name] = KINDS.get(row["category"], "")
+    cutouts = {name: found[first:] for name, found in cutouts.items() if len(found) == needed}
     files = sorted(f for f in (job.raw / "clips").glob("*") if f.suffix.lower() in SUFFIXES)
     films = [f for f in files if held_out(re.sub(r"-\d+$", "", f.stem)) == drawn.held_out]  # cuts of a film together
     if missing := [name for name in NAMES if name not in cutouts] if drawn.ask != "kind" else []:
-        raise UserError(f"{table}: no cutout named {', '.join(missing)}")
+        raise UserError(f"{table}: fewer than {needed} cutouts named {', '.join(missing)}")
     if len(cutouts) < max(counts(drawn)) or not films:
         raise UserError(f"{job.raw}: {len(cutouts)} pictures with names and {len(films)} films are too few")
     return Library(cutouts, kinds, films)
@@ -127,6 +133,8 @@ def make(row: Row, job: Job) -> NewSample:
     rng = np.random.default_rng([job.seed, drawn.held_out, row["scene"]])
     count = int(rng.choice(counts(drawn)))
     names = [str(name) for name in rng.choice(sorted(stock.cutouts), count, replace=False)]
+    choices = [stock.cutouts[name] for name in names]
+    cutouts = [found[rng.integers(len(found)) if len(found) > 1 else 0] for found in choices]
     reel = film(stock.films[rng.integers(len(stock.films))], job.size)
     start = int(rng.integers(max(1, len(reel) - drawn.frames + 1)))
     cells = np.array([rng.permutation(drawn.grid**2)[:count] for _ in range(drawn.frames)])  # [frames, objects]
@@ -135,10 +143,10 @@ def make(row: Row, job: Job) -> NewSample:
     pictures = []
     for n, places in enumerate(cells):
         frame = reel[min(start + n, len(reel) - 1)].copy()
-        for name, cell, track in zip(names, places, boxes, strict=True):
+        for cutout, cell, track in zip(cutouts, places, boxes, strict=True):
             pixels = round(side * (1 - MARGIN) * rng.uniform(0.8, 1))
             center = ((cell % drawn.grid + 0.5) * side, (cell // drawn.grid + 0.5) * side)
-            track.append(place(frame, stock.cutouts[name], center, pixels, rng.uniform(-15, 15)))
+            track.append(place(frame, cutout, center, pixels, rng.uniform(-15, 15)))
         pictures.append(encode_jpeg(frame, job.quality))
     objects = [
         {"name": name, "kind": stock.kinds[name], "boxes": track} for name, track in zip(names, boxes, strict=True)

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Make shards of a folder with real clips, pictures and chats, for the runs of experiments/real.yaml.
 
-    python scripts/real_shards.py RAW OUT
+    python -m scripts.real_shards RAW OUT
 
 RAW/clips/{clips.jsonl, *.webp}     animated WebP clips, {file, caption} a line
 RAW/stamps/{stamps.jsonl, *.png}    pictures, {file, caption, category} a line

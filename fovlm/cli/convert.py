@@ -1,6 +1,7 @@
 """Commands that make folders with a model: convert, import, export."""
 
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated
 
 import typer
@@ -93,9 +94,10 @@ def export(
 
         settings = work(source, out, to, weights, example or None, question or None, update)
     found, size = settings["check"], sum(settings["graphs"].values()) / 1e6
+    answers = [shorten(found[name], 60, placeholder=" ...") for name in ("answer", "answer_pytorch")]
     print(
-        f"{out}: {size:.1f} MB; nll {found['nll']:.4g}, with PyTorch {found['nll_pytorch']:.4g}; answer "
-        f"'{found['answer']}'" + ("" if found["same"] else f", with PyTorch '{found['answer_pytorch']}'")
+        f"{out}: {size:.1f} MB; nll {found['nll']:.4g}, with PyTorch {found['nll_pytorch']:.4g}; answer '{answers[0]}'"
+        + ("" if found["same"] else f", with PyTorch '{answers[1]}'")
     )
     if to == "page":
         print(f"to serve it: python -m http.server --directory {out}")

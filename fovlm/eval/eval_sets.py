@@ -255,5 +255,5 @@ def _pattern(name: str, path: str) -> str:
         for shape in (f"{name}-*.tar", "*.tar"):
             if any(where.glob(shape)):
                 return str((where / shape).resolve())
-        raise UserError(f"{name}: {where} holds no shards (*.tar)")
+        raise UserError(f"{name}: {where} holds no shards (*.tar){did_you_mean(name, READERS)}")
     return path if "://" in path or path.startswith("/") else str(Path.cwd() / path)

@@ -1,5 +1,6 @@
 """The door to onnxruntime: graphs with smaller weights, and the loop over frames that runs graphs as the page does."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,17 @@ with needs("onnxruntime"):
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines that onnxruntime's quantizers log for every matrix, by the root logger."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@_quiet()
 def shrink(file: Path, weights: str) -> None:
     """Replace a graph by one with int8 or int4 weights of its matrices and embeddings.
 

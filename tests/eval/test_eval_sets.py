@@ -146,6 +146,19 @@ def test_samples_whose_every_token_counts_are_no_answers(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("clip", r"no set 'clip' \(did you mean 'clips'\?\)"),
+        ("mvbnch={}/clips", r"mvbnch: .*/clips holds no shards \(\*\.tar\) \(did you mean 'mvbench'\?\)"),
+    ],
+)
+def test_a_set_that_is_not_there(tmp_path, spec, message):
+    (tmp_path / "clips").mkdir()
+    with pytest.raises(UserError, match=message):
+        eval_sets.open_eval_set(spec.format(tmp_path), tmp_path, runner.format_of(target(), EvalSettings([])), {})
+
+
 def test_a_set_of_which_nothing_could_be_scored_hides_no_table():
     facts = {"protocol": "likelihood of the option's text", "control": "", "mode": "coarse_only"}
     line = {"n": 0, "category": "a", "source": "s", "modality": "text"} | score_options([1.0, 2.0], [1, 1], 0)

@@ -2,7 +2,9 @@
 
 import difflib
 import errno
+import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 EXIT_FAILED = 1  # a fault that is not the user's
@@ -49,6 +51,12 @@ def did_you_mean_path(path: Path) -> str:
 def few(names: Sequence[str], most: int = 3) -> str:
     """`a, b, c and 4 more`: at most `most` of the names."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def say(text: str) -> None:
+    """Print a line on stderr; a terminal that is gone is no error."""
+    with suppress(OSError):
+        print(f"fovlm: {text}", file=sys.stderr, flush=True)
 
 
 def format_error(error: UserError | OSError) -> str:

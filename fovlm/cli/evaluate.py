@@ -1,13 +1,12 @@
 """Commands for evaluation: eval, report."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fovlm.errors import UserError
+from fovlm.errors import UserError, say
 
 
 def eval_(
@@ -79,9 +78,9 @@ def eval_(
         out=out or Path("eval") / target.name, limit=limit, batch=batch, max_frames=frames, letters=letters,
         skip_missing=skip_missing, part=part,
     )  # fmt: skip
-    results = run_eval(target, settings, _warn)
+    results = run_eval(target, settings, say)
     if not results:
-        _warn(f"part {part[0]} of {part[1]} is done; the last part to finish prints the results")
+        say(f"part {part[0]} of {part[1]} is done; the last part to finish prints the results")
         return
     shown = tables.main_tables(results)
     write_atomically(settings.out / "tables.md", tables.markdown([*shown, *tables.group_tables(results)]))
@@ -90,7 +89,7 @@ def eval_(
     for result in results:
         name = "/".join(filter(None, (result["set"], result["control"], result["mode"])))
         for reason, count in result["skipped"].items():
-            _warn(f"{name}: {count} skipped: {reason}")
+            say(f"{name}: {count} skipped: {reason}")
     print(f"all tables: {settings.out / 'tables.md'}", flush=True)
 
 
@@ -106,10 +105,6 @@ def report(
     from fovlm.report.build import write_report
 
     print(f"written: {write_report(runs, out, title)}")
-
-
-def _warn(line: str) -> None:
-    print(f"fovlm: {line}", file=sys.stderr, flush=True)
 
 
 def _names(text: str) -> list[str]:

@@ -12,7 +12,7 @@ import typer
 
 from fovlm import __version__
 from fovlm.cli import convert, data, evaluate, train, use
-from fovlm.errors import EXIT_USER_ERROR, UserError, did_you_mean, format_error
+from fovlm.errors import EXIT_USER_ERROR, UserError, did_you_mean, format_error, say
 from fovlm.paths import TRAIN
 from fovlm.progress import hide_foreign_bars
 
@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return int(status or 0)
     except ClickException as error:
-        return _user_error(_usage(error))
+        say(_usage(error))
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader closed the pipe, like `head`
@@ -71,12 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if not (message := format_error(error)):
             raise
-        return _user_error(message)
-
-
-def _user_error(line: str) -> int:
-    print(f"fovlm: {line}", file=sys.stderr, flush=True)
-    return EXIT_USER_ERROR
+        say(message)
+        return EXIT_USER_ERROR
 
 
 def _usage(error: Any) -> str:

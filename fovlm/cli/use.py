@@ -1,13 +1,12 @@
 """Commands that use a trained model: ask, look, demo."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fovlm.cli.progress import progress
-from fovlm.errors import UserError
+from fovlm.errors import UserError, say
 from fovlm.media.location import check_camera, check_path
 from fovlm.model.folder import check_folder
 from fovlm.model.modes import mode_of
@@ -63,7 +62,7 @@ def ask(
         first += piece
     print()
     if not first.strip():
-        print("fovlm: the model's answer is empty", file=sys.stderr, flush=True)
+        say("the model's answer is empty")
 
 
 def look(
@@ -133,7 +132,7 @@ def look(
         if question:
             print(f"{question}\n  {gazes[-1].answer}")
     if len(gazes) == 2 and net.config.question == "after_frames":
-        print(f"fovlm: {ALIKE}", file=sys.stderr, flush=True)
+        say(ALIKE)
     written = []
     for n, gaze in enumerate(gazes, start=1):
         name = "look" if len(gazes) == 1 else f"look-{n}"
@@ -216,7 +215,7 @@ def read(video: str, net: Any, frames: int, fps: float) -> Any:
     with progress(f"reading {Path(video).name}") as update:
         clip = read_clip(video, net.config.frame_size, frames, fps, update)
     if clip.note:
-        print(f"fovlm: {clip.name}: {clip.note}", file=sys.stderr, flush=True)
+        say(f"{clip.name}: {clip.note}")
     return clip
 
 

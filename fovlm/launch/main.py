@@ -8,10 +8,10 @@ from types import FrameType
 from typing import NoReturn
 
 from fovlm.config import experiments
-from fovlm.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError, format_error
+from fovlm.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError, format_error, say
 from fovlm.launch.commands import command_of
 from fovlm.launch.nodes import Nodes
-from fovlm.launch.processes import SIGNALS, Run, on_signals, say
+from fovlm.launch.processes import SIGNALS, Run, on_signals
 from fovlm.launch.request import Request, parse
 from fovlm.launch.resources import find_resources
 from fovlm.paths import INSTALLED, ROOT, TRAIN

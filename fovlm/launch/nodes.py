@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from types import FrameType
 
-from fovlm.errors import EXIT_STOPPED, EXIT_USER_ERROR
-from fovlm.launch.processes import GRACE, on_signals, say
+from fovlm.errors import EXIT_STOPPED, EXIT_USER_ERROR, say
+from fovlm.launch.processes import GRACE, on_signals
 from fovlm.launch.resources import Resources
 from fovlm.paths import ROOT
 

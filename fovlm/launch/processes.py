@@ -3,22 +3,16 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
+from fovlm.errors import say
 from fovlm.paths import ROOT
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 GRACE = 5.0  # seconds for the ranks to end after their launcher
-
-
-def say(text: str) -> None:
-    """A line on stderr; a terminal that is gone is no error."""
-    with suppress(OSError):
-        print(f"fovlm: {text}", file=sys.stderr, flush=True)
 
 
 def on_signals(handler: Callable[[int, FrameType | None], object]) -> None:

@@ -9,6 +9,8 @@ from typing import Any, NoReturn, TextIO, cast
 
 import psutil
 
+from fovlm.errors import say
+
 LAUNCHER = "FOVLM_LAUNCHER"  # the process of launch.sh, on one machine
 LOOKS = 5.0  # seconds in which the launcher sees that a rank has ended; deepspeed's looks once a second
 
@@ -20,7 +22,7 @@ def stop_without_launcher() -> None:
     def watch() -> None:
         while os.getppid() == parent and (not launcher or lives(launcher)):
             time.sleep(1)
-        print("fovlm: its launcher is gone: saving, then stopping", file=sys.stderr, flush=True)
+        say("its launcher is gone: saving, then stopping")
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -10,7 +10,6 @@ import logging
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fovlm import distributed
-from fovlm.errors import EXIT_FAILED, UserError
+from fovlm.errors import EXIT_FAILED, UserError, say
 from fovlm.train.process import lives
 
 log = logging.getLogger("fovlm")
@@ -139,6 +138,6 @@ class RunLock:
         beat = 0
         while not self.released.wait(BEAT):
             if (text := self._read()) and not text.startswith(f"{self.name} "):
-                print(f"fovlm: {self.path} was taken by {text.split()[0]}: ending", file=sys.stderr, flush=True)
+                say(f"{self.path} was taken by {text.split()[0]}: ending")
                 os._exit(EXIT_FAILED)
             self._write(beat := beat + 1)

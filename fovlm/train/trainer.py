@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -31,7 +30,7 @@ from fovlm.data.dataset import open_dataset, pack_budget
 from fovlm.data.packing import Batch, PackBudget, PackSize
 from fovlm.data.tokenizers import open_tokenizer
 from fovlm.distributed import SharedError
-from fovlm.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, UserError, format_error
+from fovlm.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, UserError, format_error, say
 from fovlm.estimate.flops import mean_cost, samples_of, total
 from fovlm.estimate.shapes import geometry
 from fovlm.fileio import write_atomically
@@ -328,11 +327,11 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(error, OSError):
             problem += "; when that is fixed, the same command resumes from the last checkpoint"
         if first or not isinstance(error, SharedError):  # all ranks know a shared one
-            print(f"fovlm: {problem}", file=sys.stderr, flush=True)
+            say(problem)
         return EXIT_USER_ERROR
     except RuntimeError as error:
         if not distributed.is_lost_peer(error):
             raise
-        print(f"fovlm: rank {distributed.rank()} lost its connection to another rank", file=sys.stderr, flush=True)
+        say(f"rank {distributed.rank()} lost its connection to another rank")
         process.wait_to_be_ended()
         return EXIT_FAILED

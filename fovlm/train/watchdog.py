@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch.distributed as dist
 
 from fovlm import distributed
-from fovlm.errors import EXIT_FAILED
+from fovlm.errors import EXIT_FAILED, say
 
 GRACE = 10.0  # seconds for all ranks to say where they are
 
@@ -46,10 +46,8 @@ class Watchdog:
         speaker = min(rank for rank, place in enumerate(places) if place)
         if speaker == distributed.rank():
             for rank, place in enumerate(places):
-                where = place or "does not answer"
-                print(f"fovlm: rank {rank} on {self.hosts[rank]} {where}", file=sys.stderr, flush=True)
-            print(f"fovlm: a step took longer than {self.seconds / 60:g} minutes (train.hang_minutes): ending",
-                  file=sys.stderr, flush=True)  # fmt: skip
+                say(f"rank {rank} on {self.hosts[rank]} {place or 'does not answer'}")
+            say(f"a step took longer than {self.seconds / 60:g} minutes (train.hang_minutes): ending")
         self._exchange("printed", "yes", [speaker])  # a rank that ends before may take the speaker with it
         faulthandler.dump_traceback()
         os._exit(EXIT_FAILED)

@@ -8,7 +8,6 @@ import base64
 import html
 import mimetypes
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -22,7 +21,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from fovlm.errors import UserError
+from fovlm.errors import UserError, say
 from fovlm.media import encode
 from fovlm.media.clip import Clip, read_clip
 from fovlm.viz.answer import ALIKE, answer, stream_answer
@@ -211,5 +210,5 @@ def _thumb(path: Path, size: int) -> Any:
     try:
         return read_clip(path, size, 1).frames[0].permute(1, 2, 0).numpy()
     except UserError as error:
-        print(f"fovlm: skipped: {error}", file=sys.stderr, flush=True)
+        say(f"skipped: {error}")
         return None

@@ -2,9 +2,10 @@
 
 import difflib
 import errno
+import shlex
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 EXIT_FAILED = 1  # a fault that is not the user's
@@ -46,6 +47,15 @@ def did_you_mean_path(path: Path) -> str:
     missing = next(p for p in (path, *path.parents) if p.parent.is_dir())
     where = f": no folder {missing}" if missing != path else ""
     return where + did_you_mean(missing.name, (p.name for p in missing.parent.iterdir()))
+
+
+@contextmanager
+def needs(what: str, *packages: str) -> Iterator[None]:
+    """Turn an import within that fails into a UserError: `what` needs these packages."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{what} needs more packages: pip install {shlex.join(packages)} ({error})") from error
 
 
 def few(names: Sequence[str], most: int = 3) -> str:

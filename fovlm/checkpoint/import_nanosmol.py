@@ -28,7 +28,7 @@ from fovlm.checkpoint.model_card import imported_card
 from fovlm.checkpoint.safetensors_writer import byte_size
 from fovlm.checkpoint.zero_reader import Weights, load_pickled
 from fovlm.data.chat import load_tokenizer
-from fovlm.errors import UserError, did_you_mean
+from fovlm.errors import UserError, did_you_mean, did_you_mean_path
 from fovlm.fileio import refuse_occupied, staged_dir
 from fovlm.model.build import check_vocabulary
 from fovlm.model.configuration import FoveatedConfig
@@ -201,8 +201,7 @@ def import_published(
 def read_state(path: Path) -> dict[str, Tensor]:
     """The state dict of a file, or of the only one in a folder, mapped into memory. Raises UserError."""
     if not path.exists():
-        there = [str(f) for f in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such file{did_you_mean(str(path), there)}")
+        raise UserError(f"no such file: {path}{did_you_mean_path(path)}")
     files = [path]
     if path.is_dir():
         pickled = (f for kind in PICKLED for f in path.glob(f"*.{kind}"))

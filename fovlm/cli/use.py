@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from fovlm.cli.progress import progress
-from fovlm.errors import UserError, say
+from fovlm.errors import UserError, needs, say
 from fovlm.media.location import check_camera, check_path
 from fovlm.model.folder import check_folder
 from fovlm.model.modes import mode_of
@@ -167,12 +167,8 @@ def demo(
     if examples:
         check_path(examples)
     with progress("loading the model"):
-        try:
+        with needs("the demo", "gradio>=6"):
             from fovlm.viz.demo import serve
-        except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] != "gradio":
-                raise
-            raise UserError("the demo needs gradio: pip install 'gradio>=6'") from error
         from fovlm.media.clip import list_clips
 
         clips = list_clips(examples) if examples else []

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from fovlm.errors import UserError, did_you_mean
+from fovlm.errors import UserError, did_you_mean, needs
 from fovlm.fileio import digest
 from fovlm.redact import redact
 
@@ -154,7 +154,7 @@ def _file_system(url: str) -> tuple[Any, tuple[type[Exception], ...]]:
     scheme = url.partition(":")[0].lower()
     options: dict[str, Any] = {}
     failures: tuple[type[Exception], ...]
-    try:
+    with needs(f"reading {scheme}://", SCHEMES[scheme]):
         import fsspec
 
         if scheme == "s3":
@@ -175,9 +175,6 @@ def _file_system(url: str) -> tuple[Any, tuple[type[Exception], ...]]:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=15, sock_read=SILENCE)
             options = {"client_kwargs": {"trust_env": True, "timeout": timeout}}  # proxies, ~/.netrc
         return fsspec.filesystem(scheme, **options), failures
-    except ImportError:
-        package = SCHEMES[scheme]
-        raise UserError(f"shards at {scheme}:// need {package}: pip install {package}") from None
 
 
 def _cause(error: Exception, fs: Any, url: str) -> tuple[str, bool]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fovlm.errors import SampleError, UserError, did_you_mean, did_you_mean_path
+from fovlm.errors import SampleError, UserError, did_you_mean, did_you_mean_path, needs
 
 LINES = 64  # rows in a block of a text file: small blocks mix well, and each is one read
 Row = dict[str, Any]
@@ -261,10 +261,8 @@ def _csv_ends(file: BinaryIO, path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _open_parquet(file: Path) -> Any:
-    try:
+    with needs("reading parquet", "pyarrow>=18"):
         from pyarrow import parquet
-    except ImportError:
-        raise UserError("parquet files need pyarrow: pip install 'pyarrow>=18'") from None
     try:
         return parquet.ParquetFile(file)
     except ValueError as error:  # pyarrow's ArrowInvalid is one

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import AttentionInterface, DynamicCache
 
-from fovlm.errors import UserError
-from fovlm.export.runtime import needs
+from fovlm.errors import UserError, needs
+from fovlm.export.runtime import PACKAGES
 from fovlm.model import kv_cache
 from fovlm.model.encoder import Cache
 from fovlm.model.modeling import FoveatedVLM
@@ -129,7 +129,7 @@ def write_graphs(model: FoveatedVLM, out: Path) -> None:
 
 
 def _write(file: Path, graph: Graph, given: dict[str, Tensor], outputs: list[str], lengths: Any = None) -> None:
-    with needs("onnx", "onnxscript"), warnings.catch_warnings():
+    with needs("exporting", *PACKAGES), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             graph, tuple(given.values()), dynamo=True, input_names=list(given), output_names=outputs,

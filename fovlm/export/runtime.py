@@ -1,44 +1,24 @@
 """The door to onnxruntime: graphs with smaller weights, and the loop over frames that runs graphs as the page does."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fovlm.errors import UserError
+from fovlm.errors import needs
 
-INSTALL = "pip install 'onnx>=1.19' 'onnxscript>=0.7' 'onnxruntime>=1.23'"
+PACKAGES = ("onnx>=1.19", "onnxscript>=0.7", "onnxruntime>=1.23")
 
-
-@contextmanager
-def needs(*packages: str) -> Iterator[None]:
-    """Turn an import of one of these packages that fails into a UserError."""
-    try:
-        yield
-    except ImportError as error:
-        raise UserError(f"exporting needs {' and '.join(packages)}: {INSTALL} ({error})") from error
-
-
-with needs("onnxruntime"):
+with needs("exporting", *PACKAGES):
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the lines that onnxruntime's quantizers log for every matrix, by the root logger."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
+# The quantizers log a line for every matrix, by the root logger.
+logging.getLogger().addFilter(lambda record: record.levelno > logging.WARNING)
 
 
-@_quiet()
 def shrink(file: Path, weights: str) -> None:
     """Replace a graph by one with int8 or int4 weights of its matrices and embeddings.
 

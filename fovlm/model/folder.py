@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fovlm.errors import UserError, did_you_mean
+from fovlm.errors import UserError, did_you_mean_path
 
 MODEL_TYPE = "fovlm"
 
@@ -15,8 +15,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         if folder.exists():
             raise UserError(f"{folder} is a file: give the folder of a model")
-        there = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        raise UserError(f"no such folder: {folder}{did_you_mean(folder.name, there)}")
+        raise UserError(f"no such folder: {folder}{did_you_mean_path(folder)}")
     if not (folder / "config.json").is_file():
         if (folder / "checkpoints").is_dir() or (folder / "manifest.json").is_file():
             raise UserError(f"{folder} is a run, not a model yet: fovlm convert {folder} OUT")

@@ -9,17 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fovlm.errors import UserError, did_you_mean
+from fovlm.errors import UserError, did_you_mean, needs
 
 BASE, A, B = ".base_layer.", ".lora_A.default.", ".lora_B.default."  # in names of weights
 
 
 def add_adapters(llm: PreTrainedModel, rank: int, alpha: float, targets: list[str]) -> None:
     """Freeze a language model and add adapters to its linear layers called `targets`. Raises UserError."""
-    try:
+    with needs("model.lora", "peft>=0.17"):
         from peft import LoraConfig, inject_adapter_in_model
-    except ModuleNotFoundError as error:
-        raise UserError("model.lora needs peft: pip install 'peft>=0.17'") from error
     layers = llm.base_model.layers
     linears = {name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
     for target in targets:

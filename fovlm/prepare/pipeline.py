@@ -50,11 +50,9 @@ def _make(job: Job, blocks: list[Block], workers: int, log: Callable[[str], None
     remove_unfinished(job.out / "*")
     # Shards without any of their videos are made again (the download may have continued), and those with too many
     # rejected rows (--media may have been wrong).
-    manifest.shards = {
-        name: shard
-        for name, shard in manifest.shards.items()
-        if not _without_videos(shard) and sum(shard.rejected.values()) <= job.max_bad * shard.rows
-    }
+    for name, shard in [*manifest.shards.items()]:
+        if _without_videos(shard) or sum(shard.rejected.values()) > job.max_bad * shard.rows:
+            del manifest.shards[name]
     tasks = plan_shards(blocks, job.per_shard, job.seed)
     missing = [task for task in tasks if shard_path(job, task.number).name not in manifest.shards]
     if len(missing) < len(tasks):

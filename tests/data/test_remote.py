@@ -270,7 +270,7 @@ def test_a_secret_in_a_url_is_refused_and_not_repeated(secret):
 
 def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "botocore.exceptions", None)
-    with pytest.raises(UserError, match=r"shards at s3:// need s3fs: pip install s3fs"):
+    with pytest.raises(UserError, match=r"reading s3:// needs more packages: pip install s3fs"):
         find_shards("video", "s3://bucket/a.tar")
 
 

@@ -48,10 +48,11 @@ def prepare(job: Job, workers: int, log: Callable[[str], None] = print) -> Manif
 def _make(job: Job, blocks: list[Block], workers: int, log: Callable[[str], None]) -> Manifest:
     manifest = resume_or_new(job.out, _settings(job), _inputs(job, blocks))
     remove_unfinished(job.out / "*")
-    # Shards without any of their videos are made again (the download may have continued), and those with too many
-    # rejected rows (--media may have been wrong).
+    # Shards without any of their videos are made again (the download may have continued), and of a job that was not
+    # completed those with too many rejected rows (--media may have been wrong).
     for name, shard in [*manifest.shards.items()]:
-        if _without_videos(shard) or sum(shard.rejected.values()) > job.max_bad * shard.rows:
+        too_many = not manifest.complete and sum(shard.rejected.values()) > job.max_bad * shard.rows
+        if too_many or _without_videos(shard):
             del manifest.shards[name]
     tasks = plan_shards(blocks, job.per_shard, job.seed)
     missing = [task for task in tasks if shard_path(job, task.number).name not in manifest.shards]

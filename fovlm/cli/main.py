@@ -56,6 +56,7 @@ app.add_typer(data.group, name="data", rich_help_panel="Data")
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status, 2 for a user error."""
     hide_foreign_bars()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait take the cores of others
     words = sys.argv[1:] if arguments is None else arguments
     try:
         status = app(words or ["--help"], prog_name="fovlm", standalone_mode=False)

@@ -25,6 +25,7 @@ def command_of(request: Request, where: Resources) -> tuple[list[str], dict[str,
     """The launcher's command, and its environment."""
     env = dict(os.environ)
     env.setdefault("OMP_NUM_THREADS", str(max(1, cpu_cores() // where.local_ranks)))
+    env.setdefault("OMP_WAIT_POLICY", "passive")  # as for the other commands
     port = str(number("MASTER_PORT", 0) or free_port())
     if where.slurm:
         env |= {"MASTER_ADDR": env.get("MASTER_ADDR") or _first_node(), "MASTER_PORT": port}

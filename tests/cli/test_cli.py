@@ -1,5 +1,6 @@
 """The command line: fast help, answers, and one line with status 2 for every user error."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def test_every_command_shows_an_example(name, capsys):
 def test_the_version_is_printed(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"fovlm {__version__}\n"
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
 
 
 def test_no_command_shows_the_help(capsys):

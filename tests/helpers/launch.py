@@ -13,7 +13,7 @@ from helpers import ROOT
 RECORDER = """#!/bin/sh
 echo "program=$(basename "$0")"
 for a in "$@"; do echo "arg=$a"; done
-env | grep -E '^(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_|DS_|OMP_NUM|TRITON_CACHE|TORCH_EXT|HF_HOME|CUDA_VIS|FOVLM_[DL]A)'
+env | grep -E '^(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_|DS_|OMP_|TRITON_CACHE|TORCH_EXT|HF_HOME|CUDA_VIS|FOVLM_[DL]A)'
 exit ${STATUS:-0}
 """
 

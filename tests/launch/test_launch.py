@@ -21,6 +21,7 @@ def test_without_a_gpu_two_ranks_run_on_the_cpu(place):
     assert {"--module", "--no_local_rank"} <= set(args)
     assert int(args[args.index("--master_port") + 1]) > 1023
     assert env["DS_ACCELERATOR"] == "cpu"
+    assert env["OMP_WAIT_POLICY"] == "passive"
     assert int(env["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
     assert Path(env["TRITON_CACHE_DIR"]).is_relative_to(place.folder / "cache")
     assert Path(env["HF_HOME"]).is_relative_to(place.folder / "cache")

@@ -8,7 +8,7 @@ from typing import Any
 
 from fovlm.data.tables import LINES, Block, blocks_of, find_tables, refuse_twice
 from fovlm.data.workers import each
-from fovlm.errors import UserError
+from fovlm.errors import UserError, did_you_mean_path
 from fovlm.fileio import remove_unfinished, write_atomically
 from fovlm.prepare.frames import NO_VIDEO, media_folders
 from fovlm.prepare.job import Job, RawSource
@@ -116,7 +116,7 @@ def _check(job: Job, source: RawSource) -> None:
     if job.stage and source.name not in ("smoltalk", "messages"):
         raise UserError(f"--stage divides the conversations of messages and smoltalk; {source.name} has none")
     if job.media is not None and not job.media.is_dir():
-        raise UserError(f"--media: no folder {job.media}")
+        raise UserError(f"--media: no folder {job.media}{did_you_mean_path(job.media)}")
 
 
 def _blocks(job: Job, source: RawSource) -> list[Block]:

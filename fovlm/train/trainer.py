@@ -263,7 +263,7 @@ class Trainer:
             self.logger.info(f"attention maps: {self.folder / 'maps' / 'index.html'}")
         self.logger.info(f"to use the model: fovlm convert {self.folder} OUT")
         if task:
-            self.logger.info(f"next: {TRAIN} --list shows every run, docs/training.md how to train on your own")
+            self.logger.info(f"next: {TRAIN} --list shows every run, docs/own-data.md how to train on your data")
         by_mode = {mode: asdict(score) for mode, score in scores.items()}
         self.logger.close("finished", scores=by_mode, tokens=self.state.tokens, **self._facts(), **looks)
 

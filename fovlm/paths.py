@@ -1,10 +1,13 @@
-"""Where things are: the project, and the folders of data, models, runs and caches. No torch, no pydantic.
+"""Where things are: the project, the folders of data, models, runs and caches, packages. No torch, no pydantic.
 
 The project is the checkout, with `experiments/` and `ds_configs/` beside the package. An installed package has these
 inside it, and the project is the current folder.
 """
 
 import os
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -44,3 +47,12 @@ def local_folder(name: str) -> Path | None:
 def in_project(path: Path) -> str:
     """A path for a message: relative to the project, or to the package's own files, where it is inside."""
     return next((str(path.relative_to(top)) for top in (ROOT, SHIPPED) if path.is_relative_to(top)), str(path))
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those of the packages that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

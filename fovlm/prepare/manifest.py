@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from fovlm.errors import UserError
 from fovlm.fileio import digest, locked, write_atomically
+from fovlm.paths import versions
 
 MANIFEST, REJECTED = "manifest.json", "rejected.jsonl"
 Rejected = list[dict[str, Any]]  # {shard, file, row, cause}, and what it is `about`
@@ -79,7 +79,7 @@ class Manifest:
             "strata": self.strata,
             "settings": self.settings,
             "inputs": self.inputs,
-            "versions": {name: version for name in PACKAGES if (version := _package_version(name))},
+            "versions": versions(PACKAGES),
             "shards": [asdict(self.shards[name]) for name in sorted(self.shards)],
         }
         write_atomically(folder / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -148,10 +148,3 @@ def resume_or_new(folder: Path, settings: dict[str, Any], inputs: list[dict[str,
 
 def _exists(file: Path, size: int) -> bool:
     return file.is_file() and file.stat().st_size == size
-
-
-def _package_version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

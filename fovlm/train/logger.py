@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -31,7 +30,7 @@ from fovlm.checkpoint import run_folder
 from fovlm.config.schema import Experiment
 from fovlm.errors import UserError
 from fovlm.fileio import write_atomically
-from fovlm.paths import INSTALLED, ROOT
+from fovlm.paths import INSTALLED, ROOT, versions
 from fovlm.redact import redact
 
 # What the terminal shows of a row, in this order.
@@ -126,7 +125,7 @@ class Logger:
             "experiment_hash": self.experiment.hash,
             "data_hash": self.data_hash,
             "commit": self.commit,
-            "versions": versions(),
+            "versions": {"python": platform.python_version(), **versions(PACKAGES)},
             "wall_seconds": round(self.seconds, 1),
             "best": run_folder.best_losses(rows),
             "final": run_folder.final_values(rows),
@@ -246,14 +245,3 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return head.strip() + ("+" if changed.strip() else "")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a run's numbers depend on."""
-    installed = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            installed[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return installed

@@ -10,8 +10,9 @@ import pytest
 
 from fovlm.checkpoint.run_folder import Row, read_metrics
 from fovlm.config.schema import Experiment
+from fovlm.paths import versions
 from fovlm.redact import HIDDEN, redact
-from fovlm.train.logger import Logger, commit, versions
+from fovlm.train.logger import Logger, commit
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_the_summary_says_how_it_ended(experiment):
     assert (summary["final"]["loss"], summary["final"]["val_loss"]) == (2, 5)
     assert (summary["status"], summary["step"], summary["reason"]) == ("stopped", 6, "SIGTERM")
     assert (summary["data_hash"], summary["experiment_hash"]) == ("d4", experiment.hash)
-    assert summary["versions"] == versions()
+    assert summary["versions"].items() >= versions(["torch", "no-such-package"]).items()
     assert summary["commit"] == commit()
     assert summary["wall_seconds"] >= 0
 

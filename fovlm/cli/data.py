@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -139,6 +140,7 @@ def prepare(
             f"{error.filename or out}: {error.strerror or error}; when that is fixed, the same command resumes"
         ) from error
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one would interrupt the clean-up
         print("stopped; the same command resumes", flush=True)
         for worker in multiprocessing.active_children():
             worker.kill()  # at once: only complete shards have names

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,7 +32,11 @@ def each(call: Callable[..., T], arguments: list[tuple], workers: int) -> Iterat
     server = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if server else "spawn")
     if server:
-        context.set_forkserver_preload(["fovlm.prepare.write_shard"])
+        context.set_forkserver_preload(["fovlm.data.fork_server", "fovlm.prepare.write_shard"])
+        resource_tracker.ensure_running()  # the fork server would start it, which unblocks signals
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+        forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     pool = ProcessPoolExecutor(min(workers, len(arguments)), context, follow_parent, (signal.SIGINT,))
     finished = False
     try:

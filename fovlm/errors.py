@@ -46,7 +46,8 @@ def did_you_mean_path(path: Path) -> str:
     """The same for a path that does not exist, or `: no folder x` and the same for the first folder that is missing."""
     missing = next(p for p in (path, *path.parents) if p.parent.is_dir())
     where = f": no folder {missing}" if missing != path else ""
-    return where + did_you_mean(missing.name, (p.name for p in missing.parent.iterdir()))
+    others = {p.name for p in missing.parent.iterdir()} - {missing.name}  # it may be a file, or a link to nothing
+    return where + did_you_mean(missing.name, sorted(others))
 
 
 @contextmanager

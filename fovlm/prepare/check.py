@@ -97,8 +97,10 @@ def list_shards(patterns: Iterable[str]) -> list[Path]:
         for name in names:
             files = [Path(file) for file in glob.glob(name, recursive=True) if Path(file).is_file()]
             if not files:
-                is_folder = f": it is a folder, take '{name}/*.tar'" if Path(name).is_dir() else ""
-                raise UserError(f"no shard '{name}'{is_folder or did_you_mean_path(Path(name))}")
+                path = Path(name)
+                near = "" if glob.has_magic(str(path.parent)) else did_you_mean_path(path)
+                hint = f": it is a folder, take '{path / '*.tar'}'" if path.is_dir() else near
+                raise UserError(f"no shard '{name}'{hint}")
             found.update(files)
     return sorted(found)
 

@@ -241,3 +241,8 @@ def test_the_commands_status_and_its_mistakes(damaged, tmp_path, capsys):
         list_shards([str(damaged / "train-0000.tar")])
     with pytest.raises(UserError, match=rf"it is a folder, take '{damaged}/\*\.tar'"):
         list_shards([str(damaged)])
+    with pytest.raises(UserError, match=r"/train-\*/x\.tar'$"):
+        list_shards([f"{damaged}/train-*/x.tar"])
+    (damaged / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"link'$"):
+        list_shards([str(damaged / "link")])

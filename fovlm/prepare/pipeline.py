@@ -130,8 +130,10 @@ def _blocks(job: Job, source: RawSource) -> list[Block]:
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    settings = {name: value for name, value in asdict(job).items() if name not in WITHOUT_EFFECT and value is not None}
-    return json.loads(json.dumps(settings))  # as the manifest has them
+    def given(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in pairs if name not in WITHOUT_EFFECT and value is not None}
+
+    return json.loads(json.dumps(asdict(job, dict_factory=given)))  # as the manifest has them
 
 
 def _inputs(job: Job, blocks: list[Block]) -> list[dict[str, Any]]:

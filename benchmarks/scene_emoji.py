@@ -1,7 +1,7 @@
 """Five pictures of each name of `fovlm prepare scenes`: python -m benchmarks.scene_emoji RAW OUT PACKAGE.tgz ...
 
 The first is RAW's, the others are emoji of npm packages, in the order of their files; OUT is a folder like RAW, whose
-films it links. The packages have licenses of their own (docs/evidence.md names them).
+films it links. docs/evidence.md names the packages, which have licenses of their own.
 """
 
 import argparse

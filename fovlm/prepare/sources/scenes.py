@@ -31,7 +31,7 @@ import numpy as np
 
 from fovlm.data.tables import Row
 from fovlm.data.tokenizers import word_tokenizer
-from fovlm.errors import SampleError, UserError
+from fovlm.errors import SampleError, UserError, few
 from fovlm.media import tolerant
 from fovlm.media.collage import load_cutout, place
 from fovlm.media.encode import encode_jpeg
@@ -103,9 +103,9 @@ def library(job: Job) -> Library:
     files = sorted(f for f in (job.raw / "clips").glob("*") if f.suffix.lower() in SUFFIXES)
     films = [f for f in files if held_out(re.sub(r"-\d+$", "", f.stem)) == drawn.held_out]  # cuts of a film together
     if missing := [name for name in NAMES if name not in cutouts] if drawn.ask != "kind" else []:
-        raise UserError(f"{table}: fewer than {needed} cutouts named {', '.join(missing)}")
+        raise UserError(f"{table}: fewer than {needed} cutouts named {few(missing)} (--pictures)")
     if len(cutouts) < max(counts(drawn)) or not films:
-        raise UserError(f"{job.raw}: {len(cutouts)} pictures with names and {len(films)} films are too few")
+        raise UserError(f"{job.raw}: {len(cutouts)} names with {needed} cutouts and {len(films)} films are too few")
     return Library(cutouts, kinds, films)
 
 

@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("packages", type=Path, nargs="+")
     options = parser.parse_args()
+    if options.out.exists():
+        parser.error(f"{options.out} exists: give a new folder")
     stamps, folder = (options.raw / "stamps").resolve(), options.out / "stamps"
     folder.mkdir(parents=True)
     (options.out / "clips").symlink_to(stamps.parent / "clips")

@@ -1,6 +1,7 @@
-"""Fixtures that several test files use, and when garbage is collected."""
+"""Fixtures that several test files use, when garbage is collected, and which signals reach what tests start."""
 
 import gc
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,12 @@ from tokenizers import decoders
 from fovlm.model.processing import FoveatedProcessor
 from helpers.forked import Forked
 from helpers.models import tiny_model
+
+
+def pytest_configure() -> None:
+    for number in (signal.SIGINT, signal.SIGHUP):  # ignored in the background of a shell, and then by what tests start
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_collection_finish() -> None:
